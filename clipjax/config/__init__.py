@@ -1,0 +1,104 @@
+"""The configuration of a whole run: frozen dataclasses that refuse nonsense.
+
+A config file in configs/ has one function `config() -> Run`. `to_json` and `from_json` are exact inverses, so a workdir's
+config.json rebuilds the run. Fields declared with `free` may change when a run is resumed; the others are its *identity*.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from clipjax.config.data import BPE, Augment, Data, Tokenizer, TokenizerFile
+from clipjax.config.fields import ConfigError, Strict, free, require
+from clipjax.config.model import SIZES, Activation, ImageTower, Model, TextTower
+from clipjax.config.train import (
+    RULES,
+    Constant,
+    Cosine,
+    Mesh,
+    Optim,
+    Retrieval,
+    Rsqrt,
+    Rule,
+    Sigmoid,
+    Softmax,
+    Term,
+    Train,
+    Zeroshot,
+)
+
+__all__ = [
+    "BPE", "RULES", "SIZES", "Activation", "Augment", "ConfigError", "Constant", "Cosine", "Data", "ImageTower", "Mesh",
+    "Model", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term", "TextTower", "Tokenizer",
+    "TokenizerFile", "Train", "Zeroshot", "from_json", "identity_differences", "lines", "to_json",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Strict):
+    """Everything that defines a run."""
+
+    seed: int = 0  # of the initial weights, the order of the data and all noise
+    data: Data = Data()
+    tokenizer: Tokenizer = BPE()
+    model: Model = field(default_factory=Model)
+    objective: tuple[Term, ...] = (Softmax(),)  # weighted terms that add up
+    optim: Optim = Optim()
+    train: Train = Train()
+    evals: tuple[Zeroshot | Retrieval, ...] = free(())
+    mesh: Mesh = Mesh()
+
+    def __post_init__(self) -> None:
+        require(len(self.objective) > 0, "objective", self.objective, "needs at least one term")
+        for i, term in enumerate(self.objective):
+            biased = not isinstance(term, Sigmoid) or self.model.init_bias is not None
+            require(biased, "model.init_bias", None, f"objective.{i} is a sigmoid loss: set it, for example to -10")
+        schedule = self.optim.schedule
+        if isinstance(schedule, Cosine):
+            enough = schedule.warmup < self.train.steps
+            require(enough, "optim.schedule.warmup", schedule.warmup, f"must be less than train.steps = {self.train.steps}")
+        else:
+            ramps = schedule.warmup + schedule.cooldown
+            enough = ramps <= self.train.steps
+            remedy = f"with a warm-up of {schedule.warmup} steps must fit into train.steps = {self.train.steps}"
+            require(enough, "optim.schedule.cooldown", schedule.cooldown, remedy)
+
+
+def to_json(run: Run) -> str:
+    """The run as JSON, one field a line."""
+    return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
+
+
+def from_json(text: str) -> Run:
+    """The run that `to_json` wrote. Raises ConfigError for an unknown, missing or ill-typed field."""
+    import pydantic  # here, not above: the step benchmark runs where pydantic is not installed
+
+    try:
+        return pydantic.TypeAdapter(Run).validate_json(text, strict=True)
+    except pydantic.ValidationError as e:
+        rows = [f"{'.'.join(map(str, x['loc']))} = {x['input']!r}: {x['msg']}" for x in e.errors()]
+        raise ConfigError("config.json: " + "; ".join(rows)) from e
+
+
+def lines(config: Any, prefix: str = "") -> list[str]:
+    """`optim.lr = 0.001`, one line a leaf: for logs, differences and golden files."""
+    return [f"{name} = {value!r}" for name, value, _ in _leaves(config, prefix, False)]
+
+
+def identity_differences(saved: Run, now: Run) -> list[str]:
+    """The identity fields in which two runs differ, each as `field: saved -> now`. Free fields and `train.steps` are left out."""
+    before = {name: value for name, value, is_free in _leaves(saved, "", False) if not is_free}
+    after = {name: value for name, value, is_free in _leaves(now, "", False) if not is_free}
+    names = [n for n in {**before, **after} if before.get(n, ...) != after.get(n, ...) and n != "train.steps"]
+    return [f"{n}: {before.get(n, 'absent')!r} -> {after.get(n, 'absent')!r}" for n in names]
+
+
+def _leaves(value: Any, name: str, is_free: bool) -> list[tuple[str, Any, bool]]:
+    if dataclasses.is_dataclass(value):
+        children = [(f.name, getattr(value, f.name), is_free or "free" in f.metadata) for f in dataclasses.fields(value)]
+    elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        children = [(str(i), child, is_free) for i, child in enumerate(value)]
+    else:
+        return [(name, value, is_free)]
+    return [leaf for key, child, f in children for leaf in _leaves(child, f"{name}.{key}" if name else key, f)]

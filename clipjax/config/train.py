@@ -1,0 +1,159 @@
+"""The training's part of a configuration: objective, optimizer, schedule, evaluations, mesh, cadences."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from clipjax.config.fields import ConfigError, Strict, free, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax(Strict):
+    """CLIP's symmetric softmax loss over the global batch."""
+
+    kind: Literal["softmax"] = "softmax"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(Strict):
+    """SigLIP's pairwise sigmoid loss over the global batch."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    weight: float = 1.0
+
+
+Term = Softmax | Sigmoid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Strict):
+    """Warm-up, then half a cosine down to `final` times the peak at train.steps."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: int = 2000  # steps
+    final: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rsqrt(Strict):
+    """Warm-up, then 1/sqrt(step), then a linear cool-down to 0 over the last `cooldown` steps (2106.04560)."""
+
+    kind: Literal["rsqrt"] = "rsqrt"
+    warmup: int = 10000  # steps
+    timescale: int = 10000  # steps
+    cooldown: int = 0  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Strict):
+    """Warm-up, then constant, then a linear cool-down to 0 over the last `cooldown` steps."""
+
+    kind: Literal["constant"] = "constant"
+    warmup: int = 2000  # steps
+    cooldown: int = 0  # steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Strict):
+    """For the parameters whose path matches `pattern` entirely: factors on the learning rate and on the weight decay."""
+
+    pattern: str
+    lr: float = 1.0  # 0 freezes
+    decay: float = 1.0
+
+
+# Kernels decay; gains, biases, positions, class token, scale and bias do not (2103.00020, section 2.5).
+RULES = (Rule(pattern=".*/kernel|text/tokens"), Rule(pattern=".*", decay=0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim(Strict):
+    """The optimizer, its schedule and what they do to which parameter."""
+
+    kind: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"
+    lr: float = 5e-4  # at the peak of the schedule
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2  # multiplied by the learning rate
+    clip_norm: float | None = None  # the gradient's largest global norm; None: unbounded
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
+    schedule: Cosine | Rsqrt | Constant = Cosine()
+    rules: tuple[Rule, ...] = RULES  # the first that matches holds; every parameter must match one
+    ema: float | None = None  # decay of an exponential moving average of the weights, used in evaluation; None: none
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        for name in ("b1", "b2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "must be positive or None")
+        require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "must lie in (0, 1) or be None")
+        for i, rule in enumerate(self.rules):
+            try:
+                re.compile(rule.pattern)
+            except re.error as e:
+                remedy = f"is not a regular expression: {e}"
+                raise ConfigError(f"optim.rules.{i}.pattern = {rule.pattern!r}: {remedy}") from e
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh(Strict):
+    """How many devices along each axis. The batch lies on data x fsdp, the weights on fsdp x tensor."""
+
+    data: int = free(-1)  # -1: all that are left
+    fsdp: int = free(1)
+    tensor: int = free(1)
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor"):
+            n = getattr(self, name)
+            require(n == -1 or n > 0, f"mesh.{name}", n, "must be positive, or -1 for all devices that are left")
+        rest = sum(n == -1 for n in (self.data, self.fsdp, self.tensor))
+        require(rest <= 1, "mesh", self, "only one axis can be -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeroshot(Strict):
+    """Zero-shot classification during training."""
+
+    kind: Literal["zeroshot"] = "zeroshot"
+    data: str = free("emoji")  # a SPEC, as on the command line
+    split: str = free("test")
+    every: int = free(1000)  # steps; it also runs at the end
+    templates: str = free("simple")  # `simple`, `imagenet`, `plain` ({c} alone) or a file with one template a line
+    classnames: str | None = free(None)  # a file with one name a line; None: the dataset's own
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "evals.every", self.every, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(Strict):
+    """Image-text retrieval during training."""
+
+    kind: Literal["retrieval"] = "retrieval"
+    data: str = free("emoji")
+    split: str = free("test")
+    every: int = free(1000)  # steps; it also runs at the end
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "evals.every", self.every, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Strict):
+    """How long, how large, and how often what is written."""
+
+    steps: int = 10000
+    batch_size: int = 1024  # pairs a step, over all devices
+    log_every: int = free(50)  # steps
+    checkpoint_every: int = free(1000)  # steps; there is always one at the end
+    keep: int = free(3)  # newest checkpoints
+    best: str | None = free(None)  # also keep the best by this metric, as `zeroshot_retrieval/image_retrieval_recall@1`
+    eval_batch_size: int = free(256)  # examples an evaluation puts through a tower at once, over all devices
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "eval_batch_size"):
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
