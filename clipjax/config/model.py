@@ -103,7 +103,9 @@ class TextTower(Strict):
     def __post_init__(self) -> None:
         _check_tower(self, "model.text")
         require(self.length >= 3, "model.text.length", self.length, "must be at least 3 (start, a token, end)")
-        require(self.vocab_size > 3, "model.text.vocab_size", self.vocab_size, "must leave room for tokens beside the special ones")
+        require(
+            self.vocab_size > 3, "model.text.vocab_size", self.vocab_size, "must leave room for tokens beside the special ones"
+        )
         fits = self.embed_dim is not None or not self.projection_bias
         require(fits, "model.text.projection_bias", self.projection_bias, "needs model.text.embed_dim: there is no projection")
 

@@ -1,0 +1,51 @@
+"""Two towers and the scalars of the loss, and how their parameters are made and bound."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from clipjax.config import Model
+from clipjax.models.layers import Scope, unit
+from clipjax.models.text import TextTransformer
+from clipjax.models.vit import ViT
+
+Params = dict[str, Any]  # nested by the parts of a path: params["image"]["blocks"]["norm1"]["scale"]
+
+
+class CLIP(nnx.Module):
+    def __init__(self, cfg: Model, key: Key[Array, ""]) -> None:
+        self.cfg = cfg
+        scope = Scope(key, jnp.dtype(cfg.dtype))
+        self.image = ViT(cfg.image, scope / "image")
+        self.text = TextTransformer(cfg.text, scope / "text")
+        # jnp.float32: a weakly typed scalar would make the train step compile again after the first update.
+        self.log_scale = nnx.Param(jnp.float32(math.log(cfg.init_scale)))
+        self.bias = None if cfg.init_bias is None else nnx.Param(jnp.float32(cfg.init_bias))
+
+    def encode_image(self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None) -> Float[Array, "b e"]:
+        """Unit vectors, float32. `keys`, one an example, turns what is random in training on."""
+        return unit(self.image(images, keys, remat=self.cfg.remat, unroll=self.cfg.unroll))
+
+    def encode_text(self, tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
+        """Unit vectors, float32."""
+        return unit(self.text(tokens, remat=self.cfg.remat, unroll=self.cfg.unroll))
+
+
+def init(cfg: Model, seed: int) -> Params:
+    """Fresh float32 parameters: a pure function of the configuration and the seed."""
+    return nnx.to_pure_dict(nnx.state(CLIP(cfg, jax.random.key(seed))))
+
+
+@functools.cache
+def _graph(cfg: Model) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: CLIP(cfg, jax.random.key(0))))[0]
+
+
+def bind(cfg: Model, params: Params) -> CLIP:
+    """The model with these parameters, whichever arrays, tracers or shapes they are."""
+    return nnx.merge(_graph(cfg), nnx.State(jax.tree.map(nnx.Param, params)))

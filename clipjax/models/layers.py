@@ -1,0 +1,145 @@
+"""The parts both towers are made of: named parameters, linear maps, norms, attention, blocks and their scan.
+
+Letters: b batch, t tokens, d width, h heads, k width of a head, f width of the MLP, e embedding, n patches, L layers.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from clipjax.config import Activation
+
+Init = Callable[..., Array]
+zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
+
+
+def normal(std: float) -> Init:
+    return nnx.initializers.normal(std)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where a parameter lives. It is drawn from `fold_in(key, path)`, so no parameter depends on which others exist."""
+
+    key: Array
+    dtype: jnp.dtype  # of the arithmetic; parameters are float32
+    path: str = ""
+    layers: int | None = None  # with a number, every parameter gets a leading axis of that length
+
+    def __truediv__(self, name: str) -> "Scope":
+        return replace(self, path=f"{self.path}/{name}" if self.path else name)
+
+    def stacked(self, layers: int) -> "Scope":
+        return replace(self, layers=layers)
+
+    def param(self, name: str, init: Init, *shape: int) -> nnx.Param:
+        key = jax.random.fold_in(self.key, zlib.crc32(f"{self.path}/{name}".encode()))
+        if self.layers is None:
+            return nnx.Param(init(key, shape, jnp.float32))
+        draw = jax.vmap(lambda k: init(k, shape, jnp.float32))
+        return nnx.Param(draw(jax.random.split(key, self.layers)))
+
+
+class Linear(nnx.Module):
+    """A linear map between groups of axes, as `Linear(scope, "btd,dhk->bthk", (d,), (h, k))`."""
+
+    def __init__(self, scope: Scope, inner: tuple[int, ...], outer: tuple[int, ...], *, std: float, bias: bool = True) -> None:
+        self.inner = len(inner)
+        self.dtype = scope.dtype
+        self.kernel = scope.param("kernel", normal(std), *inner, *outer)
+        self.bias = scope.param("bias", zeros, *outer) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        axes = (tuple(range(x.ndim - self.inner, x.ndim)), tuple(range(self.inner)))
+        y = jax.lax.dot_general(x, self.kernel[...].astype(self.dtype), (axes, ((), ())))
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(self.dtype)
+        return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation; its statistics are float32 whatever the dtype."""
+
+    def __init__(self, scope: Scope, width: int, eps: float) -> None:
+        self.eps = eps
+        self.scale = scope.param("scale", ones, width)
+        self.bias = scope.param("bias", zeros, width)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        scale, bias = (jnp.expand_dims(p[...], range(x.ndim - 1)) for p in (self.scale, self.bias))
+        return (y * scale + bias).astype(x.dtype)
+
+
+def activate(x: Array, name: Activation) -> Array:
+    """GELU, its tanh approximation (transformers: gelu_pytorch_tanh), or x sigmoid(1.702 x) (OpenAI's CLIP)."""
+    if name == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+
+
+class MLP(nnx.Module):
+    def __init__(self, scope: Scope, width: int, mlp_dim: int, activation: Activation, *, std: float, out_std: float) -> None:
+        self.activation = activation
+        self.up = Linear(scope / "up", (width,), (mlp_dim,), std=std)
+        self.down = Linear(scope / "down", (mlp_dim,), (width,), std=out_std)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.down(activate(self.up(x), self.activation))
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
+        self.causal = causal
+        self.qkv = Linear(scope / "qkv", (width,), (3, heads, width // heads), std=std)
+        self.out = Linear(scope / "out", (heads, width // heads), (width,), std=out_std)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)
+        return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=self.causal))
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block. Built in a stacked scope it holds every layer of a tower; `run_layers` runs them."""
+
+    def __init__(
+        self, scope: Scope, *, width: int, depth: int, heads: int, mlp_dim: int, activation: Activation, eps: float, causal: bool
+    ) -> None:
+        # CLIP's initialisation (2103.00020, and openai/CLIP model.py `initialize_parameters`).
+        std, out_std = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
+        self.norm1 = LayerNorm(scope / "norm1", width, eps)
+        self.attention = SelfAttention(scope / "attention", width, heads, causal=causal, std=std, out_std=out_std)
+        self.norm2 = LayerNorm(scope / "norm2", width, eps)
+        self.mlp = MLP(scope / "mlp", width, mlp_dim, activation, std=(2 * width) ** -0.5, out_std=out_std)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def run_layers(blocks: Block, x: Float[Array, "b t d"], *, remat: str, unroll: int) -> Float[Array, "b t d"]:
+    """x through every layer of a stacked Block. `remat` names what the backward pass computes again (config.Model.remat)."""
+    graphdef, stacked = nnx.split(blocks)
+
+    def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
+        return nnx.merge(graphdef, weights)(x), None
+
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        layer = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)(layer)
+    return jax.lax.scan(layer, x, stacked, unroll=unroll)[0]
+
+
+def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    """Rows scaled to length 1 in float32; a zero row stays zero, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
