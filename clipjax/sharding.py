@@ -1,0 +1,136 @@
+"""The mesh, which axis of a parameter lies on which mesh axis, and how a host's batch becomes a global array.
+
+The batch lies on `data` and `fsdp`; heads and MLP width on `tensor`; of what is left, each parameter's largest axis that
+divides lies on `fsdp`. What can't be sharded is known by name, and too much of it is an error.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clipjax import config
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# Which axis of a parameter lies on `tensor`, counted from the end; the first match holds. Paths as in clipjax.models; an
+# optimizer's moments carry their parameter's path at the end of their own, so the same table places them.
+TENSOR_AXIS = (
+    (r".*attention/qkv/(kernel|bias)", -2),  # heads
+    (r".*map/(query|key_value)/(kernel|bias)", -2),
+    (r".*(attention|map)/out/kernel", -3),
+    (r".*mlp/up/(kernel|bias)", -1),
+    (r".*mlp/down/kernel", -2),
+)
+MUST_SHARD = 0.95  # of the bytes, or the mesh is refused
+
+
+def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices (or these). Raises ConfigError where the axis sizes do not multiply to their number."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
+    fixed = math.prod(n for n in sizes if n != -1)
+    if len(devices) % fixed == 0:
+        sizes = [len(devices) // fixed if n == -1 else n for n in sizes]
+    if math.prod(sizes) != len(devices):
+        shape = ", ".join(f"mesh.{a} = {n}" for a, n in zip(AXES, sizes, strict=True))
+        raise config.ConfigError(f"{shape}: must multiply to the number of devices, {len(devices)}; -1 takes all that are left")
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """How many ways the batch is divided."""
+    return math.prod(mesh.shape[a] for a in BATCH)
+
+
+def check_batch(run: config.Run, mesh: Mesh) -> None:
+    """Raises ConfigError unless the global batch divides over the mesh."""
+    n = batch_devices(mesh)
+    size = run.train.batch_size
+    lower, upper = size // n * n, -(-size // n) * n
+    near = f"{lower} or {upper}" if lower else f"{upper}"
+    remedy = f"must be a multiple of the {n} devices of mesh axes data x fsdp; try {near}"
+    config.require(size % n == 0, "train.batch_size", size, remedy)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def over_rows(mesh: Mesh) -> NamedSharding:
+    """First axis over the devices of the batch."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> arrays of the global batch on the mesh."""
+    sharding = over_rows(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def on_shards(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`fn(zimg, ztxt, *scalars)` of one device's rows, as a function of the global rows. What it returns is replicated."""
+
+    def mapped(zimg: jax.Array, ztxt: jax.Array, *scalars: Any) -> Any:
+        specs = (P(BATCH), P(BATCH), *[P()] * len(scalars))
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P())(zimg, ztxt, *scalars)
+
+    return mapped
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Where one parameter (or a moment of it) lies."""
+    axes: list[str | None] = [None] * len(shape)
+    for pattern, axis in TENSOR_AXIS:
+        if re.fullmatch(pattern, path) and len(shape) >= -axis:
+            if mesh.shape["tensor"] > 1 and shape[axis] % mesh.shape["tensor"] == 0:
+                axes[axis] = "tensor"
+            break
+    first = 1 if "/blocks/" in path else 0  # the axis of the layers is scanned, so it stays whole
+    fits = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % mesh.shape["fsdp"] == 0]
+    if mesh.shape["fsdp"] > 1 and fits:
+        axes[max(fits, key=lambda i: shape[i])] = "fsdp"
+    return P(*axes)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf (array or shape) of a tree of parameters or of a whole train state.
+
+    Raises ConfigError where less than 95 % of the bytes could be divided over `fsdp`, listing the largest that could not.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
+
+    placed = jax.tree_util.tree_map_with_path(place, tree)
+    if mesh.shape["fsdp"] > 1:
+        whole = unsharded(tree, placed, "fsdp")
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        share = 1 - sum(whole.values()) / total
+        rows = [f"{name} ({size:,} bytes)" for name, size in sorted(whole.items(), key=lambda x: -x[1])[:5]]
+        remedy = (
+            f"only {share:.0%} of the bytes can be divided so; choose a divisor of the towers' widths. Whole: {', '.join(rows)}"
+        )
+        config.require(share >= MUST_SHARD, "mesh.fsdp", mesh.shape["fsdp"], remedy)
+    return placed
+
+
+def unsharded(tree: Any, placed: Any, axis: str) -> dict[str, int]:
+    """Path -> bytes of the leaves that do not lie on `axis`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True)
+        if axis not in sharding.spec
+    }
+
+
+def shapes(tree: Any, placed: Any) -> Any:
+    """ShapeDtypeStructs that carry shardings: what Orbax restores into and what ahead-of-time compilation takes."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)
