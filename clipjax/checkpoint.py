@@ -1,0 +1,111 @@
+"""A run's checkpoints: asynchronous, atomic, state and configuration under one step; and the workdir they live in."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from clipjax import config, sharding
+from clipjax.models import clip
+from clipjax.train.state import TrainState
+
+TOKENIZER = "tokenizer.json"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, for the run that writes them. Use as a context manager: leaving it waits for the writes."""
+
+    def __init__(self, workdir: Path, run: config.Run) -> None:
+        policies = ocp.checkpoint_managers
+        keep = [policies.LatestN(run.train.keep)]
+        if run.train.best:
+            best = policies.BestN(lambda m: _score(m, run.train.best), n=1, keep_checkpoints_without_metrics=False)
+            keep.append(best)
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,  # what a killed save left behind
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+        )
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self._run = run
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest finished step on disk, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        """Starts to write; returns once the state has left the devices, so that the next step may donate it.
+
+        `metrics` (`task/name` -> value) are what train.best looks at. A step that is on disk already is left alone.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "training": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            "config": ocp.args.JsonSave(json.loads(config.to_json(self._run))),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state as it was saved, placed as `abstract` (shapes with shardings) says, on whatever mesh that is."""
+        training = {"step": abstract.step, "opt_state": abstract.opt_state}
+        items = {"params": ocp.args.StandardRestore(abstract.params), "training": ocp.args.StandardRestore(training)}
+        if abstract.ema is not None:
+            items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        got = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return TrainState(got.training["step"], got.params, got.training["opt_state"], got.get("ema"))
+
+    def run_of(self, step: int) -> config.Run:
+        """The configuration that was saved with a step."""
+        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        return config.from_json(json.dumps(saved.config))
+
+
+def _score(metrics: dict[str, float], name: str) -> float:
+    return metrics.get(name, -math.inf)
+
+
+def split_name(name: str) -> tuple[Path, int | None]:
+    """`RUN` or `RUN@STEP` -> the workdir and the step. Raises ConfigError unless it is a run."""
+    path, at, step = name.rpartition("@")
+    workdir, step = (Path(path), int(step)) if at and step.isdigit() else (Path(name), None)
+    found = (workdir / "config.json").exists()
+    config.require(found, "RUN", name, "is not a workdir of `clipjax train`: it has no config.json")
+    return workdir, step
+
+
+def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
+    """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
+
+    Raises ConfigError where there is no such checkpoint.
+    """
+    workdir, step = split_name(name)
+    folder = (workdir / "checkpoints").absolute()
+    config.require(folder.exists(), "RUN", name, "has no checkpoint yet: it was stopped before the first was written")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        steps = sorted(manager.all_steps())
+        step = step if step is not None else steps[-1] if steps else None
+        config.require(step in steps, "RUN", name, f"has checkpoints of steps {', '.join(map(str, steps)) or '(none)'} only")
+        saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+        run = config.from_json(json.dumps(saved.config))
+        abstract = jax.eval_shape(lambda: clip.init(run.model, run.seed))
+        target: Any = sharding.shapes(abstract, sharding.shardings(abstract, mesh))
+        item = "params" if run.optim.ema is None else "ema"
+        restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
+    return run, restored[item], step

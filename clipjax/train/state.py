@@ -1,0 +1,43 @@
+"""What a training step maps to its next value, and how it is made on the mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from clipjax import config, sharding
+from clipjax.models import clip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a checkpoint holds."""
+
+    step: jax.Array  # int32 [], finished steps
+    params: clip.Params  # float32 master weights
+    opt_state: optax.OptState
+    ema: clip.Params | None  # moving average of the weights, where optim.ema asks for one
+
+    @property
+    def evaluated(self) -> clip.Params:
+        """The weights that evaluation uses."""
+        return self.params if self.ema is None else self.ema
+
+
+def initial_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step, born on its devices: no host or device ever holds a whole copy of what is sharded."""
+
+    def make() -> TrainState:
+        params = clip.init(run.model, run.seed)
+        ema = params if run.optim.ema is not None else None
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+
+    return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
+
+
+def abstract_state(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a state: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

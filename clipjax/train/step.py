@@ -1,0 +1,58 @@
+"""One optimisation step: (state, batch) -> (state, metrics). Pure; knows no file or clock."""
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from clipjax import config, losses, sharding
+from clipjax.models import clip
+from clipjax.train.optimizer import clamp_scale, ema_update
+from clipjax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax.Array:
+    """A key for each example, from its index [b] in the global batch: the same on any mesh, host count or micro-batch."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, step)))(index)
+
+
+def make_train_step(
+    run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3], `text` [B, t] and `index` [B]."""
+    loss_of = sharding.on_shards(functools.partial(losses.objective, run.objective, axis=sharding.BATCH), mesh)
+
+    def compute_loss(params: clip.Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Metrics]:
+        model = clip.bind(run.model, params)
+        zimg, ztxt = model.encode_image(batch["image"], keys), model.encode_text(batch["text"])
+        bias = None if model.bias is None else model.bias[...]
+        return loss_of(zimg, ztxt, jnp.exp(model.log_scale[...]), bias)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
+        (loss, logged), grads = jax.value_and_grad(compute_loss, has_aux=True)(state.params, batch, keys)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
+        ema = None if state.ema is None else ema_update(state.ema, params, run.optim.ema, state.step)
+        norms = {"grad_norm": grads, "param_norm": params, "update_norm": updates}
+        scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
+        metrics = {"loss": loss} | logged | scalars | {name: optax.global_norm(tree) for name, tree in norms.items()}
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def compile_step(train_step: Callable[..., Any], state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    """The jitted step: donates its state and keeps every array where it lies."""
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    rows, whole = sharding.over_rows(mesh), sharding.replicated(mesh)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, whole))
