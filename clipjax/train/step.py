@@ -45,7 +45,7 @@ def make_train_step(
         ema = None if state.ema is None else ema_update(state.ema, params, run.optim.ema, state.step)
         norms = {"grad_norm": grads, "param_norm": params, "update_norm": updates}
         scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
-        metrics = {"loss": loss} | logged | scalars | {name: optax.global_norm(tree) for name, tree in norms.items()}
+        metrics = {"loss": loss} | logged | scalars | {name: optax.tree.norm(tree) for name, tree in norms.items()}
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step

@@ -1,0 +1,70 @@
+"""The train step: the same on every mesh, compiled once, random per example, clamped, averaged."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipjax import config
+from clipjax.train.step import example_keys
+
+from . import tiny
+
+DROPOUT = dataclasses.replace(tiny.CLIP, image=dataclasses.replace(tiny.CLIP.image, image_size=32, patch_dropout=0.5))
+
+
+@pytest.mark.parametrize("model", [tiny.CLIP, tiny.SIGLIP, DROPOUT], ids=["clip", "siglip", "patch_dropout"])
+def test_every_mesh_gives_the_losses_of_one_device(model):
+    run = tiny.run(model)
+    _, want, _ = tiny.train(run, tiny.mesh_of(), 20)
+    assert abs(want[-1] - want[0]) > 1e-2  # it moves
+    shapes = [(8, 1, 1), (2, 4, 1), (2, 2, 2)] if model is tiny.CLIP else [(8, 1, 1)]
+    for shape in shapes:
+        _, got, _ = tiny.train(run, tiny.mesh_of(*shape), 20)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_the_step_compiles_once_and_holds_no_weak_types():
+    run = tiny.run(optim=dataclasses.replace(tiny.OPTIM, ema=0.9))
+    state, _, step = tiny.train(run, tiny.mesh_of(8), 3)
+    assert step._cache_size() == 1
+    assert not [x for x in jax.tree.leaves(state) if x.weak_type]
+
+
+def test_parameters_are_sharded_over_fsdp_and_tensor():
+    state, _, _ = tiny.train(tiny.run(), tiny.mesh_of(1, 4, 2), 1)
+    kernel = state.params["image"]["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    moments = [x for path, x in jax.tree.leaves_with_path(state.opt_state) if x.shape == kernel.shape and "up" in str(path)]
+    assert len(moments) == 4  # two of each tower
+    assert all(m.sharding.spec == kernel.sharding.spec for m in moments)
+
+
+def test_the_scale_is_clamped_after_the_update():
+    model = dataclasses.replace(tiny.CLIP, init_scale=99.99, max_scale=100.0)
+    optim = config.Optim(lr=0.1, schedule=config.Constant(warmup=0))
+    state, _, _ = tiny.train(tiny.run(model, optim=optim), tiny.mesh_of(), 1)
+    np.testing.assert_allclose(state.params["log_scale"], np.log(100), rtol=1e-6)  # the first Adam step is +-0.1
+    free = dataclasses.replace(model, max_scale=None)
+    state, _, _ = tiny.train(tiny.run(free, optim=optim), tiny.mesh_of(), 1)
+    assert abs(float(state.params["log_scale"]) - np.log(100)) > 0.05
+
+
+def test_the_moving_average_follows_the_weights():
+    run = tiny.run(optim=dataclasses.replace(tiny.OPTIM, ema=0.999))
+    start, _, _ = tiny.train(run, tiny.mesh_of(), 0)
+    state, _, _ = tiny.train(run, tiny.mesh_of(), 3)
+    before, now, mean = (s["log_scale"] for s in (start.params, state.params, state.evaluated))
+    assert min(before, now) < mean < max(before, now)
+
+
+def test_keys_belong_to_the_example_and_the_step():
+    index = jnp.arange(6)
+    keys = jax.random.key_data(example_keys(0, "patch_dropout", jnp.int32(3), index))
+    shuffled = jax.random.key_data(example_keys(0, "patch_dropout", jnp.int32(3), index[::-1]))
+    assert np.array_equal(keys, shuffled[::-1])
+    assert len(np.unique(keys, axis=0)) == 6
+    for other in (example_keys(0, "patch_dropout", jnp.int32(4), index), example_keys(1, "patch_dropout", jnp.int32(3), index)):
+        assert not np.array_equal(keys, jax.random.key_data(other))

@@ -1,0 +1,68 @@
+"""The small runs that tests of training share."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from clipjax import config, sharding
+from clipjax.models import clip
+from clipjax.train.optimizer import make_optimizer
+from clipjax.train.state import TrainState, initial_state
+from clipjax.train.step import compile_step, make_train_step
+
+SHAPE = dict(width=32, depth=2, heads=4, mlp_dim=64)
+CLIP = config.Model(
+    image=config.ImageTower(image_size=16, patch_size=8, embed_dim=16, **SHAPE),
+    text=config.TextTower(length=8, vocab_size=400, embed_dim=16, **SHAPE),
+    dtype="float32",
+)
+SIGLIP = dataclasses.replace(
+    CLIP,
+    image=config.ImageTower.siglip("B", image_size=16, patch_size=8, **SHAPE),
+    text=config.TextTower.siglip("B", length=8, vocab_size=400, embed_dim=32, **SHAPE),
+    init_bias=-10.0,
+    init_scale=10.0,
+    max_scale=None,
+)
+TRAIN = config.Train(steps=20, batch_size=16, log_every=1, checkpoint_every=5)
+OPTIM = config.Optim(lr=1e-3, clip_norm=1.0, schedule=config.Cosine(warmup=3))
+
+
+def run(model: config.Model = CLIP, **changes: Any) -> config.Run:
+    """A run of a few seconds."""
+    terms = (config.Softmax() if model.init_bias is None else config.Sigmoid(),)
+    return config.Run(**(dict(model=model, objective=terms, train=TRAIN, optim=OPTIM) | changes))
+
+
+def batches(cfg: config.Run, steps: int) -> list[dict[str, np.ndarray]]:
+    """Noise that has the shapes of a run's batches."""
+    rng = np.random.default_rng(0)
+    size, image, text = cfg.train.batch_size, cfg.model.image, cfg.model.text
+    return [
+        {
+            "image": rng.integers(0, 256, (size, image.image_size, image.image_size, 3), np.uint8),
+            "text": rng.integers(0, text.vocab_size, (size, text.length), np.int32),
+            "index": np.arange(size, dtype=np.int32),
+        }
+        for _ in range(steps)
+    ]
+
+
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first devices."""
+    return sharding.make_mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def train(cfg: config.Run, mesh: Mesh, steps: int) -> tuple[TrainState, list[float], Any]:
+    """The state after some steps, the losses, and the step function."""
+    tx = make_optimizer(cfg.optim, cfg.train.steps, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
+    state = initial_state(cfg, tx, mesh)
+    step = compile_step(make_train_step(cfg, tx, mesh), state, mesh)
+    losses = []
+    for batch in batches(cfg, steps):
+        state, metrics = step(state, sharding.to_global(batch, mesh))
+        losses.append(float(metrics["loss"]))
+    return state, losses, step
