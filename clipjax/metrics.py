@@ -1,0 +1,250 @@
+"""What a run says about itself: means that add, a clock, the model's FLOPs, and the writers of a workdir."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipjax.config import ImageTower, Model, TextTower
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mean:
+    """A mean as (total, count), float32 []: parts of any size add up to the mean of the whole."""
+
+    total: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, x: jax.Array, where: jax.Array | None = None) -> "Mean":
+        """Of the entries of x where `where` holds; what lies elsewhere may even be NaN."""
+        where = jnp.ones_like(x, bool) if where is None else where
+        return cls(jnp.where(where, x, 0).sum(dtype=jnp.float32), where.sum(dtype=jnp.float32))
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return jax.tree.map(jnp.add, self, other)
+
+    def compute(self) -> jax.Array:
+        """The mean, float32 []; 0 of nothing."""
+        return self.total / jnp.maximum(self.count, 1)
+
+
+class Clock:
+    """Where the time between two log lines goes: to training, to waiting for data, or to pauses that count as neither."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start, self._examples, self._waited, self._paused = self._now(), 0, 0.0, 0.0
+
+    def count(self, examples: int) -> None:
+        """One more step was given `examples` pairs, over all devices."""
+        self._examples += examples
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around next(data)."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._waited += self._now() - start
+
+    @contextlib.contextmanager
+    def paused(self, after: Any = None) -> Iterator[None]:
+        """Around evaluations, saving, and the first step's compilation. The pause starts when the arrays of `after` (the state)
+        are there: steps still under way are training, though the host has gone on.
+        """
+        jax.block_until_ready(after)
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._paused += self._now() - start
+
+    def read(self) -> dict[str, float]:
+        """`examples_per_second` and `data_wait` (share of time, 0 to 1) since the last read, pauses left out."""
+        seconds = max(self._now() - self._start - self._paused, 1e-9)
+        values = {"examples_per_second": self._examples / seconds, "data_wait": self._waited / seconds}
+        self._restart()
+        return values
+
+
+def model_flops(model: Model) -> float:
+    """FLOPs of a training step per pair, 2 a multiply-add: 3 times the forward pass of both towers.
+
+    Dot products only, once each whatever is made again in the backward pass. Causal attention counts in full, as it is computed
+    and as others count it. Left out: the pooling probe's query, once a batch, and the loss, 8 B d a pair (below 1 % of B/16's
+    step up to B = 256k).
+    """
+    return 3.0 * (_image_flops(model.image) + _text_flops(model.text))
+
+
+def _image_flops(c: ImageTower) -> float:
+    kept = max(1, round(c.patches * (1 - c.patch_dropout)))
+    patch = 2 * c.patches * 3 * c.patch_size**2 * c.width  # of all patches: they are dropped afterwards
+    flops = patch + _blocks_flops(c, kept + (c.pool == "cls")) + 2 * c.width * (c.embed_dim or 0)
+    if c.pool == "map":
+        key_value, attention = 2 * kept * c.width * 2 * c.width, 2 * 2 * kept * c.width
+        flops += key_value + attention + 2 * c.width**2 + 2 * 2 * c.width * c.mlp_dim
+    return flops
+
+
+def _text_flops(c: TextTower) -> float:
+    return _blocks_flops(c, c.length) + 2 * c.width * (c.embed_dim or 0)
+
+
+def _blocks_flops(c: ImageTower | TextTower, tokens: int) -> float:
+    linear = 2 * (3 * c.width**2 + c.width**2 + 2 * c.width * c.mlp_dim)  # a token: q, k, v; out; up and down
+    attention = 2 * 2 * tokens * c.width  # a token: scores and weighted values
+    return c.depth * tokens * (linear + attention)
+
+
+# Dense bf16 FLOP/s of one chip by the start of JAX's `device_kind`; the longest that fits holds. TPU: "Peak compute per chip" of
+# each version's page at cloud.google.com/tpu/docs; the kinds are those that jax's pallas/mosaic/tpu_info.py knows.
+# GPU: NVIDIA's data sheet of each product, tensor cores without sparsity (half of a figure given "with sparsity").
+_PEAKS = {
+    "TPU v2": 46e12, "TPU v3": 123e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
+    "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12,
+    "NVIDIA A10": 125e12, "NVIDIA A100": 312e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12, "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
+}  # fmt: skip
+_TWO_DEVICES_A_CHIP = ("TPU v2", "TPU v3", "TPU7x")  # a JAX device is one of the chip's two cores
+
+
+def peak_flops(kind: str) -> float | None:
+    """Dense bf16 FLOP/s of one JAX device of this `device_kind`; None where it is not known, as for CPUs and slices of a GPU."""
+    fits = [k for k in _PEAKS if kind.startswith(k) and kind[len(k) : len(k) + 1] in ("", " ", "-")]
+    if not fits or "MIG" in kind:
+        return None
+    name = max(fits, key=len)
+    return _PEAKS[name] / (2 if name in _TWO_DEVICES_A_CHIP else 1)
+
+
+def mfu(examples_per_second: float, model: Model, devices: Sequence[jax.Device]) -> float | None:
+    """Model-FLOPs utilisation, 0 to 1: FLOPs the model needs against the bf16 peak of `devices`. None where that is not known."""
+    peak = peak_flops(devices[0].device_kind)
+    return None if peak is None else examples_per_second * model_flops(model) / (peak * len(devices))
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or norm that is NaN or infinite, and the finished steps when it was."""
+
+    def __init__(self, name: str, value: float, step: int) -> None:
+        super().__init__(f"{name} = {value} at step {step}")
+        self.step = step
+
+
+class Writer:
+    """metrics.jsonl and tensorboard/ of a workdir. Every process reads values and checks them; process 0 writes.
+
+    Device values are read one interval late, so that the host never waits for the newest step.
+    """
+
+    CHECKED = ("loss", "grad_norm", "param_norm", "update_norm")  # must be finite in every step
+
+    def __init__(self, workdir: Path, step: int = 0) -> None:
+        """`step`: finished steps of the state that the run goes on from; what the files say of later ones is removed."""
+        self._before: list[tuple] = []  # from the last line on
+        self._since: list[tuple] = []  # after it
+        self._file = self._board = None
+        if jax.process_index() == 0:
+            import tensorboardX  # here: the step benchmark runs without it
+
+            workdir.mkdir(parents=True, exist_ok=True)
+            _truncate(workdir / "metrics.jsonl", step)
+            self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=30, filename_suffix=f".{step}"
+            )
+
+    def push(self, step: int, values: Mapping[str, jax.Array], host: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """Hands over the scalars of a step, `step` being the number of finished ones.
+
+        With `host`, numbers (or None) such as Clock.read(), the step becomes a line; without, it is checked only. Returns the
+        line that was written, which is that of an interval ago, or None. Raises NonFiniteError for the first step whose values
+        are not finite.
+        """
+        if host is None:
+            self._since.append((step, {k: values[k] for k in self.CHECKED if k in values}, None))
+            return None
+        ready, self._before, self._since = self._before, [*self._since, (step, dict(values), dict(host))], []
+        return self._read(ready)
+
+    def flush(self) -> dict[str, Any] | None:
+        """Reads all that was pushed, waiting for the newest step: before a checkpoint, so that none holds a state gone bad."""
+        ready, self._before, self._since = self._before + self._since, [], []
+        return self._read(ready)
+
+    def evaluation(self, step: int, task: str, metrics: Mapping[str, float], **more: str) -> None:
+        """Writes an evaluator's line: `step`, `task`, `metrics` and what `more` names, as the dataset."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._write({"step": step, "task": task, **more, "metrics": values}, "/".join([task, *more.values(), ""]), values)
+
+    def close(self) -> None:
+        """Ends the files. What was pushed since the last flush is dropped."""
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+
+    def _read(self, steps: list[tuple]) -> dict[str, Any] | None:
+        line = None
+        fetched = jax.device_get([values for _, values, _ in steps])
+        for (step, _, host), values in zip(steps, fetched, strict=True):
+            for name in self.CHECKED:
+                if name in values and not math.isfinite(values[name]):
+                    raise NonFiniteError(name, float(values[name]), step)
+            if host is not None:
+                # str: a float32 in as few digits as tell it from its neighbours, 0.2 and not 0.20000000298
+                line = {"step": step} | {k: float(str(v)) for k, v in values.items()} | host
+                self._write(line, "", {k: v for k, v in line.items() if k != "step"})
+        return line
+
+    def _write(self, line: Mapping[str, Any], prefix: str, scalars: Mapping[str, float]) -> None:
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            if value is None:
+                continue  # not known here, as the utilisation of a CPU
+            self._board.add_scalar(prefix + name, value, line["step"])
+
+
+def _strict(value: Any) -> Any:
+    """For JSON, which has no NaN and no infinity: null in their place."""
+    if isinstance(value, Mapping):
+        return {k: _strict(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Removes lines past `step` and torn ones, at once or not at all."""
+
+    def holds(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    before = path.read_bytes() if path.exists() else b""
+    after = b"".join(line for line in before.splitlines(keepends=True) if holds(line))
+    if after != before:
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as f:
+            f.write(after)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)

@@ -1,0 +1,94 @@
+"""The live line of a training run on stderr: redrawn in place on a terminal, a plain line a log elsewhere."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TextIO
+
+
+class Progress:
+    """Rate, loss, time left and share of time waiting for data.
+
+    A context manager: on a terminal it stands in for sys.stderr, so that a warning erases the live line before it prints.
+    """
+
+    def __init__(self, steps: int, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._steps, self._stream, self._now = steps, stream or sys.stderr, now
+        self._live = self._stream.isatty()
+        self._line: Mapping[str, Any] = {}
+        self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
+        self._drawn_at = -1.0
+        self._on_screen = False
+        self._foreign = ""  # the last text that others wrote
+
+    def update(self, step: int, line: Mapping[str, Any] | None = None) -> None:
+        """`step` steps are finished; `line` is a new line of Writer.push."""
+        now = self._now()
+        self._first = self._first or (step, now)
+        self._line = line or self._line
+        if not self._live:
+            if line:
+                self._stream.write(self._text(step, now) + "\n")
+                self._stream.flush()
+        elif (line or step == self._steps or now - self._drawn_at > 0.2) and self._foreign[-1:] in ("", "\n"):
+            columns = self._columns() - 1
+            self._stream.write("\r" + self._text(step, now)[:columns] + "\x1b[K")
+            self._stream.flush()
+            self._drawn_at, self._on_screen = now, True
+
+    def _text(self, step: int, now: float) -> str:
+        parts = [f"step {step:,}/{self._steps:,}"]
+        if "loss" in self._line:
+            parts.append(f"loss {self._line['loss']:.4g}")
+        if "examples_per_second" in self._line:
+            rate = self._line["examples_per_second"]
+            parts.append(f"{rate:,.{0 if rate >= 100 else 2}f} examples/s")
+        if "data_wait" in self._line:
+            parts.append(f"data wait {self._line['data_wait']:.0%}")
+        start, since = self._first or (step, now)
+        if step > start:  # by all the time that has passed, so evaluations and checkpoints to come are in it
+            parts.append(f"{duration((now - since) / (step - start) * (self._steps - step))} left")
+        return "  ".join(parts)
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        except (OSError, ValueError, AttributeError):
+            return 80
+
+    # What others see in place of sys.stderr.
+
+    def write(self, text: str) -> int:
+        if self._on_screen and text:
+            self._stream.write("\r\x1b[K")
+            self._on_screen = False
+        self._foreign = text or self._foreign
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._before, sys.stderr = sys.stderr, self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            sys.stderr = self._before
+        if self._on_screen:
+            self._stream.write("\n")
+            self._stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """`59 s`, `1:02 min`, `3:04 h`, `2 d 03 h`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if not minutes:
+        return f"{s} s"
+    if not hours:
+        return f"{m}:{s:02} min"
+    return f"{hours}:{m:02} h" if hours < 48 else f"{hours // 24} d {hours % 24:02} h"

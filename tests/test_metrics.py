@@ -1,0 +1,344 @@
+"""Means, clock, FLOPs against the traced program, writers through kill and resume, the live line."""
+
+import contextlib
+import io
+import json
+import math
+import re
+import struct
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from tensorboardX.proto.event_pb2 import Event
+
+from clipjax import metrics
+from clipjax.config import ImageTower, Model, TextTower
+from clipjax.metrics import Clock, Mean, NonFiniteError, Writer, mfu, model_flops, peak_flops
+from clipjax.models import clip
+from clipjax.train.progress import Progress, duration
+
+
+def test_parts_of_unequal_size_add_up_to_the_mean():
+    x = jnp.arange(10.0)
+    parts = [Mean.of(part) for part in (x[:4], x[4:8], x[8:])]
+    assert jax.jit(lambda a, b, c: a + b + c)(*parts).compute() == 4.5
+    assert np.mean([p.compute() for p in parts]) != 4.5
+    masked = Mean.of(jnp.array([1.0, jnp.nan, 3.0]), where=jnp.array([True, False, True]))
+    assert (masked.compute(), masked.count) == (2, 2)
+    assert Mean.of(x, where=x > 100).compute() == 0
+    assert not [leaf for leaf in jax.tree.leaves(parts) if leaf.weak_type or leaf.dtype != jnp.float32]
+
+
+class Time:
+    """A clock that a test sets."""
+
+    def __init__(self):
+        self.seconds = 100.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def test_clock_leaves_pauses_out_and_starts_anew():
+    now = Time()
+    clock = Clock(now)
+    for _ in range(4):
+        with clock.waiting():
+            now.seconds += 0.5
+        now.seconds += 1.5
+        clock.count(16)
+    with clock.paused(after={"x": jnp.ones(3)}):
+        now.seconds += 1000
+    assert clock.read() == {"examples_per_second": 8.0, "data_wait": 0.25}
+    now.seconds += 2
+    clock.count(16)
+    assert clock.read() == {"examples_per_second": 8.0, "data_wait": 0.0}
+
+
+def test_clock_counts_a_wait_that_ends_in_an_error():
+    now = Time()
+    clock = Clock(now)
+    with contextlib.suppress(StopIteration), clock.waiting():
+        now.seconds += 3
+        next(iter(()))
+    now.seconds += 1
+    assert clock.read()["data_wait"] == 0.75
+
+
+def dots(jaxpr):
+    """2 m n k of every dot product in a traced program, scans unrolled."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        for inner in jaxprs_in_params(eqn.params):
+            total += dots(inner) * eqn.params.get("length", 1)
+    return total
+
+
+SMALL = dict(width=64, depth=3, heads=2, mlp_dim=144)
+MODELS = {
+    "clip": (
+        ImageTower.clip("Ti/8", image_size=32, embed_dim=48, **SMALL),
+        TextTower.clip("Ti", length=10, embed_dim=48, **SMALL),
+    ),
+    "siglip": (
+        ImageTower.siglip("Ti/8", image_size=32, **SMALL),
+        TextTower.siglip("Ti", length=12, embed_dim=64, **SMALL),
+    ),
+    "flip": (
+        ImageTower(image_size=32, patch_size=4, pool="mean", patch_dropout=0.4, embed_dim=64, **SMALL),
+        TextTower(length=9, embed_dim=None, **SMALL),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_flops_are_those_of_the_traced_program(name):
+    image, text = MODELS[name]
+    cfg, b = Model(image=image, text=text), 5
+
+    def forward(params, images, tokens, keys):
+        model = clip.bind(cfg, params)
+        return model.encode_image(images, keys), model.encode_text(tokens)
+
+    params = jax.eval_shape(lambda: clip.init(cfg, 0))
+    shapes = jax.eval_shape(lambda: (jnp.zeros((b, 32, 32, 3), jnp.uint8), jnp.zeros((b, text.length), jnp.int32)))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), b))
+    traced = dots(jax.make_jaxpr(forward)(params, *shapes, keys).jaxpr)
+    if image.pool == "map":
+        traced -= 2 * image.width**2  # the probe's query, once a batch
+    assert model_flops(cfg) == 3 * traced / b
+
+
+def test_model_flops_of_published_sizes():
+    """open_clip's model profile, GFLOPs of one forward pass (METHODS.md E.7)."""
+    image, text = ImageTower.clip("B/16"), TextTower.clip("B")
+    assert metrics._image_flops(image) / 1e9 == pytest.approx(35.13, abs=0.01)
+    assert metrics._text_flops(text) / 1e9 == pytest.approx(5.96, abs=0.01)
+    assert model_flops(Model(image=image, text=text)) / 3e9 == pytest.approx(41.09, abs=0.01)
+    siglip = Model(image=ImageTower.siglip("B/16"), text=TextTower.siglip("B"))
+    assert model_flops(siglip) / 3e9 == pytest.approx(46.44, abs=0.01)
+    large = Model(image=ImageTower.clip("L/14"), text=TextTower.clip("L"))
+    assert model_flops(large) / 3e9 == pytest.approx(175.33, abs=0.02)
+
+
+@pytest.mark.parametrize(("kind", "peak"), [
+    ("TPU v3", 61.5e12), ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12),
+    ("TPU7x", 1153.5e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("NVIDIA A10G", None), ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12), ("cpu", None),
+])  # fmt: skip
+def test_peak_of_one_device(kind, peak):
+    assert peak_flops(kind) == peak
+
+
+def test_utilisation():
+    class Device:
+        device_kind = "TPU v5 lite"
+
+    image, text = MODELS["clip"]
+    model = Model(image=image, text=text)
+    assert mfu(1e6, model, [Device()] * 4) == pytest.approx(1e6 * model_flops(model) / (4 * 197e12))
+    assert mfu(1e6, model, jax.devices()) is None
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(*values, name="loss"):
+    return [{name: jnp.float32(v)} for v in values]
+
+
+def test_lines_are_an_interval_late_and_complete(tmp_path):
+    writer = Writer(tmp_path)
+    lines = []
+    for step in range(1, 7):
+        host = {"examples_per_second": 10.0 * step, "mfu": None} if step % 2 == 0 else None
+        lines.append(writer.push(step, {"loss": jnp.float32(step / 10), "lr": jnp.float32(1e-3)}, host))
+        assert len(records(tmp_path)) == max(0, step // 2 - 1)
+    assert [line and line["step"] for line in lines] == [None, None, None, 2, None, 4]
+    assert lines[3]["examples_per_second"] == 20
+    writer.evaluation(6, "zeroshot_retrieval", {"image_retrieval_recall@1": 0.5, "x": math.nan}, dataset="emoji")
+    assert writer.flush()["step"] == 6
+    assert writer.flush() is None
+    writer.close()
+    assert records(tmp_path) == [
+        {"step": 2, "loss": 0.2, "lr": 0.001, "examples_per_second": 20, "mfu": None},
+        {"step": 4, "loss": 0.4, "lr": 0.001, "examples_per_second": 40, "mfu": None},
+        {"step": 6, "task": "zeroshot_retrieval", "dataset": "emoji", "metrics": {"image_retrieval_recall@1": 0.5, "x": None}},
+        {"step": 6, "loss": 0.6, "lr": 0.001, "examples_per_second": 60, "mfu": None},
+    ]
+
+
+def test_written_float32_is_exact(tmp_path):
+    values = np.random.default_rng(0).normal(size=200).astype(np.float32)
+    writer = Writer(tmp_path)
+    for step, value in enumerate(values, 1):
+        writer.push(step, {"loss": jnp.asarray(value)}, {})
+    writer.flush()
+    writer.close()
+    assert np.array_equal(np.float32([r["loss"] for r in records(tmp_path)]), values)
+
+
+@pytest.mark.parametrize("name", Writer.CHECKED)
+def test_the_first_bad_step_is_named_though_no_line_was_due(name, tmp_path):
+    writer = Writer(tmp_path)
+    for step, values in enumerate(scalars(1, 2, 3, math.inf, math.nan, math.nan, name=name), 1):
+        writer.push(step, values)
+    writer.push(7, *scalars(1, name=name), {})
+    with pytest.raises(FloatingPointError, match=f"^{name} = inf at step 4$") as caught:
+        writer.push(8, *scalars(1, name=name), {})
+    assert isinstance(caught.value, NonFiniteError)
+    assert caught.value.step == 4
+    writer.close()
+
+
+def test_flush_checks_what_no_line_has_covered_yet(tmp_path):
+    writer = Writer(tmp_path)
+    writer.push(1, *scalars(1), {})
+    writer.push(2, *scalars(math.nan))
+    with pytest.raises(FloatingPointError, match="loss = nan at step 2"):
+        writer.flush()
+    writer.close()
+    assert records(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def events(workdir):
+    """(purge step, {tag: step}) of each event file in order of writing: length, its checksum, data, its checksum."""
+    files = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        data, purge, tags = path.read_bytes(), None, {}
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+            purge = event.step if event.HasField("session_log") else purge
+            tags |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        files.append((purge, tags))
+    return files
+
+
+def test_resume_removes_torn_lines_and_all_past_the_restored_step(tmp_path):
+    writer = Writer(tmp_path)
+    for step, values in enumerate(scalars(5, 4, 3, 2), 1):
+        writer.push(step, values, {})
+        writer.evaluation(step, "zeroshot_classification", {"acc1": step / 10})
+    writer.flush()
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 2, "loss": 0.1')  # killed in the middle of a line
+
+    writer = Writer(tmp_path, step=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+    assert [(r["step"], r.get("loss")) for r in records(tmp_path)] == [(1, None), (1, 5), (2, None), (2, 4)]
+    writer.push(3, *scalars(3), {})
+    writer.push(4, *scalars(2), {})
+    writer.flush()
+    writer.close()
+    assert [r["step"] for r in records(tmp_path)] == [1, 1, 2, 2, 3, 4]
+    (_, first), (purge, second) = events(tmp_path)
+    assert first == {"loss": (4, 2.0), "zeroshot_classification/acc1": (4, pytest.approx(0.4))}
+    assert (purge, second) == (3, {"loss": (4, 2.0)})
+
+    before = path.stat().st_mtime_ns
+    Writer(tmp_path, step=4).close()
+    assert path.stat().st_mtime_ns == before  # nothing to remove: not written again
+    Writer(tmp_path).close()
+    assert records(tmp_path) == []  # from the start
+
+
+def test_other_processes_check_but_do_not_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    writer = Writer(tmp_path / "run")
+    writer.push(1, *scalars(1), {})
+    assert writer.flush() == {"step": 1, "loss": 1.0}
+    writer.evaluation(1, "t", {"acc1": 1.0})
+    writer.push(2, *scalars(math.nan), {})
+    with pytest.raises(FloatingPointError):
+        writer.flush()
+    writer.close()
+    assert not (tmp_path / "run").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def screen(text):
+    """What a terminal shows: carriage return, erase to the end of the line, new line."""
+    lines, column = [""], 0
+    for token in re.findall(r"\x1b\[K|.|\n", text, re.DOTALL):
+        if token == "\x1b[K":
+            lines[-1] = lines[-1][:column]
+        elif token == "\r":
+            column = 0
+        elif token == "\n":
+            lines, column = [*lines, ""], 0
+        else:
+            lines[-1] = lines[-1][:column] + token + lines[-1][column + 1 :]
+            column += 1
+    return lines
+
+
+LINE = {"step": 20, "loss": 2.34567, "examples_per_second": 12345.6, "data_wait": 0.031}
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal():
+    now, stream = Time(), io.StringIO()
+    with Progress(100, stream, now) as progress:
+        assert sys.stderr is not progress
+        for step in range(1, 41):
+            now.seconds += 3
+            progress.update(step, LINE if step % 20 == 0 else None)
+    assert stream.getvalue().splitlines() == [
+        "step 20/100  loss 2.346  12,346 examples/s  data wait 3%  4:00 min left",
+        "step 40/100  loss 2.346  12,346 examples/s  data wait 3%  3:00 min left",
+    ]
+
+
+def test_progress_redraws_one_line_and_warnings_stay_whole():
+    now, terminal = Time(), Terminal()
+    with Progress(100, terminal, now) as progress:
+        for step in range(1, 101):
+            now.seconds += 0.05
+            progress.update(step, LINE if step == 20 else None)
+            if step == 30:
+                print("half", end=" ", file=sys.stderr)
+            if step == 40:  # ten steps later, past the interval between two redraws
+                print("a line", file=sys.stderr)
+            if step == 60:
+                sys.stderr.write(warnings.formatwarning("careful", UserWarning, "file.py", 1, line=""))
+    assert sys.stderr is not progress
+    assert 10 < terminal.getvalue().count("\r") < 40  # not at every step
+    shown = screen(terminal.getvalue())
+    assert shown[0] == "half a line"
+    assert shown[1] == "file.py:1: UserWarning: careful"
+    assert shown[-2] == "step 100/100  loss 2.346  12,346 examples/s  data wait 3%  0 s left"
+    assert shown[-1] == ""
+    assert not [line for line in shown if len(line) > 79]
+
+
+def test_progress_fits_a_narrow_terminal(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(Progress, "_columns", lambda self: 24)
+    with Progress(100, terminal, Time()) as progress:
+        progress.update(20, LINE)
+    assert screen(terminal.getvalue()) == ["step 20/100  loss 2.346", ""]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.4, "0 s"), (59.6, "1:00 min"), (62, "1:02 min"), (3600, "1:00 h"), (11045, "3:04 h"), (2 * 86400 + 3 * 3600, "2 d 03 h"),
+])  # fmt: skip
+def test_duration(seconds, text):
+    assert duration(seconds) == text
