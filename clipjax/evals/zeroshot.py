@@ -1,0 +1,91 @@
+"""Zero-shot classification: class embeddings from ensembled prompts; acc1, acc5 and mean-per-class recall."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from clipjax.evals.embed import Batch, Batches, Encoder, Metrics
+from clipjax.evals.prompts import fill
+from clipjax.evals.retrieval import TIE
+from clipjax.models.clip import Params
+from clipjax.models.layers import unit
+from clipjax.sharding import replicated
+
+
+class Zeroshot:
+    """An evaluation that is prepared once and run with any weights."""
+
+    def __init__(self, encoder: Encoder, images: Batches, prompts: Batches, classes: int) -> None:
+        """`prompts` has as many of each class, see `prompt_batches`."""
+        self.encoder, self.images, self.prompts, self.classes = encoder, images, prompts, classes
+        whole = replicated(encoder.mesh)
+        self._add = jax.jit(_add, out_shardings=whole, donate_argnums=0)
+        self._unit = jax.jit(unit)
+        self._count = jax.jit(_count, out_shardings=whole, donate_argnums=0)
+
+    def class_embeddings(self, params: Params) -> Float[Array, "c e"]:
+        """unit(mean over templates of unit(text)) of every class (METHODS D.10), float32, on every device."""
+        total = self._zeros(self.encoder.model.embed_dim, jnp.float32)
+        for z, rest in self.encoder.stream(params, self.prompts):
+            total = self._add(total, z, rest["label"])
+        return self._unit(total)  # the mean's length is lost anyway
+
+    def run(self, params: Params) -> Metrics:
+        """`acc1`, `acc5` (None with fewer than 5 classes) and `mean_per_class_recall` (over the classes that occur), in [0, 1].
+
+        A picture is right at k when the rank of its class is at most k: 1 + #{greater} + #{equal} / 2, as in retrieval.
+        """
+        weights = self.class_embeddings(params)
+        counts = self._zeros(3, jnp.int32)
+        for z, rest in self.encoder.stream(params, self.images):
+            counts = self._count(counts, weights, z, rest["label"])
+        top1, top5, seen = np.asarray(counts).T
+        recalls = top1[seen > 0] / seen[seen > 0]
+        return {
+            "acc1": float(top1.sum() / seen.sum()),
+            "acc5": float(top5.sum() / seen.sum()) if self.classes >= 5 else None,
+            "mean_per_class_recall": float(recalls.mean()),
+        }
+
+    def _zeros(self, columns: int, dtype: jnp.dtype) -> Array:
+        return jnp.zeros((self.classes, columns), dtype, device=replicated(self.encoder.mesh))
+
+
+def _add(total: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]) -> Float[Array, "c e"]:
+    return total.at[_known(labels, len(total))].add(z, mode="drop")
+
+
+def _count(
+    counts: Int[Array, "c 3"], weights: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]
+) -> Int[Array, "c 3"]:
+    """Adds a batch to each class's number of pictures that are right at 1, right at 5, and there at all."""
+    cosines = jnp.matmul(z, weights.T, precision=jax.lax.Precision.HIGHEST)
+    own = labels[:, None] == jnp.arange(len(weights))[None, :]
+    right = jnp.where(own, cosines, 0).sum(1, keepdims=True)
+    halves = jnp.where(own, 0, 2 * (cosines > right + TIE) + (jnp.abs(cosines - right) <= TIE)).sum(1)
+    hits = jnp.stack([*(halves <= 2 * (k - 1) for k in (1, 5)), jnp.ones_like(own[:, 0])], axis=1)
+    return counts.at[_known(labels, len(counts))].add(hits.astype(jnp.int32), mode="drop")
+
+
+def _known(labels: Int[Array, " b"], classes: int) -> Int[Array, " b"]:
+    """Padding, -1, becomes an index that a scatter drops; a negative one would count from the end."""
+    return jnp.where(labels < 0, classes, labels)
+
+
+def prompt_batches(
+    encoder: Encoder, tokenize: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
+) -> Batches:
+    """Tokens of every name in every template, class by class, in batches of the encoder's size."""
+    size, each, total = encoder.batch_size, len(templates), len(names) * len(templates)
+
+    def read() -> Iterator[Batch]:
+        for start in range(0, total, size):
+            mine = np.arange(start, start + size)[encoder.local_rows]
+            # A row of padding repeats the last prompt: what a tower makes of it is dropped.
+            texts = [fill(templates[i % each], names[i // each]) for i in np.minimum(mine, total - 1)]
+            yield {"text": tokenize(texts), "label": np.where(mine < total, mine // each, -1).astype(np.int32)}
+
+    return Batches(read, -(-total // size), "prompts")

@@ -1,0 +1,74 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipjax.evals import embed
+from clipjax.evals.embed import Batches, Encoder
+from tests.evals.tiny import MODEL, image_batches, mesh_of, tokenize
+
+
+def test_embeds_a_whole_source_in_place(encoder, model, params, pictures):
+    index = np.arange(37, dtype=np.int32)
+    got = encoder.embed(params, image_batches(pictures, encoder, index=index))
+    devices = encoder.mesh.shape["data"] * encoder.mesh.shape["fsdp"]
+    assert got.z.dtype == jnp.float32
+    assert got.z.addressable_shards[0].data.shape == (-(-37 // encoder.batch_size), encoder.batch_size // devices, 8)
+    z, ids = (np.asarray(x) for x in got.rows())
+    np.testing.assert_array_equal(ids, np.pad(index, (0, len(ids) - 37), constant_values=-1))
+    np.testing.assert_allclose(z[:37], model.encode_image(jnp.asarray(pictures)), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(embed.to_host(got.z), np.asarray(got.z))
+
+
+def test_embeds_text(encoder, model, params):
+    tokens = tokenize([f"a {'x' * i}" for i in range(encoder.batch_size)])
+    batches = Batches(lambda: [{"text": tokens, "index": np.arange(len(tokens), dtype=np.int32)}], 1, "captions")
+    np.testing.assert_allclose(encoder.embed(params, batches).z[0], model.encode_text(jnp.asarray(tokens)), atol=1e-6)
+
+
+def test_towers_compile_once(params, pictures):
+    encoder = Encoder(MODEL, mesh_of("8"), 16)
+    for _ in range(2):
+        list(encoder.stream(params, image_batches(pictures, encoder, index=np.arange(37, dtype=np.int32))))
+    assert encoder._towers["image"]._cache_size() == 1
+
+
+@pytest.mark.parametrize(("wanted", "devices", "got"), [(13, "1", 13), (13, "8", 16), (1, "8", 8), (16, "2x2x2", 16)])
+def test_batch_is_rounded_up_to_the_devices(wanted, devices, got):
+    encoder = Encoder(MODEL, mesh_of(devices), wanted)
+    assert encoder.batch_size == got
+    assert encoder.local_rows == slice(0, got)
+
+
+@pytest.mark.parametrize(("keep", "reads"), [(32, 1), (31, 3)])
+def test_small_sources_are_read_once_and_large_ones_again(keep, reads):
+    read = []
+
+    def batches():
+        read.append(1)
+        yield from ({"label": np.full(4, i, np.int32)} for i in range(2))
+
+    again = Batches(batches, 2, "labels", keep)
+    for _ in range(3):
+        assert [b["label"][0] for b in again] == [0, 1]
+    assert len(read) == reads
+
+
+def test_what_was_left_early_is_not_kept():
+    again = Batches(lambda: ({"label": np.full(4, i)} for i in range(3)), 3, "labels")
+    next(iter(again))
+    assert [b["label"][0] for b in again] == [0, 1, 2]
+
+
+def test_progress_names_rate_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(embed, "PATIENCE", 0.0)
+    list(embed.progress(Batches(lambda: [{}] * 3, 3, "pictures"), 256))
+    line = capsys.readouterr().err
+    assert "pictures: 100%" in line
+    assert "768/768" in line
+    assert " examples/s]" in line
+
+
+def test_short_work_is_quiet(capsys):
+    list(embed.progress(Batches(lambda: [{}] * 3, 3, "pictures"), 256))
+    assert capsys.readouterr().err == ""
