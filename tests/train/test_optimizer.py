@@ -93,8 +93,9 @@ def test_update_is_the_published_rule_of_each_layer(kind):
     def uneven(g):
         def one(path, x):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            by_layer = scale[name.partition("/")[0]] if "/blocks/" in name else 1.0
-            return x * jnp.asarray(by_layer, jnp.float32).reshape(-1, *[1] * (x.ndim - 1)) if "/blocks/" in name else x
+            if "/blocks/" not in name:
+                return x
+            return x * jnp.asarray(scale[name.partition("/")[0]], jnp.float32).reshape(-1, *[1] * (x.ndim - 1))
 
         return jax.tree.map_with_path(one, g)
 
@@ -121,7 +122,7 @@ def test_clipping_takes_the_norm_of_all_that_is_trained():
 def test_learning_rate_factor_scales_the_whole_update():
     params, grads = tree(0), [tree(1)]
     optim = Optim(lr=0.01, schedule=Constant(warmup=1))
-    slow = dataclasses.replace(optim, rules=(Rule(pattern="text/tokens", lr=0.25), *RULES[:1], *RULES[1:]))
+    slow = dataclasses.replace(optim, rules=(Rule(pattern="text/tokens", lr=0.25), *RULES))
     full, part = (run(o, params, grads)["text"]["tokens"] - params["text"]["tokens"] for o in (optim, slow))
     np.testing.assert_allclose(part, 0.25 * full, rtol=1e-3, atol=1e-7)
 
@@ -134,12 +135,9 @@ def test_frozen_parameters_keep_every_bit_and_have_no_state(kind):
     for name, x in flat(params).items():
         assert (np.array_equal(x, flat(after)[name])) == name.startswith("image/"), name
     state = jax.eval_shape(make_optimizer(optim, STEPS, params).init, params)
-    assert not [
-        p
-        for p, _ in jax.tree.leaves_with_path(state)
-        if "['image']" in jax.tree_util.keystr(p).partition(".inner_states['image']")[2]
-    ]
-    assert not [p for p, _ in jax.tree.leaves_with_path(state) if "['image']['" in jax.tree_util.keystr(p)]
+    kept = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+    assert [name for name in kept if "['text']['tokens']" in name]
+    assert not [name for name in kept if "['image']" in name]
 
 
 @pytest.mark.parametrize("kind", KINDS)
