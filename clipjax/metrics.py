@@ -184,7 +184,9 @@ class Writer:
         return self._read(ready)
 
     def flush(self) -> dict[str, Any] | None:
-        """Reads all that was pushed, waiting for the newest step: before a checkpoint, so that none holds a state gone bad."""
+        """Reads all that was pushed, waiting for the newest step: before each checkpoint, so that none holds a state gone bad and
+        a run that resumes from it misses no line.
+        """
         ready, self._before, self._since = self._before + self._since, [], []
         return self._read(ready)
 

@@ -140,6 +140,32 @@ def test_frozen_parameters_keep_every_bit_and_have_no_state(kind):
     assert not [name for name in kept if "['image']" in name]
 
 
+@pytest.mark.parametrize("kind", ["lamb", "adafactor"])
+def test_the_mesh_does_not_change_the_update(kind):
+    optim = Optim(kind=kind, lr=0.01, b2=0.95, clip_norm=1.0, schedule=Constant(warmup=1))
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def place(x):  # the last axis that fsdp divides
+        axes = [i for i, n in enumerate(x.shape) if n % 2 == 0]
+        spec = ["fsdp" if axes and i == axes[-1] else None for i in range(x.ndim)]
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+
+    def some(seed):  # one stack and one array: the rest would only take longer to compile
+        params = tree(seed)
+        return {
+            "image": {"blocks": {"up": {"kernel": params["image"]["blocks"]["up"]["kernel"]}}},
+            "text": {"tokens": params["text"]["tokens"]},
+        }
+
+    optim = dataclasses.replace(optim, rules=RULES[:1])
+    params, grads = some(0), [some(1), some(2)]
+    one = flat(run(optim, params, grads))
+    eight = run(optim, jax.tree.map(place, params), jax.tree.map(place, grads))
+    assert not eight["text"]["tokens"].sharding.is_fully_replicated
+    for name, x in flat(eight).items():
+        np.testing.assert_allclose(x, one[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
 def test_state_is_strongly_typed_and_keeps_its_types(kind, mu_dtype):
