@@ -1,0 +1,163 @@
+"""Batches of NumPy arrays from a source, by Grain: shuffled and augmented for training, in order for evaluation.
+
+The order of the data and every augmentation are a function of (seed, step): neither the workers' kind or number, nor the
+number of hosts, nor where a run was resumed changes a batch.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from clipjax import config
+from clipjax.config import require
+from clipjax.data.image import fit, least_side, transform
+from clipjax.data.sources import Source
+from clipjax.data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches(Iterator[Batch]):
+    """Batches that workers make ahead of time. Close it, or leave its `with` block, to end the workers."""
+
+    def __init__(self, dataset: grain.IterDataset) -> None:
+        self._iterator: Any = iter(dataset)
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        self._iterator.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _TrainExample:
+    """From an index to a finished example; Grain calls it in a worker, with a generator of this index and epoch."""
+
+    source: Source
+    tokenizer: Tokenizer
+    data: config.Data
+    size: int
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        example = self.source.read(index, least_side(self.size, self.data.augment))
+        caption = example.captions[rng.integers(len(example.captions))]
+        tokens, truncated = self.tokenizer.encode([caption])
+        return {
+            "image": transform(example.picture, self.size, self.data.resize, self.data.augment, rng),
+            "text": tokens[0],
+            "replaced": np.bool_(example.replaced),
+            "truncated": truncated[0],
+        }
+
+
+@dataclass(frozen=True)
+class _EvalExample:
+    source: Source
+    tokenizer: Tokenizer | None
+    data: config.Data
+    size: int
+
+    def __call__(self, index: int) -> Batch:
+        real = index < len(self.source)
+        example = self.source.read(index if real else 0)
+        made = {
+            "image": fit(example.picture, self.size, self.data.resize),
+            "index": np.int32(index if real else -1),
+            "label": np.int32(example.label),
+            "mask": np.bool_(real and not example.replaced),
+            "replaced": np.bool_(real and example.replaced),
+        }
+        if self.tokenizer is not None:
+            tokens, truncated = self.tokenizer.encode(example.captions[:1])
+            made |= {"text": tokens[0], "truncated": truncated[0]}
+        return made
+
+
+def train_batches(
+    source: Source,
+    tokenizer: Tokenizer,
+    data: config.Data,
+    *,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """This host's share of every global batch of `batch_size` examples, for ever, from `start_step` finished steps on.
+
+    A batch has `image` uint8 [b, s, s, 3], `text` int32 [b, t], and `replaced` (the picture could not be read, another stands
+    in) and `truncated` (the caption was too long) bool [b], b = batch_size / process_count. The hosts' shares in the order of
+    their indices are what a single host would get. No example comes twice in a batch: an epoch ends with its last whole
+    batch, and the next one is shuffled anew. Of several captions one is drawn at each visit.
+
+    Raises ConfigError for a source smaller than the batch, or a batch that does not divide over the hosts."""
+    n = len(source)
+    local = _local_batch(batch_size, process_count)
+    remedy = f"is more than the {n} examples of {source.name}, split {data.split}: use at most {n}"
+    require(batch_size <= n, "train.batch_size", batch_size, remedy)
+    require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
+    load = _TrainExample(source, tokenizer, data, image_size)
+    # From indices, not from the source: Grain would decode a whole batch before it augments the first picture.
+    examples = grain.MapDataset.range(n).seed(seed).shuffle()[: n // batch_size * batch_size]
+    # The generator of random_map is keyed by the index it sees here: that within the global order of all epochs.
+    batches = examples.random_map(load).repeat().batch(local, drop_remainder=True)
+    share = batches[process_index::process_count][start_step:]
+    if data.worker_kind == "threads":
+        return Batches(share.to_iter_dataset(_read_options(data.workers)))
+    if not flags.FLAGS.is_parsed():  # Grain hands its own flags to its workers
+        flags.FLAGS.mark_as_parsed()
+    one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    return Batches(share.to_iter_dataset(one).mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers)))
+
+
+def eval_batches(
+    source: Source,
+    tokenizer: Tokenizer | None,
+    data: config.Data,
+    *,
+    image_size: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """This host's share of every example once, in order, never augmented, decoded by threads whatever `data.worker_kind`.
+
+    A batch has `image` uint8 [b, s, s, 3], `index` int32 [b] (of the example; -1: padding), `label` int32 [b] (-1: none) and,
+    bool [b], `mask` (counts: neither padding nor replaced) and `replaced`; with a tokenizer also `text` int32 [b, t], the main
+    caption, and `truncated` bool [b]. The last batch is padded, so that shapes never change; all hosts get as many batches."""
+    local = _local_batch(batch_size, process_count)
+    padded = math.ceil(len(source) / batch_size) * batch_size
+    batches = grain.MapDataset.range(padded).map(_EvalExample(source, tokenizer, data, image_size)).batch(local)
+    return Batches(batches[process_index::process_count].to_iter_dataset(_read_options(data.workers)))
+
+
+def eval_captions(source: Source) -> tuple[list[str], np.ndarray]:
+    """Every caption of every example, m in all, and int32 [m]: the index of its example. Decodes no picture."""
+    captions = [source.record(i).captions for i in range(len(source))]
+    owner = np.repeat(np.arange(len(captions), dtype=np.int32), [len(c) for c in captions])
+    return [text for several in captions for text in several], owner
+
+
+def _local_batch(batch_size: int, process_count: int) -> int:
+    divides = batch_size % process_count == 0
+    require(divides, "batch_size", batch_size, f"must be a multiple of the number of hosts, {process_count}")
+    return batch_size // process_count
+
+
+def _read_options(workers: int) -> grain.ReadOptions:
+    """A batch in the making for each thread, and two in hand."""
+    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 2)

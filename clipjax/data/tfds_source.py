@@ -1,0 +1,154 @@
+"""Prepared TensorFlow Datasets as sources, without TensorFlow: ArrayRecord files through `as_data_source`.
+
+Records are parsed here rather than by tfds, which would decode every picture, also where only the captions are wanted.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.decode import DeserializeMethod
+from tensorflow_datasets.proto import tf_example_pb2
+
+from clipjax import config
+from clipjax.config import ConfigError
+from clipjax.data.sources import Record, Source
+
+KEYS = ("key", "file_name", "filename", "image_id", "id", "url")  # text features that tell examples apart and caption none
+
+
+def data_dir() -> Path:
+    """Where tfds keeps its datasets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def open_emoji(data: config.Data) -> "Tfds":
+    """The dataset of clipjax.data.emoji; it is built if it is not there."""
+    from clipjax.data import emoji
+
+    folder = data_dir() / "emoji" / emoji.VERSION
+    if folder.exists():
+        emoji.warn_if_outdated(folder)
+    else:
+        emoji.prepare_emoji(data_dir())
+    return Tfds(data, folder)
+
+
+def find_dataset(spec: str, name: str) -> Path:
+    """The folder of NAME[/CONFIG][:VERSION] (`1.*` matches), of several versions the newest.
+
+    Raises ConfigError if it has not been prepared, or if it has several configs and none is named."""
+    match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::([\w.*]+))?", name)
+    if not match:
+        raise ConfigError(f"data.spec = {spec!r}: must be tfds:NAME[/CONFIG][:VERSION]")
+    dataset, wanted_config, wanted_version = match.groups()
+    root = data_dir() / dataset
+    folders = {
+        p.parent.relative_to(root).parts: p.parent for p in root.glob("**/features.json") if "incomplete" not in p.parent.name
+    }
+    found = {
+        parts: folder
+        for parts, folder in folders.items()
+        if wanted_config in (None, *parts[:-1]) and fnmatch(parts[-1], wanted_version or "*")
+    }
+    if not found:
+        there = [f"{dataset}/{'/'.join(parts[:-1])}:{parts[-1]}".replace("/:", ":") for parts in sorted(folders)]
+        there = there or sorted({p.relative_to(data_dir()).parts[0] for p in data_dir().glob("*/**/features.json")})
+        remedy = f"prepare it with `tfds build {dataset} --file_format=array_record`, or set TFDS_DATA_DIR"
+        raise ConfigError(
+            f"data.spec = {spec!r}: not among the datasets in {data_dir()} ({', '.join(there) or 'none'}); {remedy}"
+        )
+    if len(configs := sorted({parts[:-1] for parts in found})) > 1:
+        raise ConfigError(f"data.spec = {spec!r}: name one of its configs: {', '.join('/'.join(parts) for parts in configs)}")
+    return found[max(found, key=lambda parts: [int(n) if n.isdigit() else -1 for n in parts[-1].split(".")])]
+
+
+def _leaves(feature: Any, path: str = "", many: bool = False) -> Iterator[tuple[str, Any, bool]]:
+    """Every feature that holds values, by its path in a record, and whether an example may hold several."""
+    if isinstance(feature, tfds.features.FeaturesDict):
+        for name, child in feature.items():
+            yield from _leaves(child, f"{path}/{name}" if path else name, many)
+    elif isinstance(feature, tfds.features.Sequence):
+        yield from _leaves(feature.feature, path, True)
+    else:
+        yield path, feature, many
+
+
+class Tfds(Source):
+    """One split of a prepared dataset with a picture and a text or a label.
+
+    Picture: `data.image_field`, or the only one. Captions: `data.text_field`, else `caption`, else the only text other than a
+    file's name or a key, else the class names of the only label. A field is named by its path, as `captions/text`."""
+
+    def __init__(self, data: config.Data, folder: Path) -> None:
+        super().__init__()
+        self.name = data.spec
+        info = tfds.builder_from_directory(folder).info
+        leaves = {path: (feature, many) for path, feature, many in _leaves(info.features)}
+        self.fields = {path: f"{'several ' * many}{type(f).__name__} {f.shape}" for path, (f, many) in leaves.items()}
+        images = [p for p, (f, many) in leaves.items() if isinstance(f, tfds.features.Image) and not many]
+        texts = [p for p, (f, _) in leaves.items() if isinstance(f, tfds.features.Text)]
+        labels = [p for p, (f, _) in leaves.items() if isinstance(f, tfds.features.ClassLabel)]
+
+        self._image = self._field("image_field", data.image_field, [images])
+        captions = [[p for p in texts if p == "caption"], [p for p in texts if p.split("/")[-1] not in KEYS], labels]
+        self._text = self._field("text_field", data.text_field, captions, texts + labels)
+        single = [p for p in labels if not leaves[p][1]]
+        self._label = self._text if self._text in single else single[0] if len(single) == 1 else None
+        if naming := self._text if self._text in labels else self._label:
+            self.classnames = tuple(name.replace("_", " ") for name in leaves[naming][0].names)
+        self._from_label = self._text in labels
+        self._key = next((p for k in KEYS for p in texts if p.split("/")[-1] == k and not leaves[p][1]), None)
+        self._records = self._open(data, info)
+        self._split = data.split
+
+    def _field(self, name: str, chosen: str | None, defaults: list[list[str]], known: list[str] | None = None) -> str:
+        known = [p for default in defaults for p in default] if known is None else known
+        if chosen is not None:
+            paths = [p for p in known if p == chosen] or [p for p in known if p.startswith(f"{chosen}/")]
+        else:
+            paths = next((default for default in defaults if default), [])
+        if len(paths) == 1:
+            return paths[0]
+        kind = "picture" if name == "image_field" else "text or label"
+        there = ", ".join(f"{p} ({self.fields[p]})" for p in known) or f"none; its fields are {', '.join(self.fields)}"
+        raise ConfigError(f"data.{name} = {chosen!r}: choose one {kind} field of {self.name}; there are {there}")
+
+    def _open(self, data: config.Data, info: Any) -> Any:
+        if data.split.partition("[")[0] not in info.splits:
+            raise ConfigError(f"data.split = {data.split!r}: {self.name} has {', '.join(info.splits)}")
+        formats = sorted(f.value for f in info.available_file_formats())
+        if "array_record" not in formats:
+            remedy = f"prepare it again with `tfds build {info.name} --file_format=array_record`"
+            raise ConfigError(f"data.spec = {self.name!r}: is stored as {formats}, which can't be read at random: {remedy}")
+        builder = tfds.builder_from_directory(info.data_dir, file_format="array_record")
+        try:
+            return builder.as_data_source(data.split, deserialize_method=DeserializeMethod.RAW_BYTES)
+        except ValueError as e:  # of a slice such as train[:x]
+            raise ConfigError(f"data.split = {data.split!r}: {e}") from e
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def record(self, i: int) -> Record:
+        features = tf_example_pb2.Example.FromString(self._records[i]).features.feature
+
+        def values(path: str, kind: str) -> list:
+            path = path if path in features else f"{path}/ragged_flat_values"
+            return list(getattr(features[path], kind).value) if path in features else []
+
+        if self._from_label:
+            captions = tuple(self.classnames[n] for n in values(self._text, "int64_list") if n >= 0)
+        else:
+            captions = tuple(text.decode() for text in values(self._text, "bytes_list"))
+        label = values(self._label, "int64_list")[0] if self._label else -1
+        key = values(self._key, "bytes_list")[0].decode() if self._key else f"{self._split}-{i}"
+        return Record(values(self._image, "bytes_list")[0], captions, key, label)
+
+    def captions(self) -> Iterator[str]:
+        """All captions; where they are class names, each name once, for they say all that the examples say."""
+        return iter(self.classnames) if self._from_label else super().captions()
