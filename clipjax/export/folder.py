@@ -1,0 +1,110 @@
+"""Writes the folder that open_clip or transformers loads as it is: weights, config, preprocessing and tokenizer."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.numpy
+
+from clipjax.config import ConfigError, Model, require
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.export import open_clip, transformers
+from clipjax.export.table import to_theirs
+from clipjax.models.vit import sincos2d
+
+Format = Literal["open_clip", "transformers"]
+Resize = Literal["squash", "crop"]
+FORMATS = {"open_clip": open_clip, "transformers": transformers}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PRODUCER = "clipjax"  # in the weights' metadata: how a later export knows that it may replace a folder
+
+
+def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Resize, out: Path, to: Format) -> None:
+    """Writes `out`, whole or not at all. `params` are float32 whatever `model.dtype`; `tokenizer` is a tokenizer.json.
+
+    Fixed sine and cosine positions become learned ones of the same values. Raises ConfigError where the format has no such
+    tower, where it would find another end token than ours, and where `out` holds anything but an earlier export.
+    """
+    layout, out = FORMATS[to], out.resolve()
+    model, params = with_learned_positions(model, params)
+    layout.refuse(model)
+    words = _load_tokenizer(tokenizer, model)
+    special = dict(bos=words.start_id, eos=words.end_id, pad=words.pad_id)
+    configs = layout.configs(model, special, resize) | _tokenizer_configs(words, special)
+    tensors = to_theirs(layout.table(model), params)
+    _refuse_to_overwrite(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
+        fresh, stale = Path(staging) / "fresh", Path(staging) / "stale"
+        fresh.mkdir()
+        for name, content in configs.items():
+            (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        words.backend.save(str(fresh / "tokenizer.json"))
+        safetensors.numpy.save_file(tensors, fresh / layout.WEIGHTS, {"format": "pt", "producer": PRODUCER})
+        if out.exists():
+            out.rename(stale)
+        fresh.rename(out)
+
+
+def with_learned_positions(model: Model, params: Mapping[str, Any]) -> tuple[Model, Mapping[str, Any]]:
+    """The same model with its positions among its parameters."""
+    if model.image.positions == "learned":
+        return model, params
+    image = dict(params["image"], positions=sincos2d(model.image))
+    return replace(model, image=replace(model.image, positions="learned")), dict(params, image=image)
+
+
+def _load_tokenizer(path: Path, model: Model) -> Tokenizer:
+    """The tokenizer, whose backend cuts and pads to the model's length whoever loads it.
+
+    Raises ConfigError unless the end token has the highest id where the text tower pools there: open_clip and we look for the
+    highest id, transformers for the end token's.
+    """
+    words = Tokenizer.load(path, model.text.length)
+    if model.text.pool == "eot":
+        highest = words.vocab_size - 1
+        remedy = f"its end token must have the highest id, {highest}, and has {words.end_id}: open_clip looks for the highest"
+        require(words.end_id == highest, "tokenizer", str(path), remedy)
+    words.backend.enable_truncation(words.length)
+    words.backend.enable_padding(length=words.length, pad_id=words.pad_id, pad_token=words.backend.id_to_token(words.pad_id))
+    return words
+
+
+def _tokenizer_configs(words: Tokenizer, special: Mapping[str, int | None]) -> dict[str, Any]:
+    """tokenizer_config.json and special_tokens_map.json, by which transformers (and open_clip through it) reads tokenizer.json.
+
+    Of its outputs only the ids are asked for: SigLIP attends to padding, and CLIP's causal mask hides it already.
+    """
+    texts = {f"{role}_token": words.backend.id_to_token(index) for role, index in special.items() if index is not None}
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=words.length, model_input_names=["input_ids"])
+    return {
+        "tokenizer_config.json": config | texts | dict(padding_side="right", clean_up_tokenization_spaces=False),
+        "special_tokens_map.json": texts,
+    }
+
+
+def _refuse_to_overwrite(out: Path) -> None:
+    """Raises ConfigError unless `out` is absent, empty, or what an earlier export wrote and nobody added to."""
+    if not out.exists():
+        return
+    require(out.is_dir(), "--out", str(out), "is a file: name a folder")
+    present = {path.name for path in out.iterdir()}
+    if present <= _written_by_export(out):
+        return
+    raise ConfigError(f"--out = {str(out)!r}: holds files that are not an earlier export's; name another folder or remove it")
+
+
+def _written_by_export(out: Path) -> set[str]:
+    """The names that an export may have written, if its weights are here."""
+    for layout in FORMATS.values():
+        weights = out / layout.WEIGHTS
+        if weights.is_file():
+            with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(weights, "numpy") as file:
+                if (file.metadata() or {}).get("producer") == PRODUCER:
+                    return {layout.WEIGHTS, "open_clip_config.json", "config.json", "preprocessor_config.json", *TOKENIZER}
+    return set()

@@ -1,0 +1,103 @@
+"""transformers' layout: CLIPModel and SiglipModel."""
+
+from typing import Any
+
+from clipjax.config import ImageTower, Model, TextTower, require
+from clipjax.export.table import BlockNames, Table, blocks, joined, linear, norm, row
+
+WEIGHTS = "model.safetensors"
+QKV = tuple(f"self_attn.{part}_proj.{{w}}" for part in "qkv")
+NAMES = BlockNames("layer_norm1.{w}", QKV, "self_attn.out_proj.{w}", "layer_norm2.{w}", "mlp.fc1.{w}", "mlp.fc2.{w}")
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+
+
+def refuse(model: Model) -> None:
+    """Raises ConfigError where neither CLIPModel nor SiglipModel is the model, with the reason."""
+    image, text = model.image, model.text
+    require(image.pool != "mean", "model.image.pool", image.pool, "neither CLIPModel nor SiglipModel averages the patches")
+    siglip = image.pool == "map"
+    name = "SiglipModel" if siglip else "CLIPModel"
+    has = {True: f"{name} has one", False: f"{name} has none"}
+    require(image.pre_norm != siglip, "model.image.pre_norm", image.pre_norm, has[not siglip])
+    require(image.patch_bias == siglip, "model.image.patch_bias", image.patch_bias, has[siglip])
+    remedy = f"{name}'s image tower {'does not project' if siglip else 'projects'}"
+    require((image.embed_dim is None) == siglip, "model.image.embed_dim", image.embed_dim, remedy)
+    require(text.embed_dim is not None, "model.text.embed_dim", None, f"{name}'s text tower projects")
+    require(siglip or not text.projection_bias, "model.text.projection_bias", True, "CLIPModel has none")
+    require(text.causal != siglip, "model.text.causal", text.causal, f"{name}'s text tower is {'not ' if siglip else ''}causal")
+    pool = "last" if siglip else "eot"
+    require(text.pool == pool, "model.text.pool", text.pool, f"{name} pools at {pool!r}")
+    require(siglip or model.init_bias is None, "model.init_bias", model.init_bias, "CLIPModel has no bias; use --to open_clip")
+
+
+def table(model: Model) -> Table:
+    """Every tensor of the model, in transformers' names."""
+    siglip = model.image.pool == "map"
+    text = [
+        row("text_model.embeddings.token_embedding.weight", "text/tokens", "v d -> v d"),
+        row("text_model.embeddings.position_embedding.weight", "text/positions", "t d -> t d"),
+        *blocks(NAMES, "text_model.encoder.layers.{i}.", "text/blocks"),
+        *norm("text_model.final_layer_norm.{w}", "text/norm"),
+    ]
+    image = [
+        *linear("vision_model.embeddings.patch_embedding.{w}", "image/patch", "p q c d -> d c p q", bias=siglip),
+        row("vision_model.embeddings.position_embedding.weight", "image/positions", "n d -> n d"),
+        *blocks(NAMES, "vision_model.encoder.layers.{i}.", "image/blocks"),
+        *norm("vision_model.post_layernorm.{w}", "image/norm"),
+    ]
+    if not siglip:
+        clip = [
+            row("logit_scale", "log_scale", " -> "),
+            *linear("text_projection.{w}", "text/projection", "d e -> e d", bias=False),
+            *linear("visual_projection.{w}", "image/projection", "d e -> e d", bias=False),
+            *norm("vision_model.pre_layrnorm.{w}", "image/pre_norm"),  # sic
+            row("vision_model.embeddings.class_embedding", "image/class_token", "d -> d"),
+        ]
+        return Table((*text, *image, *clip))
+    theirs, ours = "vision_model.head.", "image/map"
+    attention = ((f"{ours}/query", "d h k -> (h k) d"), (f"{ours}/key_value", "d s h k -> (s h k) d"))
+    head = [
+        row("logit_scale", "log_scale", " -> 1"),
+        *linear("text_model.head.{w}", "text/projection", "d e -> e d", bias=model.text.projection_bias),
+        row(theirs + "probe", f"{ours}/probe", "d -> 1 1 d"),
+        *joined((theirs + "attention.in_proj_{w}",), attention),
+        *linear(theirs + "attention.out_proj.{w}", f"{ours}/out", "h k d -> d (h k)"),
+        *norm(theirs + "layernorm.{w}", f"{ours}/norm"),
+        *linear(theirs + "mlp.fc1.{w}", f"{ours}/mlp/up", "d f -> f d"),
+        *linear(theirs + "mlp.fc2.{w}", f"{ours}/mlp/down", "f d -> d f"),
+    ]
+    zeros = {} if model.text.projection_bias else {"text_model.head.bias": (model.embed_dim,)}
+    if model.init_bias is None:
+        zeros["logit_bias"] = (1,)
+    else:
+        head.append(row("logit_bias", "bias", " -> 1"))
+    return Table((*text, *image, *head), zeros)
+
+
+def configs(model: Model, special: dict[str, int | None], resize: str) -> dict[str, Any]:
+    """config.json and preprocessor_config.json."""
+    image, text, siglip = model.image, model.text, model.image.pool == "map"
+    kind, name = ("siglip", "Siglip") if siglip else ("clip", "CLIP")
+    ids = {f"{role}_token_id": special[role] for role in ("bos", "eos", "pad")}
+    words = dict(vocab_size=text.vocab_size, max_position_embeddings=text.length, **ids, **_tower(text))
+    pictures = dict(image_size=image.image_size, patch_size=image.patch_size, **_tower(image))
+    config: dict[str, Any] = dict(architectures=[f"{name}Model"], model_type=kind, dtype="float32")
+    config |= dict(text_config=words, vision_config=pictures)
+    if siglip:
+        words["projection_size"] = model.embed_dim
+    else:
+        config["projection_dim"] = words["projection_dim"] = pictures["projection_dim"] = model.embed_dim
+    side, crop = dict(height=image.image_size, width=image.image_size), resize == "crop"
+    pixels = dict(
+        **dict(image_processor_type=f"{name}ImageProcessor", processor_class=f"{name}Processor", do_convert_rgb=True),
+        **dict(do_resize=True, size=dict(shortest_edge=image.image_size) if crop else side, resample=3),  # 3: bicubic
+        **dict(do_center_crop=crop, crop_size=side, do_rescale=True, rescale_factor=1 / 255),
+        **dict(do_normalize=True, image_mean=image.mean, image_std=image.std),
+    )
+    return {"config.json": config, "preprocessor_config.json": pixels}
+
+
+def _tower(tower: ImageTower | TextTower) -> dict[str, Any]:
+    shape = dict(hidden_size=tower.width, num_hidden_layers=tower.depth, num_attention_heads=tower.heads)
+    activation = ACTIVATIONS[tower.activation]
+    return dict(**shape, intermediate_size=tower.mlp_dim, hidden_act=activation, layer_norm_eps=tower.norm_eps)

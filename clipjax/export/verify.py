@@ -1,0 +1,189 @@
+"""Loads an exported folder in PyTorch, as anyone would, and compares what it computes with what we do."""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from clipjax.config import ConfigError, Model
+from clipjax.data.image import fit
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.export.folder import Format, Resize
+from clipjax.models.clip import bind
+
+LIMIT = 1e-4  # of an embedding's norm
+PACKAGES = {
+    "open_clip": ("torch", "torchvision", "timm", "transformers", "open_clip"),
+    "transformers": ("torch", "torchvision", "transformers"),
+}
+INSTALL = "pip install torch torchvision timm transformers open_clip_torch==3.3.0"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The largest differences between our unit vectors and PyTorch's, float32, over the examples.
+
+    `image` and `text` start from the same pixels and the same token ids, so they measure the weights and the arithmetic;
+    `picture` and `caption` start from PIL pictures and strings, through each side's own preprocessing and tokenizer.
+    `logits` is relative to the largest.
+
+    Two things no export can mend, so they are told and not judged. open_clip cleans strings before it encodes them (curly
+    quotes become straight, HTML entities characters): `caption` compares with what we make of the cleaned string, `cleaned`
+    counts those that get other ids by it. And transformers rounds an odd margin of a centre crop down, open_clip and we to
+    even: with `crops_otherwise`, `picture` is not judged.
+    """
+
+    examples: int
+    image: float
+    text: float
+    logits: float
+    picture: float
+    caption: float
+    cleaned: int
+    crops_otherwise: bool
+
+    @property
+    def failures(self) -> list[str]:
+        """What is above LIMIT; empty when the export is faithful."""
+        judged = ["image", "text", "logits", "caption"] + ["picture"] * (not self.crops_otherwise)
+        far = {name: getattr(self, name) for name in judged if not getattr(self, name) <= LIMIT}
+        return [f"{name} differs by {figure:.1e}, more than {LIMIT:.0e}" for name, figure in far.items()]
+
+
+class Encoded(NamedTuple):
+    """Unit vectors [n, e] and logits [n, n], float32."""
+
+    image: np.ndarray
+    text: np.ndarray
+    logits: np.ndarray
+
+
+class Reference(NamedTuple):
+    """An exported model in PyTorch with its own preprocessing: pictures to pixels, strings to ids, both to embeddings."""
+
+    pixels: Callable[[Sequence[Image.Image]], Any]  # -> float tensor [n, 3, s, s], normalised
+    ids: Callable[[Sequence[str]], Any]  # -> integer tensor [n, t]
+    encode: Callable[[Any, Any], tuple[Any, Any, Any]]  # pixels, ids -> Encoded, as tensors
+    clean: Callable[[str], str]  # what it does to a string before its tokenizer sees it
+    crops_otherwise: bool
+
+
+def verify(
+    out: Path,
+    to: Format,
+    model: Model,
+    params: Mapping[str, Any],
+    tokenizer: Path,
+    resize: Resize,
+    pictures: Sequence[Image.Image],
+    texts: Sequence[str],
+) -> Report:
+    """Compares what `export` made of its arguments with the arguments themselves, on n RGB pictures and n captions.
+
+    Raises ConfigError where PyTorch or the library is missing, with the command that installs it.
+    """
+    theirs = load(out, to)
+    import torch
+
+    words = Tokenizer.load(tokenizer, model.text.length)
+    images = np.stack([fit(picture, model.image.image_size, resize) for picture in pictures])
+    tokens, clean = (words.encode(strings)[0] for strings in (texts, [theirs.clean(text) for text in texts]))
+    ours, ours_clean = (encode(model, params, images, ids) for ids in (tokens, clean))
+    mean, std = (np.float32(c) for c in (model.image.mean, model.image.std))
+    pixels = torch.from_numpy(((np.float32(images) / 255 - mean) / std).transpose(0, 3, 1, 2).copy())
+    with torch.inference_mode():
+        same = Encoded(*(x.numpy() for x in theirs.encode(pixels, torch.from_numpy(tokens).long())))
+        own = Encoded(*(x.numpy() for x in theirs.encode(theirs.pixels(pictures), theirs.ids(texts))))
+    return Report(
+        examples=len(pictures),
+        image=_difference(ours.image, same.image),
+        text=_difference(ours.text, same.text),
+        logits=float(np.abs(ours.logits - same.logits).max() / np.abs(ours.logits).max()),
+        picture=_difference(ours.image, own.image),
+        caption=_difference(ours_clean.text, own.text),
+        cleaned=int((tokens != clean).any(axis=1).sum()),
+        crops_otherwise=theirs.crops_otherwise,
+    )
+
+
+def encode(model: Model, params: Mapping[str, Any], images: np.ndarray, tokens: np.ndarray) -> Encoded:
+    """What we compute, in float32 whatever `model.dtype`."""
+
+    with jax.default_matmul_precision("highest"):
+        return Encoded(*map(np.asarray, _encode(replace(model, dtype="float32"), params, images, tokens)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(model: Model, params: Mapping[str, Any], images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    m = bind(model, params)
+    image, text = m.encode_image(images), m.encode_text(tokens)
+    logits = jnp.exp(m.log_scale[...]) * (image @ text.T)
+    return image, text, logits if m.bias is None else logits + m.bias[...]
+
+
+def load(out: Path, to: Format) -> Reference:
+    """The folder, loaded in PyTorch by the library it was written for. Raises ConfigError as `require_packages`."""
+    require_packages(to)
+    return _load_open_clip(out) if to == "open_clip" else _load_transformers(out)
+
+
+def _load_open_clip(out: Path) -> Reference:
+    import open_clip
+    import torch
+
+    name = f"local-dir:{out}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+
+    def pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.stack([preprocess(picture) for picture in pictures])
+
+    def run(pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        image, text, scale, *bias = model(pixels, ids)
+        return image, text, scale * image @ text.T + sum(bias)
+
+    model.eval()
+    return Reference(pixels, lambda texts: tokenizer(list(texts)), run, tokenizer.clean_fn, crops_otherwise=False)
+
+
+def _load_transformers(out: Path) -> Reference:
+    import torch
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, tokenizer = AutoModel.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    processor = AutoImageProcessor.from_pretrained(out, backend="pil")  # torchvision resizes otherwise, by up to one level
+
+    def pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
+        return processor(list(pictures), return_tensors="pt")["pixel_values"]
+
+    def ids(texts: Sequence[str]) -> torch.Tensor:
+        return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+
+    def run(pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = model(input_ids=ids, pixel_values=pixels)
+        return output.image_embeds, output.text_embeds, output.logits_per_image
+
+    return Reference(pixels, ids, run, lambda text: text, crops_otherwise=bool(processor.do_center_crop))
+
+
+def require_packages(to: Format) -> None:
+    """Raises ConfigError, with the command that installs it, where a package is missing or can't load."""
+    for package in PACKAGES[to]:
+        try:
+            importlib.import_module(package)
+        except (ImportError, OSError, RuntimeError) as e:  # RuntimeError: torchvision built for another torch
+            raise ConfigError(f"--verify: can't import {package} ({str(e).partition(chr(10))[0]}): {INSTALL}") from e
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest distance between two rows, relative to theirs."""
+    return float((np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max())

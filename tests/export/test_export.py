@@ -1,0 +1,242 @@
+"""Exported folders, loaded by open_clip and transformers themselves and compared with us from picture and string to embedding."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from clipjax.config import ConfigError, ImageTower, Model, TextTower
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.export.folder import export
+from clipjax.export.table import flatten, unflatten
+from clipjax.export.verify import load, verify
+from clipjax.models.clip import init
+from tests import torch_reference
+
+torch_reference.load()
+
+WORDS = "woman man astronaut firefighter light dark medium skin tone waving hand red heart family: flag"
+CAPTIONS = [
+    "woman astronaut: dark skin tone",
+    "A  Man waving\this hand",
+    "flag",
+    "family: man, woman, and a heart that is red, with a firefighter behind and more words than fit into the row",
+    "œuvre d’été 🎈",
+]
+LENGTH = 16
+TEXT = dict(width=32, depth=2, heads=2, mlp_dim=100, length=LENGTH, vocab_size=400)
+IMAGE = dict(image_size=32, patch_size=8, width=48, depth=2, heads=3, mlp_dim=144)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "tokenizer.json"
+    Tokenizer.train(WORDS.split() * 3 + CAPTIONS, TEXT["vocab_size"], True, LENGTH).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Smooth pictures of several shapes, larger and smaller than the towers' input."""
+    rng = np.random.default_rng(0)
+    shapes = [(136, 128), (128, 136), (50, 90), (64, 64), (21, 30)]
+    coarse = [Image.fromarray(rng.integers(0, 256, (h // 8 + 2, w // 8 + 2, 3), np.uint8)) for w, h in shapes]
+    return [c.resize(shape, Image.Resampling.BICUBIC) for c, shape in zip(coarse, shapes, strict=True)]
+
+
+def clip(image=None, text=None, **model) -> Model:
+    words = TextTower(**TEXT | dict(embed_dim=24) | (text or {}))
+    return Model(image=ImageTower(**IMAGE | dict(embed_dim=24) | (image or {})), text=words, **model)
+
+
+def siglip(image=None, text=None, **model) -> Model:
+    words = TextTower.siglip("B", **TEXT | dict(embed_dim=48) | (text or {}))
+    return Model(image=ImageTower.siglip("B/16", **IMAGE | (image or {})), text=words, **dict(init_bias=-10.0) | model)
+
+
+def parameters(model: Model) -> dict:
+    """Drawn afresh: as after training, no bias is zero and no gain is one."""
+    rng = np.random.default_rng(0)
+    centre = {"scale": 1.0, "log_scale": 2.0}
+
+    def draw(path, leaf):
+        std = model.image.width**-0.5 if "kernel" in path else 0.1
+        return centre.get(path.split("/")[-1], 0.0) + std * rng.standard_normal(leaf.shape, np.float32)
+
+    return unflatten({path: draw(path, leaf) for path, leaf in flatten(jax.eval_shape(lambda: init(model, 0)))})
+
+
+def check(folder, to, model, params, tokenizer, pictures, resize="squash"):
+    _, truncated = Tokenizer.load(tokenizer, LENGTH).encode(CAPTIONS)
+    assert truncated.tolist() == [False, False, False, True, False]
+    return verify(folder, to, model, params, tokenizer, resize, pictures, CAPTIONS)
+
+
+CASES = {
+    "clip": (clip(), "open_clip", "squash"),
+    "clip cropped": (clip(), "open_clip", "crop"),
+    "clip quick_gelu": (clip(dict(activation="quick_gelu"), dict(activation="quick_gelu")), "open_clip", "squash"),
+    "clip sincos bias": (clip(dict(positions="sincos2d"), init_bias=-10.0), "open_clip", "squash"),
+    "clip to transformers": (clip(dict(activation="gelu_tanh")), "transformers", "squash"),
+    "clip cropped to transformers": (clip(), "transformers", "crop"),
+    "clip sincos to transformers": (clip(dict(positions="sincos2d", patch_dropout=0.5)), "transformers", "squash"),
+    "siglip to transformers": (siglip(dict(activation="gelu_tanh")), "transformers", "squash"),
+    "siglip softmax to transformers": (siglip(text=dict(projection_bias=False), init_bias=None), "transformers", "squash"),
+}
+
+
+@pytest.mark.parametrize(("model", "to", "resize"), CASES.values(), ids=CASES.keys())
+def test_same_embeddings(tmp_path, tokenizer, pictures, model, to, resize):
+    params = parameters(model)
+    assert model.dtype == "bfloat16"  # the towers' arithmetic, not the weights'
+    export(model, params, tokenizer, resize, tmp_path / "out", to)
+    report = check(tmp_path / "out", to, model, params, tokenizer, pictures, resize)
+    assert report.failures == []
+    assert max(report.image, report.text, report.logits) < 1e-5
+    assert report.cleaned == (to == "open_clip")  # the curly quote
+    weights = safetensors.numpy.load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert {tensor.dtype for tensor in weights.values()} == {np.dtype("float32")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "side", "activation"), [("B/32", 256, "gelu_tanh")])
+def test_siglip_in_open_clip(tmp_path, tokenizer, pictures, name, side, activation):
+    """timm's towers have one size each, so this is a real one."""
+    image = ImageTower.siglip(name, image_size=side, activation=activation)
+    text = TextTower.siglip("B", **TEXT | dict(embed_dim=768, activation=activation))
+    model = Model(image=image, text=text, init_bias=-10.0)
+    params = parameters(model)
+    export(model, params, tokenizer, "squash", tmp_path / "out", "open_clip")
+    report = check(tmp_path / "out", "open_clip", model, params, tokenizer, pictures)
+    assert report.failures == []
+    assert max(report.image, report.text) < 1e-5
+
+
+@pytest.mark.parametrize("to", ["open_clip", "transformers"])
+def test_verify_sees_what_differs(tmp_path, tokenizer, pictures, to):
+    model, out = clip(), tmp_path / "out"
+    params = parameters(model)
+    export(model, params, tokenizer, "squash", out, to)
+
+    def failures():
+        return [failure.split()[0] for failure in check(out, to, model, params, tokenizer, pictures).failures]
+
+    file = next(out.glob("*.safetensors"))
+    weights = safetensors.numpy.load_file(file)
+    name = {"open_clip": "visual.ln_post.bias", "transformers": "vision_model.post_layernorm.bias"}[to]
+    safetensors.numpy.save_file(weights | {name: weights[name] + 3e-3}, file, {"format": "pt"})
+    assert failures() == ["image", "logits", "picture"]
+    safetensors.numpy.save_file(weights, file, {"format": "pt"})
+    assert failures() == []
+    file = out / {"open_clip": "open_clip_config.json", "transformers": "preprocessor_config.json"}[to]
+    text = file.read_text()
+    file.write_text(text.replace("0.48145466", "0.47"))
+    assert failures() == ["picture"]
+    file.write_text(text)
+    words = json.loads((out / "tokenizer.json").read_text())
+    words["normalizer"]["normalizers"] = [n for n in words["normalizer"]["normalizers"] if n["type"] != "Lowercase"]
+    (out / "tokenizer.json").write_text(json.dumps(words))
+    assert failures() == ["caption"]
+
+
+def test_transformers_auto_processor(tmp_path, tokenizer, pictures):
+    """What a user of transformers calls first: `AutoProcessor` and the model's own forward on its output."""
+    from transformers import AutoModel, AutoProcessor
+
+    for model in (clip(), siglip()):
+        out = tmp_path / model.image.pool
+        export(model, parameters(model), tokenizer, "squash", out, "transformers")
+        processor = AutoProcessor.from_pretrained(out)
+        batch = processor(text=CAPTIONS, images=pictures, padding="max_length", truncation=True, return_tensors="pt")
+        np.testing.assert_array_equal(batch["input_ids"], Tokenizer.load(tokenizer, LENGTH).encode(CAPTIONS)[0])
+        reference = load(out, "transformers")
+        # The default backend resizes with torchvision, whose rounding differs from PIL's by up to one level of 255.
+        pixels = reference.pixels(pictures)
+        assert (batch["pixel_values"] - pixels).abs().max() <= 1.01 / 255 / min(model.image.std)
+        assert AutoModel.from_pretrained(out)(**batch).logits_per_image.shape == (5, 5)
+
+
+def test_replaces_an_earlier_export_only(tmp_path, tokenizer):
+    model, out = clip(), tmp_path / "new" / "out"
+    for to in ("open_clip", "transformers", "open_clip"):
+        export(model, parameters(model), tokenizer, "squash", out, to)
+    names = {"open_clip_model.safetensors", "open_clip_config.json"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not an earlier export's"):
+        export(model, parameters(model), tokenizer, "squash", out, "open_clip")
+    assert {path.name for path in out.iterdir()} == names | {"notes.txt"}
+    other = tmp_path / "other"
+    other.mkdir()
+    safetensors.numpy.save_file({"a": np.zeros(1)}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="name another folder"):
+        export(model, parameters(model), tokenizer, "squash", other, "transformers")
+    with pytest.raises(ConfigError, match="is a file"):
+        export(model, parameters(model), tokenizer, "squash", other / "model.safetensors", "transformers")
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    model, out = clip(), tmp_path / "out"
+    export(model, parameters(model), tokenizer, "squash", out, "open_clip")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        export(replace(model, init_bias=-1.0), parameters(replace(model, init_bias=-1.0)), tokenizer, "squash", out, "open_clip")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+REFUSED = {
+    "mean": (clip(dict(pool="mean")), "open_clip", "model.image.pool = 'mean'"),
+    "mean hf": (clip(dict(pool="mean")), "transformers", "model.image.pool = 'mean'"),
+    "size": (
+        siglip(),
+        "open_clip",
+        "48 wide, 2 deep.*timm's published sizes.*vit_base_patch32.*use --to transformers",
+    ),
+    "bias": (clip(init_bias=-10.0), "transformers", "model.init_bias = -10.0: .*--to open_clip"),
+    "patch bias": (clip(dict(patch_bias=True)), "open_clip", "model.image.patch_bias = True"),
+    "quick": (clip(text=dict(activation="quick_gelu")), "open_clip", "model.text.activation = 'quick_gelu'"),
+    "text": (clip(text=dict(causal=False, pool="last")), "transformers", "model.text.causal = False: CLIPModel"),
+    "pool": (clip(text=dict(pool="last")), "transformers", "model.text.pool = 'last': CLIPModel"),
+    "pre": (clip(dict(pre_norm=False)), "transformers", "model.image.pre_norm = False: CLIPModel has one"),
+    "siglip pre": (siglip(dict(pre_norm=True)), "transformers", "model.image.pre_norm = True: SiglipModel has none"),
+    "width": (clip(dict(width=24, embed_dim=None)), "open_clip", "model.image.embed_dim = None"),
+    "eps": (
+        Model(image=ImageTower.siglip("B/16", norm_eps=1e-5), text=TextTower.siglip("B", **TEXT)),
+        *("open_clip", "model.image.norm_eps = 1e-05"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "to", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refuses_what_a_format_has_not(tmp_path, tokenizer, model, to, message):
+    with pytest.raises(ConfigError, match=message):
+        export(model, jax.eval_shape(lambda: init(model, 0)), tokenizer, "squash", tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_an_end_token_that_is_not_the_highest(tmp_path, tokenizer):
+    words = json.loads(tokenizer.read_text())
+    words["added_tokens"].append(words["added_tokens"][-1] | {"id": TEXT["vocab_size"], "content": "<extra>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ConfigError, match=r"its end token must have the highest id"):
+        export(clip(), parameters(clip()), tmp_path / "tokenizer.json", "squash", tmp_path / "out", "open_clip")
+
+
+def test_missing_torch_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ConfigError, match=r"can't import open_clip .*: pip install torch "):
+        load(tmp_path, "open_clip")
