@@ -5,19 +5,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clipjax.evals.embed import Metrics
+import jax
+
+from clipjax.evals.encoder import Metrics
 
 
 def report(dataset: str, model: str, pretrained: str, task: str, metrics: Metrics, language: str = "en") -> dict[str, Any]:
-    """`{"dataset", "model", "pretrained", "task", "metrics", "language"}`; `task` as in `Zeroshot.task`, `Retrieval.task`."""
+    """What `eval --json` holds; `task` is that of Zeroshot or Retrieval, a metric that does not exist is None."""
     return dict(dataset=dataset, model=model, pretrained=pretrained, task=task, metrics=metrics, language=language)
 
 
-def write_json(path: str | Path, result: dict[str, Any]) -> None:
-    """Writes whole or not at all. A metric that does not exist is null; NaN, which JSON lacks, is a ValueError."""
-    path = Path(path)
+def write_json(path: str | Path, result: Any) -> None:
+    """Writes whole or not at all, from the first process. None is null; NaN, which JSON lacks, is a ValueError."""
     text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    if jax.process_index() == 0:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)

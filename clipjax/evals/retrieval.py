@@ -6,6 +6,7 @@ chunks, so that memory is linear in the number of pictures and captions.
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from clipjax.evals.embed import Batches, Embeddings, Encoder, Metrics
+from clipjax import config
+from clipjax.data.pipeline import eval_captions
+from clipjax.data.sources import open_source
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.evals.encoder import Batches, Embeddings, Encoder, Metrics
+from clipjax.evals.inputs import caption_batches, image_batches
 from clipjax.models.clip import Params
 from clipjax.sharding import BATCH
 
@@ -28,9 +34,18 @@ TIE = 1e-6
 class Retrieval:
     """An evaluation that is prepared once and run with any weights."""
 
+    task: ClassVar[str] = "zeroshot_retrieval"
+
     def __init__(self, encoder: Encoder, images: Batches, captions: Batches) -> None:
         """The `index` of a caption is that of its picture."""
         self.encoder, self.images, self.captions = encoder, images, captions
+
+    @classmethod
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data) -> "Retrieval":
+        """Of a dataset: every picture, and every caption of each."""
+        source = open_source(data)
+        captions = caption_batches(encoder, tokenizer, *eval_captions(source), source.name)
+        return cls(encoder, image_batches(encoder, source, data), captions)
 
     def run(self, params: Params) -> Metrics:
         images = self.encoder.embed(params, self.images)
@@ -44,21 +59,21 @@ def recalls(images: Embeddings, texts: Embeddings, mesh: Mesh, chunk: int = CHUN
     `text_retrieval_recall@K` is image to text: the share of pictures with any of their captions among the K nearest.
     The index of a caption is that of its picture. See `ranks` for ties.
     """
-    to_image, to_text = jax.device_get(_hits(images, texts, mesh, chunk))
-    captions, pictures = to_image[-1], to_text[-1]
-    return {f"image_retrieval_recall@{k}": float(hits / captions) for k, hits in zip(KS, to_image[:-1], strict=True)} | {
-        f"text_retrieval_recall@{k}": float(hits / pictures) for k, hits in zip(KS, to_text[:-1], strict=True)
+    found = zip(("image", "text"), jax.device_get(_hits(images, texts, mesh, chunk)), strict=True)
+    return {
+        f"{what}_retrieval_recall@{k}": float(hits / total)
+        for what, (*at_k, total) in found
+        for k, hits in zip(KS, at_k, strict=True)
     }
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "chunk"))
 def _hits(images: Embeddings, texts: Embeddings, mesh: Mesh, chunk: int) -> tuple[Int[Array, " k"], Int[Array, " k"]]:
-    """For captions and for pictures: how many have rank at most 1, 5, 10, and how many there are."""
+    """Of captions and of pictures: how many have rank at most 1, 5, 10, and any at all."""
 
     def count(queries: Embeddings, keys: Embeddings) -> Int[Array, " k"]:
-        (zq, idq), (zk, idk) = queries.rows(), keys.rows()
-        rank = jnp.where(idq >= 0, ranks(zq, idq, zk, idk, BATCH, chunk), jnp.inf)
-        return jax.lax.psum(jnp.stack([*((rank <= k).sum() for k in KS), (idq >= 0).sum()]), BATCH)
+        rank = ranks(*queries.rows(), *keys.rows(), BATCH, chunk)
+        return jax.lax.psum(jnp.stack([(rank <= k).sum() for k in (*KS, jnp.finfo(rank).max)]), BATCH)
 
     def both(images: Embeddings, texts: Embeddings) -> tuple[Int[Array, " k"], Int[Array, " k"]]:
         return count(texts, images), count(images, texts)
@@ -75,11 +90,11 @@ def ranks(
     axes: tuple[str, ...],
     chunk: int = CHUNK,
 ) -> Float[Array, " q"]:
-    """The rank, from 1, of the nearest key with the query's id among the keys of other ids; inside `shard_map` over `axes`.
+    """The rank, from 1, of the nearest key with a query's id among the keys of other ids; inside `shard_map` over `axes`.
 
     `rank = 1 + #{greater} + #{equal} / 2` (METHODS D.7): deterministic, and a collapsed model, to which all keys look alike,
-    gets half their number and not rank 1. Further keys of the query's own id neither help nor hurt. Keys with id -1 are
-    padding; a query without a key of its id ranks behind all keys.
+    gets half their number and not rank 1. Further keys of the query's own id neither help nor hurt. Padding has id -1; it, and
+    a query without a key of its id (a caption whose picture can't be read), has rank infinity and is not counted.
     """
     chunk = min(chunk, len(keys))
     pad = -len(keys) % chunk
@@ -94,8 +109,9 @@ def ranks(
         def tile(state: Array, xs: tuple[Array, Array]) -> tuple[Array, None]:
             z, ids = xs
             cosines = jnp.matmul(queries, z.T, precision=jax.lax.Precision.HIGHEST)
-            own: Bool[Array, "q chunk"] = query_ids[:, None] == ids[None, :]
-            return update(state, cosines, own, ~own & (ids >= 0)[None, :]), None
+            real = (ids >= 0)[None, :]
+            own: Bool[Array, "q chunk"] = (query_ids[:, None] == ids[None, :]) & real
+            return update(state, cosines, own, ~own & real), None
 
         def hop(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
             state, *travellers = state
@@ -115,4 +131,5 @@ def ranks(
         ahead = 2 * (cosines > best + TIE) + (jnp.abs(cosines - best) <= TIE)
         return count + jnp.where(other, ahead, 0).sum(1)
 
-    return 1 + sweep(halves, jnp.zeros_like(query_ids)) / 2
+    ranked = 1 + sweep(halves, jnp.zeros_like(query_ids)) / 2
+    return jnp.where(best[:, 0] > -jnp.inf, ranked, jnp.inf)

@@ -1,14 +1,19 @@
 """Zero-shot classification: class embeddings from ensembled prompts; acc1, acc5 and mean-per-class recall."""
 
-from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from clipjax.evals.embed import Batch, Batches, Encoder, Metrics
-from clipjax.evals.prompts import fill
+from clipjax import config
+from clipjax.config import ConfigError
+from clipjax.data.sources import open_source
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.evals.encoder import Batches, Encoder, Metrics
+from clipjax.evals.inputs import image_batches, prompt_batches, with_classes
+from clipjax.evals.prompts import templates
 from clipjax.evals.retrieval import TIE
 from clipjax.models.clip import Params
 from clipjax.models.layers import unit
@@ -18,6 +23,8 @@ from clipjax.sharding import replicated
 class Zeroshot:
     """An evaluation that is prepared once and run with any weights."""
 
+    task: ClassVar[str] = "zeroshot_classification"
+
     def __init__(self, encoder: Encoder, images: Batches, prompts: Batches, classes: int) -> None:
         """`prompts` has as many of each class, see `prompt_batches`."""
         self.encoder, self.images, self.prompts, self.classes = encoder, images, prompts, classes
@@ -25,6 +32,15 @@ class Zeroshot:
         self._add = jax.jit(_add, out_shardings=whole, donate_argnums=0)
         self._unit = jax.jit(unit)
         self._count = jax.jit(_count, out_shardings=whole, donate_argnums=0)
+
+    @classmethod
+    def prepare(
+        cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, prompts: str = "simple", names: str | None = None
+    ) -> "Zeroshot":
+        """Of a dataset, with templates and class names as `prompts.templates` and `inputs.with_classes` take them."""
+        source, classes = with_classes(open_source(data), names)
+        texts = prompt_batches(encoder, tokenizer, classes, templates(prompts))
+        return cls(encoder, image_batches(encoder, source, data), texts, len(classes))
 
     def class_embeddings(self, params: Params) -> Float[Array, "c e"]:
         """unit(mean over templates of unit(text)) of every class (METHODS D.10), float32, on every device."""
@@ -43,6 +59,8 @@ class Zeroshot:
         for z, rest in self.encoder.stream(params, self.images):
             counts = self._count(counts, weights, z, rest["label"])
         top1, top5, seen = np.asarray(counts).T
+        if not seen.any():
+            raise ConfigError(f"data.spec: {self.images.name}: none has a label; use a split with labels")
         recalls = top1[seen > 0] / seen[seen > 0]
         return {
             "acc1": float(top1.sum() / seen.sum()),
@@ -73,19 +91,3 @@ def _count(
 def _known(labels: Int[Array, " b"], classes: int) -> Int[Array, " b"]:
     """Padding, -1, becomes an index that a scatter drops; a negative one would count from the end."""
     return jnp.where(labels < 0, classes, labels)
-
-
-def prompt_batches(
-    encoder: Encoder, tokenize: Callable[[Sequence[str]], np.ndarray], names: Sequence[str], templates: Sequence[str]
-) -> Batches:
-    """Tokens of every name in every template, class by class, in batches of the encoder's size."""
-    size, each, total = encoder.batch_size, len(templates), len(names) * len(templates)
-
-    def read() -> Iterator[Batch]:
-        for start in range(0, total, size):
-            mine = np.arange(start, start + size)[encoder.local_rows]
-            # A row of padding repeats the last prompt: what a tower makes of it is dropped.
-            texts = [fill(templates[i % each], names[i // each]) for i in np.minimum(mine, total - 1)]
-            yield {"text": tokenize(texts), "label": np.where(mine < total, mine // each, -1).astype(np.int32)}
-
-    return Batches(read, -(-total // size), "prompts")

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipjax.evals import retrieval
-from clipjax.evals.embed import Embeddings
+from clipjax.evals.encoder import Embeddings
 from clipjax.sharding import BATCH
 from tests.evals.tiny import MESHES, mesh_of
 
@@ -102,19 +102,29 @@ def test_reversed_and_random_rankings():
     assert abs(found["image_retrieval_recall@10"] - 10 / 2000) < 4 * (10 / 2000 / 2000) ** 0.5
 
 
-def test_ranks_themselves():
-    mesh = mesh_of("8")
-    images, texts, owner = pairs(5, np.ones(24, int), noise=3)
-    args = [jnp.asarray(x) for x in (images.astype(np.float32), np.arange(24), texts.astype(np.float32), owner)]
+def ranks(queries, query_ids, keys, key_ids, chunk=2):
+    args = [np.float32(queries), np.int32(query_ids), np.float32(keys), np.int32(key_ids)]
 
     def local(*args):
-        return retrieval.ranks(*args, BATCH, chunk=2)
+        return retrieval.ranks(*args, BATCH, chunk)
 
-    got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(BATCH),) * 4, out_specs=P(BATCH)))(*args)
+    mapped = jax.shard_map(local, mesh=mesh_of("8"), in_specs=(P(BATCH),) * 4, out_specs=P(BATCH))
+    return np.asarray(jax.jit(mapped)(*map(jnp.asarray, args)))
+
+
+def test_ranks_themselves():
+    images, texts, owner = pairs(5, np.ones(24, int), noise=3)
     cosines = images @ texts.T
     want = 1 + (cosines > np.diagonal(cosines)[:, None]).sum(1)
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(ranks(images, np.arange(24), texts, owner), want)
     assert want.max() > 10
+
+
+def test_rounding_is_a_tie_and_a_difference_is_not():
+    queries = np.ones((8, 1))
+    keys = np.array([0.5, 0.5 + 2e-7, 0.5 - 2e-7, 0.5 + 1e-5, 0.5 - 1e-5, 0.5, 0.9, -0.9])[:, None]
+    others = [0, 1, 1, 1, 1, 1, 1, -1]
+    assert ranks(queries, [0, 1, 2, -1, 0, 0, 0, 0], keys, others)[:4].tolist() == [1 + 2 + 3 / 2, 1, np.inf, np.inf]
 
 
 def test_no_device_holds_the_matrix():

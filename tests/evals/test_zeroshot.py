@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from clipjax.evals import zeroshot
-from clipjax.evals.embed import Batches, Encoder
+from clipjax.evals.encoder import Batches, Encoder
+from clipjax.evals.inputs import prompt_batches
 from clipjax.evals.prompts import fill, templates
-from clipjax.evals.zeroshot import Zeroshot, prompt_batches
+from clipjax.evals.zeroshot import Zeroshot
 from clipjax.sharding import over_rows, replicated
-from tests.evals.tiny import MODEL, image_batches, mesh_of, tokenize
-
-NAMES = [f"thing number {'x' * (i % 5)}{i * i}" for i in range(11)]
+from tests.evals.tiny import MODEL, TOKENIZER, WORDS, image_batches, mesh_of, tokenize
 
 
 def dense_weights(model, names, prompts):
@@ -36,13 +35,13 @@ def dense_metrics(images, weights, labels):
 @pytest.mark.parametrize("prompts", ["plain", "simple"])
 def test_class_embeddings_are_ensembled(encoder, model, params, prompts):
     prompts = templates(prompts)
-    evaluation = Zeroshot(encoder, Batches(list, 0, ""), prompt_batches(encoder, tokenize, NAMES, prompts), len(NAMES))
+    evaluation = Zeroshot(encoder, Batches(list, 0, ""), prompt_batches(encoder, TOKENIZER, WORDS, prompts), len(WORDS))
     got = evaluation.class_embeddings(params)
     assert got.sharding.is_fully_replicated
-    np.testing.assert_allclose(got, dense_weights(model, NAMES, prompts), atol=1e-6)
+    np.testing.assert_allclose(got, dense_weights(model, WORDS, prompts), atol=1e-6)
 
 
-@pytest.mark.parametrize("names", [NAMES, NAMES[:3]])
+@pytest.mark.parametrize("names", [WORDS, WORDS[:3]])
 def test_equals_the_dense_reference(encoder, model, params, pictures, names):
     prompts = templates("simple")
     z = np.asarray(model.encode_image(jnp.asarray(pictures)))
@@ -52,7 +51,7 @@ def test_equals_the_dense_reference(encoder, model, params, pictures, names):
     assert 0 < want["acc1"] < 1
     assert want["mean_per_class_recall"] != pytest.approx(want["acc1"])
     images = image_batches(pictures, encoder, label=labels)
-    found = Zeroshot(encoder, images, prompt_batches(encoder, tokenize, names, prompts), len(names)).run(params)
+    found = Zeroshot(encoder, images, prompt_batches(encoder, TOKENIZER, names, prompts), len(names)).run(params)
     assert found == pytest.approx(want, abs=1e-12)
     assert (found["acc5"] is None) == (len(names) < 5)
 
@@ -97,18 +96,10 @@ def test_order_of_the_classes_does_not_matter(params, pictures):
     labels = np.arange(37, dtype=np.int32) % 11
     order = np.random.default_rng(0).permutation(11)
     runs = []
-    for names, label in ((NAMES, labels), ([NAMES[i] for i in order], np.argsort(order)[labels].astype(np.int32))):
-        prompts = prompt_batches(encoder, tokenize, names, templates("simple"))
+    for names, label in ((WORDS, labels), ([WORDS[i] for i in order], np.argsort(order)[labels].astype(np.int32))):
+        prompts = prompt_batches(encoder, TOKENIZER, names, templates("simple"))
         runs.append(Zeroshot(encoder, image_batches(pictures, encoder, label=label), prompts, 11).run(params))
     assert runs[0] == pytest.approx(runs[1], abs=1e-12)
-
-
-def test_prompts_are_batched_over_classes_and_templates():
-    encoder = Encoder(MODEL, mesh_of("8"), 4)
-    assert encoder.batch_size == 8
-    batches = prompt_batches(encoder, np.array, ["a", "b", "c"], ("{c}", "{c}!", "{c}?"))
-    assert len(batches) == len(list(batches)) == 2
-    assert [t for b in batches for t in b["text"]][:9] == ["a", "a!", "a?", "b", "b!", "b?", "c", "c!", "c?"]
 
 
 def test_a_device_holds_only_its_pictures_cosines():

@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.evals import embed
-from clipjax.evals.embed import Batches, Encoder
+from clipjax.evals import encoder as module
+from clipjax.evals.encoder import Batches, Encoder
 from tests.evals.tiny import MODEL, image_batches, mesh_of, tokenize
 
 
@@ -17,7 +17,7 @@ def test_embeds_a_whole_source_in_place(encoder, model, params, pictures):
     np.testing.assert_array_equal(ids, np.pad(index, (0, len(ids) - 37), constant_values=-1))
     np.testing.assert_allclose(z[:37], model.encode_image(jnp.asarray(pictures)), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-6)
-    np.testing.assert_array_equal(embed.to_host(got.z), np.asarray(got.z))
+    np.testing.assert_array_equal(module.to_host(got.z), np.asarray(got.z))
 
 
 def test_embeds_text(encoder, model, params):
@@ -61,8 +61,8 @@ def test_what_was_left_early_is_not_kept():
 
 
 def test_progress_names_rate_and_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(embed, "PATIENCE", 0.0)
-    list(embed.progress(Batches(lambda: [{}] * 3, 3, "pictures"), 256))
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    list(module.progress(Batches(lambda: [{}] * 3, 3, "pictures"), 256))
     line = capsys.readouterr().err
     assert "pictures: 100%" in line
     assert "768/768" in line
@@ -70,5 +70,5 @@ def test_progress_names_rate_and_time_left(capsys, monkeypatch):
 
 
 def test_short_work_is_quiet(capsys):
-    list(embed.progress(Batches(lambda: [{}] * 3, 3, "pictures"), 256))
+    list(module.progress(Batches(lambda: [{}] * 3, 3, "pictures"), 256))
     assert capsys.readouterr().err == ""

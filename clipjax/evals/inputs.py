@@ -1,0 +1,125 @@
+"""What evaluations put through the towers: a source's pictures, its captions, and the prompts for its classes."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from clipjax import config
+from clipjax.config import ConfigError
+from clipjax.data.pipeline import eval_batches
+from clipjax.data.sources import Record, Source
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.evals.encoder import Batch, Batches, Encoder
+from clipjax.evals.prompts import classnames, fill
+
+log = logging.getLogger(__name__)
+
+
+def eval_data(run: config.Run, spec: str, split: str) -> config.Data:
+    """How a run reads a dataset to evaluate: resized as in training, and by the same fields if it is the same dataset."""
+    data = dataclasses.replace(run.data, spec=spec, split=split)
+    return data if spec == run.data.spec else dataclasses.replace(data, image_field=None, text_field=None)
+
+
+def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Batches:
+    """Every picture, with `index` and `label`. One that can't be read is left out, with a warning: no other stands in for it."""
+    size = encoder.model.image.image_size
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+
+    def read() -> Iterator[Batch]:
+        unreadable = 0
+        with eval_batches(source, None, data, image_size=size, batch_size=encoder.batch_size, **hosts) as batches:
+            for batch in batches:
+                unreadable += int(batch["replaced"].sum())
+                counts = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
+                yield {"image": batch["image"], **counts}
+        if unreadable:
+            log.warning("%s: %d of %d pictures can't be read and are left out", source.name, unreadable, len(source))
+
+    return Batches(read, -(-len(source) // encoder.batch_size), f"{source.name} pictures")
+
+
+def caption_batches(encoder: Encoder, tokenizer: Tokenizer, captions: Sequence[str], owner: Sequence[int], name: str) -> Batches:
+    """Tokens of captions; `index` is `owner`, the example that each belongs to."""
+    return _text_batches(encoder, tokenizer, captions, {"index": np.asarray(owner, np.int32)}, f"{name} captions")
+
+
+def prompt_batches(encoder: Encoder, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]) -> Batches:
+    """Tokens of every name in every template, class by class; `label` is the class."""
+    labels = np.repeat(np.arange(len(names), dtype=np.int32), len(templates))
+    return _text_batches(encoder, tokenizer, _Prompts(names, templates), {"label": labels}, "prompts")
+
+
+class _Prompts(Sequence[str]):
+    """Made when asked for: 21,000 classes in 80 templates are many strings."""
+
+    def __init__(self, names: Sequence[str], templates: Sequence[str]) -> None:
+        self._names, self._templates = names, templates
+
+    def __len__(self) -> int:
+        return len(self._names) * len(self._templates)
+
+    def __getitem__(self, i: int) -> str:
+        name, template = divmod(i, len(self._templates))
+        return fill(self._templates[template], self._names[name])
+
+
+def _text_batches(
+    encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], columns: dict[str, np.ndarray], name: str
+) -> Batches:
+    size, total = encoder.batch_size, len(texts)
+
+    def read() -> Iterator[Batch]:
+        cut = 0
+        for start in range(0, total, size):
+            rows = np.arange(start, start + size)[encoder.local_rows]
+            real, rows = rows < total, np.minimum(rows, total - 1)  # padding repeats the last text
+            tokens, truncated = tokenizer.encode([texts[i] for i in rows])
+            cut += int((truncated & real).sum())
+            yield {"text": tokens, **{k: np.where(real, v[rows], np.int32(-1)) for k, v in columns.items()}}
+        if cut:
+            log.warning("%s: %d of %d were cut to %d tokens", name, cut, total, tokenizer.length)
+
+    return Batches(read, -(-total // size), name)
+
+
+def with_classes(source: Source, file: str | None) -> tuple[Source, tuple[str, ...]]:
+    """The source with labels, and the name of each: those of `file`, else the dataset's own.
+
+    A dataset without labels (a tsv) has the class whose name is an example's main caption. Raises ConfigError where there
+    are no names, where a file does not name as many classes as the dataset has, or where a caption is no class name.
+    """
+    own = source.classnames
+    if file is None:
+        if own is None:
+            raise ConfigError(f"classnames = None: {source.name} has none of its own: give a file with one name a line")
+        return source, own
+    names = classnames(file)
+    if own is None:
+        return _ByCaption(source, names, file), names
+    remedy = f"names {len(names)} classes, but {source.name} has {len(own)}: write one name a line, in the dataset's order"
+    config.require(len(names) == len(own), "classnames", file, remedy)
+    return source, names
+
+
+class _ByCaption(Source):
+    """A source whose classes are its main captions."""
+
+    def __init__(self, source: Source, names: tuple[str, ...], file: str) -> None:
+        super().__init__()
+        self.name, self.fields, self.classnames, self._source = source.name, source.fields, names, source
+        labels = {name: i for i, name in enumerate(names)}
+        captions = [source.record(i).captions for i in range(len(source))]
+        self._labels = [labels.get(several[0], -1) if several else -1 for several in captions]
+        unknown = sorted({several[0] for several, i in zip(captions, self._labels, strict=True) if several and i < 0})
+        remedy = f"{len(unknown)} captions of {source.name} are no class name: add {', '.join(map(repr, unknown[:5]))}"
+        config.require(not unknown, "classnames", file, remedy + (", ..." if len(unknown) > 5 else ""))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def record(self, i: int) -> Record:
+        return dataclasses.replace(self._source.record(i), label=self._labels[i])

@@ -1,0 +1,139 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipjax import config
+from clipjax.config import ConfigError, Data
+from clipjax.evals.embed import embed, write_npz
+from clipjax.evals.encoder import Encoder
+from clipjax.evals.report import report, write_json
+from clipjax.evals.retrieval import Retrieval
+from clipjax.evals.training import make_evaluators
+from clipjax.evals.zeroshot import Zeroshot
+from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, tokenize
+
+READABLE = [0, 1, 2, 3, 5, 6, 7, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def run(tsv):
+    spec = f"tsv:{tsv}/pairs.tsv"
+    return config.Run(
+        model=MODEL,
+        data=Data(spec=spec, workers=1),
+        train=config.Train(steps=5000, eval_batch_size=4),
+        evals=(
+            config.Retrieval(data=spec, every=100),
+            config.Zeroshot(data=spec, every=250, templates="plain", classnames=str(tsv / "names.txt")),
+        ),
+    )
+
+
+def dense_hits(queries, keys, own):
+    s = np.float64(queries) @ np.float64(keys).T
+    best = np.where(own, s, -np.inf).max(1, keepdims=True)
+    rank = 1 + ((s > best + 1e-6) & ~own).sum(1) + 0.5 * ((np.abs(s - best) <= 1e-6) & ~own).sum(1)
+    return [np.mean(rank <= k) for k in (1, 5, 10)]
+
+
+@pytest.mark.parametrize("mesh", ["1", "8"])
+def test_evaluators_equal_the_dense_reference(run, model, params, pictures, mesh):
+    retrieval, zeroshot = make_evaluators(run, mesh_of(mesh), TOKENIZER)
+    z = np.asarray(model.encode_image(jnp.asarray(pictures[READABLE])))
+    captions = [(i, w) for i, w in enumerate([*WORDS[:9], WORDS[0]])] + [(2, f"a photo of the {WORDS[2]}")]
+    owner = np.array([i for i, _ in captions])
+    text = np.asarray(model.encode_text(jnp.asarray(tokenize([w for _, w in captions]))))
+    own = np.array(READABLE)[:, None] == owner[None, :]
+    answered = owner != 4  # of the picture that can't be read there is nothing to find, but its caption is in the way
+    to_image, to_text = dense_hits(text[answered], z, own.T[answered]), dense_hits(z, text, own)
+    want = {f"image_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_image, strict=True)}
+    want |= {f"text_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_text, strict=True)}
+    assert retrieval.run(params) == pytest.approx(want, abs=1e-12)
+
+    classes = np.asarray(model.encode_text(jnp.asarray(tokenize(WORDS))))
+    labels = np.array([i % 9 for i in READABLE])
+    top1, top5, _ = dense_hits(z, classes, labels[:, None] == np.arange(11)[None, :])
+    found = zeroshot.run(params)
+    assert found["acc1"] == pytest.approx(top1, abs=1e-12)
+    assert found["acc5"] == pytest.approx(top5, abs=1e-12)
+    assert found == zeroshot.run(params)  # the second time from memory
+
+
+def test_cadence_and_names(run, tsv):
+    retrieval, zeroshot = make_evaluators(run, mesh_of("1"), TOKENIZER)
+    assert (retrieval.task, zeroshot.task) == ("zeroshot_retrieval", "zeroshot_classification")
+    assert retrieval.dataset == f"tsv:{tsv}/pairs.tsv/test"
+    assert [s for s in range(1, 501) if zeroshot.due(s)] == [250, 500]
+    assert [s for s in range(1, 501) if retrieval.due(s)] == [100, 200, 300, 400, 500]
+
+
+def test_in_training_there_is_no_null(run, params, tsv):
+    (tsv / "four.tsv").write_text(f"filepath\ttitle\n0.png\t{WORDS[0]}\n2.png\t{WORDS[2]}\n")
+    (tsv / "four.txt").write_text("\n".join(WORDS[:4]) + "\n")
+    encoder = Encoder(MODEL, mesh_of("1"), 4)
+    data, names = Data(spec=f"tsv:{tsv}/four.tsv", workers=1), str(tsv / "four.txt")
+    assert Zeroshot.prepare(encoder, TOKENIZER, data, "plain", names).run(params)["acc5"] is None
+    evals = (config.Zeroshot(data=data.spec, templates="plain", classnames=names),)
+    (evaluator,) = make_evaluators(config.Run(model=MODEL, data=data, evals=evals), mesh_of("1"), TOKENIZER)
+    assert evaluator.run(params).keys() == {"acc1", "mean_per_class_recall"}
+
+
+def test_what_can_not_be_had_is_refused_before_training(run):
+    for evals, match in (
+        (config.Zeroshot(data=run.data.spec), "has none of its own: give a file"),
+        (config.Zeroshot(data=run.data.spec, classnames="nowhere"), "classnames = 'nowhere'"),
+        (config.Zeroshot(data=run.data.spec, templates="fancy", classnames=run.evals[1].classnames), "templates = 'fancy'"),
+        (config.Retrieval(data="tsv:nowhere"), "nowhere"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            make_evaluators(config.Run(model=MODEL, evals=(evals,)), mesh_of("1"), TOKENIZER)
+
+
+def test_no_labels_at_all(run, params, tsv):
+    encoder = Encoder(MODEL, mesh_of("1"), 4)
+    zeroshot = Zeroshot.prepare(encoder, TOKENIZER, run.data, "plain", str(tsv / "names.txt"))
+    zeroshot.images = Retrieval.prepare(encoder, TOKENIZER, run.data).images  # as of a split whose labels are withheld
+    with pytest.raises(ConfigError, match="none has a label"):
+        zeroshot.run(params)
+
+
+def test_embed_writes_what_the_towers_say(run, model, params, pictures, tmp_path):
+    found = embed(Encoder(MODEL, mesh_of("8"), 4), params, TOKENIZER, run.data)
+    file = tmp_path / "new" / "z.bin"
+    write_npz(file, found)
+    assert [p.name for p in file.parent.iterdir()] == ["z.bin"]
+    with np.load(file) as stored:
+        assert stored["key"].tolist() == [f"{i}.png" for i in READABLE]
+        assert stored["image"].dtype == stored["text"].dtype == np.float32
+        np.testing.assert_allclose(stored["image"], model.encode_image(jnp.asarray(pictures[READABLE])), atol=1e-6)
+        main = tokenize([WORDS[i % 9] for i in READABLE])
+        np.testing.assert_allclose(stored["text"], model.encode_text(jnp.asarray(main)), atol=1e-6)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "z.npz"
+    write_npz(file, {"a": np.ones(3)})
+
+    def full(file, **_):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="no space"):
+        write_npz(file, {"a": np.zeros(3)})
+    assert [p.name for p in tmp_path.iterdir()] == ["z.npz"]
+    assert np.load(file)["a"].tolist() == [1, 1, 1]
+
+
+def test_the_report_has_the_shape_of_clip_benchmark(tmp_path):
+    metrics = {"acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.25}
+    write_json(tmp_path / "a" / "r.json", report("emoji", "ViT", "run@7", Zeroshot.task, metrics))
+    text = (tmp_path / "a" / "r.json").read_text()
+    assert list(json.loads(text)) == ["dataset", "model", "pretrained", "task", "metrics", "language"]
+    assert json.loads(text)["metrics"] == metrics
+    assert '"acc5": null' in text
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "nan.json", {"x": float("nan")})
+    assert not (tmp_path / "nan.json").exists()
