@@ -23,7 +23,7 @@ PACKAGES = {
     "open_clip": ("torch", "torchvision", "timm", "transformers", "open_clip"),
     "transformers": ("torch", "torchvision", "transformers"),
 }
-INSTALL = "pip install torch torchvision timm transformers open_clip_torch==3.3.0"
+INSTALL = "pip install torch torchvision timm transformers open_clip_torch==3.3.0, torch and torchvision from the same index"
 
 
 @dataclass(frozen=True)
