@@ -53,13 +53,14 @@ class Clock:
         self._examples += examples
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around next(data)."""
+    def waiting(self, work: jax.Array | None = None) -> Iterator[None]:
+        """Around next(data). `work` is what the devices were given last: while they are busy with it, nobody waits."""
         start = self._now()
         try:
             yield
         finally:
-            self._waited += self._now() - start
+            if work is None or work.is_ready():
+                self._waited += self._now() - start
 
     @contextlib.contextmanager
     def paused(self, after: Any = None) -> Iterator[None]:

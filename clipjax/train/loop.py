@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,7 +24,8 @@ from clipjax.train.step import compile_step, make_train_step
 
 # Opens this process's batches from a step on.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
-ON_DEVICE = ("image", "text", "index")  # of a batch; the rest is counted on the host
+ON_DEVICE = ("image", "text")  # of a batch; the rest is counted on the host
+AHEAD = 2  # steps that the devices are given before the first must be done: keeps them busy, and the clock honest
 
 
 class Evaluator(Protocol):
@@ -64,7 +65,7 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
         data = stack.enter_context(batches(start))
         writer = stack.enter_context(contextlib.closing(Writer(workdir, start)))
         progress = stack.enter_context(Progress(cfg.steps))
-        clock, counts = Clock(), Counter()
+        clock, counts, running = Clock(), Counter(), deque(maxlen=AHEAD)
         for step in range(start, cfg.steps + 1):
             # Here `state` and `data` both describe exactly `step` finished steps. Keep this order.
             last = step == cfg.steps
@@ -72,14 +73,16 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
             save = last or step % cfg.checkpoint_every == 0
             if step > start and (due or save):
                 with clock.paused(state):
-                    writer.flush()  # a state gone bad is found before it is evaluated or saved
+                    progress.update(step, writer.flush())  # a state gone bad is found before it is evaluated or saved
                     results = _evaluate(due, step, state, writer)
                     best = results if cfg.best in results else None
                     if save or best:
                         checkpoints.save(step, state, best)
             if last:
                 break
-            with clock.waiting():
+            if len(running) == AHEAD:
+                running[0].block_until_ready()
+            with clock.waiting(running[-1] if running else None):
                 batch = next(data)
             counts.update({k: int(batch[k].sum()) for k in ("replaced", "truncated")})
             placed = sharding.to_global({k: batch[k] for k in ON_DEVICE}, mesh)
@@ -90,6 +93,7 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, placed)
                 clock.count(cfg.batch_size)
+            running.append(metrics["loss"])
             log = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
             progress.update(step + 1, writer.push(step + 1, metrics, _host_values(run, clock, counts, mesh) if log else None))
     if counts["replaced"] or counts["truncated"]:
@@ -152,6 +156,9 @@ def _evaluate(due: Sequence[Evaluator], step: int, state: TrainState, writer: Wr
 
 
 def _host_values(run: config.Run, clock: Clock, counts: Counter, mesh: Mesh) -> dict[str, float]:
-    values = clock.read() | {"replaced": counts["replaced"], "truncated": counts["truncated"]}
-    utilisation = mfu(values["examples_per_second"], run.model, list(mesh.devices.flat))
-    return values if utilisation is None else values | {"mfu": utilisation}
+    values = clock.read()
+    if not values["examples_per_second"]:  # the first step alone, which has no rate
+        values = {}
+    elif (utilisation := mfu(values["examples_per_second"], run.model, list(mesh.devices.flat))) is not None:
+        values["mfu"] = utilisation
+    return values | {"replaced": counts["replaced"], "truncated": counts["truncated"]}

@@ -20,7 +20,7 @@ Metrics = dict[str, jax.Array]
 
 
 def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax.Array:
-    """A key for each example, from its index [b] in the global batch: the same on any mesh, host count or micro-batch."""
+    """A key for each example, from its row [b] in the global batch: the same on any mesh, host count or micro-batch."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, step)))(index)
 
@@ -28,7 +28,7 @@ def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax
 def make_train_step(
     run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3], `text` [B, t] and `index` [B]."""
+    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3] and `text` [B, t]."""
     loss_of = sharding.on_shards(functools.partial(losses.objective, run.objective, axis=sharding.BATCH), mesh)
 
     def compute_loss(params: clip.Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -38,7 +38,7 @@ def make_train_step(
         return loss_of(zimg, ztxt, jnp.exp(model.log_scale[...]), bias)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
+        keys = example_keys(run.seed, "patch_dropout", state.step, jnp.arange(len(batch["text"])))
         (loss, logged), grads = jax.value_and_grad(compute_loss, has_aux=True)(state.params, batch, keys)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
