@@ -25,14 +25,23 @@ Batch = dict[str, np.ndarray]
 class Batches(Iterator[Batch]):
     """Batches that workers make ahead of time. Close it, or leave its `with` block, to end the workers."""
 
-    def __init__(self, dataset: grain.IterDataset) -> None:
+    def __init__(self, dataset: grain.IterDataset, *, shared: bool = False) -> None:
+        """`shared`: batches arrive in shared memory. They are copied out of it, so that it is freed at once and not when the
+        last user lets go, which at the end of the program is too late for Grain and leaks it."""
         self._iterator: Any = iter(dataset)
+        self._shared = shared
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        if self._iterator is None:
+            raise ValueError("these batches are closed")
+        batch = next(self._iterator)
+        return {name: np.array(value) for name, value in batch.items()} if self._shared else batch
 
     def close(self) -> None:
-        self._iterator.close()
+        """Ends the workers. Lets go of Grain's iterator, whose destructor complains at the end of the program."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator.close()
 
     def __enter__(self) -> "Batches":
         return self
@@ -121,7 +130,8 @@ def train_batches(
     if not flags.FLAGS.is_parsed():  # Grain hands its own flags to its workers
         flags.FLAGS.mark_as_parsed()
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    return Batches(share.to_iter_dataset(one).mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers)))
+    workers = grain.MultiprocessingOptions(num_workers=data.workers)
+    return Batches(share.to_iter_dataset(one).mp_prefetch(workers), shared=True)
 
 
 def eval_batches(

@@ -38,6 +38,13 @@ def open_emoji(data: config.Data) -> "Tfds":
     return Tfds(data, folder)
 
 
+def _prepared() -> dict[tuple[str, ...], Path]:
+    """The folder of every prepared dataset by (name, version) or (name, config, version)."""
+    root = data_dir()
+    files = [*root.glob("*/*/features.json"), *root.glob("*/*/*/features.json")]
+    return {f.parent.relative_to(root).parts: f.parent for f in files if not f.parent.name.startswith("incomplete.")}
+
+
 def find_dataset(spec: str, name: str) -> Path:
     """The folder of NAME[/CONFIG][:VERSION] (`1.*` matches), of several versions the newest.
 
@@ -46,18 +53,15 @@ def find_dataset(spec: str, name: str) -> Path:
     if not match:
         raise ConfigError(f"data.spec = {spec!r}: must be tfds:NAME[/CONFIG][:VERSION]")
     dataset, wanted_config, wanted_version = match.groups()
-    root = data_dir() / dataset
-    folders = {
-        p.parent.relative_to(root).parts: p.parent for p in root.glob("**/features.json") if "incomplete" not in p.parent.name
-    }
+    folders = {parts[1:]: folder for parts, folder in _prepared().items() if parts[0] == dataset}
     found = {
         parts: folder
         for parts, folder in folders.items()
         if wanted_config in (None, *parts[:-1]) and fnmatch(parts[-1], wanted_version or "*")
     }
     if not found:
-        there = [f"{dataset}/{'/'.join(parts[:-1])}:{parts[-1]}".replace("/:", ":") for parts in sorted(folders)]
-        there = there or sorted({p.relative_to(data_dir()).parts[0] for p in data_dir().glob("*/**/features.json")})
+        there = [f"{'/'.join((dataset, *parts[:-1]))}:{parts[-1]}" for parts in sorted(folders)]
+        there = there or sorted({parts[0] for parts in _prepared()})
         remedy = f"prepare it with `tfds build {dataset} --file_format=array_record`, or set TFDS_DATA_DIR"
         raise ConfigError(
             f"data.spec = {spec!r}: not among the datasets in {data_dir()} ({', '.join(there) or 'none'}); {remedy}"
@@ -70,7 +74,7 @@ def find_dataset(spec: str, name: str) -> Path:
 def _leaves(feature: Any, path: str = "", many: bool = False) -> Iterator[tuple[str, Any, bool]]:
     """Every feature that holds values, by its path in a record, and whether an example may hold several."""
     if isinstance(feature, tfds.features.FeaturesDict):
-        for name, child in feature.items():
+        for name, child in sorted(feature.items()):
             yield from _leaves(child, f"{path}/{name}" if path else name, many)
     elif isinstance(feature, tfds.features.Sequence):
         yield from _leaves(feature.feature, path, True)
@@ -86,7 +90,7 @@ class Tfds(Source):
 
     def __init__(self, data: config.Data, folder: Path) -> None:
         super().__init__()
-        self.name = data.spec
+        self.name, self.folder = data.spec, folder
         info = tfds.builder_from_directory(folder).info
         leaves = {path: (feature, many) for path, feature, many in _leaves(info.features)}
         self.fields = {path: f"{'several ' * many}{type(f).__name__} {f.shape}" for path, (f, many) in leaves.items()}
@@ -124,7 +128,9 @@ class Tfds(Source):
         formats = sorted(f.value for f in info.available_file_formats())
         if "array_record" not in formats:
             remedy = f"prepare it again with `tfds build {info.name} --file_format=array_record`"
-            raise ConfigError(f"data.spec = {self.name!r}: is stored as {formats}, which can't be read at random: {remedy}")
+            raise ConfigError(
+                f"data.spec = {self.name!r}: is stored as {', '.join(formats)}, which can't be read at random: {remedy}"
+            )
         builder = tfds.builder_from_directory(info.data_dir, file_format="array_record")
         try:
             return builder.as_data_source(data.split, deserialize_method=DeserializeMethod.RAW_BYTES)

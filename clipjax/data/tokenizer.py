@@ -97,6 +97,10 @@ class Tokenizer:
             row[: len(whole)] = whole
         return ids, np.array([len(body) > self.room for body in bodies], bool)
 
+    def tokens(self, text: str) -> int:
+        """How many tokens a text has, special ones included, if none are cut off."""
+        return len(self.prefix) + len(self.backend.encode(text, add_special_tokens=False).ids) + len(self.suffix)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of one row of ids, up to its end token."""
         ids = [int(i) for i in ids][len(self.prefix) :]

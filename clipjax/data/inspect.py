@@ -1,0 +1,135 @@
+"""What is in a dataset: numbers to read and a contact sheet to look at, before hours go into training on it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from clipjax import config
+from clipjax.data.image import decode
+from clipjax.data.sources import Record, Source, open_source
+from clipjax.data.tokenizer import Tokenizer
+
+SAMPLE = 10_000  # examples looked at; of a larger dataset that many, evenly spread
+VOCABULARY = 8192  # of the tokenizer trained where none is given
+GRID, CELL, LINES = 8, 148, 3  # pictures a side, pixels a cell, lines of a caption
+MARGIN = 8
+
+
+def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, length: int = 77) -> dict[str, Any]:
+    """Statistics of a dataset, ready for JSON; writes a contact sheet of 8 x 8 pictures with their captions to `out_png`.
+
+    Sizes are in pixels; `tokens` count the special ones. Without a tokenizer, a BPE is trained on the captions and truncation
+    is that of `length` tokens. Raises ConfigError as `open_source` does."""
+    source = open_source(data)
+    indices = np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).round().astype(int)).tolist()
+    with ThreadPoolExecutor(data.workers) as pool:
+        seen = list(pool.map(lambda i: _look(source.record(i)), indices))
+    captions = [c for record, _, _ in seen for c in record.captions]
+    tokenizer = tokenizer or Tokenizer.train(captions, VOCABULARY, lowercase=True, length=length)
+    bodies = [tokenizer.tokens(c) for c in captions]
+    sizes = [size for _, size, _ in seen if size]
+    report = {
+        "spec": data.spec,
+        "split": data.split,
+        "examples": len(source),
+        "examples_looked_at": len(seen),
+        "fields": source.fields,
+        "classes": len(source.classnames) if source.classnames else 0,
+        "width": _spread([w for w, _ in sizes]),
+        "height": _spread([h for _, h in sizes]),
+        "unreadable": {record.key: error for record, _, error in seen if error},
+        "captions_per_example": _spread([len(record.captions) for record, _, _ in seen]),
+        "words": _spread([len(c.split()) for c in captions]),
+        "characters": _spread([len(c) for c in captions]),
+        "tokens": _spread(bodies),
+        "context_length": tokenizer.length,
+        "vocabulary": tokenizer.vocab_size,
+        "truncated_share": float(np.mean([n > tokenizer.length for n in bodies])) if bodies else 0.0,
+        "samples": captions[:: max(1, len(captions) // 8)][:8],
+    }
+    readable = [i for i, (_, size, _) in zip(indices, seen, strict=True) if size]
+    _contact_sheet(source, readable, f"{data.spec}, {data.split}: {len(source):,} examples").save(out_png)
+    return report
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report of `inspect` as lines of text."""
+
+    def spread(name: str) -> str:
+        return "{min:,} to {max:,}, median {median:,}".format(**report[name]) if report[name] else "-"
+
+    seen, unreadable = report["examples_looked_at"], report["unreadable"]
+    part = "" if seen == report["examples"] else f" (the figures below are of {seen:,}, evenly spread)"
+    rows = {
+        "dataset": f"{report['spec']}, split {report['split']}",
+        "examples": f"{report['examples']:,}{part}",
+        "fields": ", ".join(f"{name}: {kind}" for name, kind in report["fields"].items()),
+        "class names": f"{report['classes']:,}",
+        "width, pixels": spread("width"),
+        "height, pixels": spread("height"),
+        "unreadable": f"{len(unreadable):,}" + "".join(f"\n    {key}: {error}" for key, error in list(unreadable.items())[:10]),
+        "captions each": spread("captions_per_example"),
+        "words": spread("words"),
+        "characters": spread("characters"),
+        "tokens": f"{spread('tokens')} (vocabulary {report['vocabulary']:,}, start and end included)",
+        "truncated": f"{report['truncated_share']:.2%} of the captions at {report['context_length']} tokens",
+        "samples": "".join(f"\n    {text}" for text in report["samples"]),
+    }
+    return "\n".join(f"{name:15} {value}" for name, value in rows.items())
+
+
+def _look(record: Record) -> tuple[Record, tuple[int, int] | None, str | None]:
+    try:
+        return record, decode(record.picture).size, None
+    except Exception as e:  # a decoder may raise anything
+        return record, None, f"{type(e).__name__}: {e}"
+
+
+def _spread(values: list[int]) -> dict[str, float]:
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values)} if values else {}
+
+
+def _contact_sheet(source: Source, readable: list[int], title: str) -> Image.Image:
+    """The same random pictures every time, so that two sheets can be compared."""
+    chosen = np.random.default_rng(0).permutation(readable)[: GRID * GRID].tolist()
+    font, heading = ImageFont.load_default(13), ImageFont.load_default(20)
+    line = sum(font.getmetrics()) + 1
+    width, height = GRID * (CELL + MARGIN) + MARGIN, CELL + LINES * line + 2 * MARGIN
+    rows = -(-max(len(chosen), 1) // GRID)
+    top = 30 + 2 * MARGIN
+    sheet = Image.new("RGB", (width, top + rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, "black", heading)
+    for place, i in enumerate(chosen):
+        example = source[i]
+        x, y = MARGIN + place % GRID * (CELL + MARGIN), top + place // GRID * height
+        draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), outline="#dddddd")
+        sheet.paste(ImageOps.pad(example.picture, (CELL, CELL), color="white"), (x, y))
+        for n, text in enumerate(_wrap(example.captions[0], font)):
+            draw.text((x, y + CELL + 3 + n * line), text, "#333333", font)
+    return sheet
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """At most LINES lines that fit a cell; what is left out ends in an ellipsis."""
+    lines, words = [""], text.split()
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= CELL or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], lines[LINES - 1] + " ..."]
+    return [_cut(line, font) for line in lines]
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont) -> str:
+    if font.getlength(line) <= CELL:
+        return line
+    while line and font.getlength(f"{line}...") > CELL:
+        line = line[:-1]
+    return f"{line.rstrip(' .')}..."

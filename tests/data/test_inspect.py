@@ -1,0 +1,83 @@
+import json
+
+import numpy as np
+from PIL import Image
+
+from clipjax.config import Data
+from clipjax.data import inspect as module
+from clipjax.data.inspect import describe, inspect
+from clipjax.data.tokenizer import Tokenizer
+from tests.data.conftest import PICTURES, write_tsv
+
+
+def test_report(pictures, tmp_path):
+    report = inspect(Data(spec=f"tsv:{pictures}"), None, tmp_path / "sheet.png", length=16)
+    assert json.loads(json.dumps(report)) == report
+    assert report["examples"] == report["examples_looked_at"] == PICTURES
+    assert report["width"] == {"min": 40, "median": 40, "max": 40}
+    assert report["height"] == {"min": 30, "median": 50, "max": 70}
+    assert report["words"] == {"min": 2, "median": 2, "max": 2}
+    assert report["characters"] == {"min": 8, "median": 9, "max": 9}
+    assert report["captions_per_example"]["max"] == 1
+    assert report["fields"] == {"filepath": "text", "title": "text"}
+    assert report["truncated_share"] == 0
+    assert report["unreadable"] == {}
+    assert report["samples"][0] == "number 0"
+    text = describe(report)
+    assert "30 to 70, median 50" in text
+    assert "0.00% of the captions at 16 tokens" in text
+
+
+def test_truncation_with_the_runs_own_tokenizer(pictures, tmp_path):
+    short = Tokenizer.train(["number"], 265, lowercase=True, length=5)
+    report = inspect(Data(spec=f"tsv:{pictures}"), short, tmp_path / "sheet.png")
+    assert report["tokens"] == {"min": 5, "median": 6, "max": 6}  # start, ` number`, space, digits, end
+    counted = [short.encode([f"number {i}"])[1][0] for i in range(PICTURES)]
+    assert report["truncated_share"] == np.mean(counted) == 31 / 41
+    assert report["context_length"] == 5
+
+
+def test_unreadable_pictures_are_named(tmp_path, pictures):
+    (tmp_path / "a.png").write_bytes((pictures.parent / "3.png").read_bytes())
+    (tmp_path / "b.png").write_text("no picture")
+    report = inspect(Data(spec=f"tsv:{write_tsv(tmp_path, [('a.png', 'a'), ('b.png', 'b')])}"), None, tmp_path / "sheet.png")
+    assert list(report["unreadable"]) == ["b.png"]
+    assert "b.png: UnidentifiedImageError" in describe(report)
+    assert report["width"]["max"] == 40
+
+
+def test_a_large_dataset_is_sampled(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAMPLE", 11)
+    report = inspect(Data(spec=f"tsv:{pictures}"), None, tmp_path / "sheet.png")
+    assert (report["examples"], report["examples_looked_at"]) == (PICTURES, 11)
+    assert report["height"] == {"min": 30, "median": 50, "max": 70}
+    assert "the figures below are of 11, evenly spread" in describe(report)
+
+
+def test_contact_sheet_shows_the_pictures(emoji_here, tmp_path):
+    data = Data(split="test")
+    inspect(data, None, tmp_path / "one.png")
+    inspect(data, None, tmp_path / "two.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    sheet = np.asarray(Image.open(tmp_path / "one.png").convert("RGB"))
+    assert sheet.shape[1] > 1000
+    # In every cell there are colours of its picture, and below it dark text on white.
+    pitch, top = module.CELL + module.MARGIN, 46
+    height = (sheet.shape[0] - top) // module.GRID
+    for row in range(module.GRID):
+        for column in range(module.GRID):
+            x, y = module.MARGIN + column * pitch, top + row * height
+            picture = sheet[y : y + module.CELL, x : x + module.CELL]
+            text = sheet[y + module.CELL + 3 : y + height, x : x + module.CELL]
+            assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+            assert text.min() < 120
+            assert np.median(text) == 255
+
+
+def test_long_captions_are_cut():
+    font = module.ImageFont.load_default(13)
+    lines = module._wrap("a very long caption " * 20, font)
+    assert len(lines) == module.LINES
+    assert lines[-1].endswith("...")
+    assert all(font.getlength(line) <= module.CELL for line in [*lines, *module._wrap("w" * 100, font)])
+    assert module._wrap("short", font) == ["short"]

@@ -1,0 +1,272 @@
+import itertools
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from clipjax import config
+from clipjax.config import Augment, ConfigError, Data
+from clipjax.data.image import fit
+from clipjax.data.pipeline import eval_batches, eval_captions, train_batches
+from clipjax.data.sources import open_source
+from clipjax.data.tokenizer import Tokenizer
+from tests.data.conftest import PICTURES, write_tsv
+
+AUGMENT = Augment(crop=0.5, flip=True, brightness=0.2)
+SIZE = 16
+
+
+@pytest.fixture
+def data(pictures):
+    return Data(spec=f"tsv:{pictures}", augment=AUGMENT, workers=2)
+
+
+@pytest.fixture
+def batches(data, tokenizer):
+    """The first n training batches under the given settings."""
+
+    def make(n, *, batch_size=8, seed=0, source=None, text=tokenizer, workers=None, worker_kind=None, **where):
+        settings = {"workers": workers, "worker_kind": worker_kind}
+        chosen = config.Data(**(vars(data) | {k: v for k, v in settings.items() if v is not None}))
+        source = source or open_source(data)
+        with train_batches(source, text, chosen, image_size=SIZE, batch_size=batch_size, seed=seed, **where) as iterator:
+            return list(itertools.islice(iterator, n))
+
+    return make
+
+
+def assert_same(got, expected):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def numbers(batch, tokenizer):
+    return [int(tokenizer.decode(row).split()[1]) for row in batch["text"]]
+
+
+def test_shapes_and_types(batches, tokenizer):
+    (batch,) = batches(1)
+    shapes = {name: (x.shape, x.dtype.name) for name, x in batch.items()}
+    assert shapes == {
+        "image": ((8, SIZE, SIZE, 3), "uint8"),
+        "text": ((8, tokenizer.length), "int32"),
+        "replaced": ((8,), "bool"),
+        "truncated": ((8,), "bool"),
+    }
+    assert not batch["replaced"].any()
+    assert not batch["truncated"].any()
+
+
+def test_picture_and_caption_belong_together(batches, tokenizer, data):
+    """Red is 4 times the number in the caption, up to the brightness factor."""
+    for batch in batches(12):
+        red = batch["image"][..., 0].astype(float).mean((1, 2))
+        expected = 4.0 * np.array(numbers(batch, tokenizer))
+        assert (np.abs(red - expected) <= 0.2 * expected + 1).all()
+
+
+def test_order_and_augmentation_are_functions_of_the_seed(batches):
+    first = batches(12)
+    assert_same(batches(12), first)
+    other = batches(12, seed=1)
+    assert not all(np.array_equal(a["text"], b["text"]) for a, b in zip(first, other, strict=True))
+
+
+def test_epochs(batches, tokenizer):
+    """41 pictures, batches of 8: five whole batches an epoch without a repetition, each epoch in another order and with
+    other augmentations."""
+    seen = [numbers(batch, tokenizer) for batch in batches(20)]
+    epochs = [list(itertools.chain(*seen[i : i + 5])) for i in range(0, 20, 5)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 40
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert set(itertools.chain(*epochs)) == set(range(PICTURES))  # what one epoch leaves out, another has
+
+
+def test_each_visit_is_augmented_anew(batches, tokenizer):
+    pictures = {}
+    for batch in batches(20):
+        for number, image in zip(numbers(batch, tokenizer), batch["image"], strict=True):
+            pictures.setdefault(number, []).append(image.tobytes())
+    assert all(len(set(seen)) == len(seen) for seen in pictures.values())
+
+
+@pytest.mark.parametrize("workers", [1, 3, 7])
+def test_threads_do_not_change_the_stream(batches, workers):
+    assert_same(batches(12, workers=workers), batches(12))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_processes_give_the_stream_of_threads(batches, workers):
+    """Also from a step in the middle, and over the end of an epoch."""
+    straight = batches(9)
+    assert_same(batches(7, worker_kind="processes", workers=workers, start_step=2), straight[2:])
+
+
+@pytest.mark.parametrize("start", [1, 5, 13])
+def test_resume(batches, start):
+    assert_same(batches(16 - start, start_step=start), batches(16)[start:])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_share_every_global_batch(batches, count):
+    """Examples, order and augmentation: the shares side by side are the batch of a single host."""
+    shares = [batches(12, process_index=p, process_count=count, start_step=1) for p in range(count)]
+    joined = [{name: np.concatenate([b[name] for b in parts]) for name in parts[0]} for parts in zip(*shares, strict=True)]
+    assert_same(joined, batches(13)[1:])
+
+
+def test_one_of_several_captions_at_a_visit(batches, tokenizer, pictures):
+    rows = [(f"{i}.png", f"number {n}") for i in range(4) for n in (i, i + 10, i + 20)]
+    folder = pictures.parent / "several"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes())
+    source = open_source(Data(spec=f"tsv:{write_tsv(folder, rows)}"))
+    seen = [n for batch in batches(40, batch_size=4, source=source) for n in numbers(batch, tokenizer)]
+    assert set(seen) == {i + n for i in range(4) for n in (0, 10, 20)}
+    assert 35 <= sum(n < 10 for n in seen) <= 75  # a third of 160
+
+
+def test_truncation_is_counted(batches, pictures):
+    short = Tokenizer.train(["number"], 265, lowercase=True, length=5)  # room for ` number`, a space and one digit
+    batch = batches(1, batch_size=40, text=short)[0]
+    assert 30 <= batch["truncated"].sum() <= 31  # of all 41, 31 have two digits
+    assert (batch["text"][:, -1] == short.end_id).all()
+
+
+def test_unreadable_pictures_travel_as_replaced(batches, pictures, tokenizer, caplog):
+    folder = pictures.parent / "damaged"
+    folder.mkdir()
+    for i in range(10):
+        content = (pictures.parent / f"{i}.png").read_bytes()
+        (folder / f"{i}.png").write_bytes(content if i != 6 else content[:300])
+    source = open_source(Data(spec=f"tsv:{write_tsv(folder, [(f'{i}.png', f'number {i}') for i in range(10)])}"))
+    seen = batches(3, batch_size=10, source=source)
+    assert [int(b["replaced"].sum()) for b in seen] == [1, 1, 1]
+    for batch in seen:
+        assert 6 not in numbers(batch, tokenizer)
+        assert sorted(np.array(numbers(batch, tokenizer))[~batch["replaced"]]) == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+    assert sum("6.png is replaced" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_nothing_readable_ends_the_run(batches, tmp_path):
+    source = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, [('a.png', 'number 1'), ('b.png', 'number 2')])}"))
+    with pytest.raises(ConfigError, match=r"can't be read .* check the files"):
+        batches(1, batch_size=2, source=source)
+
+
+def test_dataset_smaller_than_the_batch(batches):
+    with pytest.raises(ConfigError, match=r"train.batch_size = 48: is more than the 41 examples of tsv:.*: use at most 41"):
+        batches(1, batch_size=48)
+    assert len(batches(2, batch_size=41)) == 2
+
+
+def test_batch_that_does_not_divide_over_the_hosts(batches):
+    with pytest.raises(ConfigError, match=r"batch_size = 8: must be a multiple of the number of hosts, 3"):
+        batches(1, process_count=3)
+
+
+def test_seed_out_of_range(batches):
+    with pytest.raises(ConfigError, match=r"seed = -1: must lie in"):
+        batches(1, seed=-1)
+
+
+def test_closed_batches(data, tokenizer):
+    batches = train_batches(open_source(data), tokenizer, data, image_size=SIZE, batch_size=8, seed=0)
+    next(batches)
+    batches.close()
+    batches.close()
+    with pytest.raises(ValueError, match="these batches are closed"):
+        next(batches)
+
+
+def evaluate(data, batch_size=16, text=None, **where):
+    with eval_batches(open_source(data), text, data, image_size=SIZE, batch_size=batch_size, **where) as iterator:
+        return list(iterator)
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_evaluation_is_whole_in_order_and_plain(data, resize):
+    data = config.Data(**(vars(data) | {"resize": resize}))
+    seen = evaluate(data)
+    assert [b["image"].shape for b in seen] == [(16, SIZE, SIZE, 3)] * 3
+    index = np.concatenate([b["index"] for b in seen])
+    mask = np.concatenate([b["mask"] for b in seen])
+    assert index.dtype == np.int32
+    assert index.tolist() == [*range(41), *[-1] * 7]
+    assert mask.tolist() == [True] * 41 + [False] * 7
+    images = np.concatenate([b["image"] for b in seen])
+    source = open_source(data)
+    for i in range(41):
+        np.testing.assert_array_equal(images[i], fit(source[i].picture, SIZE, resize))
+
+
+def test_evaluation_with_text(data, tokenizer):
+    seen = evaluate(data, text=tokenizer)
+    assert [n for b in seen for n, m in zip(numbers(b, tokenizer), b["mask"], strict=True) if m] == list(range(41))
+    assert "text" not in evaluate(data)[0]
+
+
+def test_hosts_share_an_evaluation(data):
+    whole = evaluate(data)
+    shares = [evaluate(data, process_index=p, process_count=2) for p in range(2)]
+    assert_same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*shares, strict=True)], whole)
+
+
+def test_evaluation_masks_what_can_not_be_read(data, pictures):
+    folder = pictures.parent / "missing"
+    folder.mkdir()
+    (folder / "0.png").write_bytes((pictures.parent / "0.png").read_bytes())
+    path = write_tsv(folder, [("0.png", "number 0"), ("1.png", "number 1")])
+    (batch,) = evaluate(Data(spec=f"tsv:{path}"), batch_size=4)
+    assert batch["mask"].tolist() == [True, False, False, False]
+    assert batch["replaced"].tolist() == [False, True, False, False]
+
+
+def test_eval_captions(tmp_path):
+    rows = [("a.png", "one"), ("b.png", "two"), ("a.png", "eins"), ("c.png", "three")]
+    captions, owner = eval_captions(open_source(Data(spec=f"tsv:{write_tsv(tmp_path, rows)}")))
+    assert captions == ["one", "eins", "two", "three"]
+    assert owner.tolist() == [0, 0, 1, 2]
+    assert owner.dtype == np.int32
+
+
+def test_emoji_labels(emoji_here):
+    data = Data(split="test", workers=2)
+    source = open_source(data)
+    with eval_batches(source, None, data, image_size=32, batch_size=256) as iterator:
+        seen = list(iterator)
+    captions, owner = eval_captions(source)
+    labels = np.concatenate([b["label"] for b in seen])[: len(source)]
+    assert [source.classnames[n] for n in labels] == captions
+    assert owner.tolist() == list(range(len(source)))
+
+
+def test_workers_end_cleanly(data, tmp_path):
+    """A program that leaves its batches early must end by itself and leave no shared memory behind."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(f"""
+        from clipjax.config import Data
+        from clipjax.data.pipeline import train_batches
+        from clipjax.data.sources import open_source
+        from clipjax.data.tokenizer import Tokenizer
+
+        if __name__ == "__main__":
+            data = Data(spec={data.spec!r}, workers=2, worker_kind="processes")
+            tokenizer = Tokenizer.train(["number"], 265, lowercase=True, length=8)
+            kept = []
+            with train_batches(open_source(data), tokenizer, data, image_size=256, batch_size=8, seed=0) as batches:
+                for _, batch in zip(range(3), batches):
+                    kept.append(batch)
+            print(sum(len(b["image"]) for b in kept))
+        """)
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "24", "")

@@ -1,0 +1,287 @@
+import logging
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
+
+from clipjax import config
+from clipjax.config import ConfigError
+from clipjax.data.sources import TRIES, open_source
+from tests.data.conftest import PICTURES, write_tsv
+
+FEATURES = tfds.features
+
+
+class Toy(tfds.core.GeneratorBasedBuilder):
+    """Ten pictures in one split and three in another, with the features that a test asks for."""
+
+    VERSION = tfds.core.Version("1.2.0")
+    url_infos = MappingProxyType({})  # see clipjax.data.emoji
+
+    def __init__(self, *, features, **kwargs):
+        self.extra = features
+        super().__init__(**kwargs)
+
+    def _info(self):
+        features = {"image": FEATURES.Image(shape=(None, None, 3)), **{name: f for name, (f, _) in self.extra.items()}}
+        return tfds.core.DatasetInfo(builder=self, features=FEATURES.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(10), "small": self._generate_examples(3)}
+
+    def _generate_examples(self, n):
+        for i in range(n):
+            image = Image.new("RGB", (8 + i, 6), (20 * i, 0, 0))
+            yield i, {"image": image, **{name: make(i) for name, (_, make) in self.extra.items()}}
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch, capsys):
+    """Builds Toy with the given features and opens it with the given fields of config.Data."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    tfds.disable_progress_bar()
+
+    def make(features, /, spec="tfds:toy", builder=None, **fields):
+        form = {"file_format": "array_record"} | (builder or {})
+        Toy(features=features, data_dir=tmp_path, **form).download_and_prepare(download_dir=tmp_path / "downloads")
+        return open_source(config.Data(spec=spec, **fields))
+
+    return make
+
+
+TEXT = (FEATURES.Text(), lambda i: f"picture {i}")
+LABEL = (FEATURES.ClassLabel(names=["tabby_cat", "dog"]), lambda i: i % 2)
+
+
+def by_red(source):
+    """Captions by what the picture shows: tfds stores examples in an order of its own."""
+    return {int(e.image[0, 0, 0]) // 20: e.captions for e in map(source.__getitem__, range(len(source)))}
+
+
+def test_caption(toy):
+    source = toy({"caption": TEXT, "label": LABEL, "note": TEXT})
+    assert len(source) == 10
+    assert by_red(source) == {i: (f"picture {i}",) for i in range(10)}
+    assert sorted(source.captions()) == [f"picture {i}" for i in range(10)]
+    assert source.classnames == ("tabby cat", "dog")
+    assert all(source[i].label == int(source[i].captions[0][-1]) % 2 for i in range(10))
+    assert source[0].image.dtype == np.uint8
+    assert set(source.fields) == {"image", "caption", "label", "note"}
+
+
+def test_label_only(toy):
+    source = toy({"label": LABEL})
+    assert by_red(source) == {i: (("tabby cat", "dog")[i % 2],) for i in range(10)}
+    assert list(source.captions()) == ["tabby cat", "dog"]  # each name once: a tokenizer needs no more
+    assert source.record(0).key == "train-0"
+
+
+def test_text_that_is_only_a_file_name_is_the_key(toy):
+    source = toy({"label": LABEL, "file_name": (FEATURES.Text(), lambda i: f"{i}.jpg")})
+    example = source[3]
+    assert example.captions[0] in ("tabby cat", "dog")
+    assert example.key.endswith(".jpg")
+
+
+def test_several_captions(toy):
+    source = toy({"texts": (FEATURES.Sequence(FEATURES.Text()), lambda i: [f"{i}", f"again {i}"])})
+    assert by_red(source) == {i: (f"{i}", f"again {i}") for i in range(10)}
+    assert len(list(source.captions())) == 20
+
+
+def test_captions_nested_as_in_coco(toy):
+    coco = FEATURES.Sequence({"id": np.int64, "text": FEATURES.Text()})
+    features = {
+        "captions": (coco, lambda i: [{"id": 0, "text": f"{i}"}, {"id": 1, "text": f"again {i}"}]),
+        "image/filename": (FEATURES.Text(), str),
+    }
+    expected = {i: (f"{i}", f"again {i}") for i in range(10)}
+    assert by_red(toy(features)) == expected
+    for field in ("captions", "captions/text"):
+        assert by_red(open_source(config.Data(spec="tfds:toy", text_field=field))) == expected
+
+
+def test_sequence_of_sequences(toy):
+    """tfds needs TensorFlow to write one, so the record is made here as tfds would: values and row lengths apart."""
+    source = toy({"texts": (FEATURES.Sequence(FEATURES.Text()), lambda i: ["a"])})
+    record = tf_example_pb2.Example.FromString(source._records[0])
+    texts = record.features.feature.pop("texts").bytes_list.value
+    assert texts == [b"a"]
+    record.features.feature["texts/ragged_flat_values"].bytes_list.value.extend([b"a", b"b", b"c"])
+    record.features.feature["texts/ragged_row_lengths_0"].int64_list.value.extend([2, 1])
+    source._records = [record.SerializeToString()]
+    assert source[0].captions == ("a", "b", "c")
+
+
+def test_chosen_field(toy):
+    toy({"caption": TEXT, "other": (FEATURES.Text(), lambda i: f"other {i}"), "label": LABEL, "second": LABEL})
+    assert by_red(open_source(config.Data(spec="tfds:toy", text_field="other")))[7] == ("other 7",)
+    source = open_source(config.Data(spec="tfds:toy", text_field="second"))
+    assert by_red(source)[7] == ("dog",)
+    assert source.classnames == ("tabby cat", "dog")
+
+
+def test_split_and_slice(toy):
+    assert len(toy({"caption": TEXT}, split="small")) == 3
+    assert len(open_source(config.Data(spec="tfds:toy", split="train[:4]"))) == 4
+
+
+def test_newest_version(toy, tmp_path):
+    toy({"caption": TEXT})
+    for version in ("1.10.0", "1.9.0"):
+        (tmp_path / "toy" / "1.2.0").rename(tmp_path / "toy" / version)
+        toy({"caption": TEXT})
+    folders = [open_source(config.Data(spec=s)).folder.name for s in ("tfds:toy", "tfds:toy:1.2.0", "tfds:toy:1.9.*")]
+    assert folders == ["1.10.0", "1.2.0", "1.9.0"]
+
+
+def test_configs(toy, tmp_path):
+    toy({"caption": TEXT})
+    for name in ("large", "tiny"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        (tmp_path / "two" / name / "1.0.0").symlink_to(tmp_path / "toy" / "1.2.0")
+    assert len(open_source(config.Data(spec="tfds:two/tiny"))) == 10
+    with pytest.raises(ConfigError, match=r"data.spec = 'tfds:two': name one of its configs: large, tiny"):
+        open_source(config.Data(spec="tfds:two"))
+
+
+def test_can_be_pickled_and_read_by_threads(toy):
+    source = toy({"caption": TEXT})
+    copy = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(lambda i: copy[i % 10].captions, range(200)))
+    assert seen == [source[i % 10].captions for i in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(spec="tfds:nothing"), r"'tfds:nothing': not among the datasets in .* \(toy\); prepare it with `tfds build nothing"),
+        (dict(spec="tfds:toy:9.*"), r"not among the datasets in .* \(toy:1.2.0\)"),
+        (dict(spec="tfds:a b"), r"must be tfds:NAME"),
+        (dict(text_field="a", split="validation"), r"data.split = 'validation': tfds:toy has train, small"),
+        (dict(text_field="a", split="train[:x]"), r"data.split = 'train\[:x\]'"),
+        (dict(text_field="words"), r"data.text_field = 'words': choose one text or label field .* a \(Text \(\)\), b \(Text"),
+        (dict(text_field=None), r"data.text_field = None: choose one text or label field"),
+        (dict(image_field="a"), r"data.image_field = 'a': choose one picture field of tfds:toy; there are image \(Image"),
+    ],
+)
+def test_what_is_not_there(toy, fields, message):
+    toy({"a": TEXT, "b": TEXT}, text_field="a")
+    with pytest.raises(ConfigError, match=message):
+        open_source(config.Data(**({"spec": "tfds:toy"} | fields)))
+
+
+def test_two_pictures(toy):
+    with pytest.raises(ConfigError, match=r"data.image_field = None: choose one picture field .* image .*, mask"):
+        toy({"caption": TEXT, "mask": (FEATURES.Image(shape=(None, None, 3)), lambda i: Image.new("RGB", (2, 2)))})
+
+
+def test_no_text(toy):
+    with pytest.raises(
+        ConfigError, match=r"choose one text or label field of tfds:toy; there are none; its fields are image, size"
+    ):
+        toy({"size": (FEATURES.Scalar(np.int64), lambda i: i)})
+
+
+def test_tfrecord_is_refused(toy, tmp_path):
+    """The file itself is not read, so that the test needs no TensorFlow to write one."""
+    toy({"caption": TEXT})
+    info = tmp_path / "toy" / "1.2.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ConfigError, match=r"stored as tfrecord, which can't be read at random: .*--file_format=array_record"):
+        open_source(config.Data(spec="tfds:toy"))
+
+
+def test_tsv(pictures):
+    source = open_source(config.Data(spec=f"tsv:{pictures}"))
+    assert len(source) == PICTURES
+    assert source.classnames is None
+    example = source[7]
+    assert (example.captions, example.key, example.label, example.replaced) == (("number 7",), "7.png", -1, False)
+    assert (example.image[..., 0] == 28).all()
+    assert list(source.captions())[:2] == ["number 0", "number 1"]
+
+
+def test_tsv_groups_the_rows_of_one_picture(pictures):
+    rows = [("3.png", "three"), ("5.png", "five"), ("3.png", "drei"), ("5.png", '"a ""quoted"" title"')]
+    folder = pictures.parent / "grouped"
+    folder.mkdir()
+    for name in ("3.png", "5.png"):
+        (folder / name).write_bytes((pictures.parent / name).read_bytes())
+    source = open_source(config.Data(spec=f"tsv:{write_tsv(folder, rows)}"))
+    assert [source.record(i).captions for i in range(2)] == [("three", "drei"), ("five", 'a "quoted" title')]
+    assert list(source.captions()) == ["three", "drei", "five", 'a "quoted" title']
+
+
+def test_tsv_with_other_columns(pictures):
+    path = write_tsv(pictures.parent, [("0.png", "a", "b")], "picture\ttitle\talt")
+    path = path.rename(path.with_name("other.tsv"))
+    write_tsv(pictures.parent, [(f"{i}.png", f"number {i}") for i in range(PICTURES)])
+    source = open_source(config.Data(spec=f"tsv:{path}", image_field="picture", text_field="alt"))
+    assert source[0].captions == ("b",)
+    with pytest.raises(ConfigError, match=r"data.image_field = 'filepath': is not among the columns .* picture, title, alt"):
+        open_source(config.Data(spec=f"tsv:{path}"))
+    with pytest.raises(ConfigError, match=r"data.text_field = 'x': is not among the columns of other.tsv"):
+        open_source(config.Data(spec=f"tsv:{path}", image_field="picture", text_field="x"))
+
+
+def test_tsv_errors(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no file .*none.tsv"):
+        open_source(config.Data(spec=f"tsv:{tmp_path}/none.tsv"))
+    path = write_tsv(tmp_path, [])
+    with pytest.raises(ConfigError, match=r"pairs.tsv has a header but no rows"):
+        open_source(config.Data(spec=f"tsv:{path}"))
+    path = write_tsv(tmp_path, [("a.png", "a"), ("b.png", "")])
+    with pytest.raises(ConfigError, match=r"pairs.tsv, line 3: filepath or title is empty"):
+        open_source(config.Data(spec=f"tsv:{path}"))
+
+
+@pytest.mark.parametrize("spec", ["imagenet", "emoji:x", "tfds:", "tsv:", "wds:a.tar"])
+def test_unknown_spec(spec):
+    with pytest.raises(ConfigError, match=rf"data.spec = '{spec}': must be emoji, tfds:NAME"):
+        open_source(config.Data(spec=spec))
+
+
+@pytest.fixture
+def damaged(tmp_path, pictures):
+    """Twelve pictures; 2 is cut off, 5 is missing and 9 is no picture."""
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes())
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:500])
+    (tmp_path / "5.png").unlink()
+    (tmp_path / "9.png").write_text("<html>404</html>")
+    path = write_tsv(tmp_path, [(f"{i}.png", f"number {i}") for i in range(12)])
+    return config.Data(spec=f"tsv:{path}")
+
+
+def test_unreadable_pictures_are_replaced_by_whole_examples(damaged, caplog):
+    source = open_source(damaged)
+    with caplog.at_level(logging.WARNING):
+        examples = [source[i] for i in range(12)]
+        again = [source[i] for i in range(12)]
+    assert [i for i, e in enumerate(examples) if e.replaced] == [2, 5, 9]
+    for e in examples:  # picture and caption still belong together
+        assert (e.image[..., 0] == 4 * int(e.captions[0].split()[1])).all()
+    messages = [r.getMessage() for r in caplog.records]
+    assert [e.key for e in examples] == [e.key for e in again] == [open_source(damaged)[i].key for i in range(12)]
+    assert len([m for m in messages if "2.png is replaced by another: OSError" in m]) == 1
+    assert [m.split()[2] for m in messages if "5.png is" in m or "9.png is" in m] == ["5.png", "9.png"]
+
+
+def test_examples_without_a_caption_are_replaced_too(toy):
+    source = toy({"texts": (FEATURES.Sequence(FEATURES.Text()), lambda i: [] if i == 4 else [f"{i}"])})
+    examples = [source[i] for i in range(10)]
+    assert sum(e.replaced for e in examples) == 1
+    assert all(e.captions == (str(e.image[0, 0, 0] // 20),) for e in examples)
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    path = write_tsv(tmp_path, [("a.png", "a"), ("b.png", "b")])
+    with pytest.raises(ConfigError, match=rf"data.spec = 'tsv:.*a.png and {TRIES} others can't be read .* check the files"):
+        open_source(config.Data(spec=f"tsv:{path}"))[0]
