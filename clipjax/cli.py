@@ -5,22 +5,32 @@ Exit status: 0 fine, 1 failed (a non-finite loss, a verification that does not h
 
 import argparse
 import importlib.util
+import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import clipjax
 from clipjax import config
 
+if TYPE_CHECKING:
+    from clipjax.evals.loaded import Loaded
+
+SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], or tsv:FILE with columns filepath and title"
+RUN = "a workdir of `clipjax train`: its newest checkpoint, or RUN@STEP"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = _parser().parse_known_args(argv)
+    args.rest = rest
     if rest and args.run is not train:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
-        return args.run(args, rest) if args.run is train else args.run(args)
+        return args.run(args) or 0
     except config.ConfigError as error:
         print(f"clipjax: {error}", file=sys.stderr)
         return 2
@@ -31,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_config(path: str) -> config.Run:
     """What the `config()` of a Python file returns. Raises ConfigError where there is no such thing."""
-    config.require(Path(path).is_file(), "CONFIG", path, "is not a file; those of clipjax are in configs/")
+    config.require(Path(path).is_file(), "CONFIG.py", path, "is not a file; those of clipjax are in configs/")
     spec = importlib.util.spec_from_file_location("clipjax_config", path)
-    config.require(spec is not None, "CONFIG", path, "is not a Python file")
+    config.require(spec is not None and spec.loader is not None, "CONFIG.py", path, "is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config.require(hasattr(module, "config"), "CONFIG", path, "has no function config() that returns a clipjax.config.Run")
+    config.require(hasattr(module, "config"), "CONFIG.py", path, "has no function config() that returns a clipjax.config.Run")
     run = module.config()
     config.require(isinstance(run, config.Run), f"config() of {path}", type(run).__name__, "must return a clipjax.config.Run")
     return run
@@ -50,13 +60,16 @@ def override(run: config.Run, args: Sequence[str], prog: str) -> config.Run:
     return tyro.cli(config.Run, default=run, args=list(args), prog=prog, config=options)
 
 
-def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    if args.config is None or (args.help and not Path(args.config).is_file()):
-        args.parser.print_help()
-        return 0 if args.help else 2
-    run = override(load_config(args.config), ["--help"] if args.help else rest, f"clipjax train {args.config} --workdir RUN")
+def train(args: argparse.Namespace) -> None:
+    if args.config is None:
+        if args.help:
+            args.parser.print_help()
+            return
+        args.parser.error("CONFIG.py is needed")
+    rest = ["--help"] if args.help else args.rest
+    run = override(load_config(args.config), rest, f"clipjax train {args.config} --workdir RUN")
     if args.workdir is None:
-        args.parser.error("--workdir RUN is needed: where config, checkpoints and metrics go")
+        args.parser.error("--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
     from clipjax import build, sharding
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators
@@ -67,7 +80,96 @@ def train(args: argparse.Namespace, rest: Sequence[str]) -> int:
     source = open_source(run.data)
     tokens = build.tokenizer(run, args.workdir, source)
     loop.train(run, args.workdir, build.batches(run, source, tokens), make_evaluators(run, mesh, tokens), mesh)
-    return 0
+
+
+def eval_zeroshot(args: argparse.Namespace) -> None:
+    from clipjax.evals.inputs import eval_data
+    from clipjax.evals.zeroshot import Zeroshot
+
+    model = clipjax.load(args.workdir)
+    data = eval_data(model.run, args.data, args.split)
+    evaluation = Zeroshot.prepare(model.encoder, model.tokenizer, data, args.templates, args.classnames)
+    _report(args, model, evaluation.task, evaluation.run(model.params))
+
+
+def eval_retrieval(args: argparse.Namespace) -> None:
+    from clipjax.evals.inputs import eval_data
+    from clipjax.evals.retrieval import Retrieval
+
+    model = clipjax.load(args.workdir)
+    evaluation = Retrieval.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
+    _report(args, model, evaluation.task, evaluation.run(model.params))
+
+
+def _report(args: argparse.Namespace, model: "Loaded", task: str, metrics: dict[str, float | None]) -> None:
+    from clipjax.evals.report import report, write_json
+
+    result = report(f"{args.data}/{args.split}", model.workdir.name, f"step {model.step}", task, metrics)
+    if args.json:
+        write_json(args.json, result)
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def embed(args: argparse.Namespace) -> None:
+    from clipjax.evals.embed import embed, write_npz
+    from clipjax.evals.inputs import eval_data
+
+    model = clipjax.load(args.workdir)
+    arrays = embed(model.encoder, model.params, model.tokenizer, eval_data(model.run, args.data, args.split))
+    write_npz(args.out, arrays)
+    print(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
+
+
+def export(args: argparse.Namespace) -> int:
+    from clipjax.checkpoint import TOKENIZER
+    from clipjax.export.folder import export
+
+    model = clipjax.load(args.workdir)
+    run, tokenizer = model.run, model.workdir / TOKENIZER
+    export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to)
+    print(f"{args.out}: {args.to}, step {model.step} of {model.workdir}")
+    if not args.verify:
+        return 0
+    from PIL import Image
+
+    from clipjax.data.sources import open_source
+    from clipjax.export.verify import verify
+
+    source = open_source(run.data)
+    chosen = range(0, len(source), max(1, len(source) // args.examples))
+    examples = [source[i] for i in chosen[: args.examples]]
+    pictures, texts = [Image.fromarray(x.image) for x in examples], [x.captions[0] for x in examples]
+    report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, pictures, texts)
+    print(f"verified in PyTorch on {report.examples} examples; largest differences, of an embedding's norm:")
+    print(f"  same pixels and ids: image {report.image:.1e}, text {report.text:.1e}; logits {report.logits:.1e}")
+    print(f"  from picture and string: image {report.picture:.1e}, text {report.caption:.1e}")
+    for failure in report.failures:
+        print(f"clipjax: {failure}", file=sys.stderr)
+    return 1 if report.failures else 0
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    from clipjax.data.emoji import prepare_emoji
+    from clipjax.data.tfds_source import data_dir
+
+    print(prepare_emoji(data_dir()))
+
+
+def data_inspect(args: argparse.Namespace) -> None:
+    from clipjax.data.inspect import describe, inspect
+    from clipjax.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(args.tokenizer, args.length) if args.tokenizer else None
+    sheet = args.png or Path(f"{args.spec.replace(':', '-').replace('/', '-')}-{args.split}.png")
+    print(describe(inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)))
+    print(f"contact sheet: {sheet}")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are told where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,16 +177,55 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"clipjax {clipjax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(group: argparse._SubParsersAction, name: str, run: object, text: str, **kw: object) -> argparse.ArgumentParser:
-        made = group.add_parser(name, help=text, description=text, **kw)
+    def group(name: str, text: str) -> argparse._SubParsersAction:
+        return commands.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="WHAT")
+
+    def command(under: argparse._SubParsersAction, name: str, run: object, text: str, **kw: bool) -> argparse.ArgumentParser:
+        made = under.add_parser(name, help=text, description=text, formatter_class=_Help, allow_abbrev=False, **kw)
         made.set_defaults(run=run, parser=made)
         return made
 
-    p = command(commands, "train", train, "train a model, or go on where its workdir's newest checkpoint is", add_help=False)
+    def of_run(p: argparse.ArgumentParser, split: str = "test") -> None:
+        p.add_argument("workdir", metavar="RUN", help=RUN)
+        p.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
+        p.add_argument("--split", default=split, help="part of the dataset")
+
+    p = command(commands, "train", train, "train a model, or go on from its workdir's newest checkpoint", add_help=False)
     p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
     p.add_argument("--workdir", type=Path, metavar="RUN", help="folder for config, checkpoints, metrics and tokenizer")
-    p.add_argument("--any.config.field", metavar="VALUE", help="override a field; `clipjax train CONFIG.py --help` lists them")
-    p.add_argument("-h", "--help", action="store_true", help="this, or with CONFIG.py all its fields with their defaults")
+    p.add_argument("-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option")
+
+    evals = group("eval", "evaluate a run")
+    p = command(evals, "zeroshot", eval_zeroshot, "zero-shot classification: acc1, acc5, mean-per-class recall")
+    of_run(p)
+    p.add_argument("--classnames", metavar="FILE", help="one name a line, in the order of the labels; else the dataset's own")
+    templates = "simple (7 prompts a class), imagenet (80), plain (the name alone), or a file with one {c} a line"
+    p.add_argument("--templates", default="simple", metavar="NAME|FILE", help=templates)
+    p.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    p = command(evals, "retrieval", eval_retrieval, "image-text retrieval: recall at 1, 5 and 10 in both directions")
+    of_run(p)
+    p.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+
+    p = command(commands, "embed", embed, "write a dataset's embeddings: arrays image, text and key, float32 unit vectors")
+    of_run(p)
+    p.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="where to write")
+
+    p = command(commands, "export", export, "write a folder that open_clip or transformers loads as it is")
+    p.add_argument("workdir", metavar="RUN", help=RUN)
+    p.add_argument("--to", required=True, choices=("open_clip", "transformers"), help="the library that shall load it")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
+    p.add_argument("--verify", action="store_true", help="load it in PyTorch and compare embeddings of the run's own examples")
+    p.add_argument("--examples", type=int, default=32, help="how many --verify compares")
+
+    data = group("data", "prepare or look at a dataset")
+    p = command(data, "prepare", data_prepare, "build a dataset that clipjax makes itself, in TFDS's folder")
+    p.add_argument("name", choices=("emoji",), help="emoji: from the system's colour-emoji font")
+    p = command(data, "inspect", data_inspect, "count, sizes, captions, truncation, and a contact sheet")
+    p.add_argument("spec", metavar="SPEC", help=SPEC)
+    p.add_argument("--split", default="train", help="part of the dataset")
+    p.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; else a BPE is trained on the captions")
+    p.add_argument("--length", type=int, default=77, help="tokens a caption may have, for the truncation statistics")
+    p.add_argument("--png", type=Path, metavar="OUT", help="the contact sheet; else SPEC-SPLIT.png in this folder")
     return parser
 
 

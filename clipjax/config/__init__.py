@@ -11,7 +11,7 @@ from typing import Any
 
 from clipjax.config.data import BPE, Augment, Data, Tokenizer, TokenizerFile
 from clipjax.config.fields import ConfigError, Strict, free, require
-from clipjax.config.model import SIZES, Activation, ImageTower, Model, TextTower
+from clipjax.config.model import SIZES, Activation, ImageTower, Model, TextTower, size
 from clipjax.config.train import (
     RULES,
     Constant,
@@ -31,7 +31,7 @@ from clipjax.config.train import (
 __all__ = [
     "BPE", "RULES", "SIZES", "Activation", "Augment", "ConfigError", "Constant", "Cosine", "Data", "ImageTower", "Mesh",
     "Model", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term", "TextTower", "Tokenizer",
-    "TokenizerFile", "Train", "Zeroshot", "from_json", "identity_differences", "lines", "to_json",
+    "TokenizerFile", "Train", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip
 
 

@@ -1,0 +1,55 @@
+"""A trained run, ready to encode: what `clipjax.load` returns and what the command line's evaluations start from."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from clipjax import config, sharding
+from clipjax.checkpoint import TOKENIZER, load_params, split_name
+from clipjax.data.image import decode, fit, rgb
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.evals.encoder import Batch, Batches, Encoder, to_host
+
+Picture = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
+
+
+class Loaded:
+    """A run's weights, tokenizer and preprocessing on all devices."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is `RUN` or `RUN@STEP`. Raises ConfigError where there is no such run or checkpoint."""
+        self.workdir = split_name(name)[0]
+        self.mesh = sharding.make_mesh(config.Mesh())
+        self.run, self.params, self.step = load_params(name, self.mesh)
+        self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length)
+        self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
+
+    def encode_image(self, images: Sequence[Picture]) -> Float[np.ndarray, "n e"]:
+        """Unit vectors, float32, of pictures of any size: PIL pictures, uint8 arrays [h, w, 3] or files."""
+        size, resize = self.run.model.image.image_size, self.run.data.resize
+        return self._encode("image", np.stack([fit(_open(image), size, resize) for image in images]))
+
+    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
+        """Unit vectors, float32. Texts are cut to the model's length."""
+        return self._encode("text", self.tokenizer.encode(list(texts))[0])
+
+    def _encode(self, kind: str, rows: np.ndarray) -> np.ndarray:
+        size = self.encoder.batch_size
+
+        def read() -> Iterator[Batch]:
+            for start in range(0, len(rows), size):  # padding repeats the last row
+                mine = np.arange(start, start + size)[self.encoder.local_rows]
+                yield {kind: rows[np.minimum(mine, len(rows) - 1)]}
+
+        batches = Batches(read, -(-len(rows) // size), f"{kind}s")
+        made = [to_host(z) for z, _ in self.encoder.stream(self.params, batches)]
+        return np.concatenate(made)[: len(rows)]
+
+
+def _open(image: Picture) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        return rgb(Image.fromarray(image))
+    return rgb(image) if isinstance(image, Image.Image) else decode(Path(image))
