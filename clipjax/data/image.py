@@ -14,21 +14,24 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def decode(source: bytes | Path, least: int | None = None) -> Image.Image:
-    """A picture as RGB; what is transparent becomes white. Raises whatever the decoder does if it can't be read.
+    """A stored picture as RGB. Raises whatever the decoder does if it can't be read.
 
     With `least`, a JPEG may be decoded at a half, a quarter or an eighth of its size, while both sides keep `least` pixels."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if least is not None:
             image.draft(None, (least, least))
         image.load()
-        if image.mode == "RGB" and not image.has_transparency_data:
-            return image
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        if image.mode.startswith("I;16"):  # whose conversion would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        return rgb(image)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, 8 bits a channel; what is transparent becomes white."""
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    elif image.mode.startswith("I;16"):  # whose conversion would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit(picture: Image.Image, size: int, resize: Literal["squash", "crop"]) -> np.ndarray:
