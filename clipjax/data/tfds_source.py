@@ -94,7 +94,8 @@ class Tfds(Source):
         info = tfds.builder_from_directory(folder).info
         leaves = {path: (feature, many) for path, feature, many in _leaves(info.features)}
         self.fields = {path: f"{'several ' * many}{type(f).__name__} {f.shape}" for path, (f, many) in leaves.items()}
-        images = [p for p, (f, many) in leaves.items() if isinstance(f, tfds.features.Image) and not many]
+        kinds, masks = tfds.features.Image, tfds.features.LabeledImage  # the one derives from the other
+        images = [p for p, (f, many) in leaves.items() if isinstance(f, kinds) and not isinstance(f, masks) and not many]
         texts = [p for p, (f, _) in leaves.items() if isinstance(f, tfds.features.Text)]
         labels = [p for p, (f, _) in leaves.items() if isinstance(f, tfds.features.ClassLabel)]
 

@@ -83,10 +83,14 @@ class Tokenizer:
         return tokenizer
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a tokenizer.json that `load`, transformers and open_clip read. It records the padding token, not the length."""
+        """Writes a tokenizer.json that `load`, transformers and open_clip read. It records the padding token, not the length.
+
+        The file appears whole or not at all."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.enable_padding(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
-        backend.save(str(path))
+        part = Path(f"{path}.part")
+        backend.save(str(part))
+        part.replace(path)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """n texts -> ids int32 [n, length], and whether each lost its tail, bool [n]."""

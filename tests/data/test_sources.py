@@ -182,6 +182,11 @@ def test_two_pictures(toy):
         toy({"caption": TEXT, "mask": (FEATURES.Image(shape=(None, None, 3)), lambda i: Image.new("RGB", (2, 2)))})
 
 
+def test_a_mask_is_no_picture(toy):
+    mask = FEATURES.LabeledImage(labels=3, shape=(None, None, 1), encoding_format="png")
+    assert len(toy({"caption": TEXT, "mask": (mask, lambda i: Image.new("L", (2, 2)))})) == 10
+
+
 def test_no_text(toy):
     with pytest.raises(
         ConfigError, match=r"choose one text or label field of tfds:toy; there are none; its fields are image, size"

@@ -72,6 +72,7 @@ def test_truncation_keeps_the_end_and_is_counted():
 def test_save_and_load(tmp_path):
     trained = train()
     trained.save(tmp_path / "tokenizer.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
     loaded = Tokenizer.load(tmp_path / "tokenizer.json", 12)
     texts = ["Red apple", "日本", "a red, red rose", "naïve"]
     np.testing.assert_array_equal(loaded.encode(texts)[0], trained.encode(texts)[0])
