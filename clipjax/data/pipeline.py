@@ -5,6 +5,9 @@ number of hosts, nor where a run was resumed changes a batch.
 """
 
 import math
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +134,18 @@ def train_batches(
         flags.FLAGS.mark_as_parsed()
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     workers = grain.MultiprocessingOptions(num_workers=data.workers)
-    return Batches(share.to_iter_dataset(one).mp_prefetch(workers), shared=True)
+    return Batches(share.to_iter_dataset(one).mp_prefetch(workers, worker_init_fn=_end_with_parent), shared=True)
+
+
+def _end_with_parent(_index: int, _count: int) -> None:
+    """Ends a worker when the program that started it is killed: a worker that waits for it would stay for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def eval_batches(

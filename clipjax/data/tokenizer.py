@@ -16,6 +16,7 @@ from clipjax.config import ConfigError, require
 
 PAD, START, END = "<pad>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST = 256 + 3  # every byte, and the three tokens above
+CURLY = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'))
 PAD_NAMES = (PAD, "[PAD]", "<|pad|>")
 
 
@@ -45,8 +46,10 @@ class Tokenizer:
         require(vocab_size >= SMALLEST, "model.text.vocab_size", vocab_size, remedy)
         backend = tokenizers.Tokenizer(models.BPE())
         spaces = [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Prepend(" ")]
+        # open_clip straightens curly quotes before it tokenizes; doing so here too gives a text the same tokens on both sides.
+        quotes = [normalizers.Replace(tokenizers.Regex(curly), straight) for curly, straight in CURLY]
         case = [normalizers.Lowercase()] if lowercase else []
-        backend.normalizer = normalizers.Sequence([normalizers.NFC(), *case, *spaces])
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), *quotes, *case, *spaces])
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(

@@ -57,10 +57,12 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
         state = initial_state(run, tx, mesh)
         if saved is not None:
             state = checkpoints.restore(saved, abstract_state(state))
-            say(f"{workdir}: resuming at step {saved:,} of {cfg.steps:,}")
         start = saved or 0
         if start >= cfg.steps:
+            say(f"{workdir}: finished, with all its {cfg.steps:,} steps; raise train.steps or choose a new --workdir")
             return state
+        if saved is not None:
+            say(f"{workdir}: resuming at step {start:,} of {cfg.steps:,}")
         step_fn = compile_step(make_train_step(run, tx, mesh), state, mesh)
         data = stack.enter_context(batches(start))
         writer = stack.enter_context(contextlib.closing(Writer(workdir, start)))

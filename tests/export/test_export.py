@@ -97,7 +97,7 @@ def test_same_embeddings(tmp_path, tokenizer, pictures, model, to, resize):
     report = check(tmp_path / "out", to, model, params, tokenizer, pictures, resize)
     assert report.failures == []
     assert max(report.image, report.text, report.logits) < 1e-5
-    assert report.cleaned == (to == "open_clip")  # the curly quote
+    assert report.cleaned == 0  # open_clip straightens the curly quote, and so does our tokenizer
     weights = safetensors.numpy.load_file(next((tmp_path / "out").glob("*.safetensors")))
     assert {tensor.dtype for tensor in weights.values()} == {np.dtype("float32")}
 
