@@ -6,6 +6,7 @@ config.json rebuilds the run. Fields declared with `free` may change when a run 
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from clipjax.config.train import (
     RULES,
     Constant,
     Cosine,
+    Evaluation,
     Mesh,
     Optim,
     Retrieval,
@@ -29,8 +31,8 @@ from clipjax.config.train import (
 )
 
 __all__ = [
-    "BPE", "RULES", "SIZES", "Activation", "Augment", "ConfigError", "Constant", "Cosine", "Data", "ImageTower", "Mesh",
-    "Model", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term", "TextTower", "Tokenizer",
+    "BPE", "RULES", "SIZES", "Activation", "Augment", "ConfigError", "Constant", "Cosine", "Data", "Evaluation", "ImageTower",
+    "Mesh", "Model", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term", "TextTower", "Tokenizer",
     "TokenizerFile", "Train", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip
 
@@ -46,10 +48,11 @@ class Run(Strict):
     objective: tuple[Term, ...] = (Softmax(),)  # weighted terms that add up
     optim: Optim = Optim()
     train: Train = Train()
-    evals: tuple[Zeroshot | Retrieval, ...] = free(())
+    evals: tuple[Evaluation, ...] = free(())
     mesh: Mesh = Mesh()
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
         require(len(self.objective) > 0, "objective", self.objective, "needs at least one term")
         for i, term in enumerate(self.objective):
             biased = not isinstance(term, Sigmoid) or self.model.init_bias is not None
@@ -71,14 +74,25 @@ def to_json(run: Run) -> str:
 
 
 def from_json(text: str) -> Run:
-    """The run that `to_json` wrote. Raises ConfigError for an unknown, missing or ill-typed field."""
+    """The run that `to_json` wrote. Raises ConfigError for an unknown or ill-typed field, and for one that is missing where
+    no default tells what it was when the file was written: a `kind`, a pattern, a path.
+    """
     import pydantic  # here, not above: the step benchmark runs where pydantic is not installed
 
     try:
         return pydantic.TypeAdapter(Run).validate_json(text, strict=True)
     except pydantic.ValidationError as e:
-        rows = [f"{'.'.join(map(str, x['loc']))} = {x['input']!r}: {x['msg']}" for x in e.errors()]
-        raise ConfigError("config.json: " + "; ".join(rows)) from e
+        raise ConfigError("config.json: " + "; ".join(_row(error["type"], error) for error in e.errors())) from e
+
+
+def _row(kind: str, error: Mapping[str, Any]) -> str:
+    """An error of pydantic's: field, value and what is wrong with it."""
+    if kind == "value_error":  # a ConfigError, which says all that itself
+        return str(error["ctx"]["error"])
+    name = ".".join(map(str, error["loc"]))
+    if kind in ("missing", "union_tag_not_found"):
+        return f"{name}{'.kind' * (kind != 'missing')}: is missing"
+    return f"{name} = {error['input']!r}: {error['msg']}" if name else error["msg"]
 
 
 def lines(config: Any, prefix: str = "") -> list[str]:

@@ -1,9 +1,9 @@
 """The input's part of a configuration: dataset, augmentation, workers and tokenizer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from clipjax.config.fields import Strict, free, require
+from clipjax.config.fields import TAGGED, Strict, free, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,4 +57,4 @@ class TokenizerFile(Strict):
     kind: Literal["file"] = "file"
 
 
-Tokenizer = BPE | TokenizerFile
+Tokenizer = Annotated[BPE | TokenizerFile, TAGGED]

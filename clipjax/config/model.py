@@ -30,6 +30,7 @@ def size(name: str) -> dict[str, int]:
 def _check_tower(tower: "ImageTower | TextTower", name: str) -> None:
     for part in ("width", "depth", "heads", "mlp_dim"):
         require(getattr(tower, part) > 0, f"{name}.{part}", getattr(tower, part), "must be positive")
+    require(tower.embed_dim is None or tower.embed_dim > 0, f"{name}.embed_dim", tower.embed_dim, "must be positive or None")
     require(tower.width % tower.heads == 0, f"{name}.width", tower.width, f"must be a multiple of heads = {tower.heads}")
 
 

@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from clipjax.config.fields import ConfigError, Strict, free, require
+from clipjax.config.fields import TAGGED, ConfigError, Strict, free, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Sigmoid(Strict):
     weight: float = 1.0
 
 
-Term = Softmax | Sigmoid
+Term = Annotated[Softmax | Sigmoid, TAGGED]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,10 @@ class Cosine(Strict):
     kind: Literal["cosine"] = "cosine"
     warmup: int = 2000  # steps
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.warmup >= 0, "optim.schedule.warmup", self.warmup, "must not be negative")
+        require(0 <= self.final <= 1, "optim.schedule.final", self.final, "must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,11 @@ class Rsqrt(Strict):
     timescale: int = 10000  # steps
     cooldown: int = 0  # steps
 
+    def __post_init__(self) -> None:
+        require(self.timescale > 0, "optim.schedule.timescale", self.timescale, "must be positive")
+        for name in ("warmup", "cooldown"):
+            require(getattr(self, name) >= 0, f"optim.schedule.{name}", getattr(self, name), "must not be negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Strict):
@@ -52,6 +61,13 @@ class Constant(Strict):
     kind: Literal["constant"] = "constant"
     warmup: int = 2000  # steps
     cooldown: int = 0  # steps
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "cooldown"):
+            require(getattr(self, name) >= 0, f"optim.schedule.{name}", getattr(self, name), "must not be negative")
+
+
+Schedule = Annotated[Cosine | Rsqrt | Constant, TAGGED]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +95,7 @@ class Optim(Strict):
     weight_decay: float = 0.2  # multiplied by the learning rate
     clip_norm: float | None = None  # the gradient's largest global norm; None: unbounded
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
-    schedule: Cosine | Rsqrt | Constant = Cosine()
+    schedule: Schedule = Cosine()
     rules: tuple[Rule, ...] = RULES  # the first that matches holds; every parameter must match one
     ema: float | None = None  # decay of an exponential moving average of the weights, used in evaluation; None: none
 
@@ -91,6 +107,9 @@ class Optim(Strict):
         require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "must be positive or None")
         require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "must lie in (0, 1) or be None")
         for i, rule in enumerate(self.rules):
+            for name in ("lr", "decay"):
+                factor = getattr(rule, name)
+                require(factor >= 0, f"optim.rules.{i}.{name}", factor, "is a factor and must not be negative; 0 turns it off")
             try:
                 re.compile(rule.pattern)
             except re.error as e:
@@ -140,6 +159,9 @@ class Retrieval(Strict):
 
     def __post_init__(self) -> None:
         require(self.every > 0, "evals.every", self.every, "must be positive")
+
+
+Evaluation = Annotated[Zeroshot | Retrieval, TAGGED]
 
 
 @dataclass(frozen=True, kw_only=True)
