@@ -4,11 +4,13 @@ Exit status: 0 fine, 1 failed (a non-finite loss, a verification that does not h
 """
 
 import argparse
+import difflib
 import importlib.util
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.run is not train:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant so, as of a folder that is only read
     try:
         return args.run(args) or 0
     except config.ConfigError as error:
@@ -53,11 +56,24 @@ def load_config(path: str) -> config.Run:
 
 
 def override(run: config.Run, args: Sequence[str], prog: str) -> config.Run:
-    """`run` with `--any.field VALUE ...`. An unknown or ill-typed one exits with status 2, naming what comes near."""
+    """`run` with `--any.field VALUE ...`; rules by parameter name are set in the file only.
+
+    Raises ConfigError for an unknown field, naming the nearest; an ill-typed or impossible value exits with status 2.
+    """
     import tyro
 
+    rules = run.optim.rules
+    run = replace(run, optim=replace(run.optim, rules=()))  # tyro makes no option of what is empty
+    fields = [name for name, _, value in (line.partition(" = ") for line in config.lines(run)) if value != "()"]
+    for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        name = option.removeprefix("--").replace("-", "_")
+        config.require(not name.startswith("optim.rules"), "optim.rules", option, "rules are set in CONFIG.py, not here")
+        if name not in (*fields, "help"):
+            nearest = difflib.get_close_matches(name, fields, 1, cutoff=0)[0]
+            raise config.ConfigError(f"{option}: there is no such field; the nearest is --{nearest} (`{prog} --help` lists all)")
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return tyro.cli(config.Run, default=run, args=list(args), prog=prog, config=options)
+    run = tyro.cli(config.Run, default=run, args=list(args), prog=prog, config=options)
+    return replace(run, optim=replace(run.optim, rules=rules))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -165,6 +181,13 @@ def data_inspect(args: argparse.Namespace) -> None:
     print(f"contact sheet: {sheet}")
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be positive")
+    return number
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults are told where there is one to tell."""
 
@@ -215,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--to", required=True, choices=("open_clip", "transformers"), help="the library that shall load it")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
     p.add_argument("--verify", action="store_true", help="load it in PyTorch and compare embeddings of the run's own examples")
-    p.add_argument("--examples", type=int, default=32, help="how many --verify compares")
+    p.add_argument("--examples", type=_positive, default=32, help="how many --verify compares")
 
     data = group("data", "prepare or look at a dataset")
     p = command(data, "prepare", data_prepare, "build a dataset that clipjax makes itself, in TFDS's folder")
@@ -224,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("spec", metavar="SPEC", help=SPEC)
     p.add_argument("--split", default="train", help="part of the dataset")
     p.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; else a BPE is trained on the captions")
-    p.add_argument("--length", type=int, default=77, help="tokens a caption may have, for the truncation statistics")
+    p.add_argument("--length", type=_positive, default=77, help="tokens a caption may have, for the truncation statistics")
     p.add_argument("--png", type=Path, metavar="OUT", help="the contact sheet; else SPEC-SPLIT.png in this folder")
     return parser
 
