@@ -1,0 +1,201 @@
+"""The mesh and where everything lies on it."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from clipjax import config, sharding
+from clipjax.config import ConfigError, ImageTower, Mesh, Model, TextTower
+from clipjax.models import clip
+from clipjax.train.optimizer import make_optimizer
+from clipjax.train.state import initial_state
+from clipjax.train.step import compile_step, make_train_step
+from tests.train import tiny
+
+
+def abstract(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """Of any size, without devices."""
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def parameters(model: Model) -> dict:
+    return jax.eval_shape(lambda: clip.init(model, 0))
+
+
+def by_path(tree) -> dict:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+SO400M = Model(image=ImageTower.siglip("So400m/14"), text=TextTower.siglip("So400m"), init_bias=-10.0)
+B16 = Model(image=ImageTower.clip("B/16"), text=TextTower.clip("B"))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "shape"),
+    [
+        (Mesh(), (8, 1, 1)),
+        (Mesh(data=1, fsdp=-1), (1, 8, 1)),
+        (Mesh(data=-1, fsdp=2, tensor=2), (2, 2, 2)),
+        (Mesh(data=2, fsdp=4), (2, 4, 1)),
+        (Mesh(data=2, fsdp=1, tensor=-1), (2, 1, 4)),
+        (Mesh(data=-1, fsdp=8), (1, 8, 1)),
+    ],
+)
+def test_the_mesh_takes_all_devices(cfg, shape):
+    mesh = sharding.make_mesh(cfg)
+    assert mesh.shape == dict(zip(sharding.AXES, shape, strict=True))
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert sharding.batch_devices(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (Mesh(data=3), "mesh.data = 3, mesh.fsdp = 1, mesh.tensor = 1: must multiply to the number of devices, 8; -1 takes"),
+        (Mesh(data=-1, tensor=3), "mesh.data = -1, mesh.fsdp = 1, mesh.tensor = 3: must multiply to the number of devices, 8"),
+        (Mesh(data=4, fsdp=4), "mesh.data = 4, mesh.fsdp = 4, mesh.tensor = 1: must multiply"),
+        (Mesh(data=2, fsdp=2), "mesh.data = 2, mesh.fsdp = 2, mesh.tensor = 1: must multiply"),
+        (Mesh(data=-1, fsdp=16), "mesh.data = -1, mesh.fsdp = 16, mesh.tensor = 1: must multiply"),
+    ],
+)
+def test_a_mesh_that_is_not_of_the_devices_is_refused(cfg, message):
+    with pytest.raises(ConfigError, match=message):
+        sharding.make_mesh(cfg)
+
+
+@pytest.mark.parametrize(("size", "near"), [(12, "8 or 16"), (5, "8"), (1023, "1016 or 1024")])
+def test_a_batch_that_does_not_divide_is_refused(size, near):
+    run = tiny.run(train=config.Train(batch_size=size))
+    with pytest.raises(ConfigError, match=f"^train.batch_size = {size}: must be a multiple of the 8 devices .*; try {near}$"):
+        sharding.check_batch(run, tiny.mesh_of(2, 4))
+    sharding.check_batch(run, tiny.mesh_of(1, 1, 8))  # the tensor axis does not divide it
+
+
+CASES = {  # width 768, 12 heads, MLP 3072
+    "image/blocks/attention/qkv/kernel": ((12, 768, 3, 12, 64), P(None, "fsdp", None, "tensor", None)),
+    "image/blocks/attention/qkv/bias": ((12, 3, 12, 64), P(None, None, "tensor", "fsdp")),
+    "image/blocks/attention/out/kernel": ((12, 12, 64, 768), P(None, "tensor", None, "fsdp")),
+    "text/blocks/mlp/up/kernel": ((12, 768, 3072), P(None, "fsdp", "tensor")),
+    "text/blocks/mlp/up/bias": ((12, 3072), P(None, "tensor")),
+    "text/blocks/mlp/down/kernel": ((12, 3072, 768), P(None, "tensor", "fsdp")),
+    "text/blocks/mlp/down/bias": ((12, 768), P(None, "fsdp")),
+    "image/blocks/norm1/scale": ((12, 768), P(None, "fsdp")),
+    "image/map/query/kernel": ((768, 12, 64), P("fsdp", "tensor", None)),
+    "image/map/key_value/kernel": ((768, 2, 12, 64), P("fsdp", None, "tensor", None)),
+    "image/map/key_value/bias": ((2, 12, 64), P(None, "tensor", "fsdp")),
+    "image/map/out/kernel": ((12, 64, 768), P("tensor", None, "fsdp")),
+    "image/map/mlp/up/kernel": ((768, 3072), P("fsdp", "tensor")),
+    "image/map/mlp/down/kernel": ((3072, 768), P("tensor", "fsdp")),
+    "image/patch/kernel": ((16, 16, 3, 768), P(None, None, None, "fsdp")),
+    "text/tokens": ((32000, 768), P("fsdp", None)),
+    "log_scale": ((), P()),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "params/", "opt_state/inner_states/train/inner_state/1/mu/"])
+@pytest.mark.parametrize("path", CASES)
+def test_where_a_parameter_and_its_moments_lie(path, prefix):
+    shape, want = CASES[path]
+    assert sharding.spec(prefix + path, shape, abstract(2, 4, 4)) == want
+
+
+@pytest.mark.parametrize("path", CASES)
+def test_axes_of_one_device_are_not_named(path):
+    shape, want = CASES[path]
+    assert "tensor" not in sharding.spec(path, shape, abstract(4, 4, 1))
+    assert "fsdp" not in sharding.spec(path, shape, abstract(4, 1, 4))
+    assert sharding.spec(path, shape, abstract(1, 1, 4)) == P(*["tensor" if axis == "tensor" else None for axis in want])
+
+
+def test_heads_that_do_not_divide_stay_whole():
+    assert sharding.spec("image/blocks/attention/qkv/kernel", (12, 768, 3, 12, 64), abstract(1, 1, 8)) == P(*[None] * 5)
+    assert sharding.spec("text/blocks/mlp/up/kernel", (12, 768, 3072), abstract(1, 1, 8)) == P(None, None, "tensor")
+
+
+@pytest.mark.parametrize("model", [tiny.CLIP, tiny.SIGLIP, B16, SO400M], ids=["clip", "siglip", "B/16", "So400m"])
+def test_the_axis_of_the_layers_is_never_sharded(model):
+    """Also where it is the only one that divides, as by a depth of 27 or 12."""
+    for size in (2, 3, 4, 9, 12, 27):
+        for mesh in (abstract(1, size), abstract(1, 1, size), abstract(1, size, size)):
+            for path, leaf in by_path(parameters(model)).items():
+                axes = sharding.spec(path, leaf.shape, mesh)
+                assert "/blocks/" not in path or axes[0] is None
+                for axis, n in zip(axes, leaf.shape, strict=True):
+                    assert axis is None or n % mesh.shape[axis] == 0
+
+
+@pytest.mark.parametrize("model", [B16, SO400M], ids=["B/16", "So400m"])
+@pytest.mark.parametrize("fsdp", [4, 16, 32])
+def test_what_fits_is_divided_nearly_whole(model, fsdp):
+    tree = parameters(model)
+    placed = sharding.shardings(tree, abstract(2, fsdp))
+    whole = sharding.unsharded(tree, placed, "fsdp")
+    total = sum(x.size * 4 for x in jax.tree.leaves(tree))
+    assert sum(whole.values()) < 0.05 * total
+    assert {"log_scale"} <= whole.keys()
+    mine = sum(4 * math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True))
+    assert mine == pytest.approx((total - sum(whole.values())) / fsdp + sum(whole.values()))
+
+
+@pytest.mark.parametrize("fsdp", [5, 256])
+def test_a_mesh_that_leaves_too_much_whole_is_refused_by_name(fsdp):
+    """1152 and 4304 are no multiples of 256: every kernel of the blocks would be on every device."""
+    tree = parameters(SO400M)
+    with pytest.raises(ConfigError, match=rf"^mesh\.fsdp = {fsdp}: only \d+% of the bytes .*choose a divisor") as error:
+        sharding.shardings(tree, abstract(1, fsdp))
+    assert "Whole: image/blocks/mlp/" in str(error.value)  # largest first
+    assert f"({27 * 1152 * 4304 * 4:,} bytes)" in str(error.value)
+    sharding.shardings(tree, abstract(fsdp, 1))  # replicating on purpose is fine
+
+
+def test_rows_become_global_arrays():
+    mesh = tiny.mesh_of(2, 2, 2)
+    batch = {"image": np.arange(16 * 3, dtype=np.uint8).reshape(16, 3), "text": np.arange(16, dtype=np.int32)}
+    placed = sharding.to_global(batch, mesh)
+    for name, rows in batch.items():
+        assert placed[name].sharding == sharding.over_rows(mesh)
+        assert placed[name].dtype == rows.dtype
+        np.testing.assert_array_equal(placed[name], rows)
+        for shard in placed[name].addressable_shards:  # in order, the same on both devices of `tensor`
+            i = np.argwhere(mesh.devices == shard.device)[0]
+            first = 4 * (2 * i[0] + i[1])
+            np.testing.assert_array_equal(shard.data, rows[first : first + 4])
+
+
+def test_on_shards_sees_its_rows_and_returns_one_value():
+    mesh = tiny.mesh_of(2, 4)
+    x, y = (np.arange(n, n + 16, dtype=np.float32).reshape(16, 1) for n in (0, 100))
+
+    def fn(x, y, scale):
+        assert x.shape == y.shape == (2, 1)
+        return scale * jax.lax.psum((x * y).sum(), sharding.BATCH)
+
+    assert float(jax.jit(sharding.on_shards(fn, mesh))(x, y, 2.0)) == 2 * float((x * y).sum())
+
+
+@pytest.mark.parametrize(("shape", "share"), [((2, 4, 1), 0.28), ((2, 2, 2), 0.36)])
+def test_no_device_holds_a_whole_copy_of_what_is_sharded(shape, share):
+    """The state is born sharded, the compiled step takes and gives it so, and says that it holds no more than its part."""
+    run = tiny.run(optim=dataclasses.replace(tiny.OPTIM, ema=0.9))
+    mesh = tiny.mesh_of(*shape)
+    tx = make_optimizer(run.optim, run.train.steps, parameters(run.model))
+    state = initial_state(run, tx, mesh)
+    step = compile_step(make_train_step(run, tx, mesh), state, mesh)
+    batch = sharding.to_global(tiny.batches(run, 1)[0], mesh)
+    compiled = step.lower(state, batch).compile()
+    made, metrics = compiled.output_shardings
+    for (path, leaf), out in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(made), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        want = sharding.spec(name, leaf.shape, mesh)
+        assert leaf.sharding.spec == want, name
+        assert out.is_equivalent_to(leaf.sharding, leaf.ndim), name
+        assert leaf.addressable_shards[0].data.size == leaf.size / math.prod(mesh.shape[a] for a in want if a)
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(metrics))
+    mine = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((state, batch)))
+    assert mine < share * sum(leaf.nbytes for leaf in jax.tree.leaves((state, batch)))
+    assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(mine, rel=0.05)
