@@ -1,5 +1,6 @@
 """A run's checkpoints: asynchronous, atomic, state and configuration under one step; and the workdir they live in."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -21,13 +22,14 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, run: config.Run) -> None:
         policies = ocp.checkpoint_managers
-        keep = [policies.LatestN(run.train.keep)]
+        keep, score = [policies.LatestN(run.train.keep)], None
         if run.train.best:
-            best = policies.BestN(lambda m: _score(m, run.train.best), n=1, keep_checkpoints_without_metrics=False)
-            keep.append(best)
+            score = functools.partial(_score, run.train.best)
+            keep.append(policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,  # what a killed save left behind
             preservation_policy=policies.AnyPreservationPolicy(keep),
+            best_fn=score,  # chooses nothing beside a policy, but without it metrics are not written: a resumed run needs them
         )
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
         self._run = run
@@ -56,7 +58,8 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        tracked = (metrics or {}) if self._run.train.best else None
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=tracked)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -77,7 +80,7 @@ class Checkpoints:
         return config.from_json(json.dumps(saved.config))
 
 
-def _score(metrics: dict[str, float], name: str) -> float:
+def _score(name: str, metrics: dict[str, float]) -> float:
     return metrics.get(name, -math.inf)
 
 
