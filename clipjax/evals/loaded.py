@@ -30,11 +30,12 @@ class Loaded:
     def encode_image(self, images: Sequence[Picture]) -> Float[np.ndarray, "n e"]:
         """Unit vectors, float32, of pictures of any size: PIL pictures, uint8 arrays [h, w, 3] or files."""
         size, resize = self.run.model.image.image_size, self.run.data.resize
-        return self._encode("image", np.stack([fit(_open(image), size, resize) for image in images]))
+        pixels = [fit(_open(image), size, resize) for image in _several(images)]
+        return self._encode("image", np.reshape(pixels, (len(pixels), size, size, 3)))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
         """Unit vectors, float32. Texts are cut to the model's length."""
-        return self._encode("text", self.tokenizer.encode(list(texts))[0])
+        return self._encode("text", self.tokenizer.encode(list(_several(texts)))[0])
 
     def _encode(self, kind: str, rows: np.ndarray) -> np.ndarray:
         size = self.encoder.batch_size
@@ -46,7 +47,13 @@ class Loaded:
 
         batches = Batches(read, -(-len(rows) // size), f"{kind}s")
         made = [to_host(z) for z, _ in self.encoder.stream(self.params, batches)]
-        return np.concatenate(made)[: len(rows)]
+        return np.concatenate([np.empty((0, self.run.model.embed_dim), np.float32), *made])[: len(rows)]
+
+
+def _several(given: Sequence) -> Sequence:
+    if isinstance(given, str | Path):
+        raise TypeError(f"{str(given)!r} is one: give a list")  # not a string's letters one by one
+    return given
 
 
 def _open(image: Picture) -> Image.Image:

@@ -1,0 +1,402 @@
+"""The command line in process: help, overrides, refusals, and every command on a run of seconds."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import clipjax
+from clipjax import cli, config
+from clipjax.config import ConfigError
+from tests.train import tiny_emoji
+
+CONFIG = str(Path(tiny_emoji.__file__))
+STEPS = ["--train.steps", "6", "--train.checkpoint_every", "3", "--optim.schedule.warmup", "2", "--evals.0.every", "3"]
+
+
+def run(*args) -> int:
+    """The exit status, however it comes."""
+    try:
+        return cli.main([str(a) for a in args])
+    except SystemExit as e:
+        return e.code or 0
+
+
+COMMANDS = {
+    "": ["train", "eval", "embed", "export", "data"],
+    "train": ["--workdir RUN", "CONFIG.py"],
+    f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
+    "eval": ["zeroshot", "retrieval"],
+    "eval zeroshot": ["--data SPEC", "--split", "--classnames FILE", "--templates NAME|FILE", "--json OUT", "default: simple"],
+    "eval retrieval": ["--data SPEC", "--split", "--json OUT", "(default: test)"],
+    "embed": ["--data SPEC", "--out FILE.npz"],
+    "export": ["--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
+    "data": ["prepare", "inspect"],
+    "data prepare": ["emoji"],
+    "data inspect": ["SPEC", "--png OUT", "--length", "tokens"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    assert run(*command.split(), "--help") == 0
+    said = capsys.readouterr()
+    text = " ".join(said.out.split())
+    for part in COMMANDS[command]:
+        assert part in text
+    assert said.err == ""
+
+
+def test_rules_are_no_options(capsys):
+    assert run("train", CONFIG, "--help") == 0
+    assert "rules" not in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"clipjax {clipjax.__version__}\n"
+
+
+def overridden(*args):
+    return cli.override(tiny_emoji.config(), args, "clipjax train")
+
+
+def test_overrides_reach_any_depth():
+    made = overridden(
+        *("--seed", "7", "--objective.0.weight", ".5", "--optim.schedule.warmup", "3", "--evals.0.every", "11"),
+        *("--model.image.patch_dropout", "0.5", "--data.augment.flip", "True", "--optim.ema", "None"),
+        *("--model.image.mean", ".1", ".2", ".3", "--data.spec=tsv:a.tsv", "--tokenizer.lowercase", "False"),
+    )
+    want = {
+        "seed": 7, "objective.0.weight": 0.5, "optim.schedule.warmup": 3, "evals.0.every": 11, "model.image.patch_dropout": 0.5,
+        "data.augment.flip": True, "optim.ema": None, "model.image.mean": (0.1, 0.2, 0.3), "data.spec": "tsv:a.tsv",
+        "tokenizer.lowercase": False,
+    }  # fmt: skip
+    changed = sorted(set(config.lines(made)) ^ set(config.lines(tiny_emoji.config())))
+    assert {f"{name} = {value!r}" for name, value in want.items()} <= set(changed)
+    assert len(changed) == 2 * len(want)
+    assert made.optim.rules == config.RULES
+
+
+@pytest.mark.parametrize("name", ["--train.batch_size", "--train.batch-size"])
+def test_dashes_and_underscores_both_do(name):
+    assert overridden(name, "8").train.batch_size == 8
+
+
+def test_every_name_that_scripts_use_is_an_option():
+    """DESIGN, section 2."""
+    names = (
+        "seed train.steps train.batch_size train.log_every train.checkpoint_every mesh.data mesh.fsdp mesh.tensor "
+        "model.image.image_size model.image.patch_size model.text.length model.text.vocab_size model.remat optim.lr "
+        "optim.mu_dtype data.spec"
+    )
+    now = {line.partition(" = ")[0]: line.partition(" = ")[2].strip("'") for line in config.lines(tiny_emoji.config())}
+    for name in names.split():
+        assert overridden(f"--{name}", now[name]) == tiny_emoji.config()
+
+
+REFUSED = {
+    "no command": ([], "required: COMMAND"),
+    "no such command": (["trian"], "invalid choice: 'trian'"),
+    "no config": (["train"], "CONFIG.py is needed"),
+    "no workdir": (["train", CONFIG], "--workdir RUN is needed"),
+    "no file": (["train", "nothing.py"], "CONFIG.py = 'nothing.py': is not a file"),
+    "no SPEC": (["embed", "RUN", "--out", "a.npz"], "required: --data"),
+    "no format": (["export", "RUN", "--to", "onnx", "--out", "a"], "invalid choice: 'onnx'"),
+    "stray option": (["eval", "retrieval", "RUN", "--data", "emoji", "--batch", "4"], "unrecognized arguments: --batch 4"),
+    "no example": (["export", "RUN", "--to", "open_clip", "--out", "a", "--examples", "0"], "--examples: 0 must be positive"),
+    "no RUN": (["eval", "retrieval", "nothing", "--data", "emoji"], "RUN = 'nothing': is not a workdir of `clipjax train`"),
+    "no RUN to embed": (["embed", "nothing", "--data", "emoji", "--out", "a.npz"], "RUN = 'nothing': is not a workdir"),
+    "no RUN to export": (["export", "nothing@3", "--to", "open_clip", "--out", "a"], "RUN = 'nothing@3': is not a workdir"),
+    "no dataset": (["data", "inspect", "tfds:nothing"], "data.spec = 'tfds:nothing': not among the datasets"),
+    "no spec": (["data", "inspect", "webdata:x"], "data.spec = 'webdata:x': must be emoji, tfds:"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_wrong_use_is_told(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*args) == 2
+    said = capsys.readouterr()
+    assert message in " ".join(said.err.split())
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG_FIELDS = {
+    "--train.step 4": "--train.step: there is no such field; the nearest is --train.steps",
+    "--batch_size=4": "--batch_size: there is no such field; the nearest is --train.batch_size",
+    "--modell.image.image-size 16": "--modell.image.image-size: there is no such field; the nearest is --model.image.image_size",
+    "--evals.1.every 4": "--evals.1.every: there is no such field; the nearest is --evals.0.every",
+    "--optim.rules.0.lr 0": "rules are set in CONFIG.py",
+    "stray": "Unrecognized options: stray",
+    "--train.steps many": "--train.steps: invalid literal for int() with base 10: 'many'",
+    "--train.steps 1.5": "--train.steps: invalid literal for int() with base 10: '1.5'",
+    "--optim.lr fast": "--optim.lr: could not convert string to float: 'fast'",
+    "--optim.kind sgd": "invalid choice 'sgd' for argument '--optim.kind'. Expected one of ('adamw', 'lamb', 'lion', ",
+    "--data.augment.flip perhaps": "invalid choice 'perhaps' for argument '--data.augment.flip'",
+    "--train.steps": "Missing value for argument '--train.steps'",
+    "--tokenizer.kind file": "invalid choice 'file' for argument '--tokenizer.kind'",
+    "--optim.lr -1": "optim.lr = -1.0: must be positive",
+    "--model.image.image_size 20": "model.image.image_size = 20: must be a multiple of model.image.patch_size = 8",
+    "--model.text.embed-dim 16": "model.text.embed_dim = 16: must equal the image tower's embedding width 32",
+    "--train.batch_size 12": "train.batch_size = 12: must be a multiple of the 8 devices of mesh axes data x fsdp; try 8 or 16",
+    "--mesh.fsdp 3": "mesh.data = -1, mesh.fsdp = 3, mesh.tensor = 1: must multiply to the number of devices, 8",
+    "--train.steps 10": "optim.schedule.warmup = 10: must be less than train.steps = 10",
+    "--data.spec tsv:nothing.tsv": "data.spec = 'tsv:nothing.tsv': there is no file nothing.tsv",
+    "--data.split tset": "data.split = 'tset'",
+}
+
+
+def unboxed(text: str) -> str:
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("option", "message"), WRONG_FIELDS.items())
+def test_what_can_not_be_is_refused_before_anything_is_built(option, message, capsys, tmp_path):
+    workdir = tmp_path / "run"
+    assert run("train", CONFIG, "--workdir", workdir, *option.split()) == 2
+    said = capsys.readouterr()
+    assert message in unboxed(said.err)
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run = 1\n", "has no function config() that returns a clipjax.config.Run"),
+        ("def config():\n    return {'seed': 1}\n", "= 'dict': must return a clipjax.config.Run"),
+        (
+            "from clipjax.config import ImageTower\ndef config():\n    return ImageTower(image_size=9)\n",
+            "model.image.image_size = 9: must be a multiple of model.image.patch_size = 16",
+        ),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(text, message, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    assert run("train", file, "--workdir", tmp_path / "run") == 2
+    assert message in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
+    (tmp_path / "mine.txt").write_text(text)
+    assert run("train", tmp_path / "mine.txt", "--workdir", tmp_path / "run") == 2
+    assert "mine.txt': is not a Python file" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Six steps of emoji at 16 px, with checkpoints after three and six."""
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    assert run("train", CONFIG, "--workdir", path, *STEPS) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return clipjax.load(workdir)
+
+
+def test_train_writes_a_workdir_that_rebuilds_the_run(workdir):
+    assert {p.name for p in workdir.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
+    assert config.from_json((workdir / "config.json").read_text()) == overridden(*STEPS)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [(line["step"], line["task"]) for line in lines if "task" in line] == [(n, "zeroshot_retrieval") for n in (3, 6)]
+
+
+def test_train_again_has_nothing_to_do(workdir, capsys):
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert run("train", CONFIG, "--workdir", workdir, *STEPS) == 0
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert "6 steps" in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_dataset_is_refused(tmp_path, capsys):
+    rows = ["filepath\ttitle"]
+    for i in range(10):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png\tnumber {i}")
+    (tmp_path / "ten.tsv").write_text("\n".join(rows) + "\n")
+    assert run("train", CONFIG, "--workdir", tmp_path / "run", "--data.spec", f"tsv:{tmp_path}/ten.tsv") == 2
+    said = capsys.readouterr().err
+    assert "train.batch_size = 16: is more than the 10 examples" in said
+    assert "Traceback" not in said
+
+
+def test_zeroshot(workdir, tmp_path, capsys, caplog):
+    assert run("eval", "zeroshot", workdir, "--data", "emoji", "--templates", "plain", "--json", tmp_path / "new" / "z.json") == 0
+    said = capsys.readouterr()
+    result = json.loads((tmp_path / "new" / "z.json").read_text())
+    assert json.loads(said.out) == result
+    metrics = result.pop("metrics")
+    assert result == {
+        "dataset": "emoji/test",
+        "model": "tiny",
+        "pretrained": "step 6",
+        "task": "zeroshot_classification",
+        "language": "en",
+    }
+    assert metrics.keys() == {"acc1", "acc5", "mean_per_class_recall"}
+    assert all(round(363 * metrics[name], 6) % 1 == 0 for name in ("acc1", "acc5"))
+    assert 0 <= metrics["acc1"] <= metrics["acc5"] < 1
+    assert metrics["mean_per_class_recall"] == pytest.approx(metrics["acc1"])  # one picture a name
+    assert any("of 3789 were cut to 8 tokens" in record.getMessage() for record in caplog.records)
+
+
+def test_zeroshot_with_files(workdir, tmp_path, capsys):
+    (tmp_path / "templates.txt").write_text("{c}\nthe {c}\n")
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    args = ["eval", "zeroshot", workdir, "--data", "emoji"]
+    assert run(*args, "--templates", tmp_path / "templates.txt") == 0
+    two = json.loads(capsys.readouterr().out)["metrics"]
+    assert 0 <= two["acc1"] <= two["acc5"]
+    assert run(*args, "--classnames", tmp_path / "names.txt") == 2
+    assert "names 2 classes, but emoji has 3789" in capsys.readouterr().err
+    assert run(*args, "--templates", "fancy") == 2
+    assert "templates = 'fancy': No such file or directory: use imagenet, simple, plain" in capsys.readouterr().err
+    assert run(*args, "--split", "tset") == 2
+    assert "data.split = 'tset'" in capsys.readouterr().err
+
+
+def test_retrieval_of_any_step(workdir, tmp_path, capsys):
+    evaluations = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line["metrics"] for line in evaluations if "task" in line}
+    for name, step in ((f"{workdir}@3", 3), (f"{workdir}@6", 6), (str(workdir), 6)):
+        assert run("eval", "retrieval", name, "--data", "emoji", "--json", tmp_path / "r.json") == 0
+        said = capsys.readouterr()
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert json.loads(said.out) == result
+        metrics = result.pop("metrics")
+        assert result == {
+            "dataset": "emoji/test",
+            "model": "tiny",
+            "pretrained": f"step {step}",
+            "task": "zeroshot_retrieval",
+            "language": "en",
+        }
+        assert metrics == logged[step]  # what training saw, exactly
+        assert metrics.keys() == {f"{what}_retrieval_recall@{k}" for what in ("image", "text") for k in (1, 5, 10)}
+    assert run("eval", "retrieval", f"{workdir}@4", "--data", "emoji") == 2
+    assert f"RUN = '{workdir}@4': has checkpoints of steps 3, 6 only" in capsys.readouterr().err
+
+
+def test_a_run_without_checkpoint(workdir, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    assert run("eval", "retrieval", tmp_path, "--data", "emoji") == 2
+    assert f"RUN = '{tmp_path}': has no checkpoint yet" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.fixture(scope="module")
+def embedded(workdir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("embed") / "test.npz"
+    assert run("embed", workdir, "--data", "emoji", "--out", path) == 0
+    return dict(np.load(path))
+
+
+def test_embed(embedded):
+    assert embedded.keys() == {"image", "text", "key"}
+    assert embedded["image"].shape == embedded["text"].shape == (363, 32)
+    assert embedded["image"].dtype == embedded["text"].dtype == np.float32
+    assert len(set(embedded["key"].tolist())) == 363
+    for kind in ("image", "text"):
+        np.testing.assert_allclose(np.linalg.norm(embedded[kind], axis=1), 1, rtol=1e-6)
+
+
+def test_load_encodes_what_embed_does(model, embedded, workdir):
+    from clipjax.data.sources import open_source
+
+    source = open_source(config.Data(split="test"))
+    chosen = [0, 1, 17, 362]
+    pictures = [source[i].picture for i in chosen]
+    assert [source[i].key for i in chosen] == embedded["key"][chosen].tolist()
+    image, text = model.encode_image(pictures), model.encode_text([source[i].captions[0] for i in chosen])
+    for got, want in ((image, embedded["image"][chosen]), (text, embedded["text"][chosen])):
+        assert (got.shape, got.dtype) == ((4, 32), np.float32)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    assert (model.step, model.workdir, model.run) == (6, workdir, overridden(*STEPS))
+    assert np.abs(image - clipjax.load(f"{workdir}@3").encode_image(pictures)).max() > 1e-4
+
+
+def test_load_takes_pictures_as_they_come(model, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 25, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "a.png")
+    alpha = np.dstack([pixels, np.full((40, 25), 255, np.uint8)])
+    alpha[:20, :, 3] = 0
+    on_white = pixels.copy()
+    on_white[:20] = 255
+    grey = picture.convert("L")
+    same = model.encode_image([picture, pixels, tmp_path / "a.png", str(tmp_path / "a.png")])
+    np.testing.assert_array_equal(same, np.repeat(same[:1], 4, axis=0))
+    seen = model.encode_image([Image.fromarray(alpha), on_white, grey, grey.convert("RGB")])
+    np.testing.assert_array_equal(seen[::2], seen[1::2])
+    assert np.abs(seen[0] - same[0]).max() > 1e-3
+    np.testing.assert_allclose(np.linalg.norm([*same, *seen], axis=1), 1, rtol=1e-6)
+
+
+def test_load_encodes_any_number(model):
+    """More than a batch (64 here), one, and none."""
+    texts = [f"number {i}" for i in range(70)]
+    all_of_them = model.encode_text(texts)
+    assert all_of_them.shape == (70, 32)
+    np.testing.assert_allclose(model.encode_text(texts[69:]), all_of_them[69:], atol=1e-6)
+    assert model.encode_text([]).shape == (0, 32)
+    assert model.encode_image([]).shape == (0, 32)
+    long = "a long name " * 20
+    np.testing.assert_array_equal(*model.encode_text([long, long + "cut"]))
+    for encode in (model.encode_text, model.encode_image):
+        with pytest.raises(TypeError, match=r"'picture\.png' is one: give a list"):
+            encode("picture.png")
+
+
+def test_load_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(ConfigError, match="is not a workdir"):
+        clipjax.load(tmp_path)
+
+
+@pytest.mark.parametrize(("to", "weights"), [("open_clip", "open_clip_model.safetensors"), ("transformers", "model.safetensors")])
+def test_export(workdir, model, tmp_path, capsys, to, weights):
+    import safetensors.numpy
+
+    assert run("export", f"{workdir}@3", "--to", to, "--out", tmp_path / "out") == 0
+    assert f"{to}, step 3" in capsys.readouterr().out
+    earlier = safetensors.numpy.load_file(tmp_path / "out" / weights)
+    assert run("export", workdir, "--to", to, "--out", tmp_path / "out") == 0
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / weights)
+    assert tensors["logit_scale"] == np.asarray(model.params["log_scale"]) != earlier["logit_scale"]
+    mine = sum(x.size for x in jax.tree.leaves(model.params))
+    assert sum(x.size for x in tensors.values()) == mine
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert run("export", workdir, "--to", to, "--out", tmp_path / "out") == 2
+    assert "holds files that are not an earlier export's" in capsys.readouterr().err
+
+
+def test_inspect(tmp_path, workdir, capsys):
+    sheet = tmp_path / "sheet.png"
+    words = ["--tokenizer", workdir / "tokenizer.json", "--length", 8]
+    assert run("data", "inspect", "emoji", "--split", "test", "--png", sheet, *words) == 0
+    said = capsys.readouterr().out
+    rows = {line[:15].strip(): line[16:] for line in said.splitlines() if line[:1].strip()}
+    assert rows["examples"] == "363"
+    assert rows["width, pixels"].startswith("136 to 136")
+    assert rows["unreadable"] == "0"
+    assert rows["truncated"].endswith("at 8 tokens")
+    assert 0 < float(rows["truncated"].split("%")[0]) < 100
+    assert f"contact sheet: {sheet}" in said
+    with Image.open(sheet) as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 1000
+
+
+def test_prepare_names_the_folder(capsys):
+    assert run("data", "prepare", "emoji") == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert (folder / "features.json").exists()
