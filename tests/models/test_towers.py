@@ -65,7 +65,8 @@ def published_std(path: str, tower: ImageTower | TextTower) -> float:
     ends = {
         "qkv/kernel": attention, "attention/out/kernel": projected, "mlp/up/kernel": fully_connected,
         "mlp/down/kernel": projected, "projection/kernel": d**-0.5,
-        "patch/kernel": (3 * getattr(tower, "patch_size", 1) ** 2) ** -0.5, "text/tokens": 0.02, "text/positions": 0.01, "image/class_token": d**-0.5, "image/positions": d**-0.5,
+        "text/tokens": 0.02, "text/positions": 0.01, "image/class_token": d**-0.5, "image/positions": d**-0.5,
+        "image/patch/kernel": (3 * 8 * 8) ** -0.5,
     }  # fmt: skip
     return next(std for end, std in ends.items() if path.endswith(end))
 
