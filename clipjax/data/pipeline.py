@@ -119,7 +119,7 @@ def train_batches(
     Raises ConfigError for a source smaller than the batch, or a batch that does not divide over the hosts."""
     n = len(source)
     local = _local_batch(batch_size, process_count)
-    remedy = f"is more than the {n} examples of {source.name}, split {data.split}: use at most {n}"
+    remedy = f"is more than the {n} examples of {source.name}: use at most {n}"
     require(batch_size <= n, "train.batch_size", batch_size, remedy)
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
     load = _TrainExample(source, tokenizer, data, image_size)

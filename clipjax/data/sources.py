@@ -1,7 +1,7 @@
 """Where pictures and captions come from: `emoji`, `tfds:NAME[/CONFIG][:VERSION]` and `tsv:FILE`, each read at random by index."""
 
-import csv
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from clipjax.config import ConfigError
 from clipjax.data.image import decode
 
 TRIES = 64  # other examples tried in place of an unreadable one
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +47,34 @@ class Example:
 class Source(ABC):
     """Examples by index. It can be pickled, and read by several threads at once."""
 
-    name: str  # the spec
+    name: str  # SPEC/SPLIT, or the SPEC alone of what has no splits
     classnames: tuple[str, ...] | None = None  # by label
     fields: dict[str, str]  # every field that is stored, and its kind
 
     def __init__(self) -> None:
-        self._warned: dict[str, object] = {}
+        self._warned: set[str] = set()
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def _record(self, i: int) -> Record: ...
+
     def record(self, i: int) -> Record:
-        """Example i without decoding its picture."""
+        """Example i without decoding its picture. One that can't be read is logged, and has no caption and an empty picture."""
+        if i >= len(self):
+            raise IndexError(i)
+        try:
+            return self._record(i)
+        except Exception as e:  # a reader may raise anything
+            self._warn(f"number {i}", "can't be read", e)
+            return Record(b"", (), f"number {i}")
+
+    def _warn(self, key: str, what: str, error: Exception) -> None:
+        """Once a key; it is the key that is kept, for an exception holds on to its frames and what lies in them."""
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning("%s: example %s %s: %s", self.name, key, what, f"{type(error).__name__}: {error}")
 
     def captions(self) -> Iterator[str]:
         """All captions, without decoding pictures: what a tokenizer is trained on."""
@@ -69,7 +85,7 @@ class Source(ABC):
         return self.read(i)
 
     def read(self, i: int, least: int | None = None) -> Example:
-        """Example i, or another, always the same, if it can't be read or has no caption (`replaced`; logged once a key).
+        """Example i, or another, always the same, if it can't be read or lacks a part (`replaced`; logged once a key).
 
         `least`: sides of that many pixels are enough (see `image.decode`). Raises ConfigError if no other can be read."""
         if example := self._try(i, least):
@@ -79,42 +95,47 @@ class Source(ABC):
                 return replace(example, replaced=True)
         bad = self.record(i)
         where = bad.picture if isinstance(bad.picture, Path) else bad.key
-        remedy = f"{where} and {TRIES} others can't be read (the log has the reasons); check the files and their paths"
-        raise ConfigError(f"data.spec = {self.name!r}: {remedy}")
+        remedy = "can't be read (the log has the reasons); check the files and their paths"
+        raise ConfigError(f"{self.name}: {where} and {TRIES} others {remedy}")
 
     def _try(self, i: int, least: int | None) -> Example | None:
         record = self.record(i)
         try:
-            if not record.captions:
-                raise ValueError("it has no caption")
+            if not record.captions or not record.picture:
+                raise ValueError(f"it has no {'picture' if record.captions else 'caption'}")
             return Example(decode(record.picture, least), record.captions, record.key, record.label, replaced=False)
         except Exception as e:  # a decoder may raise anything, and none of it may end a run
-            if self._warned.setdefault(record.key, e) is e:
-                log.warning("%s: example %s is replaced by another: %s: %s", self.name, record.key, type(e).__name__, e)
+            self._warn(record.key, "is replaced by another", e)
             return None
 
 
 class Tsv(Source):
     """A tab-separated file with a header: column `filepath` (relative to the file's folder) and `title`, as open_clip reads.
 
-    Rows with the same path are one example with several captions, its place that of the first. It has no splits and no labels."""
+    A line is a row, in UTF-8. A field in quotes with those inside doubled, as pandas writes it, is what they hold; other quotes are
+    themselves. Rows with the same path are one example with several captions, its place that of the first. There are no splits and
+    no labels: `split` may be `train` or `test`, the defaults of training and evaluation, and is the whole file."""
 
     def __init__(self, data: config.Data, path: Path) -> None:
         super().__init__()
         self.name = data.spec
         if not path.is_file():
             raise ConfigError(f"data.spec = {data.spec!r}: there is no file {path}; give the path of a .tsv file")
+        config.require(data.split in ("train", "test"), "data.split", data.split, f"{data.spec} has no splits; leave it out")
         self.folder = path.parent
         captions: dict[str, list[str]] = {}
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t")
-            columns = rows.fieldnames or []
-            image = _choose("data.image_field", data.image_field or "filepath", columns, f"columns of {path.name}")
-            text = _choose("data.text_field", data.text_field or "title", columns, f"columns of {path.name}")
-            for row in rows:
-                if not row[image] or not row[text]:
-                    raise ConfigError(f"{path}, line {rows.line_num}: {image} or {text} is empty; fill it in or drop the line")
-                captions.setdefault(row[image], []).append(row[text])
+        rows = _rows(path)
+        _, columns = next(rows, (0, []))
+        image = _choose("data.image_field", data.image_field or "filepath", columns, f"columns of {path.name}")
+        text = _choose("data.text_field", data.text_field or "title", columns, f"columns of {path.name}")
+        for number, fields in rows:
+            if len(fields) != len(columns):
+                remedy = f"has {len(fields)} fields, the header {len(columns)}: fields hold no tabs and no line ends"
+                raise ConfigError(f"{path}, line {number}: {remedy}")
+            row = dict(zip(columns, fields, strict=True))
+            if not row[image] or not row[text]:
+                raise ConfigError(f"{path}, line {number}: {image} or {text} is empty; fill it in or drop the line")
+            captions.setdefault(row[image], []).append(row[text])
         if not captions:
             raise ConfigError(f"data.spec = {data.spec!r}: {path.name} has a header but no rows")
         self.fields = dict.fromkeys(columns, "text")
@@ -123,12 +144,24 @@ class Tsv(Source):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def record(self, i: int) -> Record:
+    def _record(self, i: int) -> Record:
         path = self._paths[i]
         return Record(self.folder / path, self._captions[i], path)
 
     def captions(self) -> Iterator[str]:
         return (text for texts in self._captions for text in texts)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line that has any, with its number."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as e:
+                raise ConfigError(f"{path}, line {number}: is not UTF-8 text ({e.reason} at byte {e.start}); convert it") from e
+            if text:
+                yield number, [f[1:-1].replace('""', '"') if QUOTED.fullmatch(f) else f for f in text.split("\t")]
 
 
 def _choose(name: str, value: str, known: list[str], what: str) -> str:

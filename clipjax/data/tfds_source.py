@@ -90,7 +90,7 @@ class Tfds(Source):
 
     def __init__(self, data: config.Data, folder: Path) -> None:
         super().__init__()
-        self.name, self.folder = data.spec, folder
+        self.name, self.folder = f"{data.spec}/{data.split}", folder
         info = tfds.builder_from_directory(folder).info
         leaves = {path: (feature, many) for path, feature, many in _leaves(info.features)}
         self.fields = {path: f"{'several ' * many}{type(f).__name__} {f.shape}" for path, (f, many) in leaves.items()}
@@ -125,12 +125,12 @@ class Tfds(Source):
 
     def _open(self, data: config.Data, info: Any) -> Any:
         if data.split.partition("[")[0] not in info.splits:
-            raise ConfigError(f"data.split = {data.split!r}: {self.name} has {', '.join(info.splits)}")
+            raise ConfigError(f"data.split = {data.split!r}: {data.spec} has {', '.join(info.splits)}")
         formats = sorted(f.value for f in info.available_file_formats())
         if "array_record" not in formats:
             remedy = f"prepare it again with `tfds build {info.name} --file_format=array_record`"
             raise ConfigError(
-                f"data.spec = {self.name!r}: is stored as {', '.join(formats)}, which can't be read at random: {remedy}"
+                f"data.spec = {data.spec!r}: is stored as {', '.join(formats)}, which can't be read at random: {remedy}"
             )
         builder = tfds.builder_from_directory(info.data_dir, file_format="array_record")
         try:
@@ -141,7 +141,7 @@ class Tfds(Source):
     def __len__(self) -> int:
         return len(self._records)
 
-    def record(self, i: int) -> Record:
+    def _record(self, i: int) -> Record:
         features = tf_example_pb2.Example.FromString(self._records[i]).features.feature
 
         def values(path: str, kind: str) -> list:
@@ -152,9 +152,10 @@ class Tfds(Source):
             captions = tuple(self.classnames[n] for n in values(self._text, "int64_list") if n >= 0)
         else:
             captions = tuple(text.decode() for text in values(self._text, "bytes_list"))
-        label = values(self._label, "int64_list")[0] if self._label else -1
+        label = (values(self._label, "int64_list") if self._label else []) or [-1]
         key = values(self._key, "bytes_list")[0].decode() if self._key else f"{self._split}-{i}"
-        return Record(values(self._image, "bytes_list")[0], captions, key, label)
+        picture = values(self._image, "bytes_list") or [b""]
+        return Record(picture[0], captions, key, label[0])
 
     def captions(self) -> Iterator[str]:
         """All captions; where they are class names, each name once, for they say all that the examples say."""

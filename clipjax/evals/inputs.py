@@ -121,5 +121,5 @@ class _ByCaption(Source):
     def __len__(self) -> int:
         return len(self._source)
 
-    def record(self, i: int) -> Record:
+    def _record(self, i: int) -> Record:
         return dataclasses.replace(self._source.record(i), label=self._labels[i])

@@ -1,5 +1,7 @@
+import gc
 import logging
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -11,6 +13,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import config
 from clipjax.config import ConfigError
+from clipjax.data import sources
 from clipjax.data.sources import TRIES, open_source
 from tests.data.conftest import PICTURES, write_tsv
 
@@ -168,7 +171,7 @@ def test_can_be_pickled_and_read_by_threads(toy):
         (dict(text_field="a", split="train[:x]"), r"data.split = 'train\[:x\]'"),
         (dict(text_field="words"), r"data.text_field = 'words': choose one text or label field .* a \(Text \(\)\), b \(Text"),
         (dict(text_field=None), r"data.text_field = None: choose one text or label field"),
-        (dict(image_field="a"), r"data.image_field = 'a': choose one picture field of tfds:toy; there are image \(Image"),
+        (dict(image_field="a"), r"data.image_field = 'a': choose one picture field of tfds:toy/train; there are image \(Image"),
     ],
 )
 def test_what_is_not_there(toy, fields, message):
@@ -189,7 +192,7 @@ def test_a_mask_is_no_picture(toy):
 
 def test_no_text(toy):
     with pytest.raises(
-        ConfigError, match=r"choose one text or label field of tfds:toy; there are none; its fields are image, size"
+        ConfigError, match=r"choose one text or label field of tfds:toy/train; there are none; its fields are image, size"
     ):
         toy({"size": (FEATURES.Scalar(np.int64), lambda i: i)})
 
@@ -214,14 +217,14 @@ def test_tsv(pictures):
 
 
 def test_tsv_groups_the_rows_of_one_picture(pictures):
-    rows = [("3.png", "three"), ("5.png", "five"), ("3.png", "drei"), ("5.png", '"a ""quoted"" title"')]
+    rows = [("3.png", "three"), ("5.png", "five"), ("3.png", "drei"), ("5.png", "a fifth")]
     folder = pictures.parent / "grouped"
     folder.mkdir()
     for name in ("3.png", "5.png"):
         (folder / name).write_bytes((pictures.parent / name).read_bytes())
     source = open_source(config.Data(spec=f"tsv:{write_tsv(folder, rows)}"))
-    assert [source.record(i).captions for i in range(2)] == [("three", "drei"), ("five", 'a "quoted" title')]
-    assert list(source.captions()) == ["three", "drei", "five", 'a "quoted" title']
+    assert [source.record(i).captions for i in range(2)] == [("three", "drei"), ("five", "a fifth")]
+    assert list(source.captions()) == ["three", "drei", "five", "a fifth"]
 
 
 def test_tsv_with_other_columns(pictures):
@@ -245,6 +248,43 @@ def test_tsv_errors(tmp_path):
     path = write_tsv(tmp_path, [("a.png", "a"), ("b.png", "")])
     with pytest.raises(ConfigError, match=r"pairs.tsv, line 3: filepath or title is empty"):
         open_source(config.Data(spec=f"tsv:{path}"))
+    path = write_tsv(tmp_path, [("a.png", "a"), ("b.png", "b", "c"), ("c.png",)])
+    with pytest.raises(ConfigError, match=r"pairs.tsv, line 3: has 3 fields, the header 2: fields hold no tabs"):
+        open_source(config.Data(spec=f"tsv:{path}"))
+    path.write_bytes("filepath\ttitle\na.png\ta\n\nb.png\tcafé\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"pairs.tsv, line 4: is not UTF-8 text \(.* at byte 9\); convert it"):
+        open_source(config.Data(spec=f"tsv:{path}"))
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"is not among the columns of pairs.tsv; there are none"):
+        open_source(config.Data(spec=f"tsv:{path}"))
+
+
+TITLES = {  # as they stand in the file -> as they are read
+    "12\" x 9'": "12\" x 9'",
+    '"stray': '"stray',
+    'stray"': 'stray"',
+    '"': '"',
+    '"one" and "two"': '"one" and "two"',
+    '"a ""quoted"" title"': 'a "quoted" title',  # pandas.DataFrame.to_csv
+    '""""': '"',
+    "x" * 200_000: "x" * 200_000,
+    "b\x85n\u2028l": "b\x85n\u2028l",
+}
+
+
+def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
+    path = write_tsv(tmp_path, [(f"{i}.png", title) for i, title in enumerate(TITLES)])
+    assert list(open_source(config.Data(spec=f"tsv:{path}")).captions()) == list(TITLES.values())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    assert list(open_source(config.Data(spec=f"tsv:{path}")).captions()) == list(TITLES.values())
+
+
+def test_names_tell_the_split_where_there_is_one(toy, pictures):
+    assert toy({"caption": TEXT}, split="train[:4]").name == "tfds:toy/train[:4]"
+    for split in ("train", "test"):
+        assert open_source(config.Data(spec=f"tsv:{pictures}", split=split)).name == f"tsv:{pictures}"
+    with pytest.raises(ConfigError, match=r"data.split = 'val': tsv:.*pairs.tsv has no splits; leave it out"):
+        open_source(config.Data(spec=f"tsv:{pictures}", split="val"))
 
 
 @pytest.mark.parametrize("spec", ["imagenet", "emoji:x", "tfds:", "tsv:", "wds:a.tar"])
@@ -286,7 +326,47 @@ def test_examples_without_a_caption_are_replaced_too(toy):
     assert all(e.captions == (str(e.image[0, 0, 0] // 20),) for e in examples)
 
 
+def test_examples_without_a_picture_and_torn_records_are_replaced_too(toy, caplog):
+    source = toy({"caption": TEXT, "label": LABEL})
+    bare, torn = (tf_example_pb2.Example.FromString(source._records[i]) for i in (2, 5))
+    caption = bare.features.feature["caption"].bytes_list.value[0].decode()
+    del bare.features.feature["image"], bare.features.feature["label"]
+    source._records = [source._records[i] for i in range(10)]
+    source._records[2], source._records[5] = bare.SerializeToString(), torn.SerializeToString()[:-3]
+    with caplog.at_level(logging.WARNING):
+        examples = [source[i] for _ in range(2) for i in range(10)]
+    assert [i for i, e in enumerate(examples[:10]) if e.replaced] == [2, 5]
+    for e in examples:
+        assert e.captions == (f"picture {e.image[0, 0, 0] // 20}",)
+    assert (source.record(2).captions, source.record(2).label) == ((caption,), -1)  # what is there can be evaluated
+    assert source.record(5).captions == ()
+    assert len(list(source.captions())) == 9
+    messages = sorted(r.getMessage() for r in caplog.records)
+    assert len(messages) == 2
+    assert "example number 5 can't be read: DecodeError" in messages[0]
+    assert "example train-2 is replaced by another: ValueError: it has no picture" in messages[1]
+    assert len(list(source)) == 10  # the sequence has an end
+
+
+def test_a_bad_example_keeps_no_exception_alive(damaged, monkeypatch):
+    """An exception holds its frames, and a frame the picture that was being read."""
+    large = []
+
+    def fail(source, least=None):
+        picture = np.zeros(10)
+        large.append(weakref.ref(picture))
+        raise OSError("torn")
+
+    source = open_source(damaged)
+    monkeypatch.setattr(sources, "decode", fail)
+    with pytest.raises(ConfigError):
+        source[0]
+    gc.collect()
+    assert len(large) == TRIES + 1
+    assert not any(ref() for ref in large)
+
+
 def test_nothing_readable_is_an_error(tmp_path):
     path = write_tsv(tmp_path, [("a.png", "a"), ("b.png", "b")])
-    with pytest.raises(ConfigError, match=rf"data.spec = 'tsv:.*a.png and {TRIES} others can't be read .* check the files"):
+    with pytest.raises(ConfigError, match=rf"tsv:.*pairs.tsv: .*a.png and {TRIES} others can't be read .* check the files"):
         open_source(config.Data(spec=f"tsv:{path}"))[0]
