@@ -22,7 +22,7 @@ METRIC = "zeroshot_retrieval/image_retrieval_recall@1"
 
 @pytest.fixture(scope="module")
 def run():
-    return tiny.run(optim=EMA, train=dataclasses.replace(tiny.TRAIN, keep=2))
+    return tiny.run(optim=EMA, train=dataclasses.replace(tiny.TRAIN, keep=2), evals=(config.Retrieval(),))
 
 
 @pytest.fixture(scope="module")

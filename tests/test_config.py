@@ -114,6 +114,10 @@ def optim(**changes):
     return lambda: config.Optim(**changes)
 
 
+def best(name, *evals):
+    return lambda: Run(train=config.Train(best=name), evals=evals)
+
+
 def schedule(kind, **changes):
     return lambda: Run(optim=config.Optim(schedule=kind(**changes)), train=config.Train(steps=100))
 
@@ -128,7 +132,15 @@ REFUSED = {
     "text heads": (words(heads=3), r"model\.text\.width = 512: must be a multiple of heads = 3"),
     "no embedding": (tower(embed_dim=0), r"model\.image\.embed_dim = 0: must be positive or None"),
     "patch": (tower(image_size=225), r"model\.image\.image_size = 225: must be a multiple of model\.image\.patch_size = 16"),
-    "no patch": (tower(patch_size=0), r"model\.image\.image_size = 224: must be a multiple of model\.image\.patch_size = 0"),
+    "no patch": (tower(patch_size=0), r"model\.image\.patch_size = 0: must be positive"),
+    "no picture": (tower(image_size=0), r"model\.image\.image_size = 0: must be positive"),
+    "negative picture": (tower(image_size=-224), r"model\.image\.image_size = -224: must be positive"),
+    "patch of letters": (lambda: ImageTower.clip("B/x"), r"size = 'B/x': must name the patch too, in pixels: as B/16$"),
+    "empty patch": (lambda: ImageTower.clip("B/", patch_size=16), r"size = 'B/': must name the patch too"),
+    "patch left out": (lambda: ImageTower.clip("H"), r"size = 'H': must name the patch too, in pixels: as B/16$"),
+    "SigLIP's patch left out": (lambda: ImageTower.siglip("L"), r"size = 'L': must name the patch too"),
+    "image norm": (tower(norm_eps=-1e-5), r"model\.image\.norm_eps = -1e-05: must not be negative"),
+    "text norm": (words(norm_eps=-1e-5), r"model\.text\.norm_eps = -1e-05: must not be negative"),
     "drop all": (tower(patch_dropout=1.0), r"model\.image\.patch_dropout = 1\.0: must lie in \[0, 1\)"),
     "drop none": (tower(patch_dropout=-0.1), r"model\.image\.patch_dropout = -0\.1: must lie in \[0, 1\)"),
     "sincos": (tower(positions="sincos2d", width=66, heads=3), r"model\.image\.width = 66: must be a multiple of 4 for sincos2d"),
@@ -157,6 +169,7 @@ REFUSED = {
     "lr nan": (optim(lr=math.nan), r"optim\.lr = nan: must be positive"),
     "b1": (optim(b1=1.0), r"optim\.b1 = 1\.0: must lie in \[0, 1\)"),
     "b2": (optim(b2=-0.5), r"optim\.b2 = -0\.5: must lie in \[0, 1\)"),
+    "eps": (optim(eps=-1e-8), r"optim\.eps = -1e-08: must not be negative"),
     "weight decay": (optim(weight_decay=-0.1), r"optim\.weight_decay = -0\.1: must not be negative"),
     "clip norm": (optim(clip_norm=0.0), r"optim\.clip_norm = 0\.0: must be positive or None"),
     "ema": (optim(ema=1.0), r"optim\.ema = 1\.0: must lie in \(0, 1\) or be None"),
@@ -179,6 +192,25 @@ REFUSED = {
     },
     "seed": (lambda: Run(seed=-1), r"seed = -1: must lie in \[0, 2\^32\)"),
     "no objective": (lambda: Run(objective=()), r"objective = \(\): needs at least one term"),
+    "no weight": (lambda: Run(objective=(config.Softmax(weight=0.0),)), r"objective = \(0\.0,\): these are the weights: one"),
+    "no best": (best("acc1"), r"train\.best = 'acc1': no evaluation of this run gives it; evals needs one"),
+    "misspelt best": (
+        best("zeroshot_retrieval/image_retrieval_recal@1", config.Zeroshot(), config.Retrieval()),
+        "train.best = 'zeroshot_retrieval/image_retrieval_recal@1': no .* the nearest is "
+        "zeroshot_retrieval/image_retrieval_recall@1$",
+    ),
+    "best of another task": (
+        best("zeroshot_classification/acc1", config.Retrieval()),
+        "train.best = 'zeroshot_classification/acc1': no evaluation",
+    ),
+    "best of two": (
+        best("zeroshot_classification/acc1", config.Zeroshot(), config.Zeroshot(data="tfds:cifar10")),
+        "train.best = .*: several evaluations give it; the nearest is zeroshot_classification/emoji/test/acc1$",
+    ),
+    "best of twins": (
+        best("zeroshot_classification/emoji/test/acc1", config.Zeroshot(), config.Zeroshot(templates="plain")),
+        "train.best = .*: several evaluations give it; evals needs one, on data and split of its own$",
+    ),
     "sigmoid without bias": (
         lambda: Run(objective=(config.Softmax(), config.Sigmoid())),
         r"model\.init_bias = None: objective\.1 is a sigmoid loss: set it",
@@ -211,21 +243,25 @@ def test_nonsense_is_refused_with_field_value_and_remedy(make, message):
 FREE = {
     *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
     *("data.workers", "data.worker_kind", "model.remat", "model.unroll"),
+    *("evals.0.data", "evals.0.split", "evals.0.every"),
     *(f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "best", "eval_batch_size")),
 }
 OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.image_size": 240, "model.image.patch_size": 14, "model.image.width": 780, "model.image.heads": 6,
     "model.image.embed_dim": None, "model.text.heads": 16, "model.text.embed_dim": None, "mesh.data": 4,
     "data.image_field": "picture", "data.text_field": "title", "optim.clip_norm": 1.0, "optim.ema": 0.5, "optim.b1": 0.5,
-    "optim.b2": 0.5, "train.best": "a/b", "model.init_bias": -10.0, "data.augment.crop": 0.5,
-    "data.augment.brightness": 0.5, "data.augment.contrast": 0.5, "data.augment.saturation": 0.5,
+    "optim.b2": 0.5, "train.best": "zeroshot_retrieval/emoji/test/text_retrieval_recall@1", "model.init_bias": -10.0,
+    "data.augment.crop": 0.5, "data.augment.brightness": 0.5, "data.augment.contrast": 0.5, "data.augment.saturation": 0.5,
     "model.image.patch_dropout": 0.5, "optim.schedule.final": 0.5, "optim.schedule.kind": "cosine",
     "data.resize": "crop", "data.worker_kind": "processes", "model.image.pool": "mean", "model.image.positions": "sincos2d",
     "model.image.activation": "quick_gelu", "model.text.activation": "quick_gelu", "model.text.pool": "last",
     "model.dtype": "float32", "model.remat": "full", "optim.kind": "lion", "optim.mu_dtype": "bfloat16",
     "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5),
 }  # fmt: skip
-BASE = Run(model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768)))
+BASE = Run(
+    model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768)),
+    evals=(config.Retrieval(),),
+)
 
 
 def changed(run: object, path: str, value: object) -> object:
@@ -237,10 +273,10 @@ def changed(run: object, path: str, value: object) -> object:
 
 
 def leaves():
-    """Every field of a run without evaluations, except the kinds: those are not changed without changing the class."""
+    """Every field of a run, except the kinds: those are not changed without changing the class."""
     for line in config.lines(BASE):
         name, _, text = line.partition(" = ")
-        if not name.endswith(("objective.0.kind", "tokenizer.kind", "schedule.kind")) and name != "evals":
+        if not name.endswith(("objective.0.kind", "tokenizer.kind", "schedule.kind", "evals.0.kind")):
             yield name, text
 
 
@@ -277,6 +313,17 @@ def test_another_kind_differs_by_every_field_that_only_one_has():
         "objective.1.kind: 'absent' -> 'softmax'",
         "objective.1.weight: 'absent' -> 0.5",
     ]
+
+
+def test_the_best_of_two_datasets_is_told_by_its_own():
+    evals = (config.Zeroshot(), config.Zeroshot(data="tfds:cifar10"), config.Retrieval())
+    for name in (
+        "zeroshot_classification/emoji/test/acc1",
+        "zeroshot_classification/tfds:cifar10/test/acc5",
+        "zeroshot_retrieval/image_retrieval_recall@10",
+        "zeroshot_retrieval/emoji/test/image_retrieval_recall@10",
+    ):
+        assert best(name, *evals)().train.best == name
 
 
 def test_evaluations_are_free():

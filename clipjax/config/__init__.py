@@ -28,6 +28,7 @@ from clipjax.config.train import (
     Term,
     Train,
     Zeroshot,
+    check_best,
 )
 
 __all__ = [
@@ -54,9 +55,12 @@ class Run(Strict):
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
         require(len(self.objective) > 0, "objective", self.objective, "needs at least one term")
+        weights = tuple(term.weight for term in self.objective)
+        require(any(weights), "objective", weights, "these are the weights: one at least must not be 0")
         for i, term in enumerate(self.objective):
             biased = not isinstance(term, Sigmoid) or self.model.init_bias is not None
             require(biased, "model.init_bias", None, f"objective.{i} is a sigmoid loss: set it, for example to -10")
+        check_best(self.train.best, self.evals)
         schedule = self.optim.schedule
         if isinstance(schedule, Cosine):
             enough = schedule.warmup < self.train.steps

@@ -27,9 +27,20 @@ def size(name: str) -> dict[str, int]:
     return dict(zip(("width", "depth", "mlp_dim", "heads"), SIZES[name], strict=True))
 
 
+def _size_and_patch(name: str, changes: dict[str, Any]) -> dict[str, int]:
+    """Of "B/16". No size has one published patch (B/32 and B/16, CLIP L/14 and SigLIP L/16), so there is no default."""
+    letter, slash, patch = name.partition("/")
+    if not slash and "patch_size" in changes:
+        return size(letter)
+    shape = size(letter)
+    require(patch.isdecimal(), "size", name, "must name the patch too, in pixels: as B/16")
+    return shape | dict(patch_size=int(patch))
+
+
 def _check_tower(tower: "ImageTower | TextTower", name: str) -> None:
     for part in ("width", "depth", "heads", "mlp_dim"):
         require(getattr(tower, part) > 0, f"{name}.{part}", getattr(tower, part), "must be positive")
+    require(tower.norm_eps >= 0, f"{name}.norm_eps", tower.norm_eps, "must not be negative")
     require(tower.embed_dim is None or tower.embed_dim > 0, f"{name}.embed_dim", tower.embed_dim, "must be positive or None")
     require(tower.width % tower.heads == 0, f"{name}.width", tower.width, f"must be a multiple of heads = {tower.heads}")
 
@@ -57,9 +68,10 @@ class ImageTower(Strict):
 
     def __post_init__(self) -> None:
         _check_tower(self, "model.image")
-        divides = self.patch_size > 0 and self.image_size % self.patch_size == 0
+        for part in ("image_size", "patch_size"):
+            require(getattr(self, part) > 0, f"model.image.{part}", getattr(self, part), "must be positive")
         remedy = f"must be a multiple of model.image.patch_size = {self.patch_size}"
-        require(divides, "model.image.image_size", self.image_size, remedy)
+        require(self.image_size % self.patch_size == 0, "model.image.image_size", self.image_size, remedy)
         require(0 <= self.patch_dropout < 1, "model.image.patch_dropout", self.patch_dropout, "must lie in [0, 1)")
         fits = self.positions == "learned" or self.width % 4 == 0
         require(fits, "model.image.width", self.width, "must be a multiple of 4 for sincos2d positions")
@@ -71,17 +83,16 @@ class ImageTower(Strict):
     @classmethod
     def clip(cls, name: str, **changes: Any) -> "ImageTower":
         """`ImageTower.clip("B/16")`: a published CLIP tower."""
-        letter, _, patch = name.partition("/")
-        embed_dim = {"B": 512, "L": 768, "H": 1024, "g": 1024, "G": 1280}.get(letter, size(letter)["width"])
-        return cls(**(size(letter) | dict(patch_size=int(patch or 16), embed_dim=embed_dim) | changes))
+        shape = _size_and_patch(name, changes)
+        embed_dim = {"B": 512, "L": 768, "H": 1024, "g": 1024, "G": 1280}.get(name.partition("/")[0], shape["width"])
+        return cls(**(shape | dict(embed_dim=embed_dim) | changes))
 
     @classmethod
     def siglip(cls, name: str, **changes: Any) -> "ImageTower":
         """`ImageTower.siglip("B/16")`: a published SigLIP tower."""
-        letter, _, patch = name.partition("/")
         half = (0.5, 0.5, 0.5)
         family = dict(embed_dim=None, pool="map", pre_norm=False, patch_bias=True, norm_eps=1e-6, mean=half, std=half)
-        return cls(**(size(letter) | family | dict(patch_size=int(patch or 16)) | changes))
+        return cls(**(_size_and_patch(name, changes) | family | changes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
 """The training's part of a configuration: objective, optimizer, schedule, evaluations, mesh, cadences."""
 
+import difflib
 import re
+from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from clipjax.config.fields import TAGGED, ConfigError, Strict, free, require
 
@@ -103,7 +105,8 @@ class Optim(Strict):
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         for name in ("b1", "b2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
+        for name in ("eps", "weight_decay"):
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
         require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "must be positive or None")
         require(self.ema is None or 0 < self.ema < 1, "optim.ema", self.ema, "must lie in (0, 1) or be None")
         for i, rule in enumerate(self.rules):
@@ -137,6 +140,8 @@ class Mesh(Strict):
 class Zeroshot(Strict):
     """Zero-shot classification during training."""
 
+    task: ClassVar = "zeroshot_classification"
+    metrics: ClassVar = ("acc1", "acc5", "mean_per_class_recall")
     kind: Literal["zeroshot"] = "zeroshot"
     data: str = free("emoji")  # a SPEC, as on the command line
     split: str = free("test")
@@ -152,6 +157,8 @@ class Zeroshot(Strict):
 class Retrieval(Strict):
     """Image-text retrieval during training."""
 
+    task: ClassVar = "zeroshot_retrieval"
+    metrics: ClassVar = tuple(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10))
     kind: Literal["retrieval"] = "retrieval"
     data: str = free("emoji")
     split: str = free("test")
@@ -164,6 +171,18 @@ class Retrieval(Strict):
 Evaluation = Annotated[Zeroshot | Retrieval, TAGGED]
 
 
+def check_best(best: str | None, evals: tuple[Evaluation, ...]) -> None:
+    """Raises ConfigError unless `best` is what exactly one evaluation gives: `task/metric` or `task/SPEC/SPLIT/metric`."""
+    names = [name for e in evals for m in e.metrics for name in (f"{e.task}/{m}", f"{e.task}/{e.data}/{e.split}/{m}")]
+    given = Counter(names)
+    if best is None or given[best] == 1:
+        return
+    wrong = "several evaluations give it" if given[best] else "no evaluation of this run gives it"
+    nearest = difflib.get_close_matches(best, [name for name, n in given.items() if n == 1], 1, cutoff=0)
+    remedy = f"the nearest is {nearest[0]}" if nearest else "evals needs one, on data and split of its own"
+    raise ConfigError(f"train.best = {best!r}: {wrong}; {remedy}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train(Strict):
     """How long, how large, and how often what is written."""
@@ -173,7 +192,9 @@ class Train(Strict):
     log_every: int = free(50)  # steps
     checkpoint_every: int = free(1000)  # steps; there is always one at the end
     keep: int = free(3)  # newest checkpoints
-    best: str | None = free(None)  # also keep the best by this metric, as `zeroshot_retrieval/image_retrieval_recall@1`
+    # also keep the best by this metric, as `zeroshot_retrieval/image_retrieval_recall@1`; where several evaluations have a task,
+    # as `zeroshot_retrieval/emoji/test/image_retrieval_recall@1`
+    best: str | None = free(None)
     eval_batch_size: int = free(256)  # examples an evaluation puts through a tower at once, over all devices
 
     def __post_init__(self) -> None:
