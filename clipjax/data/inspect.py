@@ -11,6 +11,7 @@ from clipjax import config
 from clipjax.data.image import decode
 from clipjax.data.sources import Record, Source, open_source
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.files import write_whole
 
 SAMPLE = 10_000  # examples looked at; of a larger dataset that many, evenly spread
 VOCABULARY = 8192  # of the tokenizer trained where none is given
@@ -32,8 +33,7 @@ def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, le
     bodies = [tokenizer.tokens(c) for c in captions]
     sizes = [size for _, size, _ in seen if size]
     report = {
-        "spec": data.spec,
-        "split": data.split,
+        "dataset": source.name,
         "examples": len(source),
         "examples_looked_at": len(seen),
         "fields": source.fields,
@@ -51,7 +51,8 @@ def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, le
         "samples": captions[:: max(1, len(captions) // 8)][:8],
     }
     readable = [i for i, (_, size, _) in zip(indices, seen, strict=True) if size]
-    _contact_sheet(source, readable, f"{data.spec}, {data.split}: {len(source):,} examples").save(out_png)
+    with write_whole(out_png) as part:
+        _contact_sheet(source, readable, f"{source.name}: {len(source):,} examples").save(part, "png")
     return report
 
 
@@ -64,7 +65,7 @@ def describe(report: dict[str, Any]) -> str:
     seen, unreadable = report["examples_looked_at"], report["unreadable"]
     part = "" if seen == report["examples"] else f" (the figures below are of {seen:,}, evenly spread)"
     rows = {
-        "dataset": f"{report['spec']}, split {report['split']}",
+        "dataset": report["dataset"],
         "examples": f"{report['examples']:,}{part}",
         "fields": ", ".join(f"{name}: {kind}" for name, kind in report["fields"].items()),
         "class names": f"{report['classes']:,}",

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clipjax.config import ConfigError, require
+from clipjax.files import write_whole
 
 PAD, START, END = "<pad>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST = 256 + 3  # every byte, and the three tokens above
@@ -91,9 +92,8 @@ class Tokenizer:
         The file appears whole or not at all."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.enable_padding(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
-        part = Path(f"{path}.part")
-        backend.save(str(part))
-        part.replace(path)
+        with write_whole(path) as part:
+            backend.save(str(part))
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """n texts -> ids int32 [n, length], and whether each lost its tail, bool [n]."""

@@ -1,6 +1,5 @@
 """Embeddings of a dataset as a file, for use outside of clipjax."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -12,6 +11,7 @@ from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Batches, Encoder, to_host
 from clipjax.evals.inputs import caption_batches, image_batches
+from clipjax.files import write_whole
 from clipjax.models.clip import Params
 
 
@@ -45,12 +45,5 @@ def _by_index(
 def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes whole or not at all, from the first process, under exactly this name."""
     if jax.process_index() == 0:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with part.open("wb") as file:
-                np.savez(file, **arrays)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with write_whole(path) as part, part.open("wb") as file:
+            np.savez(file, **arrays)

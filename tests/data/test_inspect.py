@@ -23,9 +23,16 @@ def test_report(pictures, tmp_path):
     assert report["truncated_share"] == 0
     assert report["unreadable"] == {}
     assert report["samples"][0] == "number 0"
+    assert report["dataset"] == f"tsv:{pictures}"
     text = describe(report)
     assert "30 to 70, median 50" in text
     assert "0.00% of the captions at 16 tokens" in text
+
+
+def test_the_sheet_is_a_png_whatever_its_name_and_folder(pictures, tmp_path):
+    inspect(Data(spec=f"tsv:{pictures}"), None, tmp_path / "new" / "sheet.of.pictures")
+    with Image.open(tmp_path / "new" / "sheet.of.pictures") as sheet:
+        assert sheet.format == "PNG"
 
 
 def test_truncation_with_the_runs_own_tokenizer(pictures, tmp_path):
