@@ -4,9 +4,11 @@ The order of the data and every augmentation are a function of (seed, step): nei
 number of hosts, nor where a run was resumed changes a batch.
 """
 
+import logging
 import math
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from clipjax.data.tokenizer import Tokenizer
 Batch = dict[str, np.ndarray]
 
 
-class Batches(Iterator[Batch]):
+class BatchStream(Iterator[Batch]):
     """Batches that workers make ahead of time. Close it, or leave its `with` block, to end the workers."""
 
     def __init__(self, dataset: grain.IterDataset, *, shared: bool = False) -> None:
@@ -46,7 +48,7 @@ class Batches(Iterator[Batch]):
         if iterator is not None:
             iterator.close()
 
-    def __enter__(self) -> "Batches":
+    def __enter__(self) -> "BatchStream":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,24 +79,19 @@ class _TrainExample:
 @dataclass(frozen=True)
 class _EvalExample:
     source: Source
-    tokenizer: Tokenizer | None
     data: config.Data
     size: int
 
     def __call__(self, index: int) -> Batch:
         real = index < len(self.source)
         example = self.source.read(index if real else 0)
-        made = {
+        return {
             "image": fit(example.picture, self.size, self.data.resize),
             "index": np.int32(index if real else -1),
             "label": np.int32(example.label),
             "mask": np.bool_(real and not example.replaced),
             "replaced": np.bool_(real and example.replaced),
         }
-        if self.tokenizer is not None:
-            tokens, truncated = self.tokenizer.encode(example.captions[:1])
-            made |= {"text": tokens[0], "truncated": truncated[0]}
-        return made
 
 
 def train_batches(
@@ -108,7 +105,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Batches:
+) -> BatchStream:
     """This host's share of every global batch of `batch_size` examples, for ever, from `start_step` finished steps on.
 
     A batch has `image` uint8 [b, s, s, 3], `text` int32 [b, t], and `replaced` (the picture could not be read, another stands
@@ -129,16 +126,19 @@ def train_batches(
     batches = examples.random_map(load).repeat().batch(local, drop_remainder=True)
     share = batches[process_index::process_count][start_step:]
     if data.worker_kind == "threads":
-        return Batches(share.to_iter_dataset(_read_options(data.workers)))
+        return BatchStream(share.to_iter_dataset(_read_options(data.workers)))
     if not flags.FLAGS.is_parsed():  # Grain hands its own flags to its workers
         flags.FLAGS.mark_as_parsed()
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     workers = grain.MultiprocessingOptions(num_workers=data.workers)
-    return Batches(share.to_iter_dataset(one).mp_prefetch(workers, worker_init_fn=_end_with_parent), shared=True)
+    return BatchStream(share.to_iter_dataset(one).mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
 
 
-def _end_with_parent(_index: int, _count: int) -> None:
-    """Ends a worker when the program that started it is killed: a worker that waits for it would stay for ever."""
+def _start_worker(_index: int, _count: int) -> None:
+    """Has a worker log as the command line does, leave Ctrl-C to it, and end when it is killed: a worker that waits for it would
+    stay for ever."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -150,23 +150,22 @@ def _end_with_parent(_index: int, _count: int) -> None:
 
 def eval_batches(
     source: Source,
-    tokenizer: Tokenizer | None,
     data: config.Data,
     *,
     image_size: int,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Batches:
+) -> BatchStream:
     """This host's share of every example once, in order, never augmented, decoded by threads whatever `data.worker_kind`.
 
     A batch has `image` uint8 [b, s, s, 3], `index` int32 [b] (of the example; -1: padding), `label` int32 [b] (-1: none) and,
-    bool [b], `mask` (counts: neither padding nor replaced) and `replaced`; with a tokenizer also `text` int32 [b, t], the main
-    caption, and `truncated` bool [b]. The last batch is padded, so that shapes never change; all hosts get as many batches."""
+    bool [b], `mask` (counts: neither padding nor replaced) and `replaced`. The last batch is padded, so that shapes never change;
+    all hosts get as many batches."""
     local = _local_batch(batch_size, process_count)
     padded = math.ceil(len(source) / batch_size) * batch_size
-    batches = grain.MapDataset.range(padded).map(_EvalExample(source, tokenizer, data, image_size)).batch(local)
-    return Batches(batches[process_index::process_count].to_iter_dataset(_read_options(data.workers)))
+    batches = grain.MapDataset.range(padded).map(_EvalExample(source, data, image_size)).batch(local)
+    return BatchStream(batches[process_index::process_count].to_iter_dataset(_read_options(data.workers)))
 
 
 def eval_captions(source: Source) -> tuple[list[str], np.ndarray]:

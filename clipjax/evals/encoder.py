@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from clipjax import config
@@ -22,7 +22,7 @@ Batch = dict[str, np.ndarray]  # this process's rows
 Metrics = dict[str, float | None]  # None where a metric does not exist
 KEEP = 256 * 2**20  # bytes of batches that are worth keeping in host memory between two evaluations
 PATIENCE = 5.0  # seconds before a progress line is shown
-AHEAD = 2  # batches given to the devices before the first must be done: bounds memory, keeps the devices busy
+IN_FLIGHT = 2  # batches given to the devices before the first must be done: bounds memory, keeps the devices busy
 
 
 @jax.tree_util.register_dataclass
@@ -37,17 +37,18 @@ class Embeddings:
         return self.z.reshape(-1, self.z.shape[-1]), self.index.reshape(-1)
 
 
-class Batches:
+class Rereadable:
     """Equal batches that can be gone through again and again; kept in memory where they are small.
 
     Each holds `image` uint8 [b, s, s, 3] or `text` int32 [b, t], and of `index` and `label` (int32 [b], -1 for padding) what
     its user needs: the number of the example in the source, and its class.
     """
 
-    def __init__(self, read: Callable[[], Iterable[Batch]], count: int, name: str, keep: int = KEEP) -> None:
+    def __init__(self, read: Callable[[], Iterable[Batch]], count: int, name: str, unit: str, keep: int = KEEP) -> None:
+        """`read` gives `count` batches anew each time; they hold the `unit` (pictures, captions) of `name`, a dataset."""
         self._read, self._count, self._keep = read, count, keep
         self._kept: list[Batch] | None = None
-        self.name = name  # for the progress line
+        self.name, self.unit = name, unit
 
     def __len__(self) -> int:
         return self._count
@@ -84,15 +85,21 @@ class Encoder:
             "text": jax.jit(lambda params, x: bind(model, params).encode_text(x), out_shardings=rows),
         }
         stacked = NamedSharding(mesh, P(None, BATCH))
-        self._stack = jax.jit(lambda *xs: jax.tree.map(lambda *x: jnp.stack(x), *xs), out_shardings=stacked)
+        self._room = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
+        self._put = jax.jit(_put, donate_argnums=0, out_shardings=stacked)
 
-    @property
-    def local_rows(self) -> slice:
-        """This process's rows of a global batch."""
+    def batches(self, total: int) -> int:
+        """How many batches `total` examples fill, the last perhaps in part."""
+        return -(-total // self.batch_size)
+
+    def rows(self, total: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
+        """Of each batch of `total` examples this process's share: their numbers, and which are real. Padding repeats the last."""
         n = self.batch_size // jax.process_count()
-        return slice(jax.process_index() * n, (jax.process_index() + 1) * n)
+        for start in range(jax.process_index() * n, self.batches(total) * self.batch_size, self.batch_size):
+            numbers = np.arange(start, start + n)
+            yield np.minimum(numbers, total - 1), numbers < total
 
-    def stream(self, params: Params, batches: Batches) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
+    def stream(self, params: Params, batches: Rereadable) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
         """The unit vectors, float32, of one batch after another, each with the rest of its batch, as global arrays."""
         running: collections.deque[Array] = collections.deque()
         for batch in progress(batches, self.batch_size):
@@ -100,21 +107,33 @@ class Encoder:
             (kind,) = self._towers.keys() & rest.keys()
             z = self._towers[kind](params, rest.pop(kind))
             running.append(z)
-            if len(running) > AHEAD:
+            if len(running) > IN_FLIGHT:
                 running.popleft().block_until_ready()
             yield z, rest
 
-    def embed(self, params: Params, batches: Batches) -> Embeddings:
-        """All of them, sharded over the devices."""
-        return self._stack(*(Embeddings(z, rest["index"]) for z, rest in self.stream(params, batches)))
+    def embed(self, params: Params, batches: Rereadable) -> Embeddings:
+        """All of them, sharded over the devices; each batch is written into its place as it comes."""
+        whole = self._room(len(batches))
+        for i, (z, rest) in enumerate(self.stream(params, batches)):
+            whole = self._put(whole, Embeddings(z, rest["index"]), i)
+        return whole
+
+    def _empty(self, n: int) -> Embeddings:
+        shape = n, self.batch_size
+        return Embeddings(jnp.zeros((*shape, self.model.embed_dim)), jnp.full(shape, -1, jnp.int32))
 
 
-def progress(batches: Batches, batch_size: int) -> Iterator[Batch]:
+def _put(whole: Embeddings, batch: Embeddings, i: int) -> Embeddings:
+    return jax.tree.map(lambda all_of_them, x: all_of_them.at[i].set(x), whole, batch)
+
+
+def progress(batches: Rereadable, batch_size: int) -> Iterator[Batch]:
     """A line on stderr with rate and time left, from the first process, once it has taken some seconds."""
     live = sys.stderr.isatty()
     quiet = jax.process_index() != 0
     pace = dict(delay=PATIENCE, mininterval=0.5 if live else 30, leave=not live, disable=quiet)
-    with tqdm(desc=batches.name, total=len(batches) * batch_size, unit=" examples", unit_scale=True, **pace) as bar:
+    total, unit = len(batches) * batch_size, f" {batches.unit}"
+    with tqdm(desc=batches.name, total=total, unit=unit, unit_scale=True, **pace) as bar:
         for batch in batches:
             yield batch
             bar.update(batch_size)

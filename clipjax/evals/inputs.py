@@ -12,7 +12,7 @@ from clipjax.config import ConfigError
 from clipjax.data.pipeline import eval_batches
 from clipjax.data.sources import Record, Source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Batch, Batches, Encoder
+from clipjax.evals.encoder import Batch, Encoder, Rereadable
 from clipjax.evals.prompts import classnames, fill
 
 log = logging.getLogger(__name__)
@@ -24,14 +24,14 @@ def eval_data(run: config.Run, spec: str, split: str) -> config.Data:
     return data if spec == run.data.spec else dataclasses.replace(data, image_field=None, text_field=None)
 
 
-def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Batches:
+def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Rereadable:
     """Every picture, with `index` and `label`. One that can't be read is left out, with a warning: no other stands in for it."""
     size = encoder.model.image.image_size
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
 
     def read() -> Iterator[Batch]:
         unreadable = 0
-        with eval_batches(source, None, data, image_size=size, batch_size=encoder.batch_size, **hosts) as batches:
+        with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, **hosts) as batches:
             for batch in batches:
                 unreadable += int(batch["replaced"].sum())
                 counts = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
@@ -39,18 +39,20 @@ def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Batche
         if unreadable:
             log.warning("%s: %d of %d pictures can't be read and are left out", source.name, unreadable, len(source))
 
-    return Batches(read, -(-len(source) // encoder.batch_size), f"{source.name} pictures")
+    return Rereadable(read, encoder.batches(len(source)), source.name, "pictures")
 
 
-def caption_batches(encoder: Encoder, tokenizer: Tokenizer, captions: Sequence[str], owner: Sequence[int], name: str) -> Batches:
+def caption_batches(
+    encoder: Encoder, tokenizer: Tokenizer, captions: Sequence[str], owner: Sequence[int], name: str
+) -> Rereadable:
     """Tokens of captions; `index` is `owner`, the example that each belongs to."""
-    return _text_batches(encoder, tokenizer, captions, {"index": np.asarray(owner, np.int32)}, f"{name} captions")
+    return _text_batches(encoder, tokenizer, captions, {"index": np.asarray(owner, np.int32)}, name, "captions")
 
 
-def prompt_batches(encoder: Encoder, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]) -> Batches:
+def prompt_batches(encoder: Encoder, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]) -> Rereadable:
     """Tokens of every name in every template, class by class; `label` is the class."""
     labels = np.repeat(np.arange(len(names), dtype=np.int32), len(templates))
-    return _text_batches(encoder, tokenizer, _Prompts(names, templates), {"label": labels}, "prompts")
+    return _text_batches(encoder, tokenizer, _Prompts(names, templates), {"label": labels}, "classes", "prompts")
 
 
 class _Prompts(Sequence[str]):
@@ -68,22 +70,18 @@ class _Prompts(Sequence[str]):
 
 
 def _text_batches(
-    encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], columns: dict[str, np.ndarray], name: str
-) -> Batches:
-    size, total = encoder.batch_size, len(texts)
-
+    encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], columns: dict[str, np.ndarray], name: str, unit: str
+) -> Rereadable:
     def read() -> Iterator[Batch]:
         cut = 0
-        for start in range(0, total, size):
-            rows = np.arange(start, start + size)[encoder.local_rows]
-            real, rows = rows < total, np.minimum(rows, total - 1)  # padding repeats the last text
+        for rows, real in encoder.rows(len(texts)):
             tokens, truncated = tokenizer.encode([texts[i] for i in rows])
             cut += int((truncated & real).sum())
             yield {"text": tokens, **{k: np.where(real, v[rows], np.int32(-1)) for k, v in columns.items()}}
         if cut:
-            log.warning("%s: %d of %d were cut to %d tokens", name, cut, total, tokenizer.length)
+            log.warning("%s: %d of %d %s were cut to %d tokens", name, cut, len(texts), unit, tokenizer.length)
 
-    return Batches(read, -(-total // size), name)
+    return Rereadable(read, encoder.batches(len(texts)), name, unit)
 
 
 def with_classes(source: Source, file: str | None) -> tuple[Source, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from clipjax import config
 from clipjax.data.pipeline import eval_captions
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Batches, Embeddings, Encoder, Metrics
+from clipjax.evals.encoder import Embeddings, Encoder, Metrics, Rereadable
 from clipjax.evals.inputs import caption_batches, image_batches
 from clipjax.models.clip import Params
 from clipjax.sharding import BATCH
@@ -36,7 +36,7 @@ class Retrieval:
 
     task: ClassVar[str] = "zeroshot_retrieval"
 
-    def __init__(self, encoder: Encoder, images: Batches, captions: Batches) -> None:
+    def __init__(self, encoder: Encoder, images: Rereadable, captions: Rereadable) -> None:
         """The `index` of a caption is that of its picture."""
         self.encoder, self.images, self.captions = encoder, images, captions
 
@@ -46,6 +46,11 @@ class Retrieval:
         source = open_source(data)
         captions = caption_batches(encoder, tokenizer, *eval_captions(source), source.name)
         return cls(encoder, image_batches(encoder, source, data), captions)
+
+    @property
+    def dataset(self) -> str:
+        """SPEC/SPLIT, or the SPEC alone of what has no splits."""
+        return self.images.name
 
     def run(self, params: Params) -> Metrics:
         images = self.encoder.embed(params, self.images)
@@ -80,6 +85,13 @@ def _hits(images: Embeddings, texts: Embeddings, mesh: Mesh, chunk: int) -> tupl
 
     rows = P(None, BATCH)
     return jax.shard_map(both, mesh=mesh, in_specs=(rows, rows), out_specs=P())(images, texts)
+
+
+def ahead(cosines: Float[Array, "q k"], own: Float[Array, "q 1"]) -> Int[Array, "q k"]:
+    """By how much others put a query's own key back, in halves of a rank: 2 where greater, 1 where equal.
+
+    Whole numbers, because float32 stops counting at 2^24."""
+    return 2 * (cosines > own + TIE) + (jnp.abs(cosines - own) <= TIE)
 
 
 def ranks(
@@ -127,9 +139,7 @@ def ranks(
     best = sweep(nearest, nothing)[:, None]
 
     def halves(count: Array, cosines: Array, _: Array, other: Array) -> Array:
-        # Whole numbers, because float32 stops counting at 2^24.
-        ahead = 2 * (cosines > best + TIE) + (jnp.abs(cosines - best) <= TIE)
-        return count + jnp.where(other, ahead, 0).sum(1)
+        return count + jnp.where(other, ahead(cosines, best), 0).sum(1)
 
     ranked = 1 + sweep(halves, jnp.zeros_like(query_ids)) / 2
     return jnp.where(best[:, 0] > -jnp.inf, ranked, jnp.inf)

@@ -18,12 +18,15 @@ class Evaluator:
     """An evaluation and its cadence. The loop also runs each at the end."""
 
     evaluation: Zeroshot | Retrieval
-    dataset: str  # SPEC/SPLIT
     every: int  # steps
 
     @property
     def task(self) -> str:
         return self.evaluation.task
+
+    @property
+    def dataset(self) -> str:
+        return self.evaluation.dataset
 
     def due(self, step: int) -> bool:
         return step % self.every == 0
@@ -46,6 +49,6 @@ def make_evaluators(run: config.Run, mesh: Mesh, tokenizer: Tokenizer) -> list[E
                 evaluation = Zeroshot.prepare(encoder, tokenizer, data, templates, names)
             case config.Retrieval():
                 evaluation = Retrieval.prepare(encoder, tokenizer, data)
-        return Evaluator(evaluation, f"{wanted.data}/{wanted.split}", wanted.every)
+        return Evaluator(evaluation, wanted.every)
 
     return [prepare(wanted) for wanted in run.evals]

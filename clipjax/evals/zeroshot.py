@@ -11,10 +11,10 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Batches, Encoder, Metrics
+from clipjax.evals.encoder import Encoder, Metrics, Rereadable
 from clipjax.evals.inputs import image_batches, prompt_batches, with_classes
 from clipjax.evals.prompts import templates
-from clipjax.evals.retrieval import TIE
+from clipjax.evals.retrieval import ahead
 from clipjax.models.clip import Params
 from clipjax.models.layers import unit
 from clipjax.sharding import replicated
@@ -25,7 +25,7 @@ class Zeroshot:
 
     task: ClassVar[str] = "zeroshot_classification"
 
-    def __init__(self, encoder: Encoder, images: Batches, prompts: Batches, classes: int) -> None:
+    def __init__(self, encoder: Encoder, images: Rereadable, prompts: Rereadable, classes: int) -> None:
         """`prompts` has as many of each class, see `prompt_batches`."""
         self.encoder, self.images, self.prompts, self.classes = encoder, images, prompts, classes
         whole = replicated(encoder.mesh)
@@ -41,6 +41,11 @@ class Zeroshot:
         source, classes = with_classes(open_source(data), names)
         texts = prompt_batches(encoder, tokenizer, classes, templates(prompts))
         return cls(encoder, image_batches(encoder, source, data), texts, len(classes))
+
+    @property
+    def dataset(self) -> str:
+        """SPEC/SPLIT, or the SPEC alone of what has no splits."""
+        return self.images.name
 
     def class_embeddings(self, params: Params) -> Float[Array, "c e"]:
         """unit(mean over templates of unit(text)) of every class (METHODS D.10), float32, on every device."""
@@ -83,7 +88,7 @@ def _count(
     cosines = jnp.matmul(z, weights.T, precision=jax.lax.Precision.HIGHEST)
     own = labels[:, None] == jnp.arange(len(weights))[None, :]
     right = jnp.where(own, cosines, 0).sum(1, keepdims=True)
-    halves = jnp.where(own, 0, 2 * (cosines > right + TIE) + (jnp.abs(cosines - right) <= TIE)).sum(1)
+    halves = jnp.where(own, 0, ahead(cosines, right)).sum(1)
     hits = jnp.stack([*(halves <= 2 * (k - 1) for k in (1, 5)), jnp.ones_like(own[:, 0])], axis=1)
     return counts.at[_known(labels, len(counts))].add(hits.astype(jnp.int32), mode="drop")
 

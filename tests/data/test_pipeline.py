@@ -186,8 +186,8 @@ def test_closed_batches(data, tokenizer):
         next(batches)
 
 
-def evaluate(data, batch_size=16, text=None, **where):
-    with eval_batches(open_source(data), text, data, image_size=SIZE, batch_size=batch_size, **where) as iterator:
+def evaluate(data, batch_size=16, **where):
+    with eval_batches(open_source(data), data, image_size=SIZE, batch_size=batch_size, **where) as iterator:
         return list(iterator)
 
 
@@ -205,12 +205,6 @@ def test_evaluation_is_whole_in_order_and_plain(data, resize):
     source = open_source(data)
     for i in range(41):
         np.testing.assert_array_equal(images[i], fit(source[i].picture, SIZE, resize))
-
-
-def test_evaluation_with_text(data, tokenizer):
-    seen = evaluate(data, text=tokenizer)
-    assert [n for b in seen for n, m in zip(numbers(b, tokenizer), b["mask"], strict=True) if m] == list(range(41))
-    assert "text" not in evaluate(data)[0]
 
 
 def test_hosts_share_an_evaluation(data):
@@ -240,12 +234,22 @@ def test_eval_captions(tmp_path):
 def test_emoji_labels(emoji_here):
     data = Data(split="test", workers=2)
     source = open_source(data)
-    with eval_batches(source, None, data, image_size=32, batch_size=256) as iterator:
+    with eval_batches(source, data, image_size=32, batch_size=256) as iterator:
         seen = list(iterator)
     captions, owner = eval_captions(source)
     labels = np.concatenate([b["label"] for b in seen])[: len(source)]
     assert [source.classnames[n] for n in labels] == captions
     assert owner.tolist() == list(range(len(source)))
+
+
+def test_workers_log_as_the_command_line_does(batches, tmp_path, pictures, capfd):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes() if i else b"torn")
+    source = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, [(f'{i}.png', 'a') for i in range(4)])}"))
+    batches(2, batch_size=4, source=source, worker_kind="processes", workers=1)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"WARNING: {source.name}: example 0.png is replaced by another: UnidentifiedImageError: ")
 
 
 def test_workers_end_cleanly(data, tmp_path):

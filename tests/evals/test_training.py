@@ -64,7 +64,7 @@ def test_evaluators_equal_the_dense_reference(run, model, params, pictures, mesh
 def test_cadence_and_names(run, tsv):
     retrieval, zeroshot = make_evaluators(run, mesh_of("1"), TOKENIZER)
     assert (retrieval.task, zeroshot.task) == ("zeroshot_retrieval", "zeroshot_classification")
-    assert retrieval.dataset == f"tsv:{tsv}/pairs.tsv/test"
+    assert retrieval.dataset == zeroshot.dataset == f"tsv:{tsv}/pairs.tsv"
     assert [s for s in range(1, 501) if zeroshot.due(s)] == [250, 500]
     assert [s for s in range(1, 501) if retrieval.due(s)] == [100, 200, 300, 400, 500]
 
