@@ -1,9 +1,11 @@
 """A trained run, ready to encode: what `clipjax.load` returns and what the command line's evaluations start from."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 from PIL import Image
 
@@ -11,18 +13,18 @@ from clipjax import config, sharding
 from clipjax.checkpoint import TOKENIZER, load_params, split_name
 from clipjax.data.image import decode, fit, rgb
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Batch, Batches, Encoder, to_host
+from clipjax.evals.encoder import Batch, Encoder, Rereadable, to_host
 
 Picture = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
 
 
 class Loaded:
-    """A run's weights, tokenizer and preprocessing on all devices."""
+    """A run's weights, tokenizer and preprocessing on all devices, the weights divided as in training where that fits."""
 
     def __init__(self, name: str) -> None:
         """`name` is `RUN` or `RUN@STEP`. Raises ConfigError where there is no such run or checkpoint."""
         self.workdir = split_name(name)[0]
-        self.mesh = sharding.make_mesh(config.Mesh())
+        self.mesh = mesh_for(config.from_json((self.workdir / "config.json").read_text(encoding="utf-8")).mesh)
         self.run, self.params, self.step = load_params(name, self.mesh)
         self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length)
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
@@ -38,16 +40,21 @@ class Loaded:
         return self._encode("text", self.tokenizer.encode(list(_several(texts)))[0])
 
     def _encode(self, kind: str, rows: np.ndarray) -> np.ndarray:
-        size = self.encoder.batch_size
-
         def read() -> Iterator[Batch]:
-            for start in range(0, len(rows), size):  # padding repeats the last row
-                mine = np.arange(start, start + size)[self.encoder.local_rows]
-                yield {kind: rows[np.minimum(mine, len(rows) - 1)]}
+            return ({kind: rows[numbers]} for numbers, _ in self.encoder.rows(len(rows)))
 
-        batches = Batches(read, -(-len(rows) // size), f"{kind}s")
+        batches = Rereadable(read, self.encoder.batches(len(rows)), kind, f"{kind}s")
         made = [to_host(z) for z, _ in self.encoder.stream(self.params, batches)]
         return np.concatenate([np.empty((0, self.run.model.embed_dim), np.float32), *made])[: len(rows)]
+
+
+def mesh_for(trained: config.Mesh) -> Mesh:
+    """As a run was trained, over the devices that are here; over `data` alone where its other axes do not fit them."""
+    data = trained.data if -1 in (trained.fsdp, trained.tensor) else -1
+    try:
+        return sharding.make_mesh(replace(trained, data=data))
+    except config.ConfigError:
+        return sharding.make_mesh(config.Mesh())
 
 
 def _several(given: Sequence) -> Sequence:
