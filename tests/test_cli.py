@@ -245,7 +245,7 @@ def test_zeroshot(workdir, tmp_path, capsys, caplog):
     assert all(round(363 * metrics[name], 6) % 1 == 0 for name in ("acc1", "acc5"))
     assert 0 <= metrics["acc1"] <= metrics["acc5"] < 1
     assert metrics["mean_per_class_recall"] == pytest.approx(metrics["acc1"])  # one picture a name
-    assert any("of 3789 were cut to 8 tokens" in record.getMessage() for record in caplog.records)
+    assert any("of 3789 prompts were cut to 8 tokens" in record.getMessage() for record in caplog.records)
 
 
 def test_zeroshot_with_files(workdir, tmp_path, capsys):
@@ -256,7 +256,7 @@ def test_zeroshot_with_files(workdir, tmp_path, capsys):
     two = json.loads(capsys.readouterr().out)["metrics"]
     assert 0 <= two["acc1"] <= two["acc5"]
     assert run(*args, "--classnames", tmp_path / "names.txt") == 2
-    assert "names 2 classes, but emoji has 3789" in capsys.readouterr().err
+    assert "names 2 classes, but emoji/test has 3789" in capsys.readouterr().err
     assert run(*args, "--templates", "fancy") == 2
     assert "templates = 'fancy': No such file or directory: use imagenet, simple, plain" in capsys.readouterr().err
     assert run(*args, "--split", "tset") == 2
