@@ -16,7 +16,8 @@ class ViT(nnx.Module):
         self.cfg = cfg
         self.dtype = scope.dtype
         d, p = cfg.width, cfg.patch_size
-        self.patch = Linear(scope / "patch", (p, p, 3), (d,), std=(3 * p * p) ** -0.5, bias=cfg.patch_bias)
+        # CLIP leaves the convolution to PyTorch, whose uniform law has a variance of a third of 1 / fan-in.
+        self.patch = Linear(scope / "patch", (p, p, 3), (d,), std=(3 * 3 * p * p) ** -0.5, bias=cfg.patch_bias)
         self.class_token = scope.param("class_token", normal(d**-0.5), d) if cfg.pool == "cls" else None
         rows = cfg.patches + (cfg.pool == "cls")
         self.positions = scope.param("positions", normal(d**-0.5), rows, d) if cfg.positions == "learned" else None

@@ -58,7 +58,7 @@ def loud(params):
 
 
 # openai/CLIP, model.py: `initialize_parameters` and the constructor of VisionTransformer. Two things it leaves to PyTorch:
-# the image tower's blocks, here drawn as the text tower's, and the patches, here LeCun's normal (as big_vision's ViT).
+# the image tower's blocks, here drawn as the text tower's, and the patches, here of the same variance, 1 / (3 fan-in).
 def published_std(path: str, tower: ImageTower | TextTower) -> float:
     d, depth = tower.width, tower.depth
     attention, projected, fully_connected = d**-0.5, d**-0.5 * (2 * depth) ** -0.5, (2 * d) ** -0.5
@@ -66,7 +66,7 @@ def published_std(path: str, tower: ImageTower | TextTower) -> float:
         "qkv/kernel": attention, "attention/out/kernel": projected, "mlp/up/kernel": fully_connected,
         "mlp/down/kernel": projected, "projection/kernel": d**-0.5,
         "text/tokens": 0.02, "text/positions": 0.01, "image/class_token": d**-0.5, "image/positions": d**-0.5,
-        "image/patch/kernel": (3 * 8 * 8) ** -0.5,
+        "image/patch/kernel": (3 * 3 * 8 * 8) ** -0.5,
     }  # fmt: skip
     return next(std for end, std in ends.items() if path.endswith(end))
 
