@@ -4,22 +4,22 @@ Exit status: 0 fine, 1 failed (a non-finite loss, a verification that does not h
 """
 
 import argparse
-import difflib
-import importlib.util
 import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import clipjax
 from clipjax import config
+from clipjax.config.load import load_config, override
 
 if TYPE_CHECKING:
     from clipjax.evals.loaded import Loaded
+    from clipjax.evals.retrieval import Retrieval
+    from clipjax.evals.zeroshot import Zeroshot
 
 SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], or tsv:FILE with columns filepath and title"
 RUN = "a workdir of `clipjax train`: its newest checkpoint, or RUN@STEP"
@@ -43,53 +43,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.rest = rest
     if rest and args.run is not train:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[_ToStderr()])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant so, as of a folder that is only read
     try:
         return args.run(args) or 0
-    except config.ConfigError as error:
-        print(f"clipjax: {error}", file=sys.stderr)
-        return 2
+    except (config.ConfigError, argparse.ArgumentTypeError) as error:
+        status, message = 2, error
+    except OSError as error:  # one that names a file is the user's to mend
+        status, message = (2, f"{error.filename}: {error.strerror}") if error.filename else (1, error)
     except FloatingPointError as error:
-        print(f"clipjax: {error}", file=sys.stderr)
-        return 1
+        status, message = 1, error
+    except KeyboardInterrupt:
+        again = "; the same command goes on from the newest checkpoint" if args.run is train else ""
+        status, message = 130, f"interrupted{again}"
+    print(f"clipjax: {message}", file=sys.stderr)
+    return status
 
 
-def load_config(path: str) -> config.Run:
-    """What the `config()` of a Python file returns. Raises ConfigError where there is no such thing."""
-    config.require(Path(path).is_file(), "CONFIG.py", path, "is not a file; those of clipjax are in configs/")
-    spec = importlib.util.spec_from_file_location("clipjax_config", path)
-    config.require(spec is not None and spec.loader is not None, "CONFIG.py", path, "is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config.require(hasattr(module, "config"), "CONFIG.py", path, "has no function config() that returns a clipjax.config.Run")
-    run = module.config()
-    config.require(isinstance(run, config.Run), f"config() of {path}", type(run).__name__, "must return a clipjax.config.Run")
-    return run
+class _ToStderr(logging.Handler):
+    """To what is sys.stderr at the time: the progress line stands in for it."""
 
-
-def override(run: config.Run, args: Sequence[str], prog: str) -> config.Run:
-    """`run` with `--any.field VALUE ...`; rules by parameter name are set in the file only.
-
-    Raises ConfigError for an unknown field, naming the nearest; an ill-typed or impossible value exits with status 2.
-    """
-    import tyro
-
-    rules = run.optim.rules
-    run = replace(run, optim=replace(run.optim, rules=()))  # tyro makes no option of what is empty
-    fields = [name for name, _, value in (line.partition(" = ") for line in config.lines(run)) if value != "()"]
-    for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
-        name = option.removeprefix("--").replace("-", "_")
-        config.require(not name.startswith("optim.rules"), "optim.rules", option, "rules are set in CONFIG.py, not here")
-        if name not in (*fields, "help"):
-            nearest = difflib.get_close_matches(name, fields, 1, cutoff=0)[0]
-            raise config.ConfigError(f"{option}: there is no such field; the nearest is --{nearest} (`{prog} --help` lists all)")
-    options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    run = tyro.cli(config.Run, default=run, args=list(args), prog=prog, config=options)
-    return replace(run, optim=replace(run.optim, rules=rules))
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def train(args: argparse.Namespace) -> None:
+    """`clipjax train`: from a configuration to a finished run in its workdir."""
     if args.config is None:
         if args.help:
             args.parser.print_help()
@@ -112,34 +91,37 @@ def train(args: argparse.Namespace) -> None:
 
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
+    """`clipjax eval zeroshot`: accuracies of a run as a classifier."""
     from clipjax.evals.inputs import eval_data
     from clipjax.evals.zeroshot import Zeroshot
 
     model = clipjax.load(args.workdir)
     data = eval_data(model.run, args.data, args.split)
     evaluation = Zeroshot.prepare(model.encoder, model.tokenizer, data, args.templates, args.classnames)
-    _report(args, model, evaluation.task, evaluation.run(model.params))
+    _report(args, model, evaluation)
 
 
 def eval_retrieval(args: argparse.Namespace) -> None:
+    """`clipjax eval retrieval`: recalls of a run in both directions."""
     from clipjax.evals.inputs import eval_data
     from clipjax.evals.retrieval import Retrieval
 
     model = clipjax.load(args.workdir)
-    evaluation = Retrieval.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
-    _report(args, model, evaluation.task, evaluation.run(model.params))
+    _report(args, model, Retrieval.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split)))
 
 
-def _report(args: argparse.Namespace, model: "Loaded", task: str, metrics: dict[str, float | None]) -> None:
+def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Zeroshot | Retrieval") -> None:
     from clipjax.evals.report import report, write_json
 
-    result = report(f"{args.data}/{args.split}", model.workdir.name, f"step {model.step}", task, metrics)
+    name, metrics = model.workdir.resolve().name, evaluation.run(model.params)
+    result = report(evaluation.dataset, name, f"step {model.step}", evaluation.task, metrics)
+    print(json.dumps(result, indent=2, ensure_ascii=False))
     if args.json:
         write_json(args.json, result)
-    print(json.dumps(result, indent=2, ensure_ascii=False))
 
 
 def embed(args: argparse.Namespace) -> None:
+    """`clipjax embed`: a dataset's unit vectors in a file."""
     from clipjax.evals.embed import embed, write_npz
     from clipjax.evals.inputs import eval_data
 
@@ -150,9 +132,13 @@ def embed(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> int:
+    """`clipjax export`: a run as a folder of open_clip's or transformers', and whether it does the same there."""
     from clipjax.checkpoint import TOKENIZER
     from clipjax.export.folder import export
+    from clipjax.export.verify import require_packages, verify
 
+    if args.verify:
+        require_packages(args.to)
     model = clipjax.load(args.workdir)
     run, tokenizer = model.run, model.workdir / TOKENIZER
     export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to)
@@ -162,7 +148,6 @@ def export(args: argparse.Namespace) -> int:
     from PIL import Image
 
     from clipjax.data.sources import open_source
-    from clipjax.export.verify import verify
 
     source = open_source(run.data)
     chosen = range(0, len(source), max(1, len(source) // args.examples))
@@ -172,12 +157,15 @@ def export(args: argparse.Namespace) -> int:
     print(f"verified in PyTorch on {report.examples} examples; largest differences, of an embedding's norm:")
     print(f"  same pixels and ids: image {report.image:.1e}, text {report.text:.1e}; logits {report.logits:.1e}")
     print(f"  from picture and string: image {report.picture:.1e}, text {report.caption:.1e}")
+    for note in report.notes:
+        print(f"  not judged: {note}")
     for failure in report.failures:
         print(f"clipjax: {failure}", file=sys.stderr)
     return 1 if report.failures else 0
 
 
 def data_prepare(args: argparse.Namespace) -> None:
+    """`clipjax data prepare`: builds a dataset, unless it is there, and tells its folder."""
     from clipjax.data.emoji import prepare_emoji
     from clipjax.data.tfds_source import data_dir
 
@@ -185,11 +173,12 @@ def data_prepare(args: argparse.Namespace) -> None:
 
 
 def data_inspect(args: argparse.Namespace) -> None:
+    """`clipjax data inspect`: figures to read and pictures to look at."""
     from clipjax.data.inspect import describe, inspect
     from clipjax.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(args.tokenizer, args.length) if args.tokenizer else None
-    sheet = args.png or Path(f"{args.spec.replace(':', '-').replace('/', '-')}-{args.split}.png")
+    sheet = args.png or _file(f"{args.spec.replace(':', '-').replace('/', '-')}-{args.split}.png")
     print(describe(inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)))
     print(f"contact sheet: {sheet}")
 
@@ -199,6 +188,25 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be positive")
     return number
+
+
+def _file(text: str) -> Path:
+    """A file that can be written. Said before hours of work, not after; nothing is made."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    _folder(str(Path(text).parent))
+    return Path(text)
+
+
+def _folder(text: str) -> Path:
+    """A folder that is there or can be made, to write into."""
+    path = Path(text).absolute()
+    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))  # unlike Path.exists, also where nobody may look
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{nearest} is a file: name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{nearest} can't be written to: name another folder")
+    return Path(text)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -228,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(commands, "train", train, "train a model, or go on from its workdir's newest checkpoint", add_help=False)
     p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
-    p.add_argument("--workdir", type=Path, metavar="RUN", help="folder for config, checkpoints, metrics and tokenizer")
+    p.add_argument("--workdir", type=_folder, metavar="RUN", help="folder for config, checkpoints, metrics and tokenizer")
     p.add_argument("-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option")
 
     evals = group("eval", "evaluate a run")
@@ -237,19 +245,19 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--classnames", metavar="FILE", help="one name a line, in the order of the labels; else the dataset's own")
     templates = "simple (7 prompts a class), imagenet (80), plain (the name alone), or a file with one {c} a line"
     p.add_argument("--templates", default="simple", metavar="NAME|FILE", help=templates)
-    p.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    p.add_argument("--json", type=_file, metavar="OUT", help="also write the result here")
     p = command(evals, "retrieval", eval_retrieval, "image-text retrieval: recall at 1, 5 and 10 in both directions")
     of_run(p)
-    p.add_argument("--json", type=Path, metavar="OUT", help="also write the result here")
+    p.add_argument("--json", type=_file, metavar="OUT", help="also write the result here")
 
     p = command(commands, "embed", embed, "write a dataset's embeddings: arrays image, text and key, float32 unit vectors")
     of_run(p)
-    p.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="where to write")
+    p.add_argument("--out", type=_file, required=True, metavar="FILE.npz", help="where to write")
 
     p = command(commands, "export", export, "write a folder that open_clip or transformers loads as it is")
     p.add_argument("workdir", metavar="RUN", help=RUN)
     p.add_argument("--to", required=True, choices=("open_clip", "transformers"), help="the library that shall load it")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
+    p.add_argument("--out", type=_folder, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
     p.add_argument("--verify", action="store_true", help="load it in PyTorch and compare embeddings of the run's own examples")
     p.add_argument("--examples", type=_positive, default=32, help="how many --verify compares")
 
@@ -261,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--split", default="train", help="part of the dataset")
     p.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; else a BPE is trained on the captions")
     p.add_argument("--length", type=_positive, default=77, help="tokens a caption may have, for the truncation statistics")
-    p.add_argument("--png", type=Path, metavar="OUT", help="the contact sheet; else SPEC-SPLIT.png in this folder")
+    p.add_argument("--png", type=_file, metavar="OUT", help="the contact sheet; else SPEC-SPLIT.png in this folder")
     return parser
 
 

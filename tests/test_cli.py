@@ -1,6 +1,10 @@
 """The command line in process: help, overrides, refusals, and every command on a run of seconds."""
 
+import ast
+import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -113,6 +117,12 @@ REFUSED = {
     "no RUN to export": (["export", "nothing@3", "--to", "open_clip", "--out", "a"], "RUN = 'nothing@3': is not a workdir"),
     "no dataset": (["data", "inspect", "tfds:nothing"], "data.spec = 'tfds:nothing': not among the datasets"),
     "no spec": (["data", "inspect", "webdata:x"], "data.spec = 'webdata:x': must be emoji, tfds:"),
+    "a folder as json": (["eval", "retrieval", "RUN", "--data", "emoji", "--json", "."], "--json: . is a folder: name a file"),
+    "a folder as npz": (["embed", "RUN", "--data", "emoji", "--out", "."], "--out: . is a folder: name a file"),
+    "a folder as sheet": (["data", "inspect", "emoji", "--png", "."], "--png: . is a folder: name a file"),
+    "in a file": (["embed", "RUN", "--data", "emoji", "--out", f"{CONFIG}/new/a.npz"], f"{CONFIG} is a file: name a folder"),
+    "a file as workdir": (["train", CONFIG, "--workdir", CONFIG], f"--workdir: {CONFIG} is a file: name a folder"),
+    "a file as export": (["export", "RUN", "--to", "open_clip", "--out", CONFIG], f"--out: {CONFIG} is a file: name a folder"),
 }
 
 
@@ -124,6 +134,83 @@ def test_wrong_use_is_told(args, message, capsys, tmp_path, monkeypatch):
     assert message in " ".join(said.err.split())
     assert said.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train", CONFIG, "--workdir", "new/run"],
+        ["eval", "zeroshot", "RUN", "--data", "emoji", "--json", "new/a.json"],
+        ["embed", "RUN", "--data", "emoji", "--out", "a.npz"],
+        ["export", "RUN", "--to", "open_clip", "--out", "out"],
+        ["data", "inspect", "emoji", "--png", "a.png"],
+        ["data", "inspect", "emoji"],
+    ],
+)
+def test_what_can_not_be_written_is_told_before_any_work(args, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # tests may run as root, who may all
+    assert run(*args) == 2
+    said = capsys.readouterr()
+    assert f"{tmp_path} can't be written to: name another folder" in said.err
+    assert "Traceback" not in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_fails_all_the_same_is_told_in_a_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file"))
+    assert run("data", "prepare", "emoji") == 2
+    assert capsys.readouterr().err == f"clipjax: {tmp_path / 'file' / 'emoji'}: Not a directory\n"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "load_config", full)
+    assert run("train", CONFIG, "--workdir", tmp_path / "run") == 1
+    assert capsys.readouterr().err == "clipjax: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", CONFIG, "--workdir", "run"], "interrupted; the same command goes on from the newest checkpoint"),
+        (["data", "inspect", "emoji"], "interrupted"),
+    ],
+)
+def test_interrupted(args, message, capsys, monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load_config", stop)
+    monkeypatch.setattr("clipjax.data.inspect.inspect", stop)
+    assert run(*args) == 130
+    assert capsys.readouterr().err == f"clipjax: {message}\n"
+
+
+def test_a_warning_erases_the_live_line():
+    """In a process of its own: pytest's logging keeps `main` from setting up any."""
+    code = f"""
+import io, logging, sys
+from clipjax import cli
+from clipjax.train.progress import Progress
+class Terminal(io.StringIO):
+    isatty = lambda self: True
+def train(*_):
+    with Progress(10, screen) as progress:
+        progress.update(1)
+        logging.getLogger("clipjax.data").warning("a picture can't be read")
+        progress.update(10)
+    raise FloatingPointError
+cli.load_config, screen = train, Terminal()
+assert cli.main(["train", {CONFIG!r}, "--workdir", "run"]) == 1
+print(repr(screen.getvalue()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shown = ast.literal_eval(done.stdout)
+    assert "\x1b[K\r\x1b[KWARNING: a picture can't be read\n\rstep 10/10" in shown
+    assert done.stderr == "clipjax: \n"
 
 
 WRONG_FIELDS = {
@@ -151,6 +238,20 @@ WRONG_FIELDS = {
 }
 
 
+@pytest.mark.parametrize("option", ["--optim.lr -1", "--model.image.image_size 20", "--train.steps 10", "--mesh.fsdp -1"])
+def test_an_impossible_value_is_told_in_one_line(option, capsys):
+    assert run("train", CONFIG, *option.split(), "--workdir", "run") == 2
+    line, rest = capsys.readouterr().err.split("\n")
+    assert line.startswith("clipjax: ")
+    assert line.partition(": ")[2] in {
+        "optim.lr = -1.0: must be positive",
+        "model.image.image_size = 20: must be a multiple of model.image.patch_size = 8",
+        "optim.schedule.warmup = 10: must be less than train.steps = 10",
+        "mesh = Mesh(data=-1, fsdp=-1, tensor=1): only one axis can be -1",
+    }
+    assert rest == ""
+
+
 def unboxed(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
@@ -175,13 +276,25 @@ def test_what_can_not_be_is_refused_before_anything_is_built(option, message, ca
             "from clipjax.config import ImageTower\ndef config():\n    return ImageTower(image_size=9)\n",
             "model.image.image_size = 9: must be a multiple of model.image.patch_size = 16",
         ),
+        ("\ndef config(:\n", "mine.py, line 2: SyntaxError: invalid syntax"),
+        ("import nothing\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nothing'"),
+        (
+            "from clipjax.config import Run\ndef config():\n    return Run(modle=1)\n",
+            "mine.py, line 3: TypeError: Run.__init__() got an unexpected keyword argument 'modle'",
+        ),
+        (
+            "def config():\n    return of(1)\ndef of(n):\n    return {}[n]\n",
+            "mine.py, line 4: KeyError: 1",
+        ),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(text, message, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(text)
     assert run("train", file, "--workdir", tmp_path / "run") == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
     assert {p.name for p in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
     (tmp_path / "mine.txt").write_text(text)
     assert run("train", tmp_path / "mine.txt", "--workdir", tmp_path / "run") == 2
@@ -285,6 +398,20 @@ def test_retrieval_of_any_step(workdir, tmp_path, capsys):
     assert f"RUN = '{workdir}@4': has checkpoints of steps 3, 6 only" in capsys.readouterr().err
 
 
+def test_the_result_names_the_folder_and_is_printed_before_it_is_written(workdir, capsys, monkeypatch):
+    from clipjax.evals import report
+
+    def full(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "a.json")
+
+    monkeypatch.setattr(report, "write_json", full)
+    monkeypatch.chdir(workdir)
+    assert run("eval", "retrieval", ".", "--data", "emoji", "--json", workdir.parent / "a.json") == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["model"] == "tiny"
+    assert said.err.endswith("clipjax: a.json: Permission denied\n")
+
+
 def test_a_run_without_checkpoint(workdir, tmp_path, capsys):
     (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
     assert run("eval", "retrieval", tmp_path, "--data", "emoji") == 2
@@ -377,6 +504,24 @@ def test_export(workdir, model, tmp_path, capsys, to, weights):
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert run("export", workdir, "--to", to, "--out", tmp_path / "out") == 2
     assert "holds files that are not an earlier export's" in capsys.readouterr().err
+
+
+def test_verification_without_torch_is_refused_before_anything_is_written(workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert run("export", workdir, "--to", "transformers", "--out", tmp_path / "out", "--verify") == 2
+    assert "clipjax: --verify: can't import torch" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("cleaned", "crops", "notes"), [(0, False, 0), (2, True, 2)])
+def test_what_a_verification_does_not_judge_is_told(workdir, tmp_path, capsys, monkeypatch, cleaned, crops, notes):
+    from clipjax.export import verify
+
+    report = verify.Report(32, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6, cleaned, crops)
+    monkeypatch.setattr(verify, "require_packages", lambda to: None)
+    monkeypatch.setattr(verify, "verify", lambda *_: report)
+    assert run("export", workdir, "--to", "transformers", "--out", tmp_path / "out", "--verify") == 0
+    assert capsys.readouterr().out.count("not judged: ") == notes
 
 
 def test_inspect(tmp_path, workdir, capsys):

@@ -56,6 +56,13 @@ class Report:
         far = {name: getattr(self, name) for name in judged if not getattr(self, name) <= LIMIT}
         return [f"{name} differs by {figure:.1e}, more than {LIMIT:.0e}" for name, figure in far.items()]
 
+    @property
+    def notes(self) -> list[str]:
+        """What is told and not judged, where there is anything to tell."""
+        cleaned = f"captions that open_clip's cleaning gives other ids than ours: {self.cleaned}"
+        crops = "embeddings from a picture: transformers rounds the margins of a centre crop otherwise"
+        return [cleaned] * bool(self.cleaned) + [crops] * self.crops_otherwise
+
 
 class Encoded(NamedTuple):
     """Unit vectors [n, e] and logits [n, n], float32."""
