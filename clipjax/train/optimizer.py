@@ -56,12 +56,13 @@ def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str 
     field = f"train.steps = {new_steps}: this run was started with {old_steps}"
     if isinstance(optim.schedule, Cosine):
         return f"{field}, which its cosine depends on; keep that, or start a new workdir with an rsqrt or constant schedule"
+    if new_steps < at_step:
+        return f"train.steps = {new_steps}: the workdir's checkpoint has {at_step} finished steps; ask for as many at least"
     shared = min(old_steps, new_steps) - max(optim.schedule.cooldown - 1, 0)  # finished steps before any cool-down
     if at_step <= shared:
         return None
-    return (
-        f"{field}, and at step {at_step} a cool-down has begun; keep that, or resume from a checkpoint of step {shared} at most"
-    )
+    begun = f"by step {at_step} the cool-down of {min(old_steps, new_steps)} steps has begun"
+    return f"{field}, and {begun}; keep that, or go back to a checkpoint of step {shared} at most"
 
 
 def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
@@ -82,6 +83,17 @@ def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
     return found
 
 
+def trained_names(rules: tuple[Rule, ...], params: Params) -> set[str]:
+    """The paths of the parameters that no rule freezes."""
+    return {name for name, rule in match_rules(rules, params).items() if rule.lr != 0}
+
+
+def stop_frozen(rules: tuple[Rule, ...], params: Params) -> Params:
+    """`params`, for the forward pass, with no gradient to what is frozen: XLA leaves that part of the backward pass out."""
+    trained = trained_names(rules, params)
+    return jax.tree.map_with_path(lambda path, p: p if _name(path) in trained else jax.lax.stop_gradient(p), params)
+
+
 def make_optimizer(optim: Optim, steps: int, params: Params) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` updates for parameters named and shaped like `params` (values are not read).
 
@@ -89,7 +101,7 @@ def make_optimizer(optim: Optim, steps: int, params: Params) -> optax.GradientTr
     ConfigError as `match_rules` does.
     """
     rules = match_rules(optim.rules, params)
-    trained = {name for name, rule in rules.items() if rule.lr != 0}
+    trained = trained_names(optim.rules, params)
 
     def decay(path: tuple, u: jax.Array, p: jax.Array) -> jax.Array:
         return u + optim.weight_decay * rules[_name(path)].decay * p

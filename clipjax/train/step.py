@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from clipjax import config, losses, sharding
 from clipjax.models import clip
-from clipjax.train.optimizer import clamp_scale, ema_update
+from clipjax.train.optimizer import clamp_scale, ema_update, stop_frozen
 from clipjax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -28,11 +28,15 @@ def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax
 def make_train_step(
     run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3] and `text` [B, t]."""
+    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3] and `text` [B, t].
+
+    The metrics are float32 []: the loss and its parts, scale and bias, and the norms of the gradient before it is clipped, of
+    the update, which both are of the trained parameters, and of all parameters.
+    """
     loss_of = sharding.on_shards(functools.partial(losses.objective, run.objective, axis=sharding.BATCH), mesh)
 
     def compute_loss(params: clip.Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Metrics]:
-        model = clip.bind(run.model, params)
+        model = clip.bind(run.model, stop_frozen(run.optim.rules, params))
         zimg, ztxt = model.encode_image(batch["image"], keys), model.encode_text(batch["text"])
         bias = None if model.bias is None else model.bias[...]
         return loss_of(zimg, ztxt, jnp.exp(model.log_scale[...]), bias)

@@ -228,8 +228,8 @@ def test_schedule_values(schedule, steps, values):
     (Rsqrt(warmup=1, timescale=5), 10, 20, 10, None),
     (Constant(warmup=1, cooldown=4), 10, 20, 7, None),  # updates 0 to 6: the first cooled one is number 7
     (Constant(warmup=1, cooldown=4), 10, 20, 8, "checkpoint of step 7 at most"),
-    (Rsqrt(warmup=1, timescale=5, cooldown=4), 10, 20, 9, "at step 9 a cool-down has begun"),
-    (Constant(warmup=1, cooldown=4), 20, 10, 8, "checkpoint of step 7 at most"),
+    (Rsqrt(warmup=1, timescale=5, cooldown=4), 10, 20, 9, "by step 9 the cool-down of 10 steps has begun"),
+    (Constant(warmup=1, cooldown=4), 20, 10, 8, "by step 8 the cool-down of 10 steps has begun"),
 ])  # fmt: skip
 def test_a_run_may_grow_where_its_past_stays_true(schedule, old, new, step, says):
     optim = Optim(schedule=schedule)
@@ -237,6 +237,13 @@ def test_a_run_may_grow_where_its_past_stays_true(schedule, old, new, step, says
     assert message is None if says is None else says in message
     before, after = (np.array([learning_rate(optim, n)(c) for c in range(step)]) for n in (old, new))
     assert np.array_equal(before, after) == (message is None)  # the message says no exactly where the past would differ
+
+
+@pytest.mark.parametrize("schedule", [Constant(warmup=1), Constant(warmup=1, cooldown=4), Rsqrt(warmup=1, timescale=5)])
+def test_a_run_does_not_shrink_below_what_is_done(schedule):
+    message = "train.steps = 50: the workdir's checkpoint has 60 finished steps; ask for as many at least"
+    assert can_grow(Optim(schedule=schedule), 100, 50, 60) == message
+    assert can_grow(Optim(schedule=dataclasses.replace(schedule, cooldown=0)), 100, 60, 60) is None
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
