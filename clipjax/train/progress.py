@@ -24,22 +24,23 @@ class Progress:
         self._foreign = ""  # the last text that others wrote
 
     def update(self, step: int, line: Mapping[str, Any] | None = None) -> None:
-        """`step` steps are finished; `line` is a new line of Writer.push."""
+        """`step` steps are finished; `line` is a new line of Writer.push, which is that of an interval ago: off a terminal, where
+        it is printed once, it is told by its own step."""
         now = self._now()
         self._first = self._first or (step, now)
         self._line = line or self._line
         if not self._live:
             if line:
-                self._stream.write(self._text(step, now) + "\n")
+                self._stream.write(self._text(step, now, line["step"]) + "\n")
                 self._stream.flush()
         elif (line or step == self._steps or now - self._drawn_at > 0.2) and self._foreign[-1:] in ("", "\n"):
             columns = self._columns() - 1
-            self._stream.write("\r" + self._text(step, now)[:columns] + "\x1b[K")
+            self._stream.write("\r" + self._text(step, now, step)[:columns] + "\x1b[K")
             self._stream.flush()
             self._drawn_at, self._on_screen = now, True
 
-    def _text(self, step: int, now: float) -> str:
-        parts = [f"step {step:,}/{self._steps:,}"]
+    def _text(self, step: int, now: float, told: int) -> str:
+        parts = [f"step {told:,}/{self._steps:,}"]
         if "loss" in self._line:
             parts.append(f"loss {self._line['loss']:.4g}")
         if "examples_per_second" in self._line:
