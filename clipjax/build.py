@@ -1,4 +1,5 @@
-"""From a configuration to the things it describes. The only side effect is the tokenizer's file in the workdir."""
+"""From a configuration to the things it describes. The only side effect is the tokenizer's file in the workdir, once it is known
+that the run is not another's."""
 
 import functools
 from pathlib import Path
@@ -11,15 +12,22 @@ from clipjax.data.pipeline import train_batches
 from clipjax.data.sources import Source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.train.loop import Batches
+from clipjax.train.resume import resumable
 
 
 def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
-    """The run's tokenizer: that of the workdir, or else a new one, trained or loaded as run.tokenizer says and saved there.
+    """The run's tokenizer: that of the workdir where the run goes on from a checkpoint, else a new one, trained or loaded as
+    run.tokenizer says and saved there.
 
-    Raises ConfigError where its ids do not fit the text tower.
+    Raises ConfigError where the workdir's checkpoint is another run's, the source is smaller than a batch, or the ids do not fit
+    the text tower.
     """
     text, saved = run.model.text, workdir / TOKENIZER
-    if saved.exists():
+    resumes = resumable(run, workdir) is not None
+    size, n = run.train.batch_size, len(source)
+    config.require(size <= n, "train.batch_size", size, f"is more than the {n} examples of {source.name}: use at most {n}")
+    if resumes:
+        config.require(saved.exists(), "--workdir", str(workdir), f"has checkpoints but no {TOKENIZER}: put it back")
         made = Tokenizer.load(saved, text.length)
     elif isinstance(run.tokenizer, config.TokenizerFile):
         made = Tokenizer.load(Path(run.tokenizer.path), text.length)
@@ -30,7 +38,7 @@ def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
     pools = text.pool != "eot" or made.end_id == made.vocab_size - 1
     remedy = f"needs an end token with the tokenizer's highest id, {made.vocab_size - 1}: this one's is {made.end_id}; use last"
     config.require(pools, "model.text.pool", text.pool, remedy)
-    if not saved.exists() and jax.process_index() == 0:
+    if not resumes and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         made.save(saved)
     return made

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -47,7 +46,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
         """Starts to write; returns once the state has left the devices, so that the next step may donate it.
 
-        `metrics` (`task/name` -> value) are what train.best looks at. A step that is on disk already is left alone.
+        `metrics` (`task/name` and `task/dataset/name` -> value) are what train.best looks at. A step that is on disk already is
+        left alone.
         """
         if step in self._manager.all_steps():
             return
@@ -74,11 +74,6 @@ class Checkpoints:
         got = self._manager.restore(step, args=ocp.args.Composite(**items))
         return TrainState(got.training["step"], got.params, got.training["opt_state"], got.get("ema"))
 
-    def run_of(self, step: int) -> config.Run:
-        """The configuration that was saved with a step."""
-        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        return config.from_json(json.dumps(saved.config))
-
 
 def _score(name: str, metrics: dict[str, float]) -> float:
     return metrics.get(name, -math.inf)
@@ -93,22 +88,40 @@ def split_name(name: str) -> tuple[Path, int | None]:
     return workdir, step
 
 
+def _reader(workdir: Path) -> ocp.CheckpointManager:
+    """Of a workdir that has checkpoints; it writes nothing and clears nothing away."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def _run_of(reader: ocp.CheckpointManager, step: int) -> config.Run:
+    saved = reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+    return config.from_json(json.dumps(saved.config))
+
+
+def newest(workdir: Path) -> tuple[int, config.Run] | None:
+    """The step of a workdir's newest finished checkpoint and the configuration saved with it; None where there is none."""
+    if not (workdir / "checkpoints").exists():
+        return None
+    with _reader(workdir) as reader:
+        step = reader.latest_step()
+        return None if step is None else (step, _run_of(reader, step))
+
+
 def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
     """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
 
     Raises ConfigError where there is no such checkpoint.
     """
     workdir, step = split_name(name)
-    folder = (workdir / "checkpoints").absolute()
-    config.require(folder.exists(), "RUN", name, "has no checkpoint yet: it was stopped before the first was written")
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        steps = sorted(manager.all_steps())
+    exists = (workdir / "checkpoints").exists()
+    config.require(exists, "RUN", name, "has no checkpoint yet: it was stopped before the first was written")
+    with _reader(workdir) as reader:
+        steps = sorted(reader.all_steps())
         step = step if step is not None else steps[-1] if steps else None
         config.require(step in steps, "RUN", name, f"has checkpoints of steps {', '.join(map(str, steps)) or '(none)'} only")
-        saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-        run = config.from_json(json.dumps(saved.config))
-        abstract = jax.eval_shape(lambda: clip.init(run.model, run.seed))
-        target: Any = sharding.shapes(abstract, sharding.shardings(abstract, mesh))
+        run = _run_of(reader, step)
+        target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
         item = "params" if run.optim.ema is None else "ema"
-        restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
+        restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
     return run, restored[item], step

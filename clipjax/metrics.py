@@ -1,41 +1,20 @@
-"""What a run says about itself: means that add, a clock, the model's FLOPs, and the writers of a workdir."""
+"""What a run says about itself: a clock, counts, the model's FLOPs, and the writers of a workdir."""
 
 import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from clipjax.config import ImageTower, Model, TextTower
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Mean:
-    """A mean as (total, count), float32 []: parts of any size add up to the mean of the whole."""
-
-    total: jax.Array
-    count: jax.Array
-
-    @classmethod
-    def of(cls, x: jax.Array, where: jax.Array | None = None) -> "Mean":
-        """Of the entries of x where `where` holds; what lies elsewhere may even be NaN."""
-        where = jnp.ones_like(x, bool) if where is None else where
-        return cls(jnp.where(where, x, 0).sum(dtype=jnp.float32), where.sum(dtype=jnp.float32))
-
-    def __add__(self, other: "Mean") -> "Mean":
-        return jax.tree.map(jnp.add, self, other)
-
-    def compute(self) -> jax.Array:
-        """The mean, float32 []; 0 of nothing."""
-        return self.total / jnp.maximum(self.count, 1)
+from clipjax.files import write_whole
 
 
 class Clock:
@@ -82,14 +61,46 @@ class Clock:
         return values
 
 
-def model_flops(model: Model) -> float:
-    """FLOPs of a training step per pair, 2 a multiply-add: 3 times the forward pass of both towers.
+class Tally:
+    """How often the data had to be mended, over all hosts: pictures replaced and captions truncated."""
+
+    COUNTED = ("replaced", "truncated")  # bool [b] of a batch each
+
+    def __init__(self) -> None:
+        self.total = dict.fromkeys(self.COUNTED, 0)  # of all that was read
+        self._since = np.zeros(len(self.COUNTED), np.int32)  # of this process since then
+
+    def count(self, batch: Mapping[str, np.ndarray]) -> None:
+        """One more batch of this process."""
+        self._since += [batch[name].sum() for name in self.COUNTED]
+
+    def read(self) -> dict[str, int]:
+        """The counts since the last read, or since the run was started or resumed. All processes call it, at the same step."""
+        everywhere = multihost_utils.process_allgather(self._since).sum(0) if jax.process_count() > 1 else self._since
+        counts = dict(zip(self.COUNTED, everywhere.tolist(), strict=True))
+        self.total = {name: self.total[name] + n for name, n in counts.items()}
+        self._since[:] = 0
+        return counts
+
+
+def model_flops(model: Model, trained: Collection[str] | None = None) -> float:
+    """FLOPs of a training step per pair, 2 a multiply-add: 3 times the forward pass of a tower whose blocks are trained, 2 times
+    where the gradient only passes through them, once where nothing below the head is. `trained`: paths of the parameters that
+    are, as `image/blocks/mlp/up/kernel`; None: all.
 
     Dot products only, once each whatever is made again in the backward pass. Causal attention counts in full, as it is computed
     and as others count it. Left out: the pooling probe's query, once a batch, and the loss, 8 B d a pair (below 1 % of B/16's
     step up to B = 256k).
     """
-    return 3.0 * (_image_flops(model.image) + _text_flops(model.text))
+    passes = {tower: 3 if trained is None else _passes(tower, trained) for tower in ("image", "text")}
+    return float(passes["image"] * _image_flops(model.image) + passes["text"] * _text_flops(model.text))
+
+
+def _passes(tower: str, trained: Collection[str]) -> int:
+    parts = {name.split("/")[1] for name in trained if name.startswith(tower + "/")}
+    if "blocks" in parts:
+        return 3
+    return 2 if parts - {"norm", "map", "projection"} else 1
 
 
 def _image_flops(c: ImageTower) -> float:
@@ -134,10 +145,10 @@ def peak_flops(kind: str) -> float | None:
     return _PEAKS[name] / (2 if name in _TWO_DEVICES_A_CHIP else 1)
 
 
-def mfu(examples_per_second: float, model: Model, devices: Sequence[jax.Device]) -> float | None:
+def mfu(flops_per_second: float, devices: Sequence[jax.Device]) -> float | None:
     """Model-FLOPs utilisation, 0 to 1: FLOPs the model needs against the bf16 peak of `devices`. None where that is not known."""
     peak = peak_flops(devices[0].device_kind)
-    return None if peak is None else examples_per_second * model_flops(model) / (peak * len(devices))
+    return None if peak is None else flops_per_second / (peak * len(devices))
 
 
 class NonFiniteError(FloatingPointError):
@@ -245,9 +256,7 @@ def _truncate(path: Path, step: int) -> None:
     before = path.read_bytes() if path.exists() else b""
     after = b"".join(line for line in before.splitlines(keepends=True) if holds(line))
     if after != before:
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as f:
+        with write_whole(path) as part, part.open("wb") as f:
             f.write(after)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)

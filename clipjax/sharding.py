@@ -4,6 +4,7 @@ The batch lies on `data` and `fsdp`; heads and MLP width on `tensor`; of what is
 divides lies on `fsdp`. What can't be sharded is known by name, and too much of it is an error.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,15 @@ def check_batch(run: config.Run, mesh: Mesh) -> None:
     config.require(size % n == 0, "train.batch_size", size, remedy)
 
 
+def check_tensor(model: config.Model, mesh: Mesh) -> None:
+    """Raises ConfigError unless mesh.tensor divides what lies on it; else that would be whole on every device."""
+    n = mesh.shape["tensor"]
+    sizes = {f"model.{t}.{f}": getattr(getattr(model, t), f) for t in ("image", "text") for f in ("heads", "mlp_dim")}
+    whole = ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % n)
+    remedy = f"must divide the heads and MLP widths, and does not divide {whole}; use a divisor of {math.gcd(*sizes.values())}"
+    config.require(not whole, "mesh.tensor", n, remedy)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
@@ -69,9 +79,23 @@ def over_rows(mesh: Mesh) -> NamedSharding:
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> arrays of the global batch on the mesh."""
-    sharding = over_rows(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    """This process's rows of a batch, as many as any other's -> arrays of the global batch on the mesh.
+
+    Raises ConfigError where this process's devices hold more or fewer rows than that.
+    """
+    _check_processes(mesh)
+    rows, n = over_rows(mesh), jax.process_count()
+    return {k: jax.make_array_from_process_local_data(rows, v, (n * len(v), *v.shape[1:])) for k, v in batch.items()}
+
+
+@functools.cache
+def _check_processes(mesh: Mesh) -> None:
+    parts, n = batch_devices(mesh), jax.process_count()
+    mine = len({index[0].start for index in over_rows(mesh).addressable_devices_indices_map((parts,)).values()})
+    shape = ", ".join(f"mesh.{a} = {size}" for a, size in mesh.shape.items())
+    remedy = "each needs the same share of the batch to itself; mesh.tensor must lie within a process"
+    if mine * n != parts:
+        raise config.ConfigError(f"{shape}: process {jax.process_index()} of {n} holds {mine} of {parts} parts; {remedy}")
 
 
 def on_shards(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -131,6 +155,6 @@ def unsharded(tree: Any, placed: Any, axis: str) -> dict[str, int]:
     }
 
 
-def shapes(tree: Any, placed: Any) -> Any:
-    """ShapeDtypeStructs that carry shardings: what Orbax restores into and what ahead-of-time compilation takes."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)
+def shapes(tree: Any, mesh: Mesh) -> Any:
+    """ShapeDtypeStructs that carry `shardings`: what Orbax restores into and what ahead-of-time compilation takes."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from clipjax import config
-from clipjax.checkpoint import Checkpoints, load_params, split_name
+from clipjax.checkpoint import Checkpoints, load_params, newest, split_name
 from clipjax.config import ConfigError
 from clipjax.models import clip
-from clipjax.train.loop import save_config
 from clipjax.train.optimizer import make_optimizer
-from clipjax.train.state import abstract_state, initial_state
+from clipjax.train.resume import save_config
+from clipjax.train.state import abstract_state
 from tests.train import tiny
 
 EMA = dataclasses.replace(tiny.OPTIM, ema=0.9)
@@ -33,7 +33,7 @@ def state(run):
 
 def fresh(run, mesh):
     tx = make_optimizer(run.optim, run.train.steps, jax.eval_shape(lambda: clip.init(run.model, run.seed)))
-    return abstract_state(initial_state(run, tx, mesh))
+    return abstract_state(run, tx, mesh)
 
 
 def at(state, step):
@@ -52,8 +52,11 @@ def same(a, b):
 
 
 def test_nothing_is_there_at_first(tmp_path, run):
+    assert newest(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
     with Checkpoints(tmp_path, run) as checkpoints:
         assert checkpoints.latest() is None
+    assert newest(tmp_path) is None
 
 
 def test_the_newest_are_kept(tmp_path, run, state):
@@ -92,7 +95,7 @@ def test_a_step_is_saved_once(tmp_path, run, state):
         checkpoints.wait()
         checkpoints.save(3, jax.tree.map(lambda x: x + 1, state))
         checkpoints.wait()
-        same(checkpoints.restore(3, abstract_state(state)), state)
+        same(checkpoints.restore(3, fresh(run, tiny.mesh_of(2, 4))), state)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)])
@@ -113,7 +116,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path, run, state):
         checkpoints.save(3, copy)
         jax.tree.map(lambda x: x.delete(), copy)
         checkpoints.wait()
-        same(checkpoints.restore(3, abstract_state(state)), state)
+        same(checkpoints.restore(3, fresh(run, tiny.mesh_of(2, 4))), state)
 
 
 def test_the_configuration_lies_under_the_step(tmp_path, run, state):
@@ -121,9 +124,10 @@ def test_the_configuration_lies_under_the_step(tmp_path, run, state):
     for step, cfg in ((3, run), (5, longer)):
         with Checkpoints(tmp_path, cfg) as checkpoints:
             checkpoints.save(step, at(state, step))
-    with Checkpoints(tmp_path, run) as checkpoints:
-        assert checkpoints.run_of(3) == run
-        assert checkpoints.run_of(5) == longer
+    save_config(longer, tmp_path)
+    assert load_params(f"{tmp_path}@3", tiny.mesh_of())[0] == run
+    assert load_params(str(tmp_path), tiny.mesh_of())[0] == longer
+    assert newest(tmp_path) == (5, longer)
     items = {p.name for p in (tmp_path / "checkpoints" / "3").iterdir() if p.is_dir()}
     assert {"params", "training", "ema", "config"} <= items
 
@@ -161,7 +165,7 @@ def test_an_interrupted_save_is_ignored_and_cleared_away(tmp_path, run, state):
         checkpoints.save(5, at(state, 5))
         checkpoints.wait()
         assert not torn.exists()
-        same(checkpoints.restore(5, abstract_state(state)), at(state, 5))
+        same(checkpoints.restore(5, fresh(run, tiny.mesh_of(2, 4))), at(state, 5))
     assert {p.relative_to(whole): p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
 
 

@@ -316,10 +316,11 @@ def test_another_kind_differs_by_every_field_that_only_one_has():
 
 
 def test_the_best_of_two_datasets_is_told_by_its_own():
-    evals = (config.Zeroshot(), config.Zeroshot(data="tfds:cifar10"), config.Retrieval())
+    evals = (config.Zeroshot(), config.Zeroshot(data="tfds:cifar10"), config.Retrieval(), config.Zeroshot(data="tsv:a/b.tsv"))
     for name in (
         "zeroshot_classification/emoji/test/acc1",
         "zeroshot_classification/tfds:cifar10/test/acc5",
+        "zeroshot_classification/tsv:a/b.tsv/mean_per_class_recall",
         "zeroshot_retrieval/image_retrieval_recall@10",
         "zeroshot_retrieval/emoji/test/image_retrieval_recall@10",
     ):

@@ -172,9 +172,13 @@ Evaluation = Annotated[Zeroshot | Retrieval, TAGGED]
 
 
 def check_best(best: str | None, evals: tuple[Evaluation, ...]) -> None:
-    """Raises ConfigError unless `best` is what exactly one evaluation gives: `task/metric` or `task/SPEC/SPLIT/metric`."""
-    names = [name for e in evals for m in e.metrics for name in (f"{e.task}/{m}", f"{e.task}/{e.data}/{e.split}/{m}")]
-    given = Counter(names)
+    """Raises ConfigError unless `best` is what exactly one evaluation gives: `task/metric` or `task/dataset/metric`, where the
+    dataset is named as in metrics.jsonl: SPEC/SPLIT, or the SPEC alone of a tsv, which has no splits.
+    """
+    given = Counter()
+    for e in evals:
+        dataset = e.data if e.data.startswith("tsv:") else f"{e.data}/{e.split}"
+        given.update(f"{prefix}/{metric}" for prefix in (e.task, f"{e.task}/{dataset}") for metric in e.metrics)
     if best is None or given[best] == 1:
         return
     wrong = "several evaluations give it" if given[best] else "no evaluation of this run gives it"

@@ -1,10 +1,9 @@
 """From a configuration, batches and evaluators to a finished run in its workdir."""
 
 import contextlib
-import os
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -15,10 +14,11 @@ from jax.sharding import Mesh
 
 from clipjax import config, sharding
 from clipjax.checkpoint import Checkpoints
-from clipjax.metrics import Clock, NonFiniteError, Writer, mfu
+from clipjax.metrics import Clock, NonFiniteError, Tally, Writer, mfu, model_flops
 from clipjax.models import clip
-from clipjax.train.optimizer import can_grow, make_optimizer
+from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress
+from clipjax.train.resume import changes, check, save_config
 from clipjax.train.state import TrainState, abstract_state, initial_state
 from clipjax.train.step import compile_step, make_train_step
 
@@ -42,32 +42,33 @@ class Evaluator(Protocol):
 def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
     """Trains to `train.steps` finished steps, from the newest checkpoint if the workdir has one.
 
-    Raises ConfigError where the checkpoint belongs to another run, FloatingPointError where a loss is not finite.
+    Raises ConfigError where this can't be trained here (as `resume.check`) or the checkpoint belongs to another run, and
+    FloatingPointError where a loss is not finite.
     """
     cfg = run.train
-    sharding.check_batch(run, mesh)
-    tx = make_optimizer(run.optim, cfg.steps, jax.eval_shape(lambda: clip.init(run.model, run.seed)))
+    saved = check(run, workdir, mesh)
+    params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
+    tx = make_optimizer(run.optim, cfg.steps, params)
+    placed = abstract_state(run, tx, mesh)
+    # Nothing is written above this line: the run is sound.
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, run))
         stack.enter_context(_naming_the_last_good(checkpoints, workdir))
-        saved = checkpoints.latest()
-        if saved is not None:
-            check_resumable(checkpoints.run_of(saved), run, saved)
-        save_config(run, workdir)
-        state = initial_state(run, tx, mesh)
-        if saved is not None:
-            state = checkpoints.restore(saved, abstract_state(state))
-        start = saved or 0
+        start = saved.step if saved else 0
+        state = checkpoints.restore(start, placed) if saved else initial_state(run, tx, mesh)
         if start >= cfg.steps:
             say(f"{workdir}: finished, with all its {cfg.steps:,} steps; raise train.steps or choose a new --workdir")
             return state
-        if saved is not None:
-            say(f"{workdir}: resuming at step {start:,} of {cfg.steps:,}")
+        if saved:
+            changed = "; ".join(changes(saved.run, run))
+            say(f"{workdir}: resuming at step {start:,} of {cfg.steps:,}" + (f"; changed: {changed}" if changed else ""))
         step_fn = compile_step(make_train_step(run, tx, mesh), state, mesh)
         data = stack.enter_context(batches(start))
+        save_config(run, workdir)
         writer = stack.enter_context(contextlib.closing(Writer(workdir, start)))
         progress = stack.enter_context(Progress(cfg.steps))
-        clock, counts, running = Clock(), Counter(), deque(maxlen=AHEAD)
+        clock, tally, running = Clock(), Tally(), deque(maxlen=AHEAD)
+        flops = model_flops(run.model, trained_names(run.optim.rules, params))
         for step in range(start, cfg.steps + 1):
             # Here `state` and `data` both describe exactly `step` finished steps. Keep this order.
             last = step == cfg.steps
@@ -76,60 +77,47 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
             if step > start and (due or save):
                 with clock.paused(state):
                     progress.update(step, writer.flush())  # a state gone bad is found before it is evaluated or saved
-                    results = _evaluate(due, step, state, writer)
-                    best = results if cfg.best in results else None
-                    if save or best:
-                        checkpoints.save(step, state, best)
+                    best = None
+                    try:
+                        results = _evaluate(due, step, state, writer)
+                        best = results if cfg.best in results else None
+                    finally:  # an evaluation that fails does not cost the steps since the last checkpoint
+                        if save or best:
+                            checkpoints.save(step, state, best)
             if last:
                 break
             if len(running) == AHEAD:
                 running[0].block_until_ready()
             with clock.waiting(running[-1] if running else None):
                 batch = next(data)
-            counts.update({k: int(batch[k].sum()) for k in ("replaced", "truncated")})
-            placed = sharding.to_global({k: batch[k] for k in ON_DEVICE}, mesh)
+            tally.count(batch)
+            rows = sharding.to_global({k: batch[k] for k in ON_DEVICE}, mesh)
             if step == start:  # the compilation, and with it the first step, is no part of the rate
                 with clock.paused(), jax.transfer_guard("disallow"):
-                    state, metrics = jax.block_until_ready(step_fn(state, placed))
+                    state, metrics = jax.block_until_ready(step_fn(state, rows))
             else:
                 with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, placed)
+                    state, metrics = step_fn(state, rows)
                 clock.count(cfg.batch_size)
             running.append(metrics["loss"])
             log = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
-            progress.update(step + 1, writer.push(step + 1, metrics, _host_values(run, clock, counts, mesh) if log else None))
-    if counts["replaced"] or counts["truncated"]:
-        seen = (cfg.steps - start) * cfg.batch_size // jax.process_count()
-        say(f"of {seen:,} examples, {counts['replaced']:,} pictures could not be read and were replaced by others, and")
-        say(f"{counts['truncated']:,} captions were cut to model.text.length = {run.model.text.length} tokens")
+            host = _rates(clock, flops, mesh) | tally.read() if log else None
+            progress.update(step + 1, writer.push(step + 1, metrics, host))
+    _say_what_was_mended(tally.total, (cfg.steps - start) * cfg.batch_size, run.model.text.length)
     return state
-
-
-def check_resumable(saved: config.Run, run: config.Run, step: int) -> None:
-    """Raises ConfigError where `run` is not the run that `saved`, checkpointed at `step`, was; says which free fields differ."""
-    if differences := config.identity_differences(saved, run):
-        rows = "\n  ".join(differences)
-        raise config.ConfigError(f"the workdir holds another run; change these back, or choose a new --workdir:\n  {rows}")
-    if refusal := can_grow(run.optim, saved.train.steps, run.train.steps, step):
-        raise config.ConfigError(refusal)
-    before, now = config.lines(saved), config.lines(run)
-    if changed := [line for line in now if line not in before]:
-        say(f"changed since the checkpoint: {'; '.join(changed)}")
-
-
-def save_config(run: config.Run, workdir: Path) -> None:
-    """Writes config.json, at once or not at all."""
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(config.to_json(run))
-        os.replace(temporary, workdir / "config.json")
 
 
 def say(text: str) -> None:
     """A line for the person who watches, from one process only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+def _say_what_was_mended(total: Mapping[str, int], examples: int, length: int) -> None:
+    if total["replaced"]:
+        say(f"{total['replaced']:,} of {examples:,} pictures could not be read; others stood in for them")
+    if total["truncated"]:
+        say(f"{total['truncated']:,} of {examples:,} captions were cut to model.text.length = {length} tokens")
 
 
 @contextlib.contextmanager
@@ -147,20 +135,20 @@ def _naming_the_last_good(checkpoints: Checkpoints, workdir: Path) -> Iterator[N
 
 
 def _evaluate(due: Sequence[Evaluator], step: int, state: TrainState, writer: Writer) -> dict[str, float]:
-    """Runs evaluators and writes their lines; all values as `task/metric`."""
+    """Runs evaluators and writes their lines; all values as `task/metric` and `task/dataset/metric`."""
     results = {}
     for evaluator in due:
         metrics = evaluator.run(state.evaluated)
         writer.evaluation(step, evaluator.task, metrics, dataset=evaluator.dataset)
         say(f"step {step:,}  {evaluator.task} on {evaluator.dataset}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        results |= {f"{evaluator.task}/{name}": value for name, value in metrics.items()}
+        for prefix in (evaluator.task, f"{evaluator.task}/{evaluator.dataset}"):
+            results |= {f"{prefix}/{name}": value for name, value in metrics.items()}
     return results
 
 
-def _host_values(run: config.Run, clock: Clock, counts: Counter, mesh: Mesh) -> dict[str, float]:
+def _rates(clock: Clock, flops: float, mesh: Mesh) -> dict[str, float]:
     values = clock.read()
     if not values["examples_per_second"]:  # the first step alone, which has no rate
-        values = {}
-    elif (utilisation := mfu(values["examples_per_second"], run.model, list(mesh.devices.flat))) is not None:
-        values["mfu"] = utilisation
-    return values | {"replaced": counts["replaced"], "truncated": counts["truncated"]}
+        return {}
+    utilisation = mfu(values["examples_per_second"] * flops, list(mesh.devices.flat))
+    return values if utilisation is None else values | {"mfu": utilisation}

@@ -27,17 +27,22 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
+def _fresh(run: config.Run, tx: optax.GradientTransformation) -> TrainState:
+    params = clip.init(run.model, run.seed)
+    ema = params if run.optim.ema is not None else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+
+
+def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and shardings of a run's state: what a checkpoint is restored into. Holds no memory.
+
+    Raises ConfigError where the mesh would leave whole what it should divide.
+    """
+    sharding.check_tensor(run.model, mesh)
+    return sharding.shapes(jax.eval_shape(lambda: _fresh(run, tx)), mesh)
+
+
 def initial_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first step, born on its devices: no host or device ever holds a whole copy of what is sharded."""
-
-    def make() -> TrainState:
-        params = clip.init(run.model, run.seed)
-        ema = params if run.optim.ema is not None else None
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
-
-    return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
-
-
-def abstract_state(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state: what a checkpoint is restored into."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, mesh))
+    return jax.jit(lambda: _fresh(run, tx), out_shardings=where)()

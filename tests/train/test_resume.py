@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import clipjax
+from clipjax import config
 from tests.conftest import CACHE
 
 CONFIG = Path(__file__).with_name("tiny_emoji.py")
@@ -93,15 +95,24 @@ def test_killed_and_resumed_is_bit_equal(straight, tmp_path, kind):
 
 
 def test_the_workdir_says_it_all(straight):
-    assert {p.name for p in straight.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
+    assert {p.name for p in straight.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "tokenizer.json",
+    }
     assert sorted(int(p.name) for p in (straight / "checkpoints").iterdir()) == [140, 150]  # keep = 2
     line = next(line for line in lines(straight) if line["step"] == 100 and "loss" in line)
     accuracies = {"image_to_text_accuracy", "text_to_image_accuracy"}
     norms = {"grad_norm", "param_norm", "update_norm"}
     counts = {"replaced", "truncated"}
-    assert line.keys() == {"step", "loss", "softmax_loss", "scale", "examples_per_second", "data_wait"} | accuracies | norms | counts
+    assert (
+        line.keys() == {"step", "loss", "softmax_loss", "scale", "examples_per_second", "data_wait"} | accuracies | norms | counts
+    )
     assert [line["step"] for line in evaluations(straight)] == [50, 100, 150]
     assert all(line.keys() == {"step", "task", "dataset", "metrics"} for line in evaluations(straight))
+    assert all(tuple(line["metrics"]) == config.Retrieval.metrics for line in evaluations(straight))
     assert list((straight / "tensorboard").iterdir())
 
 
@@ -126,10 +137,26 @@ def test_a_cosine_cannot_grow(straight):
     assert "train.steps = 200" in errors
 
 
-def test_a_non_finite_loss_stops_the_run_and_names_the_last_good_checkpoint(tmp_path):
+def test_a_non_finite_loss_stops_the_run_before_it_is_saved(tmp_path):
     workdir = tmp_path / "run"
     status, errors = finish(workdir, "--optim.lr", "1e30", "--optim.schedule.warmup", "149", "--train.steps", "150")
     assert status == 1
     assert "at step" in errors
-    assert "Remedy" in errors
+    assert f"no checkpoint had been written to {workdir}. Remedy" in errors
     assert "Traceback" not in errors
+    assert list((workdir / "checkpoints").iterdir()) == []
+
+
+def test_a_non_finite_loss_names_the_last_good_checkpoint(tmp_path):
+    """Weights that decay by twice their size and more at every step grow, with alternating signs, until they overflow."""
+    workdir = tmp_path / "run"
+    status, errors = finish(workdir, "--optim.weight_decay", "4000", "--train.checkpoint_every", "5")
+    assert status == 1
+    said = re.search(r"(\w+) = (nan|inf) at step (\d+); the last good checkpoint is (.*)@(\d+)\. Remedy", errors)
+    assert said, errors
+    bad, good = int(said[3]), int(said[5])
+    assert (said[4], good) == (str(workdir), (bad - 1) // 5 * 5)
+    assert good == max(int(p.name) for p in (workdir / "checkpoints").iterdir()) >= 10
+    found = clipjax.load(f"{workdir}@{good}")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.params))
+    assert max(losses(workdir)) < bad

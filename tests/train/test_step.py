@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import config
+from clipjax import config, losses
+from clipjax.metrics import model_flops
+from clipjax.models import clip
+from clipjax.train.optimizer import trained_names
 from clipjax.train.step import example_keys
 
 from . import tiny
@@ -51,6 +54,45 @@ def test_the_scale_is_clamped_after_the_update():
     bound = dataclasses.replace(model, max_scale=100.0) if moved > 0 else dataclasses.replace(model, init_scale=1.0)
     state, _, _ = tiny.train(tiny.run(bound, optim=optim), tiny.mesh_of(), 1)
     assert 0 <= float(state.params["log_scale"]) <= np.float32(np.log(100))
+
+
+def named(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("frozen", ["image/.*", "image/(?!projection).*", "text/.*"])
+def test_a_frozen_tower_keeps_every_bit_and_has_no_backward_pass(frozen):
+    model = dataclasses.replace(tiny.CLIP, unroll=2)  # the cost analysis counts the body of a loop once
+    run = tiny.run(model)
+    locked = tiny.run(model, optim=dataclasses.replace(tiny.OPTIM, rules=(config.Rule(pattern=frozen, lr=0.0), *config.RULES)))
+    start, flops = {}, {}
+    for cfg in (run, locked):
+        start[cfg], _, step = tiny.train(cfg, tiny.mesh_of(), 0)
+        batch = {k: jnp.asarray(v) for k, v in tiny.batches(cfg, 1)[0].items()}
+        flops[cfg] = step.lower(start[cfg], batch).compile().cost_analysis()["flops"]
+    trained = trained_names(locked.optim.rules, start[locked].params)
+    saved = (model_flops(model) - model_flops(model, trained)) * run.train.batch_size
+    assert saved > 0.2 * flops[run]
+    assert flops[run] - flops[locked] > 0.95 * saved
+
+    before, after = named(start[locked].params), named(tiny.train(locked, tiny.mesh_of(), 3)[0].params)
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == trained
+
+
+def test_the_gradients_norm_is_of_what_is_trained():
+    optim = dataclasses.replace(tiny.OPTIM, rules=(config.Rule(pattern="image/.*", lr=0.0), *config.RULES))
+    locked = tiny.run(optim=optim)
+    state, _, step = tiny.train(locked, tiny.mesh_of(), 0)
+    batch = {k: jnp.asarray(v) for k, v in tiny.batches(locked, 1)[0].items()}
+
+    def loss(params):
+        model = clip.bind(locked.model, params)
+        zimg, ztxt = model.encode_image(batch["image"]), model.encode_text(batch["text"])
+        return losses.objective(locked.objective, zimg, ztxt, jnp.exp(params["log_scale"]), None)[0]
+
+    grads = named(jax.grad(loss)(state.params))
+    norm = np.sqrt(sum((np.float64(g) ** 2).sum() for name, g in grads.items() if not name.startswith("image/")))
+    assert float(step(state, batch)[1]["grad_norm"]) == pytest.approx(norm, rel=1e-5)
 
 
 def test_the_moving_average_follows_the_weights():

@@ -1,0 +1,104 @@
+"""What building a run leaves in its workdir, and when."""
+
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from clipjax import build, config
+from clipjax.config import ConfigError
+from clipjax.data.sources import open_source
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.evals.retrieval import Retrieval
+from clipjax.evals.training import make_evaluators
+from clipjax.evals.zeroshot import Zeroshot
+from clipjax.train.loop import train
+from tests.train import tiny
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two datasets of 16 pictures, with other words."""
+    folder, found = tmp_path_factory.mktemp("data"), {}
+    for words in ("red green blue yellow", "uno due tre quattro"):
+        rows = ["filepath\ttitle"]
+        for i in range(16):
+            Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)).save(folder / f"{i}.png")
+            rows.append(f"{i}.png\t{' '.join(words.split()[: i % 4 + 1])} {words}")
+        path = folder / f"{words[:3]}.tsv"
+        path.write_text("\n".join(rows) + "\n")
+        found[words[:3]] = open_source(config.Data(spec=f"tsv:{path}"))
+    return found
+
+
+@pytest.fixture
+def run(sources):
+    cfg = tiny.run(
+        train=config.Train(steps=2, batch_size=16, log_every=1), optim=config.Optim(schedule=config.Constant(warmup=1))
+    )
+    return dataclasses.replace(cfg, data=config.Data(spec=sources["red"].name, workers=1))
+
+
+class Untouched:
+    """A source that must not be read."""
+
+    name = "untouched"
+
+    def __len__(self):
+        return 16
+
+    def captions(self):
+        raise AssertionError("its captions were read")
+
+
+def vocabulary(path):
+    return Tokenizer.load(path, 8).backend.get_vocab()
+
+
+def test_a_tokenizer_without_checkpoint_is_made_anew(run, sources, tmp_path):
+    build.tokenizer(run, tmp_path, sources["red"])
+    before = vocabulary(tmp_path / "tokenizer.json")
+    made = build.tokenizer(run, tmp_path, sources["uno"])  # the first was stopped before it had a checkpoint
+    assert made.backend.get_vocab() == vocabulary(tmp_path / "tokenizer.json") != before
+    for lowercase in (True, False):
+        cased = dataclasses.replace(run, tokenizer=config.BPE(lowercase=lowercase))
+        upper, lower = build.tokenizer(cased, tmp_path, sources["red"]).encode(["RED", "red"])[0]
+        assert (upper == lower).all() == lowercase
+
+
+def test_a_checkpoints_tokenizer_stays(run, sources, tmp_path):
+    tokens = build.tokenizer(run, tmp_path, sources["red"])
+    train(run, tmp_path, build.batches(run, sources["red"], tokens), [], tiny.mesh_of())
+    written = (tmp_path / "tokenizer.json").read_bytes()
+    again = build.tokenizer(run, tmp_path, Untouched())
+    assert again.backend.get_vocab() == tokens.backend.get_vocab()
+    for other, message in (
+        (dataclasses.replace(run, tokenizer=config.BPE(lowercase=False)), "tokenizer.lowercase: True -> False"),
+        (dataclasses.replace(run, data=dataclasses.replace(run.data, resize="crop")), "data.resize: 'squash' -> 'crop'"),
+    ):
+        with pytest.raises(ConfigError, match=f"(?s)another run.*{message}"):
+            build.tokenizer(other, tmp_path, Untouched())
+    assert (tmp_path / "tokenizer.json").read_bytes() == written
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"^--workdir = .*: has checkpoints but no tokenizer\.json"):
+        build.tokenizer(run, tmp_path, Untouched())
+
+
+def test_a_dataset_smaller_than_a_batch_leaves_no_workdir(run, tmp_path):
+    big = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=17))
+    with pytest.raises(ConfigError, match=r"^train\.batch_size = 17: is more than the 16 examples of untouched: use at most 16$"):
+        build.tokenizer(big, tmp_path / "run", Untouched())
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_are_named_in_the_configuration_as_in_the_results(run, sources):
+    """What train.best may name is what the loop keys results by."""
+    wanted = [
+        config.Retrieval(data=d, split=s) for d, s in ((sources["red"].name, "test"), ("emoji", "test"), ("emoji", "train"))
+    ]
+    evals = (*wanted, config.Zeroshot())
+    words = Tokenizer.train(["a"], 400, True, 8)
+    for evaluator in make_evaluators(dataclasses.replace(run, evals=tuple(wanted)), tiny.mesh_of(), words):
+        best = f"{evaluator.task}/{evaluator.dataset}/{config.Retrieval.metrics[0]}"
+        assert config.Run(train=config.Train(best=best), evals=evals).train.best == best
+    assert (Retrieval.task, Zeroshot.task) == (config.Retrieval.task, config.Zeroshot.task)

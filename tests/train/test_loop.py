@@ -1,0 +1,221 @@
+"""The loop on batches from memory: one compilation, failing and colliding evaluations, what is said and what is written."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from clipjax import config, sharding
+from clipjax.checkpoint import newest
+from clipjax.config import ConfigError
+from clipjax.distributed import require_one_process
+from clipjax.train.loop import train
+from clipjax.train.resume import Saved, check
+from tests.train import tiny
+
+TRAIN = config.Train(steps=12, batch_size=16, log_every=5, checkpoint_every=4, keep=9)
+RUN = tiny.run(train=TRAIN, optim=dataclasses.replace(tiny.OPTIM, schedule=config.Constant(warmup=3)))
+FOUND = "zeroshot_retrieval/image_retrieval_recall@1"
+
+
+def during(evals=(), **changes):
+    """RUN with another `train`."""
+    return dataclasses.replace(RUN, train=dataclasses.replace(TRAIN, **changes), evals=evals)
+
+
+def batches(replaced=0, truncated=0):
+    """The same examples for every start, of which so many a batch were mended."""
+    made = tiny.batches(RUN, TRAIN.steps)
+    marks = {"replaced": np.arange(16) < replaced, "truncated": np.arange(16) < truncated}
+    return lambda start: contextlib.nullcontext(iter([batch | marks for batch in made[start:]]))
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Gives a value a call, or raises it."""
+
+    values: list
+    every: int = 4
+    dataset: str = "emoji/test"
+    task: str = "zeroshot_retrieval"
+
+    def due(self, step):
+        return step % self.every == 0
+
+    def run(self, params):
+        assert np.isfinite(np.asarray(params["log_scale"]))
+        value = self.values.pop(0)
+        if isinstance(value, Exception):
+            raise value
+        return {"image_retrieval_recall@1": value}
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_on_disk(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def run_it(run, workdir, evaluators=(), **mended):
+    return train(run, workdir, batches(**mended), list(evaluators), tiny.mesh_of(2))
+
+
+def test_the_step_is_compiled_once_also_after_a_restore(tmp_path, caplog):
+    for run in (during(steps=6), RUN):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            state = run_it(run, tmp_path)
+        compiled = [r.getMessage() for r in caplog.records if "Finished XLA compilation of jit(train_step)" in r.getMessage()]
+        assert len(compiled) == 1
+    whole = run_it(RUN, tmp_path / "whole")
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), state, whole))
+
+
+def test_lines_are_told_once_and_by_their_own_step(tmp_path, capsys):
+    run_it(RUN, tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    losses = {r["step"]: f"loss {r['loss']:.4g}" for r in records(tmp_path)}
+    assert [tuple(line.split("  ")[:2]) for line in said] == [(f"step {n}/12", losses[n]) for n in (5, 10, 12)]
+
+
+def test_a_failing_evaluation_costs_no_checkpoint(tmp_path):
+    failing = Evaluator([0.25, OSError("the disk of the test set is gone")])
+    with pytest.raises(OSError, match="is gone"):
+        run_it(RUN, tmp_path, [failing])
+    assert steps_on_disk(tmp_path) == [4, 8]
+    assert [(r["step"], r["metrics"]) for r in records(tmp_path) if "task" in r] == [(4, {"image_retrieval_recall@1": 0.25})]
+    run_it(RUN, tmp_path, [Evaluator([0.5])])
+    whole = [r["loss"] for r in records(tmp_path) if "loss" in r]
+    run_it(RUN, tmp_path / "whole")
+    assert whole == [r["loss"] for r in records(tmp_path / "whole")]
+    assert steps_on_disk(tmp_path) == [4, 8, 12]
+
+
+@pytest.mark.parametrize(("split", "kept"), [("test", 4), ("train", 8)])
+def test_two_evaluations_of_one_task_do_not_collide(tmp_path, split, kept):
+    evals = (config.Retrieval(), config.Retrieval(split="train"))
+    best = f"zeroshot_retrieval/emoji/{split}/image_retrieval_recall@1"
+    run = during(evals, keep=1, best=best)
+    evaluators = [Evaluator([0.9, 0.1, 0.2]), Evaluator([0.3, 0.8, 0.4], dataset="emoji/train")]
+    run_it(run, tmp_path, evaluators)
+    assert steps_on_disk(tmp_path) == [kept, 12]
+
+
+def test_the_best_of_the_only_evaluation_of_a_task_needs_no_dataset(tmp_path):
+    run = during((config.Retrieval(),), keep=1, best=FOUND)
+    run_it(run, tmp_path, [Evaluator([0.1, 0.9, 0.2])])
+    assert steps_on_disk(tmp_path) == [8, 12]
+
+
+def everything(workdir):
+    return {p.relative_to(workdir): p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
+    run_it(RUN, tmp_path)
+    before = everything(tmp_path)
+    run_it(during(log_every=3), tmp_path)
+    assert "finished, with all its 12 steps" in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+def test_a_resumed_run_says_what_has_changed(tmp_path, capsys):
+    run_it(during(steps=6), tmp_path)
+    run_it(during(log_every=3), tmp_path)
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: resuming at step 6 of 12; changed: train.steps = 12; train.log_every = 3\n" in said
+    assert config.from_json((tmp_path / "config.json").read_text()) == during(log_every=3)
+
+
+def frozen(pattern):
+    return dataclasses.replace(RUN, optim=dataclasses.replace(RUN.optim, rules=(config.Rule(pattern=pattern), *config.RULES)))
+
+
+UNSOUND = {
+    "batch": (during(batch_size=18), (4,), r"train\.batch_size = 18: must be a multiple of the 4 devices"),
+    "heads": (
+        RUN,
+        (1, 1, 8),
+        r"mesh\.tensor = 8: must divide .* model\.image\.heads = 4, model\.text\.heads = 4; use a divisor of 4",
+    ),
+    "fsdp": (during(batch_size=15), (1, 5), r"mesh\.fsdp = 5: only \d+% of the bytes"),
+    "rule": (frozen("imgae/.*"), (1,), r"optim\.rules\.0\.pattern = 'imgae/\.\*': no parameter is left for it"),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_what_can_not_be_trained_leaves_no_workdir(name, tmp_path):
+    run, shape, message = UNSOUND[name]
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        train(run, tmp_path / "run", batches(), [], tiny.mesh_of(*shape))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mlps_that_do_not_divide_are_named():
+    model = dataclasses.replace(tiny.CLIP, text=dataclasses.replace(tiny.CLIP.text, heads=8, mlp_dim=68))
+    with pytest.raises(
+        ConfigError, match=r"^mesh\.tensor = 8: .* divide model\.image\.heads = 4, model\.text\.mlp_dim = 68; .* of 4$"
+    ):
+        sharding.check_tensor(model, tiny.mesh_of(1, 1, 8))
+    sharding.check_tensor(model, tiny.mesh_of(1, 1, 4))
+    sharding.check_tensor(model, tiny.mesh_of(8))
+
+
+def test_another_runs_workdir_is_left_as_it_is(tmp_path):
+    run_it(during(steps=4), tmp_path)
+    before = everything(tmp_path)
+    for other, message in (
+        (dataclasses.replace(RUN, seed=1), r"another run.*\n  seed: 0 -> 1$"),
+        (during(steps=3), "ask for as many"),
+    ):
+        for refused in (lambda run: check(run, tmp_path, tiny.mesh_of()), lambda run: run_it(run, tmp_path)):
+            with pytest.raises(ConfigError, match=message):
+                refused(other)
+    assert everything(tmp_path) == before
+    assert check(RUN, tmp_path, tiny.mesh_of()) == Saved(4, during(steps=4))
+    assert newest(tmp_path / "nowhere") is None
+
+
+def test_what_was_mended_is_counted_by_line_and_said_in_the_end(tmp_path, capsys):
+    run_it(during(steps=8), tmp_path, truncated=3)
+    said = capsys.readouterr().err
+    assert "24 of 128 captions were cut to model.text.length = 8 tokens" in said
+    assert "pictures" not in said
+    run_it(RUN, tmp_path, replaced=1)
+    said = capsys.readouterr().err
+    assert "4 of 64 pictures could not be read" in said
+    assert "captions" not in said
+    counts = [(r["step"], r["replaced"], r["truncated"]) for r in records(tmp_path)]
+    assert counts == [(5, 0, 15), (8, 0, 9), (10, 2, 0), (12, 2, 0)]
+    run_it(RUN, tmp_path / "sound")
+    said = capsys.readouterr().err
+    assert "pictures" not in said
+    assert "captions" not in said
+
+
+LAUNCHERS = {
+    "SLURM_NTASKS": "2",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "TPU_WORKER_HOSTNAMES": "t1v-n-0,t1v-n-1",
+    "TPU_PROCESS_ADDRESSES": "10.0.0.1:8476,10.0.0.2:8476",
+    "MEGASCALE_NUM_SLICES": "2",
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_one_of_several_processes_does_not_train_alone(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, LAUNCHERS[name])
+    with pytest.raises(ConfigError, match=r" = [28]: several processes would each train alone .*; start one process on one host"):
+        run_it(RUN, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv(name, {"TPU_WORKER_HOSTNAMES": "t1v-n-0", "TPU_PROCESS_ADDRESSES": "localhost:8476"}.get(name, "1"))
+    require_one_process()
+    monkeypatch.setenv(name, LAUNCHERS[name])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # whoever has joined them passes
+    require_one_process()
