@@ -6,4 +6,4 @@ bash launch/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 if [ -n "${CI:-}" ]; then which=() ; else which=(-m "not slow"); fi
-exec .venv/bin/python -m pytest "${which[@]}" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "${which[@]}" "$@"
