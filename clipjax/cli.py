@@ -81,10 +81,10 @@ def train(args: argparse.Namespace) -> None:
     from clipjax import build, sharding
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators
-    from clipjax.train import loop
+    from clipjax.train import loop, resume
 
     mesh = sharding.make_mesh(run.mesh)
-    sharding.check_batch(run, mesh)
+    resume.check(run, args.workdir, mesh)
     source = open_source(run.data)
     tokens = build.tokenizer(run, args.workdir, source)
     loop.train(run, args.workdir, build.batches(run, source, tokens), make_evaluators(run, mesh, tokens), mesh)
