@@ -38,11 +38,12 @@ def test_any_number_of_batches_takes_one_small_program(params):
     """300 batches: a program with an argument for each would have 600, and compile for minutes."""
     encoder, n = Encoder(MODEL, mesh_of("8"), 8), 300
     tokens = tokenize(["a fox"] * 8)
+    before = encoder._put._cache_size()  # all encoders of a process share it
     read = ({"text": tokens, "index": np.arange(8 * i, 8 * i + 8, dtype=np.int32)} for i in range(n))
     got = encoder.embed(params, Rereadable(lambda: read, n, "toy", "captions"))
     np.testing.assert_array_equal(got.rows()[1], np.arange(8 * n))
     assert not np.ptp(got.z, axis=0).any()
-    assert encoder._put._cache_size() == 1
+    assert encoder._put._cache_size() <= before + 1
     one = jax.tree.map(lambda x: x[0], got)
     in_place = encoder._put.lower(got, one, 0).compile().memory_analysis().alias_size_in_bytes
     assert in_place == (got.z.nbytes + got.index.nbytes) / 8
