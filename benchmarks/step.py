@@ -2,15 +2,20 @@
 
 Run:   python benchmarks/step.py                 (needs torch and open_clip_torch; --only clipjax runs without them)
 Model: image 6x192, patch 8, 64 px; text 4x192, 16 tokens; batch 128; float32; one process a side, all cores each
-Both sides stay loaded and take turns, so that a noisy machine is noisy for both; the medians of the turns are compared.
+Both sides stay loaded and take turns, so that a noisy machine is noisy for both; the medians of the turns are compared. Both
+are given the huge pages that `clipjax` asks of malloc for itself (clipjax.cli.MALLOC); --plain leaves them out for both.
+Where torchvision's compiled part can't load, set PYTHONPATH=tests/shim.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+
+from clipjax.cli import MALLOC
 
 SIZE, PATCH, LENGTH, VOCAB, WIDTH, HEADS, BATCH = 64, 8, 16, 4000, 192, 3, 128
 DEPTHS = (6, 4)  # of the image and the text tower
@@ -97,6 +102,7 @@ def main():
     parser.add_argument("--turns", type=int, default=7, help="turns of each side (default 7)")
     parser.add_argument("--steps", type=int, default=5, help="steps a turn (default 5)")
     parser.add_argument("--only", choices=SIDES, help="one side alone")
+    parser.add_argument("--plain", action="store_true", help="malloc as it comes")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -105,7 +111,8 @@ def main():
     children, rates = {}, {side: [] for side in ([args.only] if args.only else SIDES)}
     for side in rates:
         command = [sys.executable, __file__, "--serve", side, "--steps", str(args.steps)]
-        children[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        env = os.environ | ({} if args.plain else MALLOC)
+        children[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     for child in children.values():
         while child.stdout.readline().strip() != "ready":
             if child.poll() is not None:
