@@ -4,6 +4,8 @@ Run:   python benchmarks/step.py                 (needs torch and open_clip_torc
 Model: image 6x192, patch 8, 64 px; text 4x192, 16 tokens; batch 128; float32; one process a side, all cores each
 Both sides stay loaded and take turns, so that a noisy machine is noisy for both; the medians of the turns are compared. Both
 are given the huge pages that `clipjax` asks of malloc for itself (clipjax.cli.MALLOC); --plain leaves them out for both.
+A turn begins with an untimed step: a virtual machine returns idle memory to its host, and getting it back was seen to cost the
+first step after the other side's turn four seconds of kernel time, which training without pauses does not pay.
 Where torchvision's compiled part can't load, set PYTHONPATH=tests/shim.
 """
 
@@ -92,6 +94,7 @@ def serve(side, steps):
     go(3)
     print("ready", flush=True)
     for _ in sys.stdin:
+        go(1)
         start = time.perf_counter()
         go(steps)
         print(time.perf_counter() - start, flush=True)
