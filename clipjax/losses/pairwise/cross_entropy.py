@@ -1,0 +1,106 @@
+"""Cross-entropy against the softmax of a teacher's cosines, row by row and column by column."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clipjax.losses.pairwise.operands import TILE, Plan, both, dot, make_plan, only
+from clipjax.losses.pairwise.tiles import Axis, Meeting, Partial, Travel, finite, log_sum_exp, sweep, vary
+
+
+class Taught(NamedTuple):
+    """Rows or columns as they meet under a teacher."""
+
+    z: Float[Array, "n d"]
+    teacher: Float[Array, "n f"]
+    own: Float[Array, " n"]  # cosine of the own pair
+    lse: Float[Array, " n"] | None = None  # for the gradient: of all the student's logits,
+    teacher_lse: Float[Array, " n"] | None = None  # of all the teacher's,
+    ct: Float[Array, " n"] | None = None  # and the cotangent
+
+
+def pairwise_cross_entropy(
+    x: Float[Array, "b d"],
+    y: Float[Array, "b d"],
+    scale: Float[Array, ""],
+    teacher_x: Float[Array, "b f"],
+    teacher_y: Float[Array, "b f"],
+    teacher_scale: Float[Array, ""],
+    *,
+    axis: Axis = None,
+    tile: int = TILE,
+    travel: Travel | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """-sum_j softmax_j(teacher_scale teacher_cos_ij) log softmax_j(scale cos_ij) of every row, and the same of every column.
+
+    There is no gradient to the teacher.
+    """
+    plan = make_plan(x, y, axis, tile, travel, dtype)
+    teacher = jax.lax.stop_gradient((teacher_x, teacher_y, jnp.float32(teacher_scale)))
+    return _cross_entropy(plan, *vary((x, y, jnp.float32(scale), *teacher), axis))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(
+    plan: Plan, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
+) -> tuple[Array, Array]:
+    return _cross_entropy_fwd(plan, x, y, scale, tx, ty, teacher_scale)[0]
+
+
+def _taught(plan: Plan, x: Array, y: Array, tx: Array, ty: Array) -> tuple[Taught, Taught]:
+    own = (x * y).sum(1)
+    return tuple(Taught(z.astype(plan.dtype), t.astype(plan.dtype), own) for z, t in ((x, tx), (y, ty)))
+
+
+def _cross_entropy_fwd(
+    plan: Plan, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    def tile(r: Taught, c: Taught, where: Meeting) -> tuple[Partial, Partial]:
+        cos = dot(r.z, c.z, (1, 1), plan.dtype)
+        others = both(~where.own, where.real)
+        logits = jnp.where(others, scale * cos, -jnp.inf)
+        teacher = only(where.real, teacher_scale * dot(r.teacher, c.teacher, (1, 1), plan.dtype), -jnp.inf)
+
+        def along(axis: int, own: Array) -> Partial:
+            behind = jnp.where(others, own - cos, 0)  # 0 for the own pair, whatever the rounding
+            return Partial((), (), (log_sum_exp(logits, axis), log_sum_exp(teacher, axis, behind)))
+
+        return along(1, r.own[:, None]), along(0, c.own[None])
+
+    rows, cols = _taught(plan, x, y, tx, ty)
+    found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
+
+    def value(side: Partial) -> tuple[Array, Array, Array]:
+        (m, (total,)), (teacher_m, (teacher_total, behind)) = side.lse
+        # log sum_j exp(s_ij) - s_ii, and what the teacher's targets lie behind the own pair: small losses keep their digits.
+        excess = jax.nn.softplus(finite(m) + jnp.log(total) - scale * rows.own)
+        return excess + scale * behind / teacher_total, excess + scale * rows.own, teacher_m + jnp.log(teacher_total)
+
+    of_rows, of_cols = map(value, found)
+    return (of_rows[0], of_cols[0]), (x, y, scale, tx, ty, teacher_scale, *of_rows[1:], *of_cols[1:])
+
+
+def _cross_entropy_bwd(plan: Plan, kept: tuple[Array, ...], ct: tuple[Array, Array]) -> tuple[Array, ...]:
+    x, y, scale, tx, ty, teacher_scale, *lse = kept
+
+    def tile(r: Taught, c: Taught, where: Meeting) -> tuple[Partial, Partial]:
+        cos = dot(r.z, c.z, (1, 1), plan.dtype)
+        logits, teacher = scale * cos, teacher_scale * dot(r.teacher, c.teacher, (1, 1), plan.dtype)
+        sides = (jax.tree.map(lambda v: v[:, None], r[3:]), jax.tree.map(lambda v: v[None], c[3:]))
+        g = sum(ct * (jnp.exp(logits - lse) - jnp.exp(teacher - teacher_lse)) for lse, teacher_lse, ct in sides)
+        g = only(where.real, g, 0)
+        return Partial((dot(g, c.z, (1, 0), plan.dtype), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), plan.dtype),))
+
+    rows, cols = _taught(plan, x, y, tx, ty)
+    rows, cols = Taught(*rows[:3], *lse[:2], ct[0]), Taught(*cols[:3], *lse[2:], ct[1])
+    found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
+    (dx, d_scale), (dy,) = found[0].total, found[1].total
+    zeros = (jnp.zeros_like(a) for a in (tx, ty, teacher_scale))
+    return (scale * dx).astype(x.dtype), (scale * dy).astype(y.dtype), d_scale.sum(), *zeros
+
+
+_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

@@ -1,0 +1,76 @@
+"""softplus over every pair: what SigLIP adds up, with its gradient from the same pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clipjax.losses.pairwise.operands import TILE, Ids, Plan, Side, dot, make_plan, masks, only, sides
+from clipjax.losses.pairwise.tiles import Axis, Meeting, Partial, Travel, sweep, vary
+
+
+def pairwise_softplus(
+    x: Float[Array, "b d"],
+    y: Float[Array, "b d"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    *,
+    axis: Axis = None,
+    ids: Ids | None = None,
+    tile: int = TILE,
+    travel: Travel | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> tuple[Float[Array, ""], Float[Array, " b"], Float[Array, " b"]]:
+    """The sum over all pairs of the global batch of softplus(-z (scale cos + bias)), z = 1 for the own pair, else -1; and the
+    largest cosine of each row and each column with another's (no gradient). The sum is the same on every device.
+
+    Pairs of equal `ids` other than the own one are left out. Value and gradient come from one pass over the tiles.
+    """
+    plan = make_plan(x, y, axis, tile, travel, dtype)
+    total, row_max, col_max = _softplus(plan, *vary((x, y, jnp.float32(scale), jnp.float32(bias), ids), axis))
+    return total if axis is None else jax.lax.psum(total, axis), row_max, col_max
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _softplus(plan: Plan, x: Array, y: Array, scale: Array, bias: Array, ids: Ids | None) -> tuple[Array, Array, Array]:
+    return _softplus_pass(plan, x, y, scale, bias, ids, gradient=False)[0]
+
+
+def _softplus_pass(
+    plan: Plan, x: Array, y: Array, scale: Array, bias: Array, ids: Ids | None, gradient: bool = True
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+    """This device's rows' share of the sum, and with `gradient` that of the sum by x, y, scale and bias."""
+
+    def tile(r: Side, c: Side, where: Meeting) -> tuple[Partial, Partial]:
+        cos = dot(r.z, c.z, (1, 1), plan.dtype)
+        sign = jnp.where(where.own, -1, 1)
+        logits = sign * (scale * cos + bias)
+        rule, _ = masks("all" if ids is None else "distinct", r, c, where)
+        kept = None if rule is None else rule | where.own
+        e = jnp.exp(-jnp.abs(logits))  # serves softplus and its derivative
+        values = only(kept, jnp.maximum(logits, 0) + jnp.log1p(e), 0)
+        others = jnp.where(~where.own if kept is None else kept & ~where.own, cos, -jnp.inf)
+        sums, to_y = (values.sum(1),), ()
+        if gradient:
+            g = only(kept, sign * jnp.where(logits >= 0, 1, e) / (1 + e), 0)
+            sums += (dot(g, c.z, (1, 0), plan.dtype), (g * cos).sum(1), g.sum(1))
+            to_y = (dot(g, r.z, (0, 0), plan.dtype),)
+        return Partial(sums, (others.max(1),)), Partial(to_y, (others.max(0),))
+
+    rows, cols = sides(plan, x, y, None, None, ids)
+    found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
+    total, *by_row = found[0].total
+    out = total.sum(), found[0].best[0], found[1].best[0]
+    if not gradient:
+        return out, ()
+    dx, d_scale, d_bias = by_row
+    return out, ((scale * dx).astype(x.dtype), (scale * found[1].total[0]).astype(y.dtype), d_scale.sum(), d_bias.sum())
+
+
+def _softplus_bwd(plan: Plan, gradients: tuple[Array, ...], ct: tuple[Array, Array, Array]) -> tuple[Array | None, ...]:
+    # The sum is only ever used added up over all devices, so its cotangent is the same on each: no need to send it along.
+    return *(ct[0].astype(g.dtype) * g for g in gradients), None
+
+
+_softplus.defvjp(_softplus_pass, _softplus_bwd)
