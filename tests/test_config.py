@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import pytest
@@ -18,6 +19,19 @@ RUNS = {
     "emoji_clip": emoji_clip.config(),
     "siglip": Run(model=SIGLIP, objective=(config.Sigmoid(weight=0.5),), seed=2**32 - 1),
     "both losses": Run(model=SIGLIP, objective=(config.Softmax(weight=0.25), config.Sigmoid())),
+    "every other term": Run(
+        data=config.Data(captions_per_image=2, ids="caption", teacher="teacher.npz"),
+        objective=(
+            config.Softmax(image_weight=0.75, label_smoothing=0.1, reduction="sum", prefixes=(16, 64, 512)),
+            config.Decoupled(sigma=0.5, stop_gradient=True),
+            config.HardNegative(alpha=0.0, beta=0.5, prefixes=(512,)),
+            config.MultiPositive(weight=0.0),
+            config.Cwcl(frozen="text"),
+            config.Cyclip(in_modal=0.5, cross_modal=0.0),
+            config.Distillation(teacher_scale=20.0),
+        ),
+    ),
+    "cuaxu": Run(objective=config.CUAXU),
     "file, rsqrt": Run(
         tokenizer=config.TokenizerFile(path="words/tokenizer.json"),
         optim=config.Optim(kind="adafactor", schedule=config.Rsqrt(warmup=5, timescale=7, cooldown=9), clip_norm=1.0, ema=0.99),
@@ -118,6 +132,10 @@ def best(name, *evals):
     return lambda: Run(train=config.Train(best=name), evals=evals)
 
 
+def terms(*objective, **changes):
+    return lambda: Run(objective=objective, **changes)
+
+
 def schedule(kind, **changes):
     return lambda: Run(optim=config.Optim(schedule=kind(**changes)), train=config.Train(steps=100))
 
@@ -211,6 +229,31 @@ REFUSED = {
         best("zeroshot_classification/emoji/test/acc1", config.Zeroshot(), config.Zeroshot(templates="plain")),
         "train.best = .*: several evaluations give it; evals needs one, on data and split of its own$",
     ),
+    "term weight": (terms(config.Softmax(weight=-1.0)), r"objective\.0\.weight = -1\.0: must not be negative, nor infinite"),
+    "term weight inf": (terms(config.Softmax(), config.Alignment(weight=math.inf)), r"objective\.1\.weight = inf: must not"),
+    "term weight nan": (terms(config.Cwcl(weight=math.nan)), r"objective\.0\.weight = nan: must not be negative"),
+    "image weight": (terms(config.Softmax(image_weight=1.1)), r"objective\.0\.image_weight = 1\.1: must lie in \[0, 1\]"),
+    "smoothing": (terms(config.Softmax(label_smoothing=1.0)), r"objective\.0\.label_smoothing = 1\.0: must lie in \[0, 1\)"),
+    "sigma": (terms(config.Decoupled(sigma=0.0)), r"objective\.0\.sigma = 0\.0: must be positive and finite"),
+    "alpha": (terms(config.HardNegative(alpha=-1.0)), r"objective\.0\.alpha = -1\.0: must not be negative"),
+    "beta": (terms(config.HardNegative(beta=-0.1)), r"objective\.0\.beta = -0\.1: must not be negative"),
+    "cyclip": (terms(config.Cyclip(cross_modal=-0.1)), r"objective\.0\.cross_modal = -0\.1: must not be negative"),
+    "spread": (terms(config.Softmax(), config.CrossUniformity(t=0.0)), r"objective\.1\.t = 0\.0: must be positive and finite"),
+    **{
+        f"prefixes {widths}": (
+            terms(config.Sigmoid(weight=0.0), config.Softmax(prefixes=widths), model=SIGLIP),
+            rf"objective\.1\.prefixes = {re.escape(str(widths))}: must be one or more widths in ascending .* embedding's 768$",
+        )
+        for widths in ((), (0, 4), (8, 8), (8, 4), (8, 769))
+    },
+    "one positive": (
+        terms(config.MultiPositive()),
+        r"data\.captions_per_image = 1: objective\.0 needs several captions a picture: set it to 2 or more, or data\.ids",
+    ),
+    "no teacher": (
+        terms(config.Softmax(), config.Distillation()),
+        r"data\.teacher = None: objective\.1 needs an \.npz that `clipjax embed` wrote",
+    ),
     "sigmoid without bias": (
         lambda: Run(objective=(config.Softmax(), config.Sigmoid())),
         r"model\.init_bias = None: objective\.1 is a sigmoid loss: set it",
@@ -256,7 +299,8 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "data.resize": "crop", "data.worker_kind": "processes", "model.image.pool": "mean", "model.image.positions": "sincos2d",
     "model.image.activation": "quick_gelu", "model.text.activation": "quick_gelu", "model.text.pool": "last",
     "model.dtype": "float32", "model.remat": "full", "optim.kind": "lion", "optim.mu_dtype": "bfloat16",
-    "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5),
+    "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5), "objective.0.label_smoothing": 0.5,
+    "objective.0.reduction": "sum", "objective.0.prefixes": (64,),
 }  # fmt: skip
 BASE = Run(
     model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768)),
@@ -312,6 +356,10 @@ def test_another_kind_differs_by_every_field_that_only_one_has():
     assert config.identity_differences(BASE, two) == [
         "objective.1.kind: 'absent' -> 'softmax'",
         "objective.1.weight: 'absent' -> 0.5",
+        "objective.1.image_weight: 'absent' -> 0.5",
+        "objective.1.label_smoothing: 'absent' -> 0.0",
+        "objective.1.reduction: 'absent' -> 'mean'",
+        "objective.1.prefixes: 'absent' -> None",
     ]
 
 

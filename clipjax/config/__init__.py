@@ -13,6 +13,23 @@ from typing import Any
 from clipjax.config.data import BPE, Augment, Data, Tokenizer, TokenizerFile
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.model import SIZES, Activation, ImageTower, Model, TextTower, size
+from clipjax.config.objective import (
+    CUA,
+    CUAXU,
+    Alignment,
+    CrossUniformity,
+    Cwcl,
+    Cyclip,
+    Decoupled,
+    Distillation,
+    HardNegative,
+    MultiPositive,
+    Sigmoid,
+    Softmax,
+    Term,
+    Uniformity,
+    check_objective,
+)
 from clipjax.config.train import (
     RULES,
     Constant,
@@ -23,18 +40,17 @@ from clipjax.config.train import (
     Retrieval,
     Rsqrt,
     Rule,
-    Sigmoid,
-    Softmax,
-    Term,
     Train,
     Zeroshot,
     check_best,
 )
 
 __all__ = [
-    "BPE", "RULES", "SIZES", "Activation", "Augment", "ConfigError", "Constant", "Cosine", "Data", "Evaluation", "ImageTower",
-    "Mesh", "Model", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term", "TextTower", "Tokenizer",
-    "TokenizerFile", "Train", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
+    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "ConfigError", "Constant", "Cosine",
+    "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoupled", "Distillation", "Evaluation", "HardNegative", "ImageTower",
+    "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term", "TextTower",
+    "Tokenizer", "TokenizerFile", "Train", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require",
+    "size", "to_json",
 ]  # fmt: skip
 
 
@@ -54,12 +70,7 @@ class Run(Strict):
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
-        require(len(self.objective) > 0, "objective", self.objective, "needs at least one term")
-        weights = tuple(term.weight for term in self.objective)
-        require(any(weights), "objective", weights, "these are the weights: one at least must not be 0")
-        for i, term in enumerate(self.objective):
-            biased = not isinstance(term, Sigmoid) or self.model.init_bias is not None
-            require(biased, "model.init_bias", None, f"objective.{i} is a sigmoid loss: set it, for example to -10")
+        check_objective(self.objective, self.model, self.data)
         check_best(self.train.best, self.evals)
         schedule = self.optim.schedule
         if isinstance(schedule, Cosine):

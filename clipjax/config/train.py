@@ -1,4 +1,4 @@
-"""The training's part of a configuration: objective, optimizer, schedule, evaluations, mesh, cadences."""
+"""The training's part of a configuration: optimizer, schedule, evaluations, mesh, cadences."""
 
 import difflib
 import re
@@ -7,25 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from clipjax.config.fields import TAGGED, ConfigError, Strict, free, require
-
-
-@dataclass(frozen=True, kw_only=True)
-class Softmax(Strict):
-    """CLIP's symmetric softmax loss over the global batch."""
-
-    kind: Literal["softmax"] = "softmax"
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sigmoid(Strict):
-    """SigLIP's pairwise sigmoid loss over the global batch."""
-
-    kind: Literal["sigmoid"] = "sigmoid"
-    weight: float = 1.0
-
-
-Term = Annotated[Softmax | Sigmoid, TAGGED]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +174,8 @@ class Train(Strict):
 
     steps: int = 10000
     batch_size: int = 1024  # pairs a step, over all devices
+    # the towers go through a step's batch in so many parts: the same gradient in less memory, for one more forward pass
+    micro_batches: int = free(1)
     log_every: int = free(50)  # steps
     checkpoint_every: int = free(1000)  # steps; there is always one at the end
     keep: int = free(3)  # newest checkpoints
@@ -202,5 +185,5 @@ class Train(Strict):
     eval_batch_size: int = free(256)  # examples an evaluation puts through a tower at once, over all devices
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "eval_batch_size"):
+        for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
