@@ -8,8 +8,9 @@ import jax
 
 from clipjax import config
 from clipjax.checkpoint import TOKENIZER
-from clipjax.data.pipeline import train_batches
+from clipjax.data.pipeline import check_source, train_batches
 from clipjax.data.sources import Source
+from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.train.loop import Batches
 from clipjax.train.resume import resumable
@@ -19,13 +20,12 @@ def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
     """The run's tokenizer: that of the workdir where the run goes on from a checkpoint, else a new one, trained or loaded as
     run.tokenizer says and saved there.
 
-    Raises ConfigError where the workdir's checkpoint is another run's, the source is smaller than a batch, or the ids do not fit
-    the text tower.
+    Raises ConfigError where the workdir's checkpoint is another run's, the source is too small (`pipeline.check_source`), or the
+    ids do not fit the text tower.
     """
     text, saved = run.model.text, workdir / TOKENIZER
     resumes = resumable(run, workdir) is not None
-    size, n = run.train.batch_size, len(source)
-    config.require(size <= n, "train.batch_size", size, f"is more than the {n} examples of {source.name}: use at most {n}")
+    check_source(source, run.data, run.train.batch_size)
     if resumes:
         config.require(saved.exists(), "--workdir", str(workdir), f"has checkpoints but no {TOKENIZER}: put it back")
         made = Tokenizer.load(saved, text.length)
@@ -44,8 +44,13 @@ def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
     return made
 
 
-def batches(run: config.Run, source: Source, tokens: Tokenizer) -> Batches:
-    """This process's training batches, to be opened at a step."""
+def teacher(run: config.Run, source: Source) -> Teacher | None:
+    """The embeddings that run.data.teacher names, None where it names none. Raises ConfigError where they are of other data."""
+    return None if run.data.teacher is None else Teacher(run.data.teacher, source)
+
+
+def batches(run: config.Run, source: Source, tokens: Tokenizer, taught: Teacher | None = None) -> Batches:
+    """This process's training batches, to be opened at a step. `taught`: the run's teacher, where it has been opened."""
     opened = functools.partial(
         train_batches,
         source,
@@ -56,5 +61,6 @@ def batches(run: config.Run, source: Source, tokens: Tokenizer) -> Batches:
         seed=run.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        teacher=taught,
     )
     return lambda step: opened(start_step=step)

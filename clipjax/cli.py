@@ -17,6 +17,8 @@ from clipjax import config
 from clipjax.config.load import load_config, override
 
 if TYPE_CHECKING:
+    from clipjax.evals.encoder import Metrics
+    from clipjax.evals.geometry import Geometry
     from clipjax.evals.loaded import Loaded
     from clipjax.evals.retrieval import Retrieval
     from clipjax.evals.zeroshot import Zeroshot
@@ -86,8 +88,9 @@ def train(args: argparse.Namespace) -> None:
     mesh = sharding.make_mesh(run.mesh)
     resume.check(run, args.workdir, mesh)
     source = open_source(run.data)
+    taught = build.teacher(run, source)
     tokens = build.tokenizer(run, args.workdir, source)
-    loop.train(run, args.workdir, build.batches(run, source, tokens), make_evaluators(run, mesh, tokens), mesh)
+    loop.train(run, args.workdir, build.batches(run, source, tokens, taught), make_evaluators(run, mesh, tokens), mesh)
 
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
@@ -98,7 +101,7 @@ def eval_zeroshot(args: argparse.Namespace) -> None:
     model = clipjax.load(args.workdir)
     data = eval_data(model.run, args.data, args.split)
     evaluation = Zeroshot.prepare(model.encoder, model.tokenizer, data, args.templates, args.classnames)
-    _report(args, model, evaluation)
+    _report(args, model, evaluation, evaluation.run(model.params))
 
 
 def eval_retrieval(args: argparse.Namespace) -> None:
@@ -107,15 +110,32 @@ def eval_retrieval(args: argparse.Namespace) -> None:
     from clipjax.evals.retrieval import Retrieval
 
     model = clipjax.load(args.workdir)
-    _report(args, model, Retrieval.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split)))
+    evaluation = Retrieval.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
+    _report(args, model, evaluation, evaluation.run(model.params))
 
 
-def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Zeroshot | Retrieval") -> None:
+def eval_geometry(args: argparse.Namespace) -> None:
+    """`clipjax eval geometry`: the gap between a run's pictures and texts, in figures and in a picture."""
+    from clipjax.evals.geometry import Geometry
+    from clipjax.evals.geometry_plot import plot
+    from clipjax.evals.inputs import eval_data
+
+    name = f"geometry-{args.data}-{args.split}.png".replace(":", "-").replace("/", "-")
+    picture = args.png or (args.json.with_suffix(".png") if args.json else _file(name))
+    model = clipjax.load(args.workdir)
+    evaluation = Geometry.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
+    found = evaluation.measure(model.params)
+    _report(args, model, evaluation, found.metrics)
+    plot(picture, found, f"{model.workdir.resolve().name}, step {model.step}, on {evaluation.dataset}")
+    print(f"picture: {picture}", file=sys.stderr)
+
+
+def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Zeroshot | Retrieval | Geometry", metrics: "Metrics") -> None:
     from clipjax.evals.report import report, write_json
 
-    name, metrics = model.workdir.resolve().name, evaluation.run(model.params)
-    result = report(evaluation.dataset, name, f"step {model.step}", evaluation.task, metrics)
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    result = report(evaluation.dataset, model.workdir.resolve().name, f"step {model.step}", evaluation.task, metrics)
+    figures = {name: value for name, value in metrics.items() if not isinstance(value, list)}  # a curve is for the file
+    print(json.dumps(result | {"metrics": figures}, indent=2, ensure_ascii=False))
     if args.json:
         write_json(args.json, result)
 
@@ -249,6 +269,12 @@ def _parser() -> argparse.ArgumentParser:
     p = command(evals, "retrieval", eval_retrieval, "image-text retrieval: recall at 1, 5 and 10 in both directions")
     of_run(p)
     p.add_argument("--json", type=_file, metavar="OUT", help="also write the result here")
+
+    p = command(evals, "geometry", eval_geometry, "the contrastive gap and its kin: distances, separability, uniformity, RankMe")
+    of_run(p)
+    p.add_argument("--json", type=_file, metavar="OUT", help="also write the result here, with the curves of explained variance")
+    picture = "both clouds and their spectra; else beside --json, or geometry-SPEC-SPLIT.png in this folder"
+    p.add_argument("--png", type=_file, metavar="OUT", help=picture)
 
     p = command(commands, "embed", embed, "write a dataset's embeddings: arrays image, text and key, float32 unit vectors")
     of_run(p)

@@ -32,12 +32,19 @@ class Data(Strict):
     split: str = "train"
     image_field: str | None = None  # None: the only image feature
     text_field: str | None = None  # None: `caption`, the only text feature, or the class names of the only label
+    # K: the main caption and K - 1 others, drawn at each visit; an example that has fewer shows some twice. 1: any one, drawn
+    captions_per_image: int = 1
+    # caption: examples whose main captions are equal, but for case, punctuation and white space, share an id. The losses then
+    # do not hold them against each other
+    ids: Literal["caption"] | None = None
+    teacher: str | None = None  # an .npz that `clipjax embed` wrote of these examples, for a distillation term
     resize: Literal["squash", "crop"] = "squash"  # to a square: by both sides, or by the shorter side and a centre crop
     augment: Augment = Augment()
     workers: int = free(4)  # that read, decode and augment, on each host
     worker_kind: Literal["threads", "processes"] = free("threads")  # processes where Python work outweighs decoding
 
     def __post_init__(self) -> None:
+        require(self.captions_per_image >= 1, "data.captions_per_image", self.captions_per_image, "must be at least 1")
         require(self.workers >= 1, "data.workers", self.workers, "must be at least 1")
 
 

@@ -1,5 +1,6 @@
 """What is in a dataset: numbers to read and a contact sheet to look at, before hours go into training on it."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clipjax import config
+from clipjax.data.captions import caption_id
 from clipjax.data.image import decode
 from clipjax.data.sources import Record, Source, open_source
 from clipjax.data.tokenizer import Tokenizer
@@ -29,6 +31,7 @@ def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, le
     with ThreadPoolExecutor(data.workers) as pool:
         seen = list(pool.map(lambda i: _look(source.record(i)), indices))
     captions = [c for record, _, _ in seen for c in record.captions]
+    ids = Counter(caption_id(record.captions[0]) for record, _, _ in seen if record.captions)
     tokenizer = tokenizer or Tokenizer.train(captions, VOCABULARY, lowercase=True, length=length)
     bodies = [tokenizer.tokens(c) for c in captions]
     sizes = [size for _, size, _ in seen if size]
@@ -42,6 +45,7 @@ def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, le
         "height": _spread([h for _, h in sizes]),
         "unreadable": {record.key: error for record, _, error in seen if error},
         "captions_per_example": _spread([len(record.captions) for record, _, _ in seen]),
+        "sharing_a_caption": sum(n for n in ids.values() if n > 1),
         "words": _spread([len(c.split()) for c in captions]),
         "characters": _spread([len(c) for c in captions]),
         "tokens": _spread(bodies),
@@ -73,6 +77,7 @@ def describe(report: dict[str, Any]) -> str:
         "height, pixels": spread("height"),
         "unreadable": f"{len(unreadable):,}" + "".join(f"\n    {key}: {error}" for key, error in list(unreadable.items())[:10]),
         "captions each": spread("captions_per_example"),
+        "sharing one": f"{report['sharing_a_caption']:,} have another's main caption, but for case, punctuation and spaces",
         "words": spread("words"),
         "characters": spread("characters"),
         "tokens": f"{spread('tokens')} (vocabulary {report['vocabulary']:,}, start and end included)",

@@ -19,12 +19,15 @@ import numpy as np
 from absl import flags
 
 from clipjax import config
-from clipjax.config import require
+from clipjax.config import ConfigError, require
+from clipjax.data import captions
 from clipjax.data.image import fit, least_side, transform
 from clipjax.data.sources import Source
+from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
+SAMPLE = 1000  # examples looked at before it is said that none has so many captions
 
 
 class BatchStream(Iterator[Batch]):
@@ -63,17 +66,22 @@ class _TrainExample:
     tokenizer: Tokenizer
     data: config.Data
     size: int
+    teacher: Teacher | None
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        example = self.source.read(index, least_side(self.size, self.data.augment))
-        caption = example.captions[rng.integers(len(example.captions))]
-        tokens, truncated = self.tokenizer.encode([caption])
-        return {
+        example, k = self.source.read(index, least_side(self.size, self.data.augment)), self.data.captions_per_image
+        shown = [example.captions[i] for i in captions.drawn(len(example.captions), k, rng)]
+        tokens, truncated = self.tokenizer.encode(shown)
+        made = {
             "image": transform(example.picture, self.size, self.data.resize, self.data.augment, rng),
-            "text": tokens[0],
+            "text": tokens if k > 1 else tokens[0],
+            "index": np.int32(index),
             "replaced": np.bool_(example.replaced),
-            "truncated": truncated[0],
+            "truncated": truncated if k > 1 else truncated[0],
         }
+        if self.data.ids == "caption":
+            made["id"] = np.int32(captions.caption_id(example.captions[0]))
+        return made if self.teacher is None else made | self.teacher[example.index]
 
 
 @dataclass(frozen=True)
@@ -105,21 +113,29 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    teacher: Teacher | None = None,
 ) -> BatchStream:
     """This host's share of every global batch of `batch_size` examples, for ever, from `start_step` finished steps on.
 
-    A batch has `image` uint8 [b, s, s, 3], `text` int32 [b, t], and `replaced` (the picture could not be read, another stands
-    in) and `truncated` (the caption was too long) bool [b], b = batch_size / process_count. The hosts' shares in the order of
-    their indices are what a single host would get. No example comes twice in a batch: an epoch ends with its last whole
-    batch, and the next one is shuffled anew. Of several captions one is drawn at each visit.
+    A batch has `image` uint8 [b, s, s, 3], `text` int32 [b, t], `index` int32 [b] (of the example; also where another stands in
+    for it, so that none comes twice), and `replaced` (the picture could not be read, another stands in) and `truncated` (the
+    caption was too long) bool [b], b = batch_size / process_count. The hosts' shares in the order of their indices are what a
+    single host would get. No example comes twice in a batch: an epoch ends with its last whole batch, and the next one is
+    shuffled anew.
 
-    Raises ConfigError for a source smaller than the batch, or a batch that does not divide over the hosts."""
+    Of several captions one is drawn at each visit. With `data.captions_per_image` = K > 1, `text` is [b, K, t] and `truncated`
+    [b, K]: the main caption, then K - 1 of the others (`captions.drawn`). With `data.ids` there is `id` int32 [b], that of the
+    main caption (`captions.caption_id`); with `data.teacher` `teacher_image` and `teacher_text` float32 [b, f], the latter of the
+    main caption. `teacher` is that file, where it has been opened already.
+
+    Raises ConfigError as `check_source` and `Teacher` do, and for a batch that does not divide over the hosts."""
     n = len(source)
     local = _local_batch(batch_size, process_count)
-    remedy = f"is more than the {n} examples of {source.name}: use at most {n}"
-    require(batch_size <= n, "train.batch_size", batch_size, remedy)
+    check_source(source, data, batch_size)
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
-    load = _TrainExample(source, tokenizer, data, image_size)
+    if teacher is None and data.teacher is not None:
+        teacher = Teacher(data.teacher, source)
+    load = _TrainExample(source, tokenizer, data, image_size, teacher)
     # From indices, not from the source: Grain would decode a whole batch before it augments the first picture.
     examples = grain.MapDataset.range(n).seed(seed).shuffle()[: n // batch_size * batch_size]
     # The generator of random_map is keyed by the index it sees here: that within the global order of all epochs.
@@ -132,6 +148,21 @@ def train_batches(
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     workers = grain.MultiprocessingOptions(num_workers=data.workers)
     return BatchStream(share.to_iter_dataset(one).mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
+
+
+def check_source(source: Source, data: config.Data, batch_size: int) -> None:
+    """Raises ConfigError for a source that has fewer examples than a batch, or none with `data.captions_per_image` captions."""
+    n, k = len(source), data.captions_per_image
+    remedy = f"is more than the {n} examples of {source.name}: use at most {n}"
+    require(batch_size <= n, "train.batch_size", batch_size, remedy)
+    if k == 1:
+        return
+    most, seen = 0, np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(int)).tolist()
+    for i in seen:
+        if (most := max(most, len(source.record(i).captions))) >= k:
+            return
+    remedy = f"no example of {source.name} has more than {most} ({len(seen):,} were looked at): use at most that many"
+    raise ConfigError(f"data.captions_per_image = {k}: {remedy}, or set data.text_field to a field of several")
 
 
 def _start_worker(_index: int, _count: int) -> None:

@@ -36,6 +36,7 @@ class Example:
     captions: tuple[str, ...]  # at least one
     key: str
     label: int
+    index: int  # its place in the source; of a stand-in its own
     replaced: bool  # it stands in for one that can't be read
 
     @property
@@ -103,7 +104,7 @@ class Source(ABC):
         try:
             if not record.captions or not record.picture:
                 raise ValueError(f"it has no {'picture' if record.captions else 'caption'}")
-            return Example(decode(record.picture, least), record.captions, record.key, record.label, replaced=False)
+            return Example(decode(record.picture, least), record.captions, record.key, record.label, i, replaced=False)
         except Exception as e:  # a decoder may raise anything, and none of it may end a run
             self._warn(record.key, "is replaced by another", e)
             return None

@@ -24,7 +24,7 @@ from clipjax.train.step import compile_step, make_train_step
 
 # Opens this process's batches from a step on.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
-ON_DEVICE = ("image", "text")  # of a batch; the rest is counted on the host
+ON_DEVICE = ("image", "text", "index", "id", "teacher_image", "teacher_text")  # as far as a batch has it; the rest is counted
 AHEAD = 2  # steps that the devices are given before the first must be done: keeps them busy, and the clock honest
 
 
@@ -91,7 +91,7 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
             with clock.waiting(running[-1] if running else None):
                 batch = next(data)
             tally.count(batch)
-            rows = sharding.to_global({k: batch[k] for k in ON_DEVICE}, mesh)
+            rows = sharding.to_global({k: batch[k] for k in ON_DEVICE if k in batch}, mesh)
             if step == start:  # the compilation, and with it the first step, is no part of the rate
                 with clock.paused(), jax.transfer_guard("disallow"):
                     state, metrics = jax.block_until_ready(step_fn(state, rows))
@@ -103,7 +103,7 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
             log = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
             host = _rates(clock, flops, mesh) | tally.read() if log else None
             progress.update(step + 1, writer.push(step + 1, metrics, host))
-    _say_what_was_mended(tally.total, (cfg.steps - start) * cfg.batch_size, run.model.text.length)
+    _say_what_was_mended(tally.total, (cfg.steps - start) * cfg.batch_size, run)
     return state
 
 
@@ -113,11 +113,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _say_what_was_mended(total: Mapping[str, int], examples: int, length: int) -> None:
+def _say_what_was_mended(total: Mapping[str, int], examples: int, run: config.Run) -> None:
     if total["replaced"]:
         say(f"{total['replaced']:,} of {examples:,} pictures could not be read; others stood in for them")
     if total["truncated"]:
-        say(f"{total['truncated']:,} of {examples:,} captions were cut to model.text.length = {length} tokens")
+        captions, length = examples * run.data.captions_per_image, run.model.text.length
+        say(f"{total['truncated']:,} of {captions:,} captions were cut to model.text.length = {length} tokens")
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ def test_report(pictures, tmp_path):
     text = describe(report)
     assert "30 to 70, median 50" in text
     assert "0.00% of the captions at 16 tokens" in text
+    assert "sharing one     0 have" in text
 
 
 def test_the_sheet_is_a_png_whatever_its_name_and_folder(pictures, tmp_path):
@@ -51,6 +52,17 @@ def test_unreadable_pictures_are_named(tmp_path, pictures):
     assert list(report["unreadable"]) == ["b.png"]
     assert "b.png: UnidentifiedImageError" in describe(report)
     assert report["width"]["max"] == 40
+
+
+def test_examples_that_share_a_caption_are_counted(tmp_path, pictures):
+    """Their main ones, as `data.ids` compares them."""
+    rows = [("Red dog", "a"), ("a red!", "red dog."), ("blue", "red dog"), ("RED  DOG", ""), ("a (red)", ""), ("five", "")]
+    titles = [(f"{i}.png", text) for i, both in enumerate(rows) for text in both if text]
+    for i in range(len(rows)):
+        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes())
+    report = inspect(Data(spec=f"tsv:{write_tsv(tmp_path, titles)}"), None, tmp_path / "sheet.png")
+    assert report["sharing_a_caption"] == 4
+    assert "sharing one     4 have" in describe(report)
 
 
 def test_a_large_dataset_is_sampled(pictures, tmp_path, monkeypatch):

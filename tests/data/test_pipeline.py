@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from clipjax import config
 from clipjax.config import Augment, ConfigError, Data
+from clipjax.data.captions import caption_id
 from clipjax.data.image import fit
 from clipjax.data.pipeline import eval_batches, eval_captions, train_batches
 from clipjax.data.sources import open_source
@@ -27,9 +29,9 @@ def data(pictures):
 def batches(data, tokenizer):
     """The first n training batches under the given settings."""
 
-    def make(n, *, batch_size=8, seed=0, source=None, text=tokenizer, workers=None, worker_kind=None, **where):
-        settings = {"workers": workers, "worker_kind": worker_kind}
-        chosen = config.Data(**(vars(data) | {k: v for k, v in settings.items() if v is not None}))
+    def make(n, *, batch_size=8, seed=0, source=None, text=tokenizer, **where):
+        fields = {k: where.pop(k) for k in vars(data).keys() & where.keys()}
+        chosen = dataclasses.replace(data, **fields)
         source = source or open_source(data)
         with train_batches(source, text, chosen, image_size=SIZE, batch_size=batch_size, seed=seed, **where) as iterator:
             return list(itertools.islice(iterator, n))
@@ -49,12 +51,24 @@ def numbers(batch, tokenizer):
     return [int(tokenizer.decode(row).split()[1]) for row in batch["text"]]
 
 
+@pytest.fixture
+def several(pictures, tmp_path):
+    """Twelve pictures: number i has five captions, `number i` first, then `number i + 20`, ...; 3 and 4 share the first but for
+    case and punctuation."""
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes())
+    rows = [(f"{i}.png", f"number {i + 20 * n}") for n in range(5) for i in range(12)]
+    rows[4] = ("4.png", "Number: 3!")
+    return open_source(Data(spec=f"tsv:{write_tsv(tmp_path, rows)}"))
+
+
 def test_shapes_and_types(batches, tokenizer):
     (batch,) = batches(1)
     shapes = {name: (x.shape, x.dtype.name) for name, x in batch.items()}
     assert shapes == {
         "image": ((8, SIZE, SIZE, 3), "uint8"),
         "text": ((8, tokenizer.length), "int32"),
+        "index": ((8,), "int32"),
         "replaced": ((8,), "bool"),
         "truncated": ((8,), "bool"),
     }
@@ -133,6 +147,100 @@ def test_one_of_several_captions_at_a_visit(batches, tokenizer, pictures):
     assert 35 <= sum(n < 10 for n in seen) <= 75  # a third of 160
 
 
+def test_index_is_the_examples(batches, tokenizer):
+    for batch in batches(6):
+        assert batch["index"].tolist() == numbers(batch, tokenizer)
+
+
+def shown(batch, tokenizer):
+    return [[int(tokenizer.decode(row).split()[-1].strip("!")) for row in rows] for rows in batch["text"]]
+
+
+def test_several_captions_of_each_picture(batches, tokenizer, several):
+    seen = batches(40, batch_size=12, source=several, captions_per_image=3)
+    assert {(b["text"].shape, b["text"].dtype.name) for b in seen} == {((12, 3, tokenizer.length), "int32")}
+    assert {(b["truncated"].shape, b["truncated"].dtype.name) for b in seen} == {((12, 3), "bool")}
+    others = np.zeros(5, int)
+    for batch in seen:
+        for i, captions in zip(batch["index"], shown(batch, tokenizer), strict=True):
+            assert captions[0] == (3 if i == 4 else i)
+            rest = [(c - i) // 20 for c in captions[1:]]
+            assert rest == sorted(set(rest))  # distinct
+            others[rest] += 1
+    assert others[0] == 0
+    assert (np.abs(others[1:] - 240) < 55).all()  # each in 2 of 4 of 480 visits; 5 standard errors
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_several_captions_on_any_workers_hosts_and_from_any_step(batches, several, k):
+    chosen = dict(batch_size=4, source=several, captions_per_image=k, ids="caption")
+    straight = batches(7, **chosen)
+    assert_same(batches(7, workers=5, **chosen), straight)
+    assert_same(batches(5, worker_kind="processes", start_step=2, **chosen), straight[2:])
+    shares = [batches(7, process_index=p, process_count=2, **chosen) for p in range(2)]
+    joined = [{name: np.concatenate([b[name] for b in parts]) for name in parts[0]} for parts in zip(*shares, strict=True)]
+    assert_same(joined, straight)
+    assert not np.array_equal(batches(1, seed=1, **chosen)[0]["text"], straight[0]["text"])
+
+
+def test_fewer_captions_come_again_in_turn(batches, tokenizer, several):
+    for batch in batches(2, batch_size=12, source=several, captions_per_image=5):
+        five = shown(batch, tokenizer)
+        for i, captions in zip(batch["index"], five, strict=True):
+            assert captions[1:] == [i + 20 * n for n in range(1, 5)]
+    rows = [("0.png", "number 0"), ("1.png", "number 1"), ("1.png", "number 2")]
+    few = open_source(Data(spec=f"tsv:{write_tsv(several.folder, rows)}"))
+    (batch,) = batches(1, batch_size=2, source=few, captions_per_image=2)
+    assert dict(zip(batch["index"].tolist(), shown(batch, tokenizer), strict=True)) == {0: [0, 0], 1: [1, 2]}
+    refusal = r"^data.captions_per_image = 3: no example of tsv:.* has more than 2 \(2 were looked at\): .* data.text_field"
+    with pytest.raises(ConfigError, match=refusal):
+        batches(1, batch_size=2, source=few, captions_per_image=3)
+
+
+def test_captions_cut_are_counted_one_by_one(batches, several):
+    short = Tokenizer.train(["number"], 265, lowercase=True, length=5)  # room for one digit
+    (batch,) = batches(1, batch_size=12, source=several, captions_per_image=5, text=short)
+    assert batch["truncated"][:, 1:].all()
+    assert batch["truncated"][:, 0].sum() == 3  # 10, 11 and the one with two signs
+
+
+def test_ids_of_main_captions(batches, several):
+    assert "id" not in batches(1, source=several)[0]
+    for k in (1, 3):
+        seen = {}
+        for batch in batches(6, batch_size=12, source=several, captions_per_image=k, ids="caption"):
+            assert batch["id"].dtype == np.int32
+            for i, number in zip(batch["index"].tolist(), batch["id"].tolist(), strict=True):
+                assert seen.setdefault(i, number) == number == caption_id(several.record(i).captions[0])
+        assert seen[3] == seen[4]
+        assert len(set(seen.values())) == 11
+
+
+def test_a_stand_in_brings_its_own_id(batches, pictures, tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes() if i else b"torn")
+    source = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, [(f'{i}.png', f'number {i}') for i in range(4)])}"))
+    (batch,) = batches(1, batch_size=4, source=source, ids="caption")
+    ids = dict(zip(batch["index"].tolist(), batch["id"].tolist(), strict=True))
+    assert ids[0] in {ids[1], ids[2], ids[3]}  # so that the pair is no negative of the one it repeats
+    assert len(set(ids.values())) == 3
+
+
+def test_emojis_languages(emoji_here):
+    """With a tokenizer trained on all of them, each column of all fourteen is one language."""
+    data = Data(split="test", text_field="captions", captions_per_image=14, ids="caption", workers=2)
+    source = open_source(data)
+    tokenizer = Tokenizer.train(source.captions(), 4096, lowercase=False, length=48)
+    with train_batches(source, tokenizer, data, image_size=SIZE, batch_size=64, seed=0) as stream:
+        batch = next(stream)
+    assert not batch["truncated"].any()
+    assert len(set(batch["id"].tolist())) == 64
+    for i, rows in zip(batch["index"].tolist(), batch["text"], strict=True):
+        captions = source.record(i).captions
+        assert len(captions) == 14
+        np.testing.assert_array_equal(rows, tokenizer.encode(captions)[0])
+
+
 def test_truncation_is_counted(batches, pictures):
     short = Tokenizer.train(["number"], 265, lowercase=True, length=5)  # room for ` number`, a space and one digit
     batch = batches(1, batch_size=40, text=short)[0]
@@ -152,6 +260,8 @@ def test_unreadable_pictures_travel_as_replaced(batches, pictures, tokenizer, ca
     for batch in seen:
         assert 6 not in numbers(batch, tokenizer)
         assert sorted(np.array(numbers(batch, tokenizer))[~batch["replaced"]]) == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+        assert sorted(batch["index"]) == list(range(10))  # that of the example, not of its stand-in: none comes twice
+        assert batch["index"][batch["replaced"]] == [6]
     assert sum("6.png is replaced" in r.getMessage() for r in caplog.records) == 1
 
 

@@ -1,0 +1,114 @@
+import subprocess
+import sys
+import unicodedata
+
+import emoji as package
+import numpy as np
+import pytest
+
+from clipjax.data.captions import caption_id, drawn, normalised
+
+SAME = [
+    ("A dog, running.", "a  dog running"),
+    ("A DOG -- running !", "a dog running"),
+    ("It’s a “dog”", "it's a 'dog'"),
+    ("T-shirt", "t shirt"),
+    ("snake_case", "snake case"),
+    ("\tone\u00a0two\u3000three\n", "one two three"),
+    ("cafe\u0301", "café"),  # composed or not
+    ("Straße", "STRASSE"),
+    ("ΟΔΟΣ", "οδος"),  # both small sigmas
+    ("ｆｕｌｌ　ｗｉｄｔｈ！", "full width"),
+    ("ﾈｺ。", "ネコ"),  # half-width, ideographic full stop
+    ("犬、走る。", "犬 走る"),
+    ("कुत्ता, दौड़ता है।", "कुत्ता दौड़ता है"),
+    ("كلب، يجري؟", "كلب يجري"),
+    ("می\u200cروم", "میروم"),  # joiners can't be seen
+    ("\u202bשלום\u202c", "שלום"),
+    ("soft\u00adhyphen", "softhyphen"),
+    ("❤\ufe0f", "❤"),
+]
+DIFFERENT = [
+    ("a dog", "a cat"),
+    ("adog", "a dog"),
+    ("cafe", "café"),
+    ("C", "C++"),
+    ("C", "C#"),
+    ("keycap #", "keycap *"),
+    ("5 %", "5"),
+    ("5 °C", "5 C"),
+    ("👍", "👍🏽"),
+    ("🏴\U000e0065\U000e006e\U000e0067\U000e007f", "🏴\U000e0073\U000e0063\U000e0074\U000e007f"),  # flags, by tags
+    ("कि", "की"),  # vowel signs are no punctuation
+    ("か", "が"),
+]
+EMPTY = ["", " ", "  ", "?", "!", "?!", "...", "。", "-", "--", "_", "\u200b", "\u200d", "\ufe0f", "\n", "\x00"]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_near_duplicates_share_an_id(one, other):
+    assert normalised(one) == normalised(other)
+    assert caption_id(one) == caption_id(other)
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_others_do_not(one, other):
+    assert normalised(one) != normalised(other)
+    assert caption_id(one) != caption_id(other)
+
+
+def test_captions_without_a_word_stay_apart():
+    assert len({caption_id(text) for text in EMPTY}) == len(EMPTY)
+    assert caption_id(" ... ") == caption_id("…")  # alike but for white space and width
+    assert all(normalised(text) for text in EMPTY if text)
+
+
+def test_normal_form_is_stable():
+    """Over all of Unicode, alone and within a word."""
+    points = [chr(n) for n in range(sys.maxunicode + 1) if unicodedata.category(chr(n)) not in ("Cn", "Co", "Cs")]
+    for text in [*points[::3], *(f"a{c}b" for c in points[1::3])]:
+        once = normalised(text)
+        assert normalised(once) == once, hex(ord(text[len(text) // 2]))
+
+
+def test_names_of_emoji_keep_their_ids_apart():
+    """In every language, and the pictures themselves as captions."""
+    package.config.load_language()
+    known = {s: names for s, names in package.EMOJI_DATA.items() if names["status"] == package.STATUS["fully_qualified"]}
+    assert len(known) > 3700
+    for language in package.LANGUAGES:
+        names = {names[language] for names in known.values() if language in names}
+        assert len({caption_id(name) for name in names}) == len(names), language
+    assert len({caption_id(s) for s in known}) == len(known)
+
+
+def test_id_is_an_int32_and_the_same_in_every_process():
+    """Pinned: a run that is resumed, on any machine, must find the ids it had."""
+    ids = [caption_id(text) for text in ("a dog", "नमस्ते", "", "\ud800")]
+    assert ids == [211330204, 543612987, 154724242, 476916723]
+    code = "from clipjax.data.captions import caption_id as c; print(c('a dog'), c('नमस्ते'), c(''), c('\\ud800'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [int(word) for word in done.stdout.split()] == ids
+    many = np.array([caption_id(f"number {i}") for i in range(20_000)])
+    assert many.min() >= 0
+    assert many.max() < 2**31
+    assert len(set(many.tolist())) == len(many)  # 0.09 false merges are to be expected
+    assert abs(many.mean() / 2**30 - 1) < 0.02  # uniform: standard error 0.004
+
+
+def test_draws():
+    rng = np.random.default_rng(0)
+    assert {drawn(3, 1, rng)[0] for _ in range(50)} == {0, 1, 2}
+    assert drawn(4, 4, rng) == [0, 1, 2, 3]
+    assert drawn(2, 5, rng) == [0, 1, 0, 1, 0]
+    assert drawn(1, 2, rng) == [0, 0]
+    seen = [drawn(14, 3, rng) for _ in range(2600)]
+    assert all(d[0] == 0 < d[1] < d[2] < 14 for d in seen)
+    counts = np.bincount([i for d in seen for i in d[1:]], minlength=14)[1:]
+    assert (np.abs(counts - 400) < 5 * np.sqrt(400 * 11 / 13)).all()  # each of the 13 others in 2 of 13 draws
+
+
+def test_one_of_several_is_drawn_as_it_always_was():
+    """The stream of a run that was begun before there was data.captions_per_image."""
+    ours, plain = np.random.default_rng(7), np.random.default_rng(7)
+    assert [drawn(5, 1, ours)[0] for _ in range(20)] == [int(plain.integers(5)) for _ in range(20)]
