@@ -1,0 +1,207 @@
+"""The counter of products and collectives, to the last one, against programs whose cost is known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from clipjax import hlo
+from clipjax.hlo import Collective
+
+
+def cost(fn, *shapes):
+    compiled = jax.jit(fn).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile()
+    return hlo.cost(compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "products"),
+    [
+        (lambda x, y: x @ y, [(64, 96), (96, 32)], 64 * 96 * 32),
+        (lambda x, y: x.T @ y, [(96, 64), (96, 32)], 64 * 96 * 32),
+        (lambda x, y: x @ y, [(5, 7), (7,)], 5 * 7),
+        (lambda x, y: (x * y).sum(), [(64,), (64,)], 0),
+        (lambda x, y: jnp.einsum("bhqd,bhkd->bhqk", x, y), [(2, 3, 5, 16), (2, 3, 7, 16)], 2 * 3 * 5 * 7 * 16),
+        (lambda x, y: jnp.tanh(jnp.exp(x) @ y + 1) @ y.T, [(300, 200), (200, 100)], 2 * 300 * 200 * 100),
+    ],
+    ids=["product", "transposed", "vector", "none", "batched", "fused"],
+)
+def test_products(fn, shapes, products):
+    found = cost(fn, *shapes)
+    assert found.flops == 2 * products
+    assert found.collectives == {}
+    assert (found.permutes, found.overlapped, found.uncounted) == (0, 0, ())
+
+
+def test_the_gradient_of_a_dense_softmax_costs_three_products():
+    def loss(x, y):
+        s = jnp.einsum("id,jd->ij", x, y)
+        return (jax.nn.logsumexp(s, 1) + jax.nn.logsumexp(s, 0)).mean()
+
+    assert cost(jax.value_and_grad(loss, (0, 1)), (128, 48), (128, 48)).flops == 6 * 128**2 * 48
+
+
+def test_loops_count_as_often_as_they_run():
+    def nested(x, y):
+        def outer(c, _):
+            def inner(c, _):
+                return jnp.tanh(c @ y), None
+
+            return jax.lax.scan(inner, c @ y, length=5)[0], None
+
+        return jax.lax.scan(outer, x, length=3)[0]
+
+    assert cost(nested, (64, 64), (64, 64)).flops == 2 * 64**3 * 3 * (1 + 5)
+    assert cost(lambda x: jax.lax.fori_loop(2, 9, lambda i, c: c @ c, x), (64, 64)).flops == 2 * 64**3 * 7
+
+
+def test_a_loop_that_cant_be_counted_is_named():
+    def until(x):
+        return jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c @ c, x)
+
+    found = cost(until, (32, 32))
+    assert found.flops == 2 * 32**3
+    assert len(found.uncounted) == 1
+
+
+def test_of_two_branches_the_dearer_counts():
+    def either(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x + 1)
+
+    assert cost(either, (32, 32)).flops == 2 * 2 * 32**3
+
+
+@pytest.mark.parametrize("stride", [1, 2, 8])
+@pytest.mark.parametrize("pad", [(0, 0), (3, 1)])
+@pytest.mark.parametrize(("spread", "kernel_spread"), [(1, 1), (3, 1), (1, 2), (4, 3)])
+def test_convolutions_equal_xlas_own_count(stride, pad, spread, kernel_spread):
+    def conv(x, w):
+        numbers = dict(
+            window_strides=(stride, 1), padding=[pad, (0, 0)], lhs_dilation=(spread, 1), rhs_dilation=(kernel_spread, 2)
+        )
+        return jax.lax.conv_general_dilated(x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **numbers)
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 16, 9, 3), (4, 2, 3, 8))]
+    lowered = jax.jit(conv).lower(*shapes)
+    assert hlo.cost(lowered.compile().as_text()).flops == lowered.cost_analysis()["flops"]
+
+
+def test_collectives_of_eight_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    def fn(x):  # [4, 16] a device
+        def turn(x, _):
+            return jax.lax.ppermute(x @ (x.T @ x), "data", [(i, (i + 1) % 8) for i in range(8)]), None
+
+        x = jax.lax.scan(turn, x, length=8)[0]
+        whole = jax.lax.all_gather(x, "data", tiled=True)  # [32, 16]
+        part = jax.lax.psum_scatter(whole * whole, "data", tiled=True)  # [4, 16]
+        part = part + jax.lax.all_to_all(whole, "data", 0, 0, tiled=True)[:4]
+        return part * jax.lax.psum(part.sum(), "data")
+
+    found = cost(fn, (32, 16))
+    block = 4 * 16 * 4
+    assert found.flops == 8 * 2 * (2 * 16 * 4 * 16)
+    assert found.collectives == {
+        "all-gather": Collective(1, 8 * block),
+        "all-reduce": Collective(1, 4),
+        "reduce-scatter": Collective(1, 8 * block),
+        "all-to-all": Collective(1, 8 * block),
+        "collective-permute": Collective(8, 8 * block),
+    }
+
+
+# As TPU compilers write it: loops without a count, whose bound came in from the loop around; convolutions; started transfers.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%product (p.0: f32[8,4], p.1: f32[8,4]) -> f32[8,8] {
+  %p.0 = f32[8,4]{1,0:T(8,128)S(1)} parameter(0)
+  %p.1 = f32[8,4]{1,0:T(8,128)S(1)} parameter(1)
+  ROOT %convolution.1 = f32[8,8]{1,0:T(8,128)} convolution(%p.0, %p.1), dim_labels=bf_oi->bf, metadata={op_name="a{b}=%c("}
+}
+
+%inner (q: (s32[], f32[8,4], s32[], s32[])) -> (s32[], f32[8,4], s32[], s32[]) {
+  %q = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}, s32[]{:T(128)}, /*index=3*/s32[]{:T(128)}) parameter(0)
+  %q.0 = s32[]{:T(128)} get-tuple-element(%q), index=0
+  %q.1 = f32[8,4]{1,0:T(8,128)} get-tuple-element(%q), index=1
+  %q.2 = s32[]{:T(128)} get-tuple-element(%q), index=2
+  %q.3 = s32[]{:T(128)} get-tuple-element(%q), index=3
+  %next = s32[]{:T(128)} add(%q.0, %q.2)
+  %met = f32[8,8]{1,0:T(8,128)} fusion(%q.1, %q.1), kind=kOutput, calls=%product
+  ROOT %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}, s32[]{:T(128)}, /*index=3*/s32[]{:T(128)}) tuple(%next, %q.1, %q.2, %q.3)
+}
+
+%inner_condition (r: (s32[], f32[8,4], s32[], s32[])) -> pred[] {
+  %r = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}, s32[]{:T(128)}, /*index=3*/s32[]{:T(128)}) parameter(0)
+  %r.0 = s32[]{:T(128)} get-tuple-element(%r), index=0
+  %r.3 = s32[]{:T(128)} get-tuple-element(%r), index=3
+  ROOT %less = pred[]{:T(512)} compare(%r.0, %r.3), direction=LT
+}
+
+%outer (s: (s32[], f32[8,4], s32[])) -> (s32[], f32[8,4], s32[]) {
+  %s = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
+  %s.0 = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %s.1 = f32[8,4]{1,0:T(8,128)} get-tuple-element(%s), index=1
+  %s.2 = s32[]{:T(128)} get-tuple-element(%s), index=2
+  %one = s32[]{:T(128)} constant(1)
+  %two = s32[]{:T(128)} constant(2)
+  %start = (f32[8,4]{1,0:T(8,128)}, f32[8,4]{1,0}, u32[]{:S(2)}) collective-permute-start(%s.1), source_target_pairs={{0,1},{1,0}}
+  %into = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}, s32[]{:T(128)}, /*index=3*/s32[]{:T(128)}) tuple(%one, %s.1, %two, %s.2)
+  %loop = (s32[], f32[8,4]{1,0}, s32[], /*index=3*/s32[]) while(%into), condition=%inner_condition, body=%inner
+  %done = f32[8,4]{1,0:T(8,128)} collective-permute-done(%start)
+  %start.2 = (f32[8,4]{1,0:T(8,128)}, f32[8,4]{1,0}, u32[]{:S(2)}) collective-permute-start(%done), source_target_pairs={{0,1}}
+  %next.2 = s32[]{:T(128)} add(%s.0, %one)
+  %done.2 = f32[8,4]{1,0:T(8,128)} collective-permute-done(%start.2)
+  ROOT %t.2 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%next.2, %done.2, %s.2)
+}
+
+%outer_condition (u: (s32[], f32[8,4], s32[])) -> pred[] {
+  %u = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
+  %u.0 = s32[]{:T(128)} get-tuple-element(%u), index=0
+  %three = s32[]{:T(128)} constant(3)
+  ROOT %less.2 = pred[]{:T(512)} compare(%u.0, %three), direction=LT
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %copied = s32[]{:T(128)} copy(%zero)
+  %eight = s32[]{:T(128)} constant(8)
+  %into.2 = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%copied, %x, %eight)
+  %loop.2 = (s32[]{:T(128)}, f32[8,4]{1,0}, s32[]{:T(128)}) while(%into.2), condition=%outer_condition, body=%outer
+  ROOT %end = f32[8,4]{1,0:T(8,128)} get-tuple-element(%loop.2), index=1
+}
+"""
+
+
+def test_a_tpu_program():
+    found = hlo.cost(TPU)
+    assert found.flops == 3 * 4 * (2 * 8 * 8 * 4)  # 1, 3, 5, 7 < 8: four turns of the inner loop
+    assert found.collectives == {"collective-permute": Collective(6, 6 * 128)}
+    assert (found.permutes, found.overlapped, found.uncounted) == (2, 1, ())
+
+
+@pytest.mark.parametrize("target", ["__onednn$matmul", "__cublas$gemm", "__cublas$lt$matmul"])
+def test_products_of_libraries(target):
+    text = f"""HloModule m
+ENTRY %main (x: bf16[3,8,4], y: bf16[3,16,8]) -> bf16[3,4,16] {{
+  %x = bf16[3,8,4]{{2,1,0}} parameter(0)
+  %y = bf16[3,16,8]{{2,1,0}} parameter(1)
+  %z = (bf16[3,4,16]{{2,1,0}}, s8[64]{{0}}) custom-call(%x, %y), custom_call_target="{target}"
+  ROOT %out = bf16[3,4,16]{{2,1,0}} get-tuple-element(%z), index=0
+}}
+"""
+    assert hlo.cost(text).flops == 2 * 3 * 4 * 16 * 8
+    assert hlo.cost(text.replace(target, "Sharding")).flops == 0
+
+
+def test_bytes():
+    assert (
+        hlo.byte_count("(f32[2,3]{1,0:T(8,128)}, bf16[4]{0}, pred[5]{0}, s4[6]{0}, f8e4m3fn[7]{0}, token[])")
+        == 24 + 8 + 5 + 3 + 7
+    )
+    assert hlo.byte_count("f32[]") == 4
