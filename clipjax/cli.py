@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import clipjax
 from clipjax import config
+from clipjax.arguments import Help, positive, writable_file, writable_folder
 from clipjax.config.load import load_config, override
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def train(args: argparse.Namespace) -> None:
     source = open_source(run.data)
     taught = build.teacher(run, source)
     tokens = build.tokenizer(run, args.workdir, source)
-    loop.train(run, args.workdir, build.batches(run, source, tokens, taught), make_evaluators(run, mesh, tokens), mesh)
+    batches = build.batches(run, source, tokens, taught)
+    loop.train(run, args.workdir, batches, make_evaluators(run, mesh, tokens, args.workdir), mesh)
 
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
@@ -117,11 +119,11 @@ def eval_retrieval(args: argparse.Namespace) -> None:
 def eval_geometry(args: argparse.Namespace) -> None:
     """`clipjax eval geometry`: the gap between a run's pictures and texts, in figures and in a picture."""
     from clipjax.evals.geometry import Geometry
-    from clipjax.evals.geometry_plot import plot
+    from clipjax.evals.geometry_plot import file_name, plot
     from clipjax.evals.inputs import eval_data
 
-    name = f"geometry-{args.data}-{args.split}.png".replace(":", "-").replace("/", "-")
-    picture = args.png or (args.json.with_suffix(".png") if args.json else _file(name))
+    beside = args.json.with_suffix(".png") if args.json else "geometry-" + file_name(f"{args.data}-{args.split}")
+    picture = args.png or writable_file(str(beside))
     model = clipjax.load(args.workdir)
     evaluation = Geometry.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
     found = evaluation.measure(model.params)
@@ -198,42 +200,9 @@ def data_inspect(args: argparse.Namespace) -> None:
     from clipjax.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(args.tokenizer, args.length) if args.tokenizer else None
-    sheet = args.png or _file(f"{args.spec.replace(':', '-').replace('/', '-')}-{args.split}.png")
+    sheet = args.png or writable_file(f"{args.spec.replace(':', '-').replace('/', '-')}-{args.split}.png")
     print(describe(inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)))
     print(f"contact sheet: {sheet}")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be positive")
-    return number
-
-
-def _file(text: str) -> Path:
-    """A file that can be written. Said before hours of work, not after; nothing is made."""
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
-    _folder(str(Path(text).parent))
-    return Path(text)
-
-
-def _folder(text: str) -> Path:
-    """A folder that is there or can be made, to write into."""
-    path = Path(text).absolute()
-    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))  # unlike Path.exists, also where nobody may look
-    if not nearest.is_dir():
-        raise argparse.ArgumentTypeError(f"{nearest} is a file: name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{nearest} can't be written to: name another folder")
-    return Path(text)
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults are told where there is one to tell."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, False) else action.help
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -245,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="WHAT")
 
     def command(under: argparse._SubParsersAction, name: str, run: object, text: str, **kw: bool) -> argparse.ArgumentParser:
-        made = under.add_parser(name, help=text, description=text, formatter_class=_Help, allow_abbrev=False, **kw)
+        made = under.add_parser(name, help=text, description=text, formatter_class=Help, allow_abbrev=False, **kw)
         made.set_defaults(run=run, parser=made)
         return made
 
@@ -256,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(commands, "train", train, "train a model, or go on from its workdir's newest checkpoint", add_help=False)
     p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
-    p.add_argument("--workdir", type=_folder, metavar="RUN", help="folder for config, checkpoints, metrics and tokenizer")
+    p.add_argument("--workdir", type=writable_folder, metavar="RUN", help="folder for config, checkpoints, metrics and tokenizer")
     p.add_argument("-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option")
 
     evals = group("eval", "evaluate a run")
@@ -265,27 +234,27 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--classnames", metavar="FILE", help="one name a line, in the order of the labels; else the dataset's own")
     templates = "simple (7 prompts a class), imagenet (80), plain (the name alone), or a file with one {c} a line"
     p.add_argument("--templates", default="simple", metavar="NAME|FILE", help=templates)
-    p.add_argument("--json", type=_file, metavar="OUT", help="also write the result here")
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write the result here")
     p = command(evals, "retrieval", eval_retrieval, "image-text retrieval: recall at 1, 5 and 10 in both directions")
     of_run(p)
-    p.add_argument("--json", type=_file, metavar="OUT", help="also write the result here")
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write the result here")
 
     p = command(evals, "geometry", eval_geometry, "the contrastive gap and its kin: distances, separability, uniformity, RankMe")
     of_run(p)
-    p.add_argument("--json", type=_file, metavar="OUT", help="also write the result here, with the curves of explained variance")
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write the result, with curves of explained variance")
     picture = "both clouds and their spectra; else beside --json, or geometry-SPEC-SPLIT.png in this folder"
-    p.add_argument("--png", type=_file, metavar="OUT", help=picture)
+    p.add_argument("--png", type=writable_file, metavar="OUT", help=picture)
 
     p = command(commands, "embed", embed, "write a dataset's embeddings: arrays image, text and key, float32 unit vectors")
     of_run(p)
-    p.add_argument("--out", type=_file, required=True, metavar="FILE.npz", help="where to write")
+    p.add_argument("--out", type=writable_file, required=True, metavar="FILE.npz", help="where to write")
 
     p = command(commands, "export", export, "write a folder that open_clip or transformers loads as it is")
     p.add_argument("workdir", metavar="RUN", help=RUN)
     p.add_argument("--to", required=True, choices=("open_clip", "transformers"), help="the library that shall load it")
-    p.add_argument("--out", type=_folder, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
+    p.add_argument("--out", type=writable_folder, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
     p.add_argument("--verify", action="store_true", help="load it in PyTorch and compare embeddings of the run's own examples")
-    p.add_argument("--examples", type=_positive, default=32, help="how many --verify compares")
+    p.add_argument("--examples", type=positive, default=32, help="how many --verify compares")
 
     data = group("data", "prepare or look at a dataset")
     p = command(data, "prepare", data_prepare, "build a dataset that clipjax makes itself, in TFDS's folder")
@@ -294,8 +263,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("spec", metavar="SPEC", help=SPEC)
     p.add_argument("--split", default="train", help="part of the dataset")
     p.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; else a BPE is trained on the captions")
-    p.add_argument("--length", type=_positive, default=77, help="tokens a caption may have, for the truncation statistics")
-    p.add_argument("--png", type=_file, metavar="OUT", help="the contact sheet; else SPEC-SPLIT.png in this folder")
+    p.add_argument("--length", type=positive, default=77, help="tokens a caption may have, for the truncation statistics")
+    p.add_argument("--png", type=writable_file, metavar="OUT", help="the contact sheet; else SPEC-SPLIT.png in this folder")
     return parser
 
 

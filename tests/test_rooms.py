@@ -14,7 +14,7 @@ ROOMS = (  # a module may import from its own group and from those before it
     {"files", "hlo", "distributed", "sharding", "data", "models", "losses"},
     {"build", "train", "checkpoint", "metrics"},
     {"evals", "generate", "export", "plan", "bench"},
-    {"cli"},
+    {"arguments", "cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc", "tools", "base", "core"}

@@ -35,6 +35,7 @@ from clipjax.config.train import (
     Constant,
     Cosine,
     Evaluation,
+    Geometry,
     Mesh,
     Optim,
     Retrieval,
@@ -47,10 +48,10 @@ from clipjax.config.train import (
 
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "ConfigError", "Constant", "Cosine",
-    "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoupled", "Distillation", "Evaluation", "HardNegative", "ImageTower",
-    "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term", "TextTower",
-    "Tokenizer", "TokenizerFile", "Train", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require",
-    "size", "to_json",
+    "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoupled", "Distillation", "Evaluation", "Geometry", "HardNegative",
+    "ImageTower", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term",
+    "TextTower", "Tokenizer", "TokenizerFile", "Train", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines",
+    "require", "size", "to_json",
 ]  # fmt: skip
 
 

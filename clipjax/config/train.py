@@ -149,7 +149,22 @@ class Retrieval(Strict):
         require(self.every > 0, "evals.every", self.every, "must be positive")
 
 
-Evaluation = Annotated[Zeroshot | Retrieval, TAGGED]
+@dataclass(frozen=True, kw_only=True)
+class Geometry(Strict):
+    """The contrastive gap and its kin during training, with a picture each time."""
+
+    task: ClassVar = "geometry"
+    metrics: ClassVar = ("rankme_image", "rankme_text")  # for train.best: of the others, more is not better
+    kind: Literal["geometry"] = "geometry"
+    data: str = free("emoji")
+    split: str = free("test")
+    every: int = free(1000)  # steps; it also runs at the end
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "evals.every", self.every, "must be positive")
+
+
+Evaluation = Annotated[Zeroshot | Retrieval | Geometry, TAGGED]
 
 
 def check_best(best: str | None, evals: tuple[Evaluation, ...]) -> None:
@@ -174,8 +189,7 @@ class Train(Strict):
 
     steps: int = 10000
     batch_size: int = 1024  # pairs a step, over all devices
-    # the towers go through a step's batch in so many parts: the same gradient in less memory, for one more forward pass
-    micro_batches: int = free(1)
+    micro_batches: int = free(1)  # parts that the towers see in turn: the same gradient in less memory, one more forward pass
     log_every: int = free(50)  # steps
     checkpoint_every: int = free(1000)  # steps; there is always one at the end
     keep: int = free(3)  # newest checkpoints
@@ -187,3 +201,5 @@ class Train(Strict):
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+        remedy = f"must divide train.batch_size = {self.batch_size}, and each device's share of it"
+        require(self.batch_size % self.micro_batches == 0, "train.micro_batches", self.micro_batches, remedy)

@@ -24,13 +24,13 @@ def embed(encoder: Encoder, params: Params, tokenizer: Tokenizer, data: config.D
     keys, captions = zip(*((r.key, r.captions) for r in map(source.record, range(len(source)))), strict=True)
     owner = [i for i, several in enumerate(captions) if several]
     texts = caption_batches(encoder, tokenizer, [captions[i][0] for i in owner], owner, source.name)
-    text, named = _by_index(encoder, params, texts, len(source))
-    image, seen = _by_index(encoder, params, image_batches(encoder, source, data), len(source))
+    text, named = by_index(encoder, params, texts, len(source))
+    image, seen = by_index(encoder, params, image_batches(encoder, source, data), len(source))
     there = seen & named
     return {"image": image[there], "text": text[there], "key": np.array(keys)[there]}
 
 
-def _by_index(
+def by_index(
     encoder: Encoder, params: Params, batches: Rereadable, n: int
 ) -> tuple[Float[np.ndarray, "n e"], Bool[np.ndarray, " n"]]:
     """On every host, the vector of each example, and whether it has one."""

@@ -36,7 +36,7 @@ class Evaluator(Protocol):
 
     def due(self, step: int) -> bool: ...
 
-    def run(self, params: clip.Params) -> dict[str, float]: ...
+    def run(self, params: clip.Params, step: int) -> dict[str, float]: ...
 
 
 def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
@@ -139,7 +139,7 @@ def _evaluate(due: Sequence[Evaluator], step: int, state: TrainState, writer: Wr
     """Runs evaluators and writes their lines; all values as `task/metric` and `task/dataset/metric`."""
     results = {}
     for evaluator in due:
-        metrics = evaluator.run(state.evaluated)
+        metrics = evaluator.run(state.evaluated, step)
         writer.evaluation(step, evaluator.task, metrics, dataset=evaluator.dataset)
         say(f"step {step:,}  {evaluator.task} on {evaluator.dataset}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         for prefix in (evaluator.task, f"{evaluator.task}/{evaluator.dataset}"):

@@ -50,15 +50,15 @@ def test_evaluators_equal_the_dense_reference(run, model, params, pictures, mesh
     to_image, to_text = dense_hits(text[answered], z, own.T[answered]), dense_hits(z, text, own)
     want = {f"image_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_image, strict=True)}
     want |= {f"text_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_text, strict=True)}
-    assert retrieval.run(params) == pytest.approx(want, abs=1e-12)
+    assert retrieval.run(params, 100) == pytest.approx(want, abs=1e-12)
 
     classes = np.asarray(model.encode_text(jnp.asarray(tokenize(WORDS))))
     labels = np.array([i % 9 for i in READABLE])
     top1, top5, _ = dense_hits(z, classes, labels[:, None] == np.arange(11)[None, :])
-    found = zeroshot.run(params)
+    found = zeroshot.run(params, 100)
     assert found["acc1"] == pytest.approx(top1, abs=1e-12)
     assert found["acc5"] == pytest.approx(top5, abs=1e-12)
-    assert found == zeroshot.run(params)  # the second time from memory
+    assert found == zeroshot.run(params, 200)  # the second time from memory
 
 
 def test_cadence_and_names(run, tsv):
@@ -77,7 +77,7 @@ def test_in_training_there_is_no_null(run, params, tsv):
     assert Zeroshot.prepare(encoder, TOKENIZER, data, "plain", names).run(params)["acc5"] is None
     evals = (config.Zeroshot(data=data.spec, templates="plain", classnames=names),)
     (evaluator,) = make_evaluators(config.Run(model=MODEL, data=data, evals=evals), mesh_of("1"), TOKENIZER)
-    assert evaluator.run(params).keys() == {"acc1", "mean_per_class_recall"}
+    assert evaluator.run(params, 100).keys() == {"acc1", "mean_per_class_recall"}
 
 
 def test_what_can_not_be_had_is_refused_before_training(run):

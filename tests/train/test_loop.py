@@ -46,7 +46,7 @@ class Evaluator:
     def due(self, step):
         return step % self.every == 0
 
-    def run(self, params):
+    def run(self, params, step):
         assert np.isfinite(np.asarray(params["log_scale"]))
         value = self.values.pop(0)
         if isinstance(value, Exception):
