@@ -183,6 +183,7 @@ REFUSED = {
     "contrast": (lambda: config.Augment(contrast=-0.1), r"data\.augment\.contrast = -0\.1: must lie in \[0, 1\)"),
     "saturation": (lambda: config.Augment(saturation=2.0), r"data\.augment\.saturation = 2\.0: must lie in \[0, 1\)"),
     "workers": (lambda: config.Data(workers=0), r"data\.workers = 0: must be at least 1"),
+    "no captions": (lambda: config.Data(captions_per_image=0), r"data\.captions_per_image = 0: must be at least 1"),
     "lr": (optim(lr=0.0), r"optim\.lr = 0\.0: must be positive"),
     "lr nan": (optim(lr=math.nan), r"optim\.lr = nan: must be positive"),
     "b1": (optim(b1=1.0), r"optim\.b1 = 1\.0: must lie in \[0, 1\)"),

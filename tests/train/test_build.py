@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -89,6 +90,30 @@ def test_a_dataset_smaller_than_a_batch_leaves_no_workdir(run, tmp_path):
     with pytest.raises(ConfigError, match=r"^train\.batch_size = 17: is more than the 16 examples of untouched: use at most 16$"):
         build.tokenizer(big, tmp_path / "run", Untouched())
     assert not (tmp_path / "run").exists()
+
+
+def test_data_that_does_not_fit_leaves_no_workdir(run, sources, tmp_path):
+    several = dataclasses.replace(run, data=dataclasses.replace(run.data, captions_per_image=2))
+    with pytest.raises(ConfigError, match=r"^data\.captions_per_image = 2: no example of tsv:.* has more than 1 "):
+        build.tokenizer(several, tmp_path / "run", sources["red"])
+    taught = dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=str(tmp_path / "no.npz")))
+    with pytest.raises(ConfigError, match=r"^data\.teacher = '.*no\.npz': there is no such file"):
+        build.teacher(taught, sources["red"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_teacher_is_opened_once(run, sources, tmp_path):
+    rows = np.arange(16, dtype=np.float32)[:, None]
+    np.savez(tmp_path / "teacher.npz", image=rows, text=-rows, key=[f"{i}.png" for i in range(16)])
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=str(tmp_path / "teacher.npz")))
+    teacher = build.teacher(run, sources["red"])
+    tokens = build.tokenizer(run, tmp_path / "run", sources["red"])
+    (tmp_path / "teacher.npz").unlink()  # mapped, so that a second look alone would miss it
+    with build.batches(run, sources["red"], tokens, teacher)(0) as opened:
+        batch = next(opened)
+    np.testing.assert_array_equal(batch["teacher_image"][:, 0], batch["index"])
+    np.testing.assert_array_equal(batch["teacher_text"][:, 0], -batch["index"])
+    assert build.teacher(dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=None)), sources["red"]) is None
 
 
 def test_evaluations_are_named_in_the_configuration_as_in_the_results(run, sources):

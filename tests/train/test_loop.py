@@ -27,10 +27,10 @@ def during(evals=(), **changes):
     return dataclasses.replace(RUN, train=dataclasses.replace(TRAIN, **changes), evals=evals)
 
 
-def batches(replaced=0, truncated=0):
-    """The same examples for every start, of which so many a batch were mended."""
+def batches(**marks):
+    """The same examples for every start, with what else there is in a batch; a number: so many were mended."""
     made = tiny.batches(RUN, TRAIN.steps)
-    marks = {"replaced": np.arange(16) < replaced, "truncated": np.arange(16) < truncated}
+    marks = {k: np.arange(16) < v if isinstance(v, int) else v for k, v in ({"replaced": 0, "truncated": 0} | marks).items()}
     return lambda start: contextlib.nullcontext(iter([batch | marks for batch in made[start:]]))
 
 
@@ -62,8 +62,8 @@ def steps_on_disk(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
 
 
-def run_it(run, workdir, evaluators=(), **mended):
-    return train(run, workdir, batches(**mended), list(evaluators), tiny.mesh_of(2))
+def run_it(run, workdir, evaluators=(), **marks):
+    return train(run, workdir, batches(**marks), list(evaluators), tiny.mesh_of(2))
 
 
 def test_the_step_is_compiled_once_also_after_a_restore(tmp_path, caplog):
@@ -197,6 +197,32 @@ def test_what_was_mended_is_counted_by_line_and_said_in_the_end(tmp_path, capsys
     said = capsys.readouterr().err
     assert "pictures" not in said
     assert "captions" not in said
+    several = dataclasses.replace(during(steps=8), data=config.Data(captions_per_image=3))
+    cut = np.arange(48).reshape(16, 3) < 18
+    run_it(several, tmp_path / "several", truncated=cut)
+    assert "144 of 384 captions were cut" in capsys.readouterr().err
+
+
+def test_what_a_batch_has_reaches_the_devices(tmp_path, monkeypatch):
+    """All that a loss may need, row by row over the mesh; what is counted stays on the host."""
+    from clipjax.train import loop
+
+    compile_step, seen = loop.compile_step, []
+
+    def watched(*args):
+        step = compile_step(*args)
+        return lambda state, rows: (seen.append(rows), step(state, rows))[1]
+
+    monkeypatch.setattr(loop, "compile_step", watched)
+    numbers, rows = np.arange(16, dtype=np.int32), np.arange(48, dtype=np.float32).reshape(16, 3)
+    more = {"index": numbers, "id": numbers // 2, "teacher_image": rows, "teacher_text": -rows}
+    run_it(during(steps=4), tmp_path, **more)
+    assert len(seen) == 4
+    for batch in seen:
+        assert batch.keys() == {"image", "text", *more}
+        for name, value in more.items():
+            np.testing.assert_array_equal(batch[name], value)
+            assert batch[name].sharding == sharding.over_rows(tiny.mesh_of(2))
 
 
 LAUNCHERS = {
