@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import clipjax
 from clipjax import config
 from clipjax.arguments import Help, positive, writable_file, writable_folder
+from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 from clipjax.config.load import load_config, override
 
 if TYPE_CHECKING:
@@ -186,6 +187,13 @@ def export(args: argparse.Namespace) -> int:
     return 1 if report.failures else 0
 
 
+def bench_loss(args: argparse.Namespace) -> None:
+    """`clipjax bench loss`: what streaming costs and saves."""
+    from clipjax.bench.loss import run
+
+    run(args)
+
+
 def data_prepare(args: argparse.Namespace) -> None:
     """`clipjax data prepare`: builds a dataset, unless it is there, and tells its folder."""
     from clipjax.data.emoji import prepare_emoji
@@ -265,6 +273,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json; else a BPE is trained on the captions")
     p.add_argument("--length", type=positive, default=77, help="tokens a caption may have, for the truncation statistics")
     p.add_argument("--png", type=writable_file, metavar="OUT", help="the contact sheet; else SPEC-SPLIT.png in this folder")
+
+    benches = group("bench", "measure")
+    p = command(benches, "loss", bench_loss, "the streamed losses beside dense ones: memory, FLOPs, collectives and time")
+    p.add_argument("--loss", nargs="+", choices=LOSSES, default=LOSSES, help="which")
+    p.add_argument("--batch", nargs="+", type=positive, metavar="N", default=BATCHES, help="global batch sizes, in pairs")
+    p.add_argument("--width", type=positive, default=512, help="of the embeddings")
+    p.add_argument("--travel", choices=("ring", "gather", "auto"), default="auto", help="how columns travel; auto: by size")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--devices", type=positive, metavar="N", help=f"use N; else all, or {CPU_DEVICES} simulated on a CPU")
+    where.add_argument(
+        "--topology", metavar="T", help="compile for TPUs that need not be there, as v5e:16x16; times nothing"
+    )
+    p.add_argument("--turns", type=positive, default=7, help="timed runs of each form, in turn")
+    p.add_argument("--patience", type=positive, default=15, metavar="SECONDS", help="a batch whose turns take longer isn't timed")
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write all figures here")
     return parser
 
 

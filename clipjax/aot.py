@@ -1,0 +1,110 @@
+"""Compilation ahead of time: for TPUs that need not be there, with what a program needs and what it does told from its text.
+
+The TPU compiler is libtpu's, which runs on any Linux machine (`pip install libtpu`).
+"""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import topologies
+
+from clipjax import hlo
+from clipjax.config import ConfigError
+
+# What there is to rent; libtpu itself takes shapes that don't exist.
+TOPOLOGIES = {
+    "v2": "2x2 4x4 8x8 16x16",
+    "v3": "2x2 4x4 8x8 16x16 32x32",
+    "v4": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16",
+    "v5e": "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    "v5p": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x24",
+    "v6e": "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    "tpu7x": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16",
+}
+# For a libtpu without chips: let it neither ask Google's network about this machine, nor refuse to be loaded twice, nor complain.
+COMPILE_ONLY = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+
+
+class DoesNotFit(Exception):
+    """The compiler says that a program needs more memory than a device has. Sizes in bytes, None where it didn't tell."""
+
+    def __init__(self, needed: int | None, capacity: int | None) -> None:
+        super().__init__(f"out of memory: needs {needed} of {capacity} bytes")
+        self.needed, self.capacity = needed, capacity
+
+
+class CompilerError(Exception):
+    """The compiler failed at a program that it should have compiled."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A program that can run where its devices are real, and what the compiler says of it, for one device."""
+
+    program: jax.stages.Compiled
+    seconds: float  # it took to compile
+    peak_bytes: int  # the most that is alive at any time, arguments included
+    argument_bytes: int
+    temp_bytes: int
+    cost: hlo.Cost
+
+
+def tpu_devices(topology: str) -> list[jax.Device]:
+    """Devices to compile for, not to run on, of e.g. v5e:16x16. Raises ConfigError. This process runs on its CPU from then on."""
+    kind, _, shape = topology.partition(":")
+    known = TOPOLOGIES.get(kind, "").split()
+    if shape not in known:
+        names = f"{kind}: with one of {', '.join(known)}" if known else f"KIND:SHAPE with a kind of {', '.join(TOPOLOGIES)}"
+        raise ConfigError(f"topology = {topology!r}: there is none; try {names}, as in v5e:4x4")
+    for name, value in COMPILE_ONLY.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        if "TPU_LIBRARY_PATH" not in os.environ:
+            from libtpu import get_library_path  # noqa: F401
+        how = {"chip_config_name": "megacore"} if kind == "v4" else {}  # as JAX runs it: a chip is one device
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **how).devices)
+    except ImportError as error:
+        raise ConfigError(f"topology = {topology!r}: needs the TPU compiler: pip install libtpu (Linux only)") from error
+
+
+def compile(lowered: jax.stages.Lowered) -> Compiled:
+    """Compiles now. Raises DoesNotFit or CompilerError."""
+    # Programs for devices that aren't there can be written to JAX's cache, but not read from it.
+    shortest = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    start = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" in message:
+            raise DoesNotFit(*_sizes(message)) from error
+        raise CompilerError(message.strip().splitlines()[0]) from error
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    arguments, temps, peak = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes
+    if peak < temps:  # a CPU's compiler leaves them out of its peak
+        peak = arguments + temps + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(program, seconds, peak, arguments, temps, hlo.cost(program.as_text()))
+
+
+def _sizes(message: str) -> tuple[int | None, int | None]:
+    """What is needed and what there is, of `(16.13G) exceeds available HBM (15.75G)` or `Used 78.38G of 15.75G`."""
+    size = r"([\d.]+)([KMGTP]?)"
+    found = re.search(rf"\({size}\) exceeds.*?\({size}\)", message) or re.search(rf"Used {size}i?B? of {size}", message)
+    if not found:
+        return None, None
+    return int(float(found[1]) * UNITS[found[2]]), int(float(found[3]) * UNITS[found[4]])
