@@ -19,7 +19,7 @@ from clipjax.models.clip import Params, bind
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
 Batch = dict[str, np.ndarray]  # this process's rows
-Metrics = dict[str, float | None]  # None where a metric does not exist
+Metrics = dict[str, float | list[float] | None]  # None where a metric does not exist; a list is a curve
 KEEP = 256 * 2**20  # bytes of batches that are worth keeping in host memory between two evaluations
 PATIENCE = 5.0  # seconds before a progress line is shown
 IN_FLIGHT = 2  # batches given to the devices before the first must be done: bounds memory, keeps the devices busy

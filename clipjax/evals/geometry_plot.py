@@ -1,7 +1,7 @@
 """The picture of a run's geometry: both clouds in the plane in which they differ most, and both spectra."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -88,8 +88,7 @@ def _spectra(axes: "Axes", found: Measured) -> None:
     for (name, (colour, mark, dashes)), z in zip(LOOKS.items(), (found.image, found.text), strict=True):
         values = singular_values(z)
         rank = found.metrics[f"rankme_{name}"]
-        every = max(1, len(values) // 12)
-        style = dict(color=colour, marker=mark, linestyle=dashes, markevery=every, markersize=4)
+        style = _line(colour, mark, dashes)
         axes.plot(np.arange(1, len(values) + 1), values / len(z) ** 0.5, label=f"{name}, RankMe {rank:.1f}", **style)
     axes.set_yscale("log")
     axes.set_ylim(bottom=max(axes.get_ylim()[0], FLOOR))
@@ -101,11 +100,14 @@ def _spectra(axes: "Axes", found: Measured) -> None:
 def _explained(axes: "Axes", found: Measured) -> None:
     for name, (colour, mark, dashes) in LOOKS.items():
         curve = found.metrics[f"explained_variance_{name}"]
-        if curve is None:
+        if curve is None:  # all vectors are one
             continue
-        every = max(1, len(curve) // 12)
-        style = dict(color=colour, marker=mark, linestyle=dashes, markevery=every, markersize=4, label=name)
-        axes.plot(np.arange(1, len(curve) + 1), curve, **style)
+        axes.plot(np.arange(1, len(curve) + 1), curve, label=name, **_line(colour, mark, dashes))
     axes.set(xlabel="principal components", ylabel="variance explained", ylim=(0, 1.03), xscale="log")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    if axes.lines:
+        axes.legend(loc="lower right")
+
+
+def _line(colour: str, mark: str, dashes: str) -> dict[str, Any]:
+    return dict(color=colour, marker=mark, linestyle=dashes, markevery=0.1, markersize=4)

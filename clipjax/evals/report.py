@@ -11,7 +11,7 @@ from clipjax.files import write_whole
 
 
 def report(dataset: str, model: str, pretrained: str, task: str, metrics: Metrics, language: str = "en") -> dict[str, Any]:
-    """What `eval --json` holds; `task` is that of Zeroshot or Retrieval, a metric that does not exist is None."""
+    """What `eval --json` holds; `task` is the evaluation's, a metric that does not exist is None."""
     return dict(dataset=dataset, model=model, pretrained=pretrained, task=task, metrics=metrics, language=language)
 
 
