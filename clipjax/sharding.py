@@ -51,13 +51,20 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def check_batch(run: config.Run, mesh: Mesh) -> None:
-    """Raises ConfigError unless the global batch divides over the mesh."""
+    """Raises ConfigError unless the global batch divides over the mesh, and a device's part of it into the micro-batches."""
     n = batch_devices(mesh)
     size = run.train.batch_size
     lower, upper = size // n * n, -(-size // n) * n
     near = f"{lower} or {upper}" if lower else f"{upper}"
     remedy = f"must be a multiple of the {n} devices of mesh axes data x fsdp; try {near}"
     config.require(size % n == 0, "train.batch_size", size, remedy)
+    own, parts = size // n, run.train.micro_batches
+    if own % parts:
+        lower = next(m for m in range(min(parts, own), 0, -1) if own % m == 0)
+        upper = next((m for m in range(parts, own + 1) if own % m == 0), None)
+        near = f"{lower} or {upper}" if upper else f"{lower}"
+        remedy = f"must divide the {own} pairs of each device, train.batch_size = {size} over {n}; try {near}"
+        raise config.ConfigError(f"train.micro_batches = {parts}: {remedy}")
 
 
 def check_tensor(model: config.Model, mesh: Mesh) -> None:
@@ -98,12 +105,15 @@ def _check_processes(mesh: Mesh) -> None:
         raise config.ConfigError(f"{shape}: process {jax.process_index()} of {n} holds {mine} of {parts} parts; {remedy}")
 
 
-def on_shards(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`fn(zimg, ztxt, *scalars)` of one device's rows, as a function of the global rows. What it returns is replicated."""
+def on_shards(fn: Callable[..., Any], mesh: Mesh, rows: int = 2) -> Callable[..., Any]:
+    """`fn(*arrays, *scalars)` of one device's rows, as a function of the global rows. What it returns is replicated.
 
-    def mapped(zimg: jax.Array, ztxt: jax.Array, *scalars: Any) -> Any:
-        specs = (P(BATCH), P(BATCH), *[P()] * len(scalars))
-        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P())(zimg, ztxt, *scalars)
+    The first `rows` arguments are arrays [B, ...] or trees of them; the rest, the scalars, are the same on every device.
+    """
+
+    def mapped(*args: Any) -> Any:
+        specs = (P(BATCH),) * rows + (P(),) * (len(args) - rows)
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P())(*args)
 
     return mapped
 
