@@ -33,9 +33,10 @@ COMMANDS = {
     "": ["train", "eval", "embed", "export", "data"],
     "train": ["--workdir RUN", "CONFIG.py"],
     f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
-    "eval": ["zeroshot", "retrieval"],
+    "eval": ["zeroshot", "retrieval", "geometry"],
     "eval zeroshot": ["--data SPEC", "--split", "--classnames FILE", "--templates NAME|FILE", "--json OUT", "default: simple"],
     "eval retrieval": ["--data SPEC", "--split", "--json OUT", "(default: test)"],
+    "eval geometry": ["--data SPEC", "--split", "--json OUT", "--png OUT", "geometry-SPEC-SPLIT.png"],
     "embed": ["--data SPEC", "--out FILE.npz"],
     "export": ["--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
     "data": ["prepare", "inspect"],
@@ -118,6 +119,7 @@ REFUSED = {
     "no dataset": (["data", "inspect", "tfds:nothing"], "data.spec = 'tfds:nothing': not among the datasets"),
     "no spec": (["data", "inspect", "webdata:x"], "data.spec = 'webdata:x': must be emoji, tfds:"),
     "a folder as json": (["eval", "retrieval", "RUN", "--data", "emoji", "--json", "."], "--json: . is a folder: name a file"),
+    "a folder as picture": (["eval", "geometry", "RUN", "--data", "emoji", "--png", "."], "--png: . is a folder: name a file"),
     "a folder as npz": (["embed", "RUN", "--data", "emoji", "--out", "."], "--out: . is a folder: name a file"),
     "a folder as sheet": (["data", "inspect", "emoji", "--png", "."], "--png: . is a folder: name a file"),
     "in a file": (["embed", "RUN", "--data", "emoji", "--out", f"{CONFIG}/new/a.npz"], f"{CONFIG} is a file: name a folder"),
@@ -314,6 +316,13 @@ def model(workdir):
     return clipjax.load(workdir)
 
 
+@pytest.fixture(scope="module")
+def embedded(workdir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("embed") / "test.npz"
+    assert run("embed", workdir, "--data", "emoji", "--out", path) == 0
+    return dict(np.load(path))
+
+
 def test_train_writes_a_workdir_that_rebuilds_the_run(workdir):
     assert {p.name for p in workdir.iterdir()} == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
     assert config.from_json((workdir / "config.json").read_text()) == overridden(*STEPS)
@@ -398,6 +407,43 @@ def test_retrieval_of_any_step(workdir, tmp_path, capsys):
     assert f"RUN = '{workdir}@4': has checkpoints of steps 3, 6 only" in capsys.readouterr().err
 
 
+GEOMETRY = {
+    "centroid_distance", "linear_separability", "relative_modality_gap", "uniformity_image", "uniformity_text",
+    "cross_uniformity", "alignment", "rankme_image", "rankme_text", "scale", "bias",
+}  # fmt: skip
+CURVES = {"explained_variance_image", "explained_variance_text"}
+
+
+def test_geometry(workdir, embedded, tmp_path, capsys, monkeypatch):
+    from clipjax.evals.geometry import geometry
+
+    monkeypatch.chdir(tmp_path)
+    assert run("eval", "geometry", workdir, "--data", "emoji", "--json", tmp_path / "new" / "g.json") == 0
+    said = capsys.readouterr()
+    assert "picture: " in said.err
+    result = json.loads((tmp_path / "new" / "g.json").read_text())
+    printed = json.loads(said.out)
+    metrics = result.pop("metrics")
+    assert {**printed.pop("metrics"), **{name: metrics[name] for name in CURVES}} == metrics
+    assert printed == result
+    assert result == {"dataset": "emoji/test", "model": "tiny", "pretrained": "step 6", "task": "geometry", "language": "en"}
+    assert metrics.keys() >= GEOMETRY | CURVES
+    assert metrics["bias"] is None
+    assert metrics["scale"] == pytest.approx(np.exp(np.asarray(clipjax.load(workdir).params["log_scale"])))
+    want = geometry(*(embedded[kind].astype(float) for kind in ("image", "text")))
+    for name in want:
+        assert metrics[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
+    assert [len(metrics[name]) for name in sorted(CURVES)] == [32, 32]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["g.json", "g.png"]
+
+    assert run("eval", "geometry", f"{workdir}@3", "--data", "emoji", "--split", "test") == 0
+    assert json.loads(capsys.readouterr().out)["pretrained"] == "step 3"
+    with Image.open("geometry-emoji-test.png") as picture:
+        assert picture.format == "PNG"
+    assert run("eval", "geometry", workdir, "--data", "emoji", "--json", "g.json", "--png", "mine.png") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.json", "geometry-emoji-test.png", "mine.png", "new"]
+
+
 def test_the_result_names_the_folder_and_is_printed_before_it_is_written(workdir, capsys, monkeypatch):
     from clipjax.evals import report
 
@@ -419,13 +465,6 @@ def test_a_run_without_checkpoint(workdir, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.fixture(scope="module")
-def embedded(workdir, tmp_path_factory):
-    path = tmp_path_factory.mktemp("embed") / "test.npz"
-    assert run("embed", workdir, "--data", "emoji", "--out", path) == 0
-    return dict(np.load(path))
-
-
 def test_embed(embedded):
     assert embedded.keys() == {"image", "text", "key"}
     assert embedded["image"].shape == embedded["text"].shape == (363, 32)
@@ -433,6 +472,18 @@ def test_embed(embedded):
     assert len(set(embedded["key"].tolist())) == 363
     for kind in ("image", "text"):
         np.testing.assert_allclose(np.linalg.norm(embedded[kind], axis=1), 1, rtol=1e-6)
+
+
+def test_what_embed_writes_is_a_teacher(embedded, tmp_path):
+    from clipjax.data.sources import open_source
+    from clipjax.data.teacher import Teacher
+    from clipjax.evals.embed import write_npz
+
+    write_npz(tmp_path / "teacher.npz", embedded)
+    teacher = Teacher(str(tmp_path / "teacher.npz"), open_source(config.Data(split="test")))
+    for i in (0, 17, 362):
+        for kind in ("image", "text"):
+            np.testing.assert_array_equal(teacher[i][f"teacher_{kind}"], embedded[kind][i])
 
 
 def test_load_encodes_what_embed_does(model, embedded, workdir):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -80,12 +81,30 @@ def test_in_training_there_is_no_null(run, params, tsv):
     assert evaluator.run(params, 100).keys() == {"acc1", "mean_per_class_recall"}
 
 
+def test_geometry_in_training_has_figures_and_a_picture_a_step(run, params, tmp_path):
+    evals = (config.Geometry(data=run.data.spec, every=10),)
+    (evaluator,) = make_evaluators(dataclasses.replace(run, evals=evals), mesh_of("1"), TOKENIZER, tmp_path)
+    assert evaluator.task == config.Geometry.task == "geometry"
+    found = evaluator.run(params, 20)
+    evaluator.run(params, 5000)
+    whole = evaluator.evaluation.run(params)
+    assert found == {name: value for name, value in whole.items() if not isinstance(value, list | None)}
+    assert whole.keys() - found.keys() == {"bias", "explained_variance_image", "explained_variance_text"}
+    assert set(config.Geometry.metrics) <= found.keys()
+    names = sorted(p.name for p in (tmp_path / "geometry").iterdir())
+    assert [name[-20:] for name in names] == ["pairs.tsv-000020.png", "pairs.tsv-005000.png"]
+    (silent,) = make_evaluators(dataclasses.replace(run, evals=evals), mesh_of("1"), TOKENIZER)
+    assert silent.run(params, 30) == found
+    assert len(list((tmp_path / "geometry").iterdir())) == 2
+
+
 def test_what_can_not_be_had_is_refused_before_training(run):
     for evals, match in (
         (config.Zeroshot(data=run.data.spec), "has none of its own: give a file"),
         (config.Zeroshot(data=run.data.spec, classnames="nowhere"), "classnames = 'nowhere'"),
         (config.Zeroshot(data=run.data.spec, templates="fancy", classnames=run.evals[1].classnames), "templates = 'fancy'"),
         (config.Retrieval(data="tsv:nowhere"), "nowhere"),
+        (config.Geometry(data="tsv:nowhere"), "nowhere"),
     ):
         with pytest.raises(ConfigError, match=match):
             make_evaluators(config.Run(model=MODEL, evals=(evals,)), mesh_of("1"), TOKENIZER)
