@@ -1,6 +1,7 @@
 """Functions of one device's rows, run and differentiated over a mesh of simulated devices in each of the supported ways."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,34 +23,28 @@ def axis_of(shape: Shape) -> tuple[str, ...] | None:
     return None if shape is None else sharding.BATCH
 
 
-def pulled(fn: Callable, shape: Shape, way: Way = "outside", *, replicated: int = 0) -> Callable:
-    """`g(args, cotangents) -> (outputs, gradients)` of `fn(*args) -> tuple of outputs`, in one compiled program.
+def pulled(fn: Callable, shape: Shape, way: Way = "outside") -> Callable:
+    """`g(args, cotangents, constants=()) -> (outputs, gradients by args)` of `fn(*args, *constants) -> outputs`, compiled as one.
 
-    Arrays with an axis are of rows, lie over the mesh, and go into `fn` a device's part each; numbers are the same on every
-    device. So it is with what comes out, of which the first `replicated` are numbers.
+    Arrays with an axis are of rows: they lie over the mesh, and `fn` sees one device's part of each. Numbers are the same on
+    every device. So it is with outputs, which their cotangents stand for.
     """
 
-    def run(fn: Callable, args: tuple, cotangents: tuple) -> tuple[tuple, tuple]:
-        out, pull = jax.vjp(fn, *args)
+    def run(fn: Callable, args: tuple, cotangents: Any, constants: tuple) -> tuple[Any, tuple]:
+        out, pull = jax.vjp(lambda *args: fn(*args, *constants), *args)
         return out, pull(cotangents)
-
-    if shape is None:
-        return jax.jit(lambda args, cotangents: run(fn, args, cotangents))
-    mesh, kw = mesh_of(*shape), dict(check_vma=way != "outside, unchecked")
 
     def specs(tree: Any) -> Any:
         return jax.tree.map(lambda x: P(sharding.BATCH) if jnp.ndim(x) else P(), tree)
 
-    def g(args: tuple, cotangents: tuple) -> tuple[tuple, tuple]:
+    def g(args: Sequence, cotangents: Any, constants: Sequence = ()) -> tuple[Any, tuple]:
+        args, constants = tuple(args), tuple(constants)
+        if shape is None:
+            return run(fn, args, cotangents, constants)
+        mapped = functools.partial(jax.shard_map, mesh=mesh_of(*shape), check_vma=way != "outside, unchecked")
         if way == "inside":
-            both = jax.shard_map(
-                lambda args, cotangents: run(fn, args, cotangents),
-                mesh=mesh,
-                in_specs=(specs(args), specs(cotangents)),
-                out_specs=(specs(cotangents), specs(args)),
-                **kw,
-            )
-            return both(args, cotangents)
-        return run(jax.shard_map(fn, mesh=mesh, in_specs=specs(args), out_specs=specs(cotangents), **kw), args, cotangents)
+            within, given = functools.partial(run, fn), (args, cotangents, constants)
+            return mapped(within, in_specs=specs(given), out_specs=(specs(cotangents), specs(args)))(*given)
+        return run(mapped(fn, in_specs=specs((*args, *constants)), out_specs=specs(cotangents)), args, cotangents, constants)
 
     return jax.jit(g)

@@ -242,8 +242,9 @@ def soft_targets(s: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def multi_positive(x, y, scale, image_ids, text_ids):
+    """The target of a row is spread evenly over its positives; a row without any adds 0."""
     equal = image_ids[:, None] == text_ids[None]
-    return both(lambda s, equal: soft_targets(s, equal / equal.sum(1, keepdims=True)), scale * (x @ y.T), equal)
+    return both(lambda s, equal: soft_targets(s, equal / np.maximum(equal.sum(1, keepdims=True), 1)), scale * (x @ y.T), equal)
 
 
 def matryoshka(loss: Callable, x, y, prefixes: tuple[int, ...], *args, **kw):
@@ -280,8 +281,15 @@ def log_inner(x, y, row_scale, col_scale):
 
 
 def moved(log_u, log_g, gamma):
-    """log((1 - gamma) u + gamma g), g without gradient."""
-    return np.log((1 - gamma) * np.exp(log_u) + gamma * np.exp(np.real(log_g)))
+    """log((1 - gamma) u + gamma g), g without gradient; g itself on the first visit, where log u is -inf."""
+    log_g = np.real(log_g)
+    return np.where(np.isneginf(log_u), log_g, np.log((1 - gamma) * np.exp(log_u) + gamma * np.exp(log_g)))
+
+
+def sogclr(x, y, row_scale, col_scale, log_u, gamma, rho=0.0):
+    """Half the sum over both sides of mean_i tau_i (log u_i + rho); and the moved log u."""
+    new = [moved(u, g, gamma) for u, g in zip(log_u, log_inner(x, y, row_scale, col_scale), strict=True)]
+    return sum(((u + rho) / t).mean() for u, t in zip(new, (row_scale, col_scale), strict=True)) / 2, new
 
 
 def sogclr_surrogate(x, y, row_scale, col_scale, log_u, gamma):
@@ -292,15 +300,15 @@ def sogclr_surrogate(x, y, row_scale, col_scale, log_u, gamma):
 
 
 def by_temperature(x, y, row_scale, col_scale, log_u, gamma, rho=0.0):
-    """A.11's gradient of tau_i (log u_i + rho), u differentiated as g, with the mean over i and the half: two vectors [B]."""
+    """A.11's gradient by tau_i of half the mean of tau_i (log u_i + rho), u differentiated as g; and its absolute terms."""
     n, cos, own = len(x), x @ y.T, np.eye(len(x), dtype=bool)
-    grads = []
+    found = []
     for c, g, u, t in zip((cos, cos.T), log_inner(x, y, row_scale, col_scale), log_u, (row_scale, col_scale), strict=True):
         u = moved(u, g, gamma)
         h = (c - np.diag(c)[:, None]) * np.broadcast_to(t, n)[:, None]
-        weights = np.where(own, 0, np.exp(np.where(own, 0, h - u[:, None])))
-        grads.append((u + rho - (weights * h).sum(1) / (n - 1)) / 2 / n)
-    return tuple(grads)
+        weighted = np.where(own, 0, np.exp(np.where(own, 0, h - u[:, None]))) * h / (n - 1)
+        found.append(((u + rho - weighted.sum(1)) / 2 / n, (np.abs(u) + rho + np.abs(weighted).sum(1)) / 2 / n))
+    return tuple(zip(*found, strict=True))
 
 
 def _distances(x, y):

@@ -119,7 +119,7 @@ def check_logsumexp(how: How, what: What, rows: int) -> None:
         out = pairwise_logsumexp(x, y, row, col, keep=what.keep, ids=ids, columns=what.columns, **how.keywords())
         assert what.columns or (out.cols, out.col_max, out.col_positive) == (None, None, None)
         assert what.ids or (out.row_positive, out.col_positive) == (None, None)
-        return tuple(getattr(out, k) for k in (*fields, *maxima))
+        return [getattr(out, k) for k in (*fields, *maxima)]
 
     run = pulled(
         lambda x, y, row, col, x_ids, y_ids: reduced(x, y, row, None if what.scales == "shared" else col, x_ids, y_ids),
@@ -135,7 +135,7 @@ def check_logsumexp(how: How, what: What, rows: int) -> None:
             row, col = (np.float32(scale * rng.uniform(0.3, 1, k)) for k in (n, c))
         zeros = [np.zeros(n if k == "row_max" else c) for k in maxima]
         args = [jnp.float32(a) for a in (x, y, row, col)]
-        out, grads = run((*args, *(jnp.int32(i) for i in pair)), tuple(jnp.float32(w) for w in (*cot.values(), *zeros)))
+        out, grads = run(args, [jnp.float32(w) for w in (*cot.values(), *zeros)], [jnp.int32(i) for i in pair])
         row, col = np.float64(row), np.float64(col)
         want = ref.pairwise_logsumexp(x, y, row, col, what.keep, ids)
         for k, value in zip((*fields, *maxima), out, strict=True):
@@ -176,7 +176,7 @@ def check_softplus(how: How, rows: int, *, with_ids: bool) -> None:
         scale, ct = float(np.float32(scale)), 0.7 / rows
         args = [jnp.float32(a) for a in (x, y, scale, bias)]
         zeros = jnp.zeros(rows)
-        (total, row_max, col_max), grads = run((*args, jnp.int32(given[0])), (jnp.float32(ct), zeros, zeros))
+        (total, row_max, col_max), grads = run(args, (jnp.float32(ct), zeros, zeros), (jnp.int32(given[0]),))
         want = ref.pairwise_softplus(x, y, scale, bias, pair)
         assert abs(total - want) <= 1e-5 * max(abs(want), 1e-2)
         cos = np.where(others, x @ y.T, -np.inf)
@@ -249,7 +249,7 @@ def test_a_vector_that_is_no_number_shows():
     run = pulled(rows, (2, 1))
     for bad in (np.nan, np.inf, -np.inf):
         for first, second in ((x.at[3, 0].set(bad), y), (x, y.at[17, 0].set(bad))):
-            (row, col, entropy, total), _ = run((first, second, ids), zeros)
+            (row, col, entropy, total), _ = run((first, second), zeros, (ids,))
             assert not np.isfinite(np.concatenate([row, col])).all()
             assert not np.isneginf(np.concatenate([row, col])).any()
             assert not np.isfinite(np.sum(entropy))

@@ -175,13 +175,17 @@ def test_temperatures_follow_the_average():
     """A.11's gradient of tau is that of tau log g where u is g; with u apart from g it is no function's gradient."""
     zeros, b = (np.zeros(4), np.zeros(4)), 4
     taus = np.linspace(0.05, 0.2, b), np.linspace(0.3, 0.1, b)
-    got = ref.by_temperature(X, Y, 1 / taus[0], 1 / taus[1], zeros, 1.0)
+    got, terms = ref.by_temperature(X, Y, 1 / taus[0], 1 / taus[1], zeros, 1.0)
 
     def whole(t1, t2):
         return sum((t * g).mean() for t, g in zip((t1, t2), ref.log_inner(X, Y, 1 / t1, 1 / t2), strict=True)) / 2
 
-    for g, want in zip(got, ref.gradients(whole, *taus), strict=True):
+    for g, want, most in zip(got, ref.gradients(whole, *taus), terms, strict=True):
         np.testing.assert_allclose(g, want, rtol=1e-12)
+        assert np.all(np.abs(g) <= most)
+    assert ref.sogclr(X, Y, T, T, zeros, 1.0)[0] == pytest.approx(-0.3765952118, abs=6e-11)
+    first = ref.sogclr(X, Y, T, T, [z - np.inf for z in zeros], 0.1)  # on the first visit there is nothing to keep
+    assert first[0] == pytest.approx(-0.3765952118, abs=6e-11)
 
 
 @pytest.mark.parametrize("keep", ["all", "off_diagonal", "distinct"])
