@@ -41,7 +41,11 @@ RUNS = {
         optim=config.Optim(schedule=config.Constant(warmup=5, cooldown=9), rules=(config.Rule(pattern=".*", lr=0.1, decay=0.0),)),
     ),
     "evaluations": Run(
-        evals=(config.Zeroshot(templates="plain", classnames="names.txt"), config.Retrieval(every=7), config.Zeroshot()),
+        evals=(
+            config.Zeroshot(templates="plain", classnames="names.txt"),
+            config.Retrieval(every=7),
+            config.Geometry(split="train"),
+        ),
         train=config.Train(best="zeroshot_retrieval/image_retrieval_recall@1"),
         data=config.Data(spec="tsv:a.tsv", image_field="filepath", worker_kind="processes", augment=config.Augment(crop=0.1)),
         mesh=config.Mesh(data=2, fsdp=-1, tensor=2),
@@ -205,6 +209,11 @@ REFUSED = {
     "two axes left": (lambda: config.Mesh(fsdp=-1), r"mesh = Mesh\(data=-1, fsdp=-1, tensor=1\): only one axis can be -1"),
     "zeroshot": (lambda: config.Zeroshot(every=0), r"evals\.every = 0: must be positive"),
     "retrieval": (lambda: config.Retrieval(every=-5), r"evals\.every = -5: must be positive"),
+    "geometry": (lambda: config.Geometry(every=0), r"evals\.every = 0: must be positive"),
+    "best where less is more": (
+        best("geometry/alignment", config.Geometry()),
+        r"train\.best = 'geometry/alignment': no evaluation of this run gives it; the nearest is geometry/",
+    ),
     **{
         name: (lambda name=name: config.Train(**{name: 0}), rf"train\.{name} = 0: must be positive")
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "eval_batch_size")
