@@ -3,7 +3,7 @@
 Run:   python benchmarks/step.py                 (needs torch and open_clip_torch; --only clipjax runs without them)
 Model: image 6x192, patch 8, 64 px; text 4x192, 16 tokens; batch 128; float32; one process a side, all cores each
 Both sides stay loaded and take turns, so that a noisy machine is noisy for both; the medians of the turns are compared. Both
-are given the huge pages that `clipjax` asks of malloc for itself (clipjax.cli.MALLOC); --plain leaves them out for both.
+are given the huge pages that `clipjax` asks of malloc for itself (clipjax.environment.MALLOC); --plain leaves them out for both.
 A turn begins with an untimed step: a virtual machine returns idle memory to its host, and getting it back was seen to cost the
 first step after the other side's turn four seconds of kernel time, which training without pauses does not pay.
 Where torchvision's compiled part can't load, set PYTHONPATH=tests/shim.
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from clipjax.cli import MALLOC
+from clipjax.environment import MALLOC
 
 SIZE, PATCH, LENGTH, VOCAB, WIDTH, HEADS, BATCH = 64, 8, 16, 4000, 192, 3, 128
 DEPTHS = (6, 4)  # of the image and the text tower

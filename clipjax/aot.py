@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from clipjax import hlo
 from clipjax.config import ConfigError
+from clipjax.environment import COMPILE_ONLY
 
 # What there is to rent; libtpu itself takes shapes that don't exist.
 TOPOLOGIES = {
@@ -23,14 +24,6 @@ TOPOLOGIES = {
     "v5p": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16 16x16x24",
     "v6e": "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
     "tpu7x": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16",
-}
-# For a libtpu without chips: let it neither ask Google's network about this machine, nor refuse to be loaded twice, nor complain.
-COMPILE_ONLY = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
 }
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
@@ -96,7 +89,8 @@ def compile(lowered: jax.stages.Lowered) -> Compiled:
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     arguments, temps, peak = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes
-    if peak < temps:  # a CPU's compiler leaves them out of its peak
+    (device, *_) = jax.tree.leaves(program.input_shardings)[0].device_set
+    if device.platform == "cpu":  # whose compiler leaves temporaries out of its peak
         peak = arguments + temps + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(program, seconds, peak, arguments, temps, hlo.cost(program.as_text()))
 

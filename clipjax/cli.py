@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import clipjax
-from clipjax import config
+from clipjax import config, environment
 from clipjax.arguments import Help, positive, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 from clipjax.config.load import load_config, override
@@ -29,15 +29,10 @@ SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], or tsv:FILE with columns filepath a
 RUN = "a workdir of `clipjax train`: its newest checkpoint, or RUN@STEP"
 
 
-# glibc then asks for huge pages. Without them XLA's buffers on a CPU, made anew each step, cost 380,000 page faults a step of
-# benchmarks/step.py and a quarter of its time. Only the environment can say it, and only before the program starts.
-MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-
-
 def program() -> None:
-    """The entry point: starts itself once more where malloc has yet to be told, then runs `main`."""
-    if sys.platform == "linux" and not MALLOC.keys() & os.environ.keys():
-        os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
+    """The entry point: starts itself once more where the environment has yet to tell libraries something, then runs `main`."""
+    if sys.platform == "linux" and not environment.MALLOC.keys() & os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, environment.wanted() | os.environ)
     sys.exit(main())
 
 
@@ -282,9 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--travel", choices=("ring", "gather", "auto"), default="auto", help="how columns travel; auto: by size")
     where = p.add_mutually_exclusive_group()
     where.add_argument("--devices", type=positive, metavar="N", help=f"use N; else all, or {CPU_DEVICES} simulated on a CPU")
-    where.add_argument(
-        "--topology", metavar="T", help="compile for TPUs that need not be there, as v5e:16x16; times nothing"
-    )
+    where.add_argument("--topology", metavar="T", help="compile for TPUs that need not be there, as v5e:16x16; times nothing")
     p.add_argument("--turns", type=positive, default=7, help="timed runs of each form, in turn")
     p.add_argument("--patience", type=positive, default=15, metavar="SECONDS", help="a batch whose turns take longer isn't timed")
     p.add_argument("--json", type=writable_file, metavar="OUT", help="also write all figures here")
