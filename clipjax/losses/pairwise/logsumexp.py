@@ -80,6 +80,8 @@ def _logsumexp_fwd(plan: Plan, x: Array, y: Array, row_scale: Array, col_scale: 
         return finite(m) + jnp.log(total) + visible, m / scale, side.total[0] if side.total else None
 
     of_rows, of_cols = reduced(found[0], row_scale, x), reduced(found[1], col_scale, y) if plan.columns else (None,) * 3
+    if not plan.columns:  # nor an infinite column, which then has no output of its own
+        of_rows = of_rows[0] + 0 * y.sum(), *of_rows[1:]
     out = Reduced(*(z for pair in zip(of_rows, of_cols, strict=True) for z in pair))
     return out, (x, y, row_scale, col_scale, ids, out.rows, out.cols)
 
