@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from clipjax.sharding import batch_devices
+
 Tree = Any  # of arrays
 
 
@@ -27,13 +29,14 @@ def value_and_grad(
     """
     if parts == 1:
         return jax.value_and_grad(lambda params, rows: loss(params, encode(params, rows), rows), has_aux=True)
-    # Each index of `data` adds up its own gradients, and they are summed over `data` once: left to the compiler, they would be
-    # summed after every micro-batch. (XLA can't sum by hand over an axis of one device.)
-    data = ("data",) if mesh.shape["data"] > 1 else ()
-    numbers, devices = jnp.arange(parts), mesh.shape["fsdp"]
+    # Where `data` is the whole mesh, each device adds up its own gradients and they are summed over the devices once; left to the
+    # compiler, they are summed after every part. With fsdp or tensor it is left so: a device's own sum would be a whole copy.
+    alone = mesh.shape["data"] == mesh.size
+    axis, devices = (("data",), 1) if alone else ((), batch_devices(mesh))
+    numbers = jnp.arange(parts)
 
-    def over_data(fn: Callable[..., Tree], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Tree]:
-        return jax.shard_map(fn, mesh=mesh, axis_names=set(data), in_specs=in_specs, out_specs=out_specs) if data else fn
+    def on_own(fn: Callable[..., Tree], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Tree]:
+        return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if alone else fn
 
     def part(rows: Tree, j: jax.Array) -> Tree:
         """The j-th share of every device's rows [b, ...], where they lie: [b / parts, ...]."""
@@ -56,18 +59,18 @@ def value_and_grad(
         return whole(jax.lax.map(lambda j: encode(params, part(rows, j)), numbers))
 
     def backward(params: Tree, rows: Tree, dz: Tree) -> Tree:
-        own = jax.lax.pcast(params, data, to="varying")
+        own = jax.lax.pcast(params, axis, to="varying")
 
         def add(grads: Tree, j: jax.Array) -> tuple[Tree, None]:
             _, pullback = jax.vjp(lambda p: encode(p, part(rows, j)), own)
             return jax.tree.map(jnp.add, grads, pullback(part(dz, j))[0]), None
 
-        return jax.lax.psum(jax.lax.scan(add, jax.tree.map(jnp.zeros_like, own), numbers)[0], data)
+        return jax.lax.psum(jax.lax.scan(add, jax.tree.map(jnp.zeros_like, own), numbers)[0], axis)
 
     def two_passes(params: Tree, rows: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
-        z = over_data(forward, (P(), P("data")), P("data"))(params, rows)
+        z = on_own(forward, (P(), P("data")), P("data"))(params, rows)
         # What the loss itself reads of params, scale and bias, has its whole gradient here and none from the towers.
         value, (grads, dz) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, z, rows)
-        return value, jax.tree.map(jnp.add, grads, over_data(backward, (P(), P("data"), P("data")), P())(params, rows, dz))
+        return value, jax.tree.map(jnp.add, grads, on_own(backward, (P(), P("data"), P("data")), P())(params, rows, dz))
 
     return two_passes
