@@ -1,0 +1,80 @@
+"""Uniformity, cross-uniformity, alignment and CyCLIP's terms against float64, on one device and on eight."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipjax.losses import alignment, cross_uniformity, cyclip, pairwise_logsumexp, uniformity
+from tests.losses import reference as ref
+from tests.losses.meshes import axis_of, pulled
+
+ROWS, WIDTH = 24, 8
+NAMES = ("uniformity", "uniformity at 3", "cross-uniformity", "cross-uniformity at 3", "alignment", "in-modal", "cross-modal")
+COSINES = NAMES[:5]  # of unit vectors these are functions of cosines and of distances alike, with one gradient along the sphere
+
+
+def regularizers(axis, x, y):
+    return (
+        uniformity(x, axis=axis),
+        uniformity(y, axis=axis, t=3.0),
+        cross_uniformity(x, y, axis=axis),
+        cross_uniformity(x, y, axis=axis, t=3.0),
+        alignment(x, y, axis=axis),
+        *cyclip(x, y, axis=axis),
+    )
+
+
+REFERENCES = (
+    lambda x, y: ref.uniformity(x),
+    lambda x, y: ref.uniformity(y, 3.0),
+    ref.cross_uniformity,
+    lambda x, y: ref.cross_uniformity(x, y, 3.0),
+    ref.alignment,
+    lambda x, y: ref.cyclip(x, y)[0],
+    lambda x, y: ref.cyclip(x, y)[1],
+)
+
+
+def geometries(rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Random with a gap; towers that agree to three digits; and narrow cones, where sums are small beside what they add up."""
+    x, y = ref.random_pairs(rows, WIDTH)
+    others = ref.unit_rows(x + 1e-3 * y), ref.unit_rows(np.ones((rows, WIDTH)) + 0.1 * x)
+    near, cone = (np.float64(np.float32(z)) for z in others)
+    return [(x, y), (x, near), (cone, -cone), (cone, cone[::-1])]
+
+
+def check(shape, way, rows):
+    run = pulled(lambda x, y: regularizers(axis_of(shape), x, y), shape, way)
+    for g, (x, y) in enumerate(geometries(rows)):
+        for k, (name, reference) in enumerate(zip(NAMES, REFERENCES, strict=True)):
+            ct = tuple(jnp.float32(i == k) for i in range(len(NAMES)))
+            values, got = run((jnp.float32(x), jnp.float32(y)), ct)
+            want = reference(x, y)
+            # In a cone a log-mean-exp is the small difference of two numbers near 2 t, and float32 knows it to its step there.
+            tolerance = 1e-5 * max(abs(want), 1e-1 if "uniformity" in name and g >= 2 else 1e-2)
+            assert abs(values[k] - want) <= tolerance, f"{name}, geometry {g}: {values[k]} for {want}"
+            for z, a, w in zip((x, y), got, ref.gradients(reference, x, y), strict=True):
+                whole = np.abs(w).max(initial=1e-6)
+                if name in COSINES:
+                    whole = np.abs(a).max(initial=1e-6)  # a gradient off the sphere is rounded as such before it is dropped
+                    a, w = (ref.tangent(np.float64(v), z) for v in (a, w))
+                rtol = 1e-5 if g < 2 else 5e-5  # so it is with differences of cosines, however they are taken
+                np.testing.assert_allclose(a, w, rtol=0, atol=rtol * whole, err_msg=f"{name}, geometry {g}")
+
+
+@pytest.mark.parametrize(("shape", "way", "tile", "travel"), [(None, "outside", 5, None), ((2, 4), "inside", 512, "ring")])
+def test_regularizers(shape, way, tile, travel, monkeypatch):
+    monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "tile", tile)
+    monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "travel", travel)
+    check(shape, way, ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", [2, 512])
+@pytest.mark.parametrize("travel", ["ring", "gather"])
+@pytest.mark.parametrize("way", ["outside", "outside, unchecked", "inside"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 1), (8, 1), (2, 4)])
+def test_regularizers_everywhere(shape, way, tile, travel, monkeypatch):
+    monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "tile", tile)
+    monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "travel", travel)
+    check(shape, way, 48)
