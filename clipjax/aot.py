@@ -57,8 +57,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     kind, _, shape = topology.partition(":")
     known = TOPOLOGIES.get(kind, "").split()
     if shape not in known:
-        names = f"{kind}: with one of {', '.join(known)}" if known else f"KIND:SHAPE with a kind of {', '.join(TOPOLOGIES)}"
-        raise ConfigError(f"topology = {topology!r}: there is none; try {names}, as in v5e:4x4")
+        kinds = f"{kind} comes as {', '.join(known)}" if known else f"as v5e:4x4, with a kind of {', '.join(TOPOLOGIES)}"
+        raise ConfigError(f"--topology = {topology!r}: there is no such; {kinds}")
     for name, value in COMPILE_ONLY.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
@@ -68,7 +68,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         how = {"chip_config_name": "megacore"} if kind == "v4" else {}  # as JAX runs it: a chip is one device
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **how).devices)
     except ImportError as error:
-        raise ConfigError(f"topology = {topology!r}: needs the TPU compiler: pip install libtpu (Linux only)") from error
+        raise ConfigError(f"--topology = {topology!r}: needs the TPU compiler: pip install libtpu (Linux only)") from error
 
 
 def compile(lowered: jax.stages.Lowered) -> Compiled:

@@ -30,7 +30,7 @@ def run(*args) -> int:
 
 
 COMMANDS = {
-    "": ["train", "eval", "embed", "export", "data"],
+    "": ["train", "eval", "embed", "export", "data", "bench"],
     "train": ["--workdir RUN", "CONFIG.py"],
     f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
     "eval": ["zeroshot", "retrieval", "geometry"],
@@ -39,6 +39,8 @@ COMMANDS = {
     "eval geometry": ["--data SPEC", "--split", "--json OUT", "--png OUT", "geometry-SPEC-SPLIT.png"],
     "embed": ["--data SPEC", "--out FILE.npz"],
     "export": ["--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
+    "bench": ["loss"],
+    "bench loss": ["--batch N", "--topology T", "--travel {ring,gather,auto}", "(default: 7)", "in pairs", "--json OUT"],
     "data": ["prepare", "inspect"],
     "data prepare": ["emoji"],
     "data inspect": ["SPEC", "--png OUT", "--length", "tokens"],

@@ -1,0 +1,124 @@
+"""Compiling for TPUs that are not there, and what is said where that can't be."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from clipjax import aot, config, sharding
+from clipjax.config import ConfigError
+
+
+class Failing:
+    """What JAX hands over to be compiled, where the compiler says this."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    ("message", "sizes"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (16.50G) exceeds available HBM (15.75G). HLO module: jit_f.\nSee https://openxla.org/xla/errors",
+            (16.5 * 2**30, 15.75 * 2**30),
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 1.00T of 15.75G hbm.", (2**40, 15.75 * 2**30)),
+        ("RESOURCE_EXHAUSTED: no more", (None, None)),
+    ],
+)
+def test_what_does_not_fit(message, sizes):
+    with pytest.raises(aot.DoesNotFit) as e:
+        aot.compile(Failing(message))
+    assert (e.value.needed, e.value.capacity) == sizes
+
+
+def test_a_failing_compiler_is_no_lack_of_memory():
+    with pytest.raises(aot.CompilerError, match=r"^INTERNAL: RET_CHECK failure: Async done requires$"):
+        aot.compile(Failing("INTERNAL: RET_CHECK failure: Async done requires\n*** Begin stack trace"))
+
+
+def test_the_compile_cache_is_left_as_it_was():
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    aot.compile(jax.jit(lambda x: x + 1).lower(1.0))
+    with pytest.raises(aot.CompilerError):
+        aot.compile(Failing("INTERNAL"))
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == before
+
+
+def test_a_program_for_this_machine():
+    x = jax.ShapeDtypeStruct((256, 64), jnp.float32)
+    found = aot.compile(jax.jit(lambda x: jnp.sort(x @ x.T, 0).sum()).lower(x))
+    assert found.cost.flops == 2 * 256**2 * 64
+    assert found.argument_bytes == 256 * 64 * 4
+    assert found.peak_bytes >= 256 * 64 * 4 + 256 * 256 * 4  # XLA's peak for a CPU has no temporaries in it
+    assert found.program(jnp.zeros((256, 64))) == 0
+    assert found.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "remedy"),
+    [("v5e:3x3", "v5e comes as 1x1, 2x2, 2x4"), ("v9:2x2", "a kind of v2, v3"), ("v5e", "1x1"), ("", "as v5e:4x4")],
+)
+def test_unknown_topologies_are_refused(topology, remedy):
+    with pytest.raises(ConfigError, match=f"--topology = '{topology}'.*{remedy}"):
+        aot.tpu_devices(topology)
+
+
+def test_without_the_compiler_its_name_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(ConfigError, match=r"v5e:4x4.*pip install libtpu"):
+        aot.tpu_devices("v5e:4x4")
+
+
+@pytest.mark.parametrize("topology", [f"{kind}:{shapes.split()[0]}" for kind, shapes in aot.TOPOLOGIES.items()])
+def test_every_kind_is_known_to_libtpu(topology):
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
+    devices = aot.tpu_devices(topology)
+    shape = [int(n) for n in topology.split(":")[1].split("x")]
+    chips = {tuple(d.coords) for d in devices}
+    assert len(chips) == jnp.prod(jnp.array(shape))
+    assert len(devices) == len(chips) * (2 if topology.startswith(("v2", "v3", "tpu7x")) else 1)
+
+
+def test_a_program_for_a_tpu():
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
+    mesh = sharding.make_mesh(config.Mesh(), aot.tpu_devices("v5e:2x4"))
+
+    def fn(x):  # [256, 256] a chip
+        def outer(c, _):
+            def inner(c, _):
+                return jnp.tanh(c @ c.T) @ c, None
+
+            c = jax.lax.scan(inner, c, length=5)[0]
+            return jax.lax.ppermute(c, "data", [(i, (i + 1) % 8) for i in range(8)]), None
+
+        c = jax.lax.scan(outer, x, length=3)[0]
+        heads = c.reshape(4, 64, 4, 64)
+        met = jnp.einsum("bqhd,bkhd->bhqk", heads, heads)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(met), heads).reshape(256, 256)
+
+    x = jax.ShapeDtypeStruct((8 * 256, 256), jnp.float32, sharding=sharding.over_rows(mesh))
+    found = aot.compile(jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P("data"), out_specs=P("data"))).lower(x))
+    assert found.cost.flops == 3 * 5 * 2 * (2 * 256**3) + 2 * 2 * 16 * 64**3
+    assert found.cost.uncounted == ()
+    assert found.cost.collectives["collective-permute"].count == 3
+    assert found.cost.collectives["collective-permute"].bytes == 3 * 256**2 * 4
+    assert found.argument_bytes == 256**2 * 4
+    assert found.peak_bytes >= 2 * 256**2 * 4
+
+
+def test_too_much_for_a_tpu():
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
+    mesh = sharding.make_mesh(config.Mesh(), aot.tpu_devices("v5e:2x2"))
+    x = jax.ShapeDtypeStruct((2**18, 128), jnp.float32, sharding=sharding.over_rows(mesh))
+    with pytest.raises(aot.DoesNotFit) as e:
+        aot.compile(jax.jit(lambda x: jnp.sort(x @ x.T, 0)).lower(x))
+    assert e.value.needed > e.value.capacity > 15 * 2**30
