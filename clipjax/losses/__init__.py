@@ -1,7 +1,16 @@
 """Losses over the global batch: pure functions of unit vectors, scale, bias and the mesh axes they are spread over."""
 
-from clipjax.losses.objective import objective
+from clipjax.losses.matryoshka import matryoshka
+from clipjax.losses.objective import Rows, objective
+from clipjax.losses.pairwise import Axis, pairwise_cross_entropy, pairwise_logsumexp, pairwise_softplus
+from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, uniformity
 from clipjax.losses.sigmoid import siglip_loss
-from clipjax.losses.softmax import accuracies, clip_loss
+from clipjax.losses.softmax import clip_loss, decoupled_loss, hard_negative_loss
+from clipjax.losses.sogclr import sogclr_loss
+from clipjax.losses.targets import cwcl_loss, distillation_loss, multi_positive_loss
 
-__all__ = ["accuracies", "clip_loss", "objective", "siglip_loss"]
+__all__ = [
+    "Axis", "Rows", "alignment", "clip_loss", "cross_uniformity", "cwcl_loss", "cyclip", "decoupled_loss", "distillation_loss",
+    "hard_negative_loss", "matryoshka", "multi_positive_loss", "objective", "pairwise_cross_entropy", "pairwise_logsumexp",
+    "pairwise_softplus", "siglip_loss", "sogclr_loss", "uniformity",
+]  # fmt: skip

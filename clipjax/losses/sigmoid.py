@@ -1,19 +1,28 @@
 """SigLIP's loss: a logistic regression on every pair of the global batch (2303.15343; METHODS A.6)."""
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from clipjax.losses.softmax import Axis, cosines, mean
+from clipjax.losses.batch import size
+from clipjax.losses.pairwise import Axis, pairwise_softplus
+from clipjax.losses.ranking import Ranked, Ranking, loss_alone
 
 
-def siglip_loss(
-    zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], scale: Float[Array, ""], bias: Float[Array, ""], *, axis: Axis = None
-) -> Float[Array, ""]:
+def siglip_terms(
+    zimg: Float[Array, "b e"],
+    ztxt: Float[Array, "b e"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    *,
+    axis: Axis = None,
+    ids: Int[Array, " b"] | None = None,
+) -> Ranked:
     """Sum over all pairs of softplus(-z_ij (t cos_ij + bias)), z = 1 on the diagonal and -1 off it, divided by the batch.
 
-    Under `shard_map` over `axis`, b is the local batch and the result is the same on every device; outside, axis is None.
+    Pairs of equal `ids` other than the own one are left out. Under `shard_map` over `axis`, b is the local batch and the loss
+    is the same on every device; outside, axis is None.
     """
-    cos, own = cosines(zimg, ztxt, axis)
-    logits = scale * cos + bias
-    return mean(jax.nn.softplus(jnp.where(own, -logits, logits)).sum(1), axis)
+    total, row_max, col_max = pairwise_softplus(zimg, ztxt, scale, bias, axis=axis, ids=None if ids is None else (ids, ids))
+    return total / size(zimg, axis), Ranking((zimg * ztxt).sum(1), row_max, col_max)
+
+
+siglip_loss = loss_alone(siglip_terms)

@@ -1,52 +1,140 @@
-"""CLIP's loss: symmetric softmax cross-entropy over the global batch (2103.00020; METHODS A.1)."""
+"""The softmax family: CLIP's loss and its kin, each an equation on the log-sum-exp of a row's and a column's others.
+
+They take unit vectors and the logit scale t; s_ij = t cos_ij. Under `shard_map` over `axis`, b is the local batch and the loss is
+the same on every device; outside, axis is None. `ids` [b] mark equal captions or pictures: pairs of equal id are no negatives
+of each other. A row that this leaves without negatives adds 0 to the sum and 1 to the count of the mean over the batch.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
-Axis = str | tuple[str, ...] | None
+from clipjax.losses.batch import einsum, log_mean_exp, mean, occurrences, size
+from clipjax.losses.pairwise import Axis, Reduced, pairwise_logsumexp
+from clipjax.losses.pairwise.tiles import finite
+from clipjax.losses.ranking import Ranked, Ranking, loss_alone
 
-
-def cosines(x: Float[Array, "b e"], y: Float[Array, "b e"], axis: Axis) -> tuple[Float[Array, "b B"], Bool[Array, "b B"]]:
-    """x of this device against y of all devices, and which of them are the rows' own pairs."""
-    first = 0
-    if axis is not None:
-        first = jax.lax.axis_index(axis) * len(y)
-        y = jax.lax.all_gather(y, axis, tiled=True)
-    # float32 products whatever the default: on a TPU that is one bfloat16 pass, which costs CLIP's loss its fourth digit.
-    cos = jnp.einsum("ie,je->ij", x, y, precision=jax.lax.Precision.HIGHEST)
-    return cos, jnp.arange(len(y))[None] == first + jnp.arange(len(x))[:, None]
+Ids = Int[Array, " b"] | None
 
 
-def mean(x: Float[Array, "..."], axis: Axis) -> Float[Array, ""]:
-    """The mean over all devices' entries."""
-    return x.mean() if axis is None else jax.lax.pmean(x.mean(), axis)
+def others(zimg: Array, ztxt: Array, scale: Array | float, axis: Axis, ids: Ids = None) -> Reduced:
+    """Every row and column of the logits over its negatives."""
+    if ids is None:
+        return pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="off_diagonal")
+    return pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="distinct", ids=(ids, ids))
 
 
-def clip_loss(
-    zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], scale: Float[Array, ""], *, axis: Axis = None
-) -> Float[Array, ""]:
-    """Mean of both directions over the global batch, of unit vectors and the logit scale t.
+def clip_terms(
+    zimg: Float[Array, "b e"],
+    ztxt: Float[Array, "b e"],
+    scale: Float[Array, ""],
+    *,
+    axis: Axis = None,
+    image_weight: float = 0.5,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    ids: Ids = None,
+) -> Ranked:
+    """CLIP's symmetric cross-entropy (2103.00020; METHODS A.1).
 
-    Under `shard_map` over `axis`, b is the local batch and the result is the same on every device; outside, axis is None.
+    `image_weight` is the share of the direction picture -> text (ConVIRT's lambda, A.4). `label_smoothing` spreads so much of
+    the target evenly over a row's own pair and its negatives (A.15). `reduction="sum"` is twice the mean (ALIGN, A.2).
     """
+    own = (zimg * ztxt).sum(1)
+    found = others(zimg, ztxt, scale, axis, ids)
+    # log(1 + sum_{j != i} exp(s_ij - s_ii)): the own pair leaves before the exponent, so a small loss keeps its digits.
+    rows, cols = (jax.nn.softplus(lse - scale * own) for lse in (found.rows, found.cols))
+    if label_smoothing:  # adds eps (s_ii - mean of the row's logits), whose sum needs only the sum of the other side
+        n = size(zimg, axis)
+        equal = jnp.zeros_like(own) if ids is None else occurrences(ids, ids, axis) - 1
+        positives = (0, 0) if ids is None else (found.row_positive, found.col_positive)
 
-    def direction(x: Array, y: Array) -> Array:
-        cos, own = cosines(x, y, axis)
-        # log(1 + sum_{j != i} exp(s_ij - s_ii)): the diagonal leaves before the exponent, so a small loss keeps its digits.
-        others = jax.nn.logsumexp(jnp.where(own, -jnp.inf, scale * cos), axis=1)
-        return mean(jax.nn.softplus(others - scale * (x * y).sum(1)), axis)
+        def smoothed(x: Array, y: Array, positive: Array | int) -> Array:
+            spread = (n * einsum("be,e->b", x, mean(y, axis)) - positive) / (n - equal)
+            return jnp.where(n - equal > 1, label_smoothing * scale * (own - spread), 0)
 
-    return (direction(zimg, ztxt) + direction(ztxt, zimg)) / 2
+        rows, cols = rows + smoothed(zimg, ztxt, positives[0]), cols + smoothed(ztxt, zimg, positives[1])
+    loss = mean(image_weight * rows + (1 - image_weight) * cols, axis)
+    return (2 if reduction == "sum" else 1) * loss, Ranking(own, found.row_max, found.col_max)
 
 
-def accuracies(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None) -> dict[str, Float[Array, ""]]:
-    """The share of pictures whose own text is the nearest in the global batch, and of texts whose own picture is."""
+def decoupled_terms(
+    zimg: Float[Array, "b e"],
+    ztxt: Float[Array, "b e"],
+    scale: Float[Array, ""],
+    *,
+    axis: Axis = None,
+    sigma: float | None = None,
+    stop_gradient: bool = False,
+    ids: Ids = None,
+) -> Ranked:
+    """DCL, the mean of log sum_{j != i} exp(s_ij) - s_ii in both directions (2110.06848; METHODS A.5). It has no lower bound.
 
-    def direction(x: Array, y: Array) -> Array:
-        cos, own = cosines(x, y, axis)
-        best = jnp.where(own, -jnp.inf, cos).max(1)
-        return mean((jnp.where(own, cos, 0).sum(1) > best).astype(jnp.float32), axis)
+    With `sigma` DCLW: s_ii times w_i = 2 - B softmax_i(cos_ii / sigma), which `stop_gradient` treats as a constant. Raises
+    ValueError for a batch of one pair.
+    """
+    _need_two(zimg, axis, "decoupled_loss")
+    own = (zimg * ztxt).sum(1)
+    weight = 1.0
+    if sigma is not None:
+        weight = 2 - jnp.exp(own / sigma - log_mean_exp(own / sigma, axis))
+        weight = jax.lax.stop_gradient(weight) if stop_gradient else weight
+    found = others(zimg, ztxt, scale, axis, ids)
+    rows, cols = (_unless_empty(lse, lambda lse: lse - weight * scale * own) for lse in (found.rows, found.cols))
+    return mean(rows + cols, axis) / 2, Ranking(own, found.row_max, found.col_max)
 
-    zimg, ztxt = jax.lax.stop_gradient((zimg, ztxt))
-    return {"image_to_text_accuracy": direction(zimg, ztxt), "text_to_image_accuracy": direction(ztxt, zimg)}
+
+def hard_negative_terms(
+    zimg: Float[Array, "b e"],
+    ztxt: Float[Array, "b e"],
+    scale: Float[Array, ""],
+    *,
+    axis: Axis = None,
+    alpha: float = 1.0,
+    beta: float = 0.25,
+    stop_gradient: bool = False,
+    ids: Ids = None,
+) -> Ranked:
+    """HN-NCE: -log(e^{s_ii} / (alpha e^{s_ii} + sum_{j != i} w_ij e^{s_ij})) in both directions (2301.02280; METHODS A.13).
+
+    The weights w_ij of a row, proportional to exp(beta s_ij), have mean 1; `stop_gradient` treats them as constants. alpha = 0
+    is the decoupled form, which raises ValueError for a batch of one pair; alpha = 1, beta = 0 is CLIP's loss.
+    """
+    if not alpha:
+        _need_two(zimg, axis, "hard_negative_loss with alpha = 0")
+    own = (zimg * ztxt).sum(1)
+    found = others(zimg, ztxt, (1 + beta) * scale, axis, ids)
+    base = others(zimg, ztxt, beta * scale, axis, ids) if beta else None
+    negatives = size(zimg, axis) - (1 if ids is None else occurrences(ids, ids, axis))
+
+    def direction(lse: Array, base: Array | None) -> Array:
+        def loss(lse: Array) -> Array:
+            # log sum w e^s = LSE((1 + beta) s) - LSE(beta s) + log of the number of negatives
+            total = lse if base is None else lse - finite(base) + jnp.log(jnp.maximum(negatives, 1))
+            if stop_gradient:  # the softmax of w e^s is that of (1 + beta) s
+                held = lse / (1 + beta)
+                total = held + jax.lax.stop_gradient(total - held)
+            excess = total - scale * own
+            return jax.nn.softplus(excess - math.log(alpha)) + math.log(alpha) if alpha else excess
+
+        return _unless_empty(lse, loss)
+
+    rows, cols = (direction(getattr(found, side), getattr(base, side, None)) for side in ("rows", "cols"))
+    return mean(rows + cols, axis) / 2, Ranking(own, found.row_max, found.col_max)
+
+
+clip_loss, decoupled_loss, hard_negative_loss = map(loss_alone, (clip_terms, decoupled_terms, hard_negative_terms))
+
+
+def _unless_empty(lse: Array, loss: Callable[[Array], Array]) -> Array:
+    """`loss(lse)`, but 0 where nothing is kept; masked before and after, else the gradient of what isn't taken is NaN."""
+    return jnp.where(lse == -jnp.inf, 0, loss(finite(lse)))
+
+
+def _need_two(z: Array, axis: Axis, name: str) -> None:
+    if size(z, axis) < 2:
+        raise ValueError(f"{name} needs two pairs or more in the global batch: one has no negatives")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from clipjax import config, losses, sharding
 from clipjax.models import clip
+from clipjax.train import accumulate
 from clipjax.train.optimizer import clamp_scale, ema_update, stop_frozen
 from clipjax.train.state import TrainState
 
@@ -33,17 +34,25 @@ def make_train_step(
     The metrics are float32 []: the loss and its parts, scale and bias, and the norms of the gradient before it is clipped, of
     the update, which both are of the trained parameters, and of all parameters.
     """
-    loss_of = sharding.on_shards(functools.partial(losses.objective, run.objective, axis=sharding.BATCH), mesh)
+    loss_of = sharding.on_shards(functools.partial(losses.objective, run.objective, axis=sharding.BATCH), mesh, rows=1)
 
-    def compute_loss(params: clip.Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Metrics]:
+    def encode(params: clip.Params, rows: Batch) -> tuple[jax.Array, jax.Array]:
         model = clip.bind(run.model, stop_frozen(run.optim.rules, params))
-        zimg, ztxt = model.encode_image(batch["image"], keys), model.encode_text(batch["text"])
-        bias = None if model.bias is None else model.bias[...]
-        return loss_of(zimg, ztxt, jnp.exp(model.log_scale[...]), bias)
+        *captions, length = rows["text"].shape
+        ztxt = model.encode_text(rows["text"].reshape(-1, length))
+        return model.encode_image(rows["image"], rows["keys"]), ztxt.reshape(*captions, -1)
+
+    def compute_loss(params: clip.Params, z: tuple[jax.Array, jax.Array], rows: Batch) -> tuple[jax.Array, Metrics]:
+        scalars = stop_frozen(run.optim.rules, params)
+        teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
+        seen = losses.Rows(*z, rows.get("id"), teacher)
+        return loss_of(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
+
+    value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, run.train.micro_batches)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(run.seed, "patch_dropout", state.step, jnp.arange(len(batch["text"])))
-        (loss, logged), grads = jax.value_and_grad(compute_loss, has_aux=True)(state.params, batch, keys)
+        (loss, logged), grads = value_and_grad(state.params, batch | {"keys": keys})
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
         ema = None if state.ema is None else ema_update(state.ema, params, run.optim.ema, state.step)

@@ -104,12 +104,10 @@ def test_the_workdir_says_it_all(straight):
     }
     assert sorted(int(p.name) for p in (straight / "checkpoints").iterdir()) == [140, 150]  # keep = 2
     line = next(line for line in lines(straight) if line["step"] == 100 and "loss" in line)
-    accuracies = {"image_to_text_accuracy", "text_to_image_accuracy"}
+    ranking = {"image_to_text_accuracy", "text_to_image_accuracy", "positive_cosine", "hardest_negative_cosine"}
     norms = {"grad_norm", "param_norm", "update_norm"}
     counts = {"replaced", "truncated"}
-    assert (
-        line.keys() == {"step", "loss", "softmax_loss", "scale", "examples_per_second", "data_wait"} | accuracies | norms | counts
-    )
+    assert line.keys() == {"step", "loss", "softmax_loss", "scale", "examples_per_second", "data_wait"} | ranking | norms | counts
     assert [line["step"] for line in evaluations(straight)] == [50, 100, 150]
     assert all(line.keys() == {"step", "task", "dataset", "metrics"} for line in evaluations(straight))
     assert all(tuple(line["metrics"]) == config.Retrieval.metrics for line in evaluations(straight))

@@ -88,7 +88,7 @@ def test_the_gradients_norm_is_of_what_is_trained():
     def loss(params):
         model = clip.bind(locked.model, params)
         zimg, ztxt = model.encode_image(batch["image"]), model.encode_text(batch["text"])
-        return losses.objective(locked.objective, zimg, ztxt, jnp.exp(params["log_scale"]), None)[0]
+        return losses.objective(locked.objective, losses.Rows(zimg, ztxt), jnp.exp(params["log_scale"]), None)[0]
 
     grads = named(jax.grad(loss)(state.params))
     norm = np.sqrt(sum((np.float64(g) ** 2).sum() for name, g in grads.items() if not name.startswith("image/")))

@@ -1,0 +1,46 @@
+"""What the losses ask of the global batch: its size, its means, and how often an id occurs in it.
+
+b is this device's share of the batch inside `shard_map` over `axis`, and all of it where axis is None. Whatever is returned
+without a leading b is the same on every device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from clipjax.losses.pairwise.tiles import Axis, device_count, finite
+
+# float32 products whatever the default: on a TPU that is one bfloat16 pass, which costs CLIP's loss its fourth digit.
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def size(rows: Array, axis: Axis) -> int:
+    """B, how many there are on all devices."""
+    return len(rows) * device_count(axis)
+
+
+def mean(x: Float[Array, "b ..."], axis: Axis) -> Float[Array, "..."]:
+    """The mean over the global batch."""
+    return x.mean(0) if axis is None else jax.lax.pmean(x.mean(0), axis)
+
+
+def outer(x: Float[Array, "b e"], y: Float[Array, "b f"], axis: Axis) -> Float[Array, "e f"]:
+    """The mean over the global batch of x_i y_i^T."""
+    local = einsum("be,bf->ef", x, y) / len(x)
+    return local if axis is None else jax.lax.pmean(local, axis)
+
+
+def log_mean_exp(x: Float[Array, " b"], axis: Axis) -> Float[Array, ""]:
+    """log of the mean over the global batch of exp(x)."""
+    top = jax.lax.stop_gradient(x.max())  # before pmax, which can't be differentiated
+    top = finite(top if axis is None else jax.lax.pmax(top, axis))
+    return top + jnp.log(mean(jnp.exp(x - top), axis))
+
+
+def occurrences(ids: Int[Array, " b"], among: Int[Array, " c"], axis: Axis) -> Float[Array, " b"]:
+    """How often each of `ids` occurs in `among` on all devices. Those are gathered, 4 bytes each, and sorted."""
+    among = jnp.sort(among if axis is None else jax.lax.all_gather(among, axis, tiled=True))
+    first, last = (jnp.searchsorted(among, ids, side=side) for side in ("left", "right"))
+    return (last - first).astype(jnp.float32)

@@ -1,0 +1,52 @@
+"""How well each picture and each text of the global batch finds its own: a by-product of a loss's pass over all pairs."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clipjax.losses.batch import mean
+from clipjax.losses.pairwise import Axis
+
+TIE = 1e-6  # of cosines: what float32 can't tell apart, so that collapsed embeddings find nothing
+P = ParamSpec("P")
+
+
+class Ranking(NamedTuple):
+    """Of this device's pictures and texts, against the global batch."""
+
+    own: Float[Array, " b"]  # cosine within the pair
+    row_max: Float[Array, " b"]  # a picture's largest with another's text; -inf where there is none
+    col_max: Float[Array, " b"]  # a text's largest with another's picture
+
+
+Ranked = tuple[Float[Array, ""], Ranking]  # a loss, and what its pass found
+
+
+def loss_alone(terms: Callable[P, Ranked]) -> Callable[P, Float[Array, ""]]:
+    """`clip_terms` as `clip_loss`: the loss without the ranking."""
+
+    @functools.wraps(terms)
+    def loss(*args: P.args, **kw: P.kwargs) -> Float[Array, ""]:
+        return terms(*args, **kw)[0]
+
+    loss.__name__ = loss.__qualname__ = terms.__name__.replace("_terms", "_loss")
+    return loss
+
+
+def summary(ranking: Ranking, axis: Axis) -> dict[str, Float[Array, ""]]:
+    """The shares of pictures and texts whose own is nearest, the pairs' mean cosine, and the mean of the hardest negatives'.
+
+    Where ids leave a picture or text no negative, its own is nearest, and its hardest negative counts as a cosine of -1.
+    """
+    own, rows, cols = jax.lax.stop_gradient(ranking)
+    image_to_text, text_to_image = (mean((own > best + TIE).astype(jnp.float32), axis) for best in (rows, cols))
+    return {
+        "image_to_text_accuracy": image_to_text,
+        "text_to_image_accuracy": text_to_image,
+        "positive_cosine": mean(own, axis),
+        "hardest_negative_cosine": mean(jnp.maximum(rows, -1) + jnp.maximum(cols, -1), axis) / 2,
+    }

@@ -1,0 +1,63 @@
+"""Regularizers of the geometry of unit vectors, over the global batch: what they spread out and what they draw together.
+
+Under `shard_map` over `axis`, b is the local batch and the result is the same on every device; outside, axis is None.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clipjax.losses.batch import log_mean_exp, mean, outer, size
+from clipjax.losses.pairwise import Axis, pairwise_logsumexp
+
+
+def uniformity(z: Float[Array, "b e"], *, axis: Axis = None, t: float = 2.0) -> Float[Array, ""]:
+    """log of the mean over all pairs i != j of exp(-t |z_i - z_j|^2) (2005.10242; METHODS B.2): 0 when all are one point.
+
+    Raises ValueError for a batch of one.
+    """
+    # A pair counts in its row and in its column alike, so the gradient by the rows' side is half of it, and the product for the
+    # other side is not made: twice the value, less the value without gradient.
+    half = _log_mean_pair(z, jax.lax.stop_gradient(z), axis, t, "uniformity", y_gradient=False)
+    return 2 * half - jax.lax.stop_gradient(half)
+
+
+def cross_uniformity(
+    zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None, t: float = 2.0
+) -> Float[Array, ""]:
+    """log of the mean over all i != j of exp(-t |x_i - y_j|^2), of pictures x and texts y (2405.18570; METHODS B.2).
+
+    Least, -4 t, when each tower is one point and the two are opposite. Raises ValueError for a batch of one pair.
+    """
+    return _log_mean_pair(zimg, ztxt, axis, t, "cross_uniformity")
+
+
+def _log_mean_pair(x: Array, y: Array, axis: Axis, t: float, name: str, y_gradient: bool = True) -> Float[Array, ""]:
+    n = size(x, axis)
+    if n < 2:
+        raise ValueError(f"{name} needs two or more in the global batch: one has no other")
+    # |x - y|^2 = 2 - 2 cos on the sphere: a log-sum-exp at scale 2 t
+    kw = dict(axis=axis, keep="off_diagonal", columns=False, y_gradient=y_gradient)
+    found = pairwise_logsumexp(x, y, 2 * t, **kw)
+    return log_mean_exp(found.rows - jnp.log(n - 1.0) - 2 * t, axis)
+
+
+def alignment(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None) -> Float[Array, ""]:
+    """Mean of |x_i - y_i|^2 (2005.10242; METHODS D.1)."""
+    return mean(((zimg - ztxt) ** 2).sum(1), axis)
+
+
+def cyclip(
+    zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """CyCLIP's (in-modal, cross-modal) terms: B times the mean square of X X^T - Y Y^T and of S - S^T, S = X Y^T (METHODS A.28).
+
+    With U = X + Y and V = X - Y these are (U V^T +- V U^T) / 2, so both come from three e x e Gram matrices, of U, V and between:
+    |.|^2 = (<U^T U, V^T V> +- <U^T V, V^T U>) / 2. V is small when the towers agree; from the Gram matrices of X and Y the same
+    would be a small difference of large sums.
+    """
+    u, v = zimg + ztxt, zimg - ztxt
+    between = outer(u, v, axis)
+    same, crossed = (outer(u, u, axis) * outer(v, v, axis)).sum(), (between * between.T).sum()
+    half = size(zimg, axis) / 2
+    return half * (same + crossed), half * (same - crossed)
