@@ -84,7 +84,7 @@ def drop_patches(x: Float[Array, "b n d"], keys: Key[Array, " b"], rate: float) 
     n = x.shape[1]
     keep = max(1, round(n * (1 - rate)))
     noise = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
-    kept = jax.lax.top_k(noise, keep)[1]
+    kept = jnp.argsort(-noise)[:, :keep]  # top_k would gather the noise of the whole batch on every device
     return jnp.take_along_axis(x, kept[..., None], axis=1)
 
 
