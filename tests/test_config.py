@@ -216,7 +216,7 @@ REFUSED = {
     ),
     **{
         name: (lambda name=name: config.Train(**{name: 0}), rf"train\.{name} = 0: must be positive")
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep", "eval_batch_size")
+        for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size")
     },
     "seed": (lambda: Run(seed=-1), r"seed = -1: must lie in \[0, 2\^32\)"),
     "no objective": (lambda: Run(objective=()), r"objective = \(\): needs at least one term"),
@@ -297,7 +297,7 @@ FREE = {
     *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
     *("data.workers", "data.worker_kind", "model.remat", "model.unroll"),
     *("evals.0.data", "evals.0.split", "evals.0.every"),
-    *(f"train.{name}" for name in ("log_every", "checkpoint_every", "keep", "best", "eval_batch_size")),
+    *(f"train.{name}" for name in ("micro_batches", "log_every", "checkpoint_every", "keep", "best", "eval_batch_size")),
 }
 OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.image_size": 240, "model.image.patch_size": 14, "model.image.width": 780, "model.image.heads": 6,
