@@ -49,7 +49,8 @@ def _softplus_pass(
         rule, _ = masks("all" if ids is None else "distinct", r, c, where)
         kept = None if rule is None else rule | where.own
         e = jnp.exp(-jnp.abs(logits))  # serves softplus and its derivative
-        values = only(kept, jnp.maximum(logits, 0) + jnp.log1p(e), 0)
+        # softplus of -inf is 0, but an infinite vector must not pass for a perfect one: 0 * inf is NaN
+        values = only(kept, jnp.maximum(logits, 0) + jnp.log1p(e) + 0 * cos, 0)
         others = jnp.where(~where.own if kept is None else kept & ~where.own, cos, -jnp.inf)
         sums, to_y = (values.sum(1),), ()
         if gradient:
@@ -61,8 +62,7 @@ def _softplus_pass(
     rows, cols = sides(plan, x, y, None, None, ids)
     found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
     total, *by_row = found[0].total
-    visible = 0 * (x.sum() + y.sum())  # softplus of -inf is 0: an infinite vector must not pass for a perfect one
-    out = total.sum() + visible, found[0].best[0], found[1].best[0]
+    out = total.sum(), found[0].best[0], found[1].best[0]
     if not gradient:
         return out, ()
     dx, d_scale, d_bias = by_row
