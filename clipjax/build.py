@@ -20,12 +20,16 @@ def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
     """The run's tokenizer: that of the workdir where the run goes on from a checkpoint, else a new one, trained or loaded as
     run.tokenizer says and saved there.
 
-    Raises ConfigError where the workdir's checkpoint is another run's, the source is too small (`pipeline.check_source`), or the
-    ids do not fit the text tower.
+    Raises ConfigError where the workdir's checkpoint is another run's, the source is too small (`pipeline.check_source`) or has
+    not the number of examples that a term remembers, or the ids do not fit the text tower.
     """
     text, saved = run.model.text, workdir / TOKENIZER
     resumes = resumable(run, workdir) is not None
     check_source(source, run.data, run.train.batch_size)
+    for i, term in enumerate(run.objective):
+        if isinstance(term, config.Sogclr | config.Isogclr):
+            remedy = f"must be the number of examples of {source.name}, {len(source)}"
+            config.require(term.examples == len(source), f"objective.{i}.examples", term.examples, remedy)
     if resumes:
         config.require(saved.exists(), "--workdir", str(workdir), f"has checkpoints but no {TOKENIZER}: put it back")
         made = Tokenizer.load(saved, text.length)

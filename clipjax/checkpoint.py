@@ -53,7 +53,7 @@ class Checkpoints:
             return
         items = {
             "params": ocp.args.StandardSave(state.params),
-            "training": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            "training": ocp.args.StandardSave(_training(state)),
             "config": ocp.args.JsonSave(json.loads(config.to_json(self._run))),
         }
         if state.ema is not None:
@@ -67,12 +67,18 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state as it was saved, placed as `abstract` (shapes with shardings) says, on whatever mesh that is."""
-        training = {"step": abstract.step, "opt_state": abstract.opt_state}
-        items = {"params": ocp.args.StandardRestore(abstract.params), "training": ocp.args.StandardRestore(training)}
+        items = {"params": ocp.args.StandardRestore(abstract.params)}
+        items["training"] = ocp.args.StandardRestore(_training(abstract))
         if abstract.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
         got = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return TrainState(got.training["step"], got.params, got.training["opt_state"], got.get("ema"))
+        training = got.training
+        return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), training.get("memory", {}))
+
+
+def _training(state: TrainState) -> dict[str, object]:
+    """What only training needs, as it is stored."""
+    return {"step": state.step, "opt_state": state.opt_state} | ({"memory": state.memory} if state.memory else {})
 
 
 def _score(name: str, metrics: dict[str, float]) -> float:

@@ -29,6 +29,7 @@ TENSOR_AXIS = (
     (r".*mlp/up/(kernel|bias)", -1),
     (r".*mlp/down/kernel", -2),
 )
+REPLICATED = P()
 MUST_SHARD = 0.95  # of the bytes, or the mesh is refused
 
 
@@ -105,21 +106,24 @@ def _check_processes(mesh: Mesh) -> None:
         raise config.ConfigError(f"{shape}: process {jax.process_index()} of {n} holds {mine} of {parts} parts; {remedy}")
 
 
-def on_shards(fn: Callable[..., Any], mesh: Mesh, rows: int = 2) -> Callable[..., Any]:
-    """`fn(*arrays, *scalars)` of one device's rows, as a function of the global rows. What it returns is replicated.
+def on_shards(fn: Callable[..., Any], mesh: Mesh, rows: int = 2, out: Any = REPLICATED) -> Callable[..., Any]:
+    """`fn(*arrays, *scalars)` of one device's rows, as a function of the global rows.
 
-    The first `rows` arguments are arrays [B, ...] or trees of them; the rest, the scalars, are the same on every device.
+    The first `rows` arguments are arrays [B, ...] or trees of them; the rest, the scalars, are the same on every device. What it
+    returns is the same on every device too, or lies as the partition specs `out` say.
     """
 
     def mapped(*args: Any) -> Any:
         specs = (P(BATCH),) * rows + (P(),) * (len(args) - rows)
-        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P())(*args)
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out)(*args)
 
     return mapped
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Where one parameter (or a moment of it) lies."""
+    """Where one parameter (or a moment of it, or what is remembered of the examples) lies."""
+    if path.startswith("memory/"):  # a row for each training example
+        return P(BATCH) if shape[0] % batch_devices(mesh) == 0 else P()
     axes: list[str | None] = [None] * len(shape)
     for pattern, axis in TENSOR_AXIS:
         if re.fullmatch(pattern, path) and len(shape) >= -axis:
@@ -161,7 +165,7 @@ def unsharded(tree: Any, placed: Any, axis: str) -> dict[str, int]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
         for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True)
-        if axis not in sharding.spec
+        if not any(axis in (names if isinstance(names, tuple) else (names,)) for names in sharding.spec)
     }
 
 

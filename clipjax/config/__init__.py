@@ -23,9 +23,11 @@ from clipjax.config.objective import (
     Decoupled,
     Distillation,
     HardNegative,
+    Isogclr,
     MultiPositive,
     Sigmoid,
     Softmax,
+    Sogclr,
     Term,
     Uniformity,
     check_objective,
@@ -49,9 +51,9 @@ from clipjax.config.train import (
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "ConfigError", "Constant", "Cosine",
     "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoupled", "Distillation", "Evaluation", "Geometry", "HardNegative",
-    "ImageTower", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Term",
-    "TextTower", "Tokenizer", "TokenizerFile", "Train", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines",
-    "require", "size", "to_json",
+    "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid",
+    "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train", "Uniformity", "Zeroshot", "from_json",
+    "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip
 
 

@@ -93,6 +93,32 @@ class Distillation(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sogclr(Strict):
+    """SogCLR: every example remembers a moving average over its negatives (2202.12387), at the model's scale, held constant."""
+
+    kind: Literal["sogclr"] = "sogclr"
+    weight: float = 1.0
+    examples: int  # in the training data: how many are remembered
+    gamma: float = 0.9  # share of the present batch in the average; 1: no memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isogclr(Strict):
+    """iSogCLR: SogCLR where every picture and every text also learns a temperature of its own (2305.11965)."""
+
+    kind: Literal["isogclr"] = "isogclr"
+    weight: float = 1.0
+    examples: int  # in the training data: how many are remembered
+    gamma: float = 0.8
+    rho: float = 6.0  # price of a high temperature
+    temperature: float = 0.01  # at the start
+    temperature_lr: float = 0.03
+    temperature_momentum: float = 0.9
+    min_temperature: float = 0.005
+    max_temperature: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
 class Uniformity(Strict):
     """Mean of the uniformity of the pictures and that of the texts (2005.10242)."""
 
@@ -120,7 +146,7 @@ class Alignment(Strict):
 
 Term = Annotated[
     Softmax | Sigmoid | Decoupled | HardNegative | MultiPositive | Cwcl | Cyclip | Distillation
-    | Uniformity | CrossUniformity | Alignment,
+    | Sogclr | Isogclr | Uniformity | CrossUniformity | Alignment,
     TAGGED,
 ]  # fmt: skip
 
@@ -132,8 +158,11 @@ CUAXU = (*CUA, CrossUniformity())
 _NOT_NEGATIVE = (0.0, math.inf, "must not be negative, nor infinite")
 _POSITIVE = (math.ulp(0.0), math.inf, "must be positive and finite")
 _RANGES = {  # field -> from, up to but without, and how that is said
-    **dict.fromkeys(("weight", "alpha", "beta", "in_modal", "cross_modal"), _NOT_NEGATIVE),
-    **dict.fromkeys(("sigma", "t", "teacher_scale"), _POSITIVE),
+    **dict.fromkeys(("weight", "alpha", "beta", "in_modal", "cross_modal", "rho", "temperature_lr"), _NOT_NEGATIVE),
+    **dict.fromkeys(("sigma", "t", "teacher_scale", "min_temperature", "max_temperature"), _POSITIVE),
+    "examples": (1, math.inf, "must be positive"),
+    "gamma": (math.ulp(0.0), math.nextafter(1.0, 2.0), "must lie in (0, 1]"),
+    "temperature_momentum": (0.0, 1.0, "must lie in [0, 1)"),
     "image_weight": (0.0, math.nextafter(1.0, 2.0), "must lie in [0, 1]"),
     "label_smoothing": (0.0, 1.0, "must lie in [0, 1)"),
 }
@@ -144,10 +173,16 @@ def check_objective(terms: tuple[Term, ...], model: Model, data: Data) -> None:
     require(len(terms) > 0, "objective", terms, "needs at least one term")
     weights = tuple(term.weight for term in terms)
     require(any(weights), "objective", weights, "these are the weights: one at least must not be 0")
+    remembering = [i for i, term in enumerate(terms) if isinstance(term, Sogclr | Isogclr)]
+    require(len(remembering) < 2, "objective", remembering, "several of its terms remember every example: keep one")
     for i, term in enumerate(terms):
         for name, (low, high, remedy) in _RANGES.items():
             value = getattr(term, name, None)
             require(value is None or low <= value < high, f"objective.{i}.{name}", value, remedy)
+        if isinstance(term, Isogclr):
+            inside = term.min_temperature <= term.temperature <= term.max_temperature
+            remedy = f"must lie between min_temperature = {term.min_temperature} and max_temperature = {term.max_temperature}"
+            require(inside, f"objective.{i}.temperature", term.temperature, remedy)
         widths = getattr(term, "prefixes", None)
         if widths is not None:
             nested = len(widths) > 0 and widths[0] > 0 and all(a < b for a, b in itertools.pairwise(widths))

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from clipjax.losses.ranking import Ranking, summary
 from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, uniformity
 from clipjax.losses.sigmoid import siglip_terms
 from clipjax.losses.softmax import clip_terms, decoupled_terms, hard_negative_terms
+from clipjax.losses.sogclr import sogclr_loss
 from clipjax.losses.targets import cwcl_terms, distillation_loss, multi_positive_loss
 
 Logged = dict[str, Float[Array, ""]]
+Memory = dict[str, Float[Array, " b"]]  # names as in clipjax.train.memory
 OfPairs = Callable[[Array, Array], tuple[Float[Array, ""], Ranking | None]]  # of pictures and as many texts, [b, e] both
 
 
@@ -31,6 +33,7 @@ class Rows:
     text: Float[Array, "b e"] | Float[Array, "b K e"]  # of the caption, or of each of K
     ids: Int[Array, " b"] | None = None  # equal for what must not be held against each other
     teacher: tuple[Float[Array, "b f"], Float[Array, "b f"]] | None = None  # a teacher's unit vectors of picture and caption
+    memory: Memory = field(default_factory=dict)  # what a term remembers of these examples
 
 
 def objective(
@@ -40,8 +43,9 @@ def objective(
     bias: Float[Array, ""] | None,
     *,
     axis: Axis = None,
-) -> tuple[Float[Array, ""], Logged]:
-    """The loss over the global batch, and what is logged beside it: every term before its weight, and how well pairs are found.
+) -> tuple[Float[Array, ""], Logged, Memory]:
+    """The loss over the global batch; what is logged beside it: every term before its weight, and how well pairs are found; and
+    what is remembered of the rows from now on.
 
     Of K captions, a multi-positive term takes all at once; every other term is the mean over them, each against the pictures. A
     term is logged as `{kind}_loss`, or `{kind}_{position}_loss` where there are several of its kind. Accuracies and cosines
@@ -50,13 +54,28 @@ def objective(
     """
     traced = [(i, term) for i, term in enumerate(terms) if term.weight]
     kinds = Counter(term.kind for _, term in traced)
-    values, found = {}, {}
+    values, found, memory = {}, {}, rows.memory
     for i, term in traced:
         name = f"{term.kind}_loss" if kinds[term.kind] == 1 else f"{term.kind}_{i}_loss"
+        if isinstance(term, config.Sogclr | config.Isogclr):
+            values[name], memory = _remembering(term, rows, scale, axis)
+            continue
         values[name], seen = _term(term, rows, scale, bias, axis)
         found = found or seen
     loss = sum(term.weight * value for (_, term), value in zip(traced, values.values(), strict=True))
-    return loss, values | found
+    return loss, values | found, memory
+
+
+def _remembering(term: config.Sogclr | config.Isogclr, rows: Rows, scale: Array, axis: Axis) -> tuple[Float[Array, ""], Memory]:
+    """The value of a term that remembers, and what. Of several captions it takes the main one."""
+    text = rows.text if rows.text.ndim == 2 else rows.text[:, 0]
+    scales, rho = jax.lax.stop_gradient(scale), 0.0  # by a learned scale its objective has no minimum
+    if isinstance(term, config.Isogclr):
+        scales, rho = tuple(1 / rows.memory[f"temperature_{side}"] for side in ("image", "text")), term.rho
+    names = ("log_u_image", "log_u_text")
+    past = tuple(rows.memory[name] for name in names)
+    value, moved = sogclr_loss(rows.image, text, scales, past, term.gamma, axis=axis, rho=rho)
+    return value, rows.memory | dict(zip(names, moved, strict=True))
 
 
 def _term(term: config.Term, rows: Rows, scale: Array, bias: Array | None, axis: Axis) -> tuple[Float[Array, ""], Logged]:

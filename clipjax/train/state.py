@@ -9,6 +9,8 @@ from jax.sharding import Mesh
 
 from clipjax import config, sharding
 from clipjax.models import clip
+from clipjax.train import memory
+from clipjax.train.memory import Memory
 
 
 @jax.tree_util.register_dataclass
@@ -20,6 +22,7 @@ class TrainState:
     params: clip.Params  # float32 master weights
     opt_state: optax.OptState
     ema: clip.Params | None  # moving average of the weights, where optim.ema asks for one
+    memory: Memory = dataclasses.field(default_factory=dict)  # what a term of the objective remembers of every example
 
     @property
     def evaluated(self) -> clip.Params:
@@ -30,7 +33,7 @@ class TrainState:
 def _fresh(run: config.Run, tx: optax.GradientTransformation) -> TrainState:
     params = clip.init(run.model, run.seed)
     ema = params if run.optim.ema is not None else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, memory.initial(run))
 
 
 def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from clipjax import config, losses, sharding
 from clipjax.models import clip
-from clipjax.train import accumulate
+from clipjax.train import accumulate, memory
+from clipjax.train.memory import Memory
 from clipjax.train.optimizer import clamp_scale, ema_update, stop_frozen
 from clipjax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Tuned = tuple[clip.Params, Memory]  # what the loss is differentiated by: weights, and the temperatures of a batch's examples
 
 
 def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax.Array:
@@ -29,37 +32,45 @@ def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax
 def make_train_step(
     run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3] and `text` [B, t].
+    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3] and `text` [B, t] or [B, K, t], and what
+    the objective's terms need: `id` int32 [B], `teacher_image` and `teacher_text` [B, f], `index` int32 [B] in the dataset.
 
     The metrics are float32 []: the loss and its parts, scale and bias, and the norms of the gradient before it is clipped, of
     the update, which both are of the trained parameters, and of all parameters.
     """
-    loss_of = sharding.on_shards(functools.partial(losses.objective, run.objective, axis=sharding.BATCH), mesh, rows=1)
+    of_rows = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
+    loss_of = sharding.on_shards(of_rows, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))  # loss, logged, memory
 
-    def encode(params: clip.Params, rows: Batch) -> tuple[jax.Array, jax.Array]:
-        model = clip.bind(run.model, stop_frozen(run.optim.rules, params))
+    def encode(tuned: Tuned, rows: Batch) -> tuple[jax.Array, jax.Array]:
+        model = clip.bind(run.model, stop_frozen(run.optim.rules, tuned[0]))
         *captions, length = rows["text"].shape
         ztxt = model.encode_text(rows["text"].reshape(-1, length))
         return model.encode_image(rows["image"], rows["keys"]), ztxt.reshape(*captions, -1)
 
-    def compute_loss(params: clip.Params, z: tuple[jax.Array, jax.Array], rows: Batch) -> tuple[jax.Array, Metrics]:
+    def compute_loss(tuned: Tuned, z: tuple[jax.Array, jax.Array], rows: Batch) -> tuple[jax.Array, tuple[Metrics, Memory]]:
+        params, temperatures = tuned
         scalars = stop_frozen(run.optim.rules, params)
         teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
-        seen = losses.Rows(*z, rows.get("id"), teacher)
-        return loss_of(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
+        seen = losses.Rows(*z, rows.get("id"), teacher, rows["memory"] | temperatures)
+        loss, *found = loss_of(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
+        return loss, tuple(found)
 
     value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, run.train.micro_batches)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(run.seed, "patch_dropout", state.step, jnp.arange(len(batch["text"])))
-        (loss, logged), grads = value_and_grad(state.params, batch | {"keys": keys})
+        past = memory.read(state.memory, batch["index"]) if state.memory else {}
+        tuned = state.params, memory.temperatures(past)
+        (loss, (logged, seen)), (grads, of_temperatures) = value_and_grad(tuned, batch | {"keys": keys, "memory": past})
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
         ema = None if state.ema is None else ema_update(state.ema, params, run.optim.ema, state.step)
         norms = {"grad_norm": grads, "param_norm": params, "update_norm": updates}
         scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
         metrics = {"loss": loss} | logged | scalars | {name: optax.tree.norm(tree) for name, tree in norms.items()}
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        if seen:
+            seen = memory.write(state.memory, batch["index"], memory.learn(run, seen, of_temperatures))
+        return TrainState(state.step + 1, params, opt_state, ema, seen), metrics
 
     return train_step
 
