@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 CACHE = Path(os.environ.get("CLIPJAX_TEST_CACHE", Path(tempfile.gettempdir()) / "clipjax-test-cache"))
 
@@ -14,3 +16,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def uncached():
+    """Compiles, whatever the cache holds: XLA's CPU client loses the order of collectives in loops that do not depend on each
+    other when it loads a program (jax 0.10.2), and devices then wait for each other in different ones.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else it keeps to what it found at first
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

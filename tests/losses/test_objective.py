@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from clipjax import config, losses, sharding
 from clipjax.losses import Rows, objective
@@ -122,19 +121,6 @@ MAPPED = {  # the equations are judged on meshes in test_equations; here, what t
 }
 
 
-@pytest.fixture
-def uncached():
-    """Compiles, whatever the cache holds: XLA's CPU client loses the order of collectives in loops that do not depend on each
-    other when it loads a program (jax 0.10.2), and devices then wait for each other in different ones.
-    """
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # else it keeps to what it found at first
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-
-
-@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize(("terms", "rows"), MAPPED.values(), ids=MAPPED.keys())
 def test_a_mesh_changes_nothing(terms, rows):
     def gradients(fn):

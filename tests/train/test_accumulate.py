@@ -22,6 +22,8 @@ from clipjax.train.state import TrainState
 from clipjax.train.step import compile_step, make_train_step
 from tests.train import tiny
 
+pytestmark = pytest.mark.usefixtures("uncached")
+
 BATCH = 256
 
 
