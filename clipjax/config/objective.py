@@ -21,6 +21,7 @@ class Softmax(Strict):
     image_weight: float = 0.5  # share of the direction picture -> text (ConVIRT, 2010.00747: 0.75)
     label_smoothing: float = 0.0
     reduction: Literal["mean", "sum"] = "mean"  # of the two directions; ALIGN (2102.05918) takes the sum, and smooths by 0.1
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the operands of its products, whose sums are float32
     prefixes: Prefixes = None
 
 
@@ -30,6 +31,7 @@ class Sigmoid(Strict):
 
     kind: Literal["sigmoid"] = "sigmoid"
     weight: float = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the operands of its products, whose sums are float32
     prefixes: Prefixes = None
 
 

@@ -110,9 +110,10 @@ def _of_pairs(term: config.Term, rows: Rows, scale: Array, bias: Array | None, a
     match term:
         case config.Softmax():
             parts = dict(image_weight=term.image_weight, label_smoothing=term.label_smoothing, reduction=term.reduction)
+            parts["dtype"] = term.dtype
             return _nested(functools.partial(clip_terms, **kw, **parts, ids=rows.ids), term.prefixes)
         case config.Sigmoid():
-            return _nested(functools.partial(siglip_terms, **kw, bias=bias, ids=rows.ids), term.prefixes)
+            return _nested(functools.partial(siglip_terms, **kw, bias=bias, ids=rows.ids, dtype=term.dtype), term.prefixes)
         case config.Decoupled():
             parts = dict(sigma=term.sigma, stop_gradient=term.stop_gradient)
             return _nested(functools.partial(decoupled_terms, **kw, **parts, ids=rows.ids), term.prefixes)

@@ -102,6 +102,13 @@ def test_two_terms_of_a_kind_both_count_and_both_are_logged():
     np.testing.assert_allclose(loss, logged["softmax_0_loss"] + logged["alignment_loss"] + 2 * smoothed, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [config.Softmax, config.Sigmoid])
+def test_bfloat16_operands_are_an_option(kind):
+    exact, _ = total(kind())
+    half, _ = total(kind(dtype="bfloat16"))
+    assert 0 < abs(half - exact) < 1e-2 * exact
+
+
 def test_weight_zero_is_not_traced():
     terms = (config.Softmax(), config.Softmax(weight=0.0), config.Distillation(weight=0.0))  # there is no teacher to distil
     _, logged = total(*terms)
