@@ -138,7 +138,7 @@ CASES = {
     ),
 }
 # What differs from another case in nothing that a mesh sees waits for the slow sweep, and some are differentiated within the map.
-LATER = {"clip", "siglip", "decoupled: DCLW, held", "hard negatives: decoupled", "several positives"}
+LATER = {"clip", "siglip", "decoupled: DCLW, held", "hard negatives", "hard negatives: decoupled", "several positives"}
 WITHIN = {"clip: ids, smoothed, ConVIRT", "siglip: ids", "decoupled: DCLW, ids", "Matryoshka", "CWCL"}
 
 
