@@ -10,6 +10,10 @@ from jaxtyping import Array, Float
 from clipjax.losses.pairwise.operands import TILE, Plan, both, dot, make_plan, only
 from clipjax.losses.pairwise.tiles import Axis, Meeting, Partial, Travel, finite, log_sum_exp, sweep, vary
 
+# The largest logit, and the log of the sum of exp(logit - largest). Added up they would lose the digits by which a row's two
+# softmaxes, each of sum 1, cancel in the gradient.
+Lse = tuple[Float[Array, " n"], Float[Array, " n"]]
+
 
 class Taught(NamedTuple):
     """Rows or columns as they meet under a teacher."""
@@ -17,8 +21,8 @@ class Taught(NamedTuple):
     z: Float[Array, "n d"]
     teacher: Float[Array, "n f"]
     own: Float[Array, " n"]  # cosine of the own pair
-    lse: Float[Array, " n"] | None = None  # for the gradient: of all the student's logits,
-    teacher_lse: Float[Array, " n"] | None = None  # of all the teacher's,
+    lse: Lse | None = None  # for the gradient: of all the student's logits,
+    teacher_lse: Lse | None = None  # of all the teacher's,
     ct: Float[Array, " n"] | None = None  # and the cotangent
 
 
@@ -74,11 +78,14 @@ def _cross_entropy_fwd(
     rows, cols = _taught(plan, x, y, tx, ty)
     found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
 
-    def value(side: Partial) -> tuple[Array, Array, Array]:
+    def value(side: Partial) -> tuple[Array, Lse, Lse]:
         (m, (total,)), (teacher_m, (teacher_total, behind)) = side.lse
+        own = scale * rows.own
         # log sum_j exp(s_ij) - s_ii, and what the teacher's targets lie behind the own pair: small losses keep their digits.
-        excess = jax.nn.softplus(finite(m) + jnp.log(total) - scale * rows.own)
-        return excess + scale * behind / teacher_total, excess + scale * rows.own, teacher_m + jnp.log(teacher_total)
+        excess = jax.nn.softplus(finite(m) + jnp.log(total) - own)
+        top = jnp.maximum(m, own)
+        lse = top, jnp.log(total * jnp.exp(m - top) + jnp.exp(own - top))
+        return excess + scale * behind / teacher_total, lse, (teacher_m, jnp.log(teacher_total))
 
     of_rows, of_cols = map(value, found)
     return (of_rows[0], of_cols[0]), (x, y, scale, tx, ty, teacher_scale, *of_rows[1:], *of_cols[1:])
@@ -91,7 +98,11 @@ def _cross_entropy_bwd(plan: Plan, kept: tuple[Array, ...], ct: tuple[Array, Arr
         cos = dot(r.z, c.z, (1, 1), plan.dtype)
         logits, teacher = scale * cos, teacher_scale * dot(r.teacher, c.teacher, (1, 1), plan.dtype)
         sides = (jax.tree.map(lambda v: v[:, None], r[3:]), jax.tree.map(lambda v: v[None], c[3:]))
-        g = sum(ct * (jnp.exp(logits - lse) - jnp.exp(teacher - teacher_lse)) for lse, teacher_lse, ct in sides)
+
+        def softmax(logits: Array, lse: Lse) -> Array:
+            return jnp.exp(logits - lse[0] - lse[1])
+
+        g = sum(ct * (softmax(logits, lse) - softmax(teacher, teacher_lse)) for lse, teacher_lse, ct in sides)
         g = only(where.real, g, 0)
         return Partial((dot(g, c.z, (1, 0), plan.dtype), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), plan.dtype),))
 

@@ -62,11 +62,13 @@ def _softplus_pass(
     rows, cols = sides(plan, x, y, None, None, ids)
     found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
     total, *by_row = found[0].total
+    # Rows are added up before their sums are: a CPU else takes a small tile's entries one by one, and loses the fifth digit.
+    total, *of_scalars = jax.lax.optimization_barrier((total, *by_row[1:]))
     out = total.sum(), found[0].best[0], found[1].best[0]
     if not gradient:
         return out, ()
-    dx, d_scale, d_bias = by_row
-    return out, ((scale * dx).astype(x.dtype), (scale * found[1].total[0]).astype(y.dtype), d_scale.sum(), d_bias.sum())
+    d_scale, d_bias = (g.sum() for g in of_scalars)
+    return out, ((scale * by_row[0]).astype(x.dtype), (scale * found[1].total[0]).astype(y.dtype), d_scale, d_bias)
 
 
 def _softplus_bwd(plan: Plan, gradients: tuple[Array, ...], ct: tuple[Array, Array, Array]) -> tuple[Array | None, ...]:
