@@ -1,9 +1,9 @@
 """`emoji_clip` with the regularizers that close the contrastive gap (2405.18570): uniformity, alignment, cross-uniformity.
 
 Run:      clipjax train configs/emoji_cuaxu.py --workdir runs/emoji_cuaxu
-          with --objective.3.weight 0 it is CUA, with --objective.{1,2,3}.weight 0 emoji_clip again
-Cost:     about four minutes on two CPU cores
-Expected: not yet run
+          with --objective.3.weight 0 it is CUA
+Cost:     about five minutes on two CPU cores
+Expected: R@1 0.87 text to image, 0.83 image to text on the held-out combinations; three seeds and the gap are in the README
 """
 
 from clipjax.config import CUAXU, Augment, Cosine, Data, Geometry, ImageTower, Model, Optim, Retrieval, Run, TextTower, Train
