@@ -230,6 +230,7 @@ def test_sincos_positions(width, side, pool):
                 np.testing.assert_allclose(got[first + y * side + x, i::quarter], want, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [CLIP, SIGLIP], ids=["clip", "siglip"])
 def test_remat_and_unroll_change_neither_values_nor_gradients(model):
     model = dataclasses.replace(model, image=dataclasses.replace(model.image, patch_dropout=0.3))
