@@ -370,6 +370,7 @@ def test_another_kind_differs_by_every_field_that_only_one_has():
         "objective.1.image_weight: 'absent' -> 0.5",
         "objective.1.label_smoothing: 'absent' -> 0.0",
         "objective.1.reduction: 'absent' -> 'mean'",
+        "objective.1.dtype: 'absent' -> 'float32'",
         "objective.1.prefixes: 'absent' -> None",
     ]
 
