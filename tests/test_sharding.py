@@ -178,6 +178,7 @@ def test_on_shards_sees_its_rows_and_returns_one_value():
     assert float(jax.jit(sharding.on_shards(fn, mesh))(x, y, 2.0)) == 2 * float((x * y).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "share"), [((2, 4, 1), 0.28), ((2, 2, 2), 0.36)])
 def test_no_device_holds_a_whole_copy_of_what_is_sharded(shape, share):
     """The state is born sharded, the compiled step takes and gives it so, and says that it holds no more than its part."""

@@ -184,6 +184,7 @@ def test_a_frozen_tower_is_gone_through_once():
     assert less < 0.6 * whole
 
 
+@pytest.mark.slow
 def test_a_run_may_change_its_parts_on_resume(tmp_path, capsys):
     optim = dataclasses.replace(tiny.OPTIM, schedule=config.Constant(warmup=3))
 

@@ -18,7 +18,11 @@ from . import tiny
 DROPOUT = dataclasses.replace(tiny.CLIP, image=dataclasses.replace(tiny.CLIP.image, image_size=32, patch_dropout=0.5))
 
 
-@pytest.mark.parametrize("model", [tiny.CLIP, tiny.SIGLIP, DROPOUT], ids=["clip", "siglip", "patch_dropout"])
+SLOW = pytest.mark.slow
+MODELS = [tiny.CLIP, pytest.param(tiny.SIGLIP, marks=SLOW), pytest.param(DROPOUT, marks=SLOW)]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=["clip", "siglip", "patch_dropout"])
 def test_every_mesh_gives_the_losses_of_one_device(model):
     run = tiny.run(model)
     _, want, _ = tiny.train(run, tiny.mesh_of(), 20)
