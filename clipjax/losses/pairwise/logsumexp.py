@@ -42,7 +42,8 @@ def pairwise_logsumexp(
     A scale is a number >= 0 or one for each row (column); without `col_scale`, `row_scale` is a number and serves both. Kept
     are all pairs, all but the own one, or those whose `ids` (of rows, of columns) differ. c may be K b: then the columns j K to
     j K + K - 1 belong to row j, and the first of them makes its own pair. `columns=False` leaves the columns' half out.
-    `y_gradient=False` treats y as a constant, which saves a product. `travel`: see clipjax.losses.pairwise.tiles; None chooses by size.
+    `y_gradient=False` treats y as a constant, which saves a product. `travel`: see
+    clipjax.losses.pairwise.tiles; None chooses by size.
     """
     if col_scale is None and jnp.ndim(row_scale):
         raise ValueError("row_scale is one number for each row: give col_scale too")
