@@ -1,7 +1,9 @@
 """The mesh, which axis of a parameter lies on which mesh axis, and how a host's batch becomes a global array.
 
 The batch lies on `data` and `fsdp`; heads and MLP width on `tensor`; of what is left, each parameter's largest axis that
-divides lies on `fsdp`. What can't be sharded is known by name, and too much of it is an error.
+divides lies on `fsdp`. What can't be sharded is known by name, and too much of it is an error. Where devices come in slices
+that a slower network joins, `data` is divided: its outer part is the mesh axis `slice`, so that weights, which `fsdp` and
+`tensor` divide, never leave a slice, and the losses' ring turns within one before it goes on to the next.
 """
 
 import functools
@@ -12,13 +14,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipjax import config
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH = ("slice", "data", "fsdp")
+AUTO = (AxisType.Auto,) * len(AXES)
 
 # Which axis of a parameter lies on `tensor`, counted from the end; the first match holds. Paths as in clipjax.models; an
 # optimizer's moments carry their parameter's path at the end of their own, so the same table places them.
@@ -34,16 +38,28 @@ MUST_SHARD = 0.95  # of the bytes, or the mesh is refused
 
 
 def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over all devices (or these). Raises ConfigError where the axis sizes do not multiply to their number."""
+    """The mesh over all devices (or these). Raises ConfigError where the axis sizes do not multiply to their number, or
+    mesh.data is no multiple of the number of TPU slices.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = [cfg.data, cfg.fsdp, cfg.tensor]
-    fixed = math.prod(n for n in sizes if n != -1)
+    sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
+    fixed = math.prod(n for n in sizes.values() if n != -1)
     if len(devices) % fixed == 0:
-        sizes = [len(devices) // fixed if n == -1 else n for n in sizes]
-    if math.prod(sizes) != len(devices):
-        shape = ", ".join(f"mesh.{a} = {n}" for a, n in zip(AXES, sizes, strict=True))
+        sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        shape = ", ".join(f"mesh.{axis} = {n}" for axis, n in sizes.items())
         raise config.ConfigError(f"{shape}: must multiply to the number of devices, {len(devices)}; -1 takes all that are left")
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    data, fsdp, tensor = sizes.values()
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        return jax.make_mesh((1, data, fsdp, tensor), AXES, devices=devices, axis_types=AUTO)
+    if data % slices:
+        remedy = f"must be a multiple of the {slices} slices, as neither mesh.fsdp nor mesh.tensor can reach beyond one"
+        config.require(devices[0].platform != "tpu", "mesh.data", data, remedy)
+        # A slice of GPUs is a host, or what NVLink joins, and all may talk to all.
+        return Mesh(np.reshape(devices, (1, data, fsdp, tensor)), AXES, axis_types=AUTO)
+    placed = mesh_utils.create_hybrid_device_mesh((1, data // slices, fsdp, tensor), (slices, 1, 1, 1), devices)
+    return Mesh(placed, AXES, axis_types=AUTO)
 
 
 def batch_devices(mesh: Mesh) -> int:
@@ -140,23 +156,39 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf (array or shape) of a tree of parameters or of a whole train state.
 
-    Raises ConfigError where less than 95 % of the bytes could be divided over `fsdp`, listing the largest that could not.
+    Raises ConfigError where less than 95 % of the bytes could be divided over `fsdp`, listing the largest that could not and the
+    sizes that would do.
     """
+    placed = _place(tree, mesh)
+    fsdp = mesh.shape["fsdp"]
+    if fsdp > 1 and sharded_fraction(tree, placed, "fsdp") < MUST_SHARD:
+        devices = mesh.shape["data"] * fsdp
 
+        def works(n: int) -> bool:
+            sizes = dict(mesh.shape) | {"data": devices // n, "fsdp": n}
+            other = AbstractMesh(tuple(sizes.values()), AXES, axis_types=AUTO)
+            return sharded_fraction(tree, _place(tree, other), "fsdp") >= MUST_SHARD
+
+        sizes = ", ".join(str(n) for n in range(2, devices) if devices % n == 0 and works(n)) or "none but 1"
+        largest = sorted(unsharded(tree, placed, "fsdp").items(), key=lambda x: -x[1])[:5]
+        whole = ", ".join(f"{name} ({size:,} bytes)" for name, size in largest)
+        share = sharded_fraction(tree, placed, "fsdp")
+        raise config.ConfigError(
+            f"mesh.fsdp = {fsdp}: only {share:.0%} of the bytes can be divided so; use {sizes}. Whole: {whole}"
+        )
+    return placed
+
+
+def _place(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     def place(path: Any, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
 
-    placed = jax.tree_util.tree_map_with_path(place, tree)
-    if mesh.shape["fsdp"] > 1:
-        whole = unsharded(tree, placed, "fsdp")
-        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        share = 1 - sum(whole.values()) / total
-        rows = [f"{name} ({size:,} bytes)" for name, size in sorted(whole.items(), key=lambda x: -x[1])[:5]]
-        remedy = (
-            f"only {share:.0%} of the bytes can be divided so; choose a divisor of the towers' widths. Whole: {', '.join(rows)}"
-        )
-        config.require(share >= MUST_SHARD, "mesh.fsdp", mesh.shape["fsdp"], remedy)
-    return placed
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def sharded_fraction(tree: Any, placed: Any, axis: str) -> float:
+    """Of the bytes, how many lie on `axis`, 0 to 1."""
+    return 1 - sum(unsharded(tree, placed, axis).values()) / sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def unsharded(tree: Any, placed: Any, axis: str) -> dict[str, int]:

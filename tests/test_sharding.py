@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from clipjax import config, sharding
@@ -20,7 +20,7 @@ from tests.train import tiny
 
 def abstract(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     """Of any size, without devices."""
-    return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh((1, data, fsdp, tensor), sharding.AXES, axis_types=sharding.AUTO)
 
 
 def parameters(model: Model) -> dict:
@@ -48,7 +48,7 @@ B16 = Model(image=ImageTower.clip("B/16"), text=TextTower.clip("B"))
 )
 def test_the_mesh_takes_all_devices(cfg, shape):
     mesh = sharding.make_mesh(cfg)
-    assert mesh.shape == dict(zip(sharding.AXES, shape, strict=True))
+    assert mesh.shape == dict(zip(sharding.AXES, (1, *shape), strict=True))
     assert set(mesh.devices.flat) == set(jax.devices())
     assert sharding.batch_devices(mesh) == shape[0] * shape[1]
 
@@ -142,15 +142,39 @@ def test_what_fits_is_divided_nearly_whole(model, fsdp):
     assert mine == pytest.approx((total - sum(whole.values())) / fsdp + sum(whole.values()))
 
 
-@pytest.mark.parametrize("fsdp", [5, 256])
-def test_a_mesh_that_leaves_too_much_whole_is_refused_by_name(fsdp):
+@pytest.mark.parametrize(("fsdp", "use"), [(5, "none but 1"), (256, "2, 4, 8, 16, 32, 64, 128")])
+def test_a_mesh_that_leaves_too_much_whole_is_refused_by_name(fsdp, use):
     """1152 and 4304 are no multiples of 256: every kernel of the blocks would be on every device."""
     tree = parameters(SO400M)
-    with pytest.raises(ConfigError, match=rf"^mesh\.fsdp = {fsdp}: only \d+% of the bytes .*choose a divisor") as error:
+    with pytest.raises(
+        ConfigError, match=rf"^mesh\.fsdp = {fsdp}: only \d+% of the bytes can be divided so; use {use}\. "
+    ) as error:
         sharding.shardings(tree, abstract(1, fsdp))
     assert "Whole: image/blocks/mlp/" in str(error.value)  # largest first
     assert f"({27 * 1152 * 4304 * 4:,} bytes)" in str(error.value)
     sharding.shardings(tree, abstract(fsdp, 1))  # replicating on purpose is fine
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What make_mesh asks of a device that isn't here."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "GPU of a test"
+    process_index: int = 0
+
+
+def test_slices_are_the_outer_part_of_data():
+    """Interleaved as jax.devices() may list them; weights stay within a slice, whichever axes divide them."""
+    chips = [Chip(i, i % 2) for i in range(16)]
+    mesh = sharding.make_mesh(Mesh(data=-1, fsdp=2, tensor=2), chips)
+    assert mesh.shape == dict(zip(sharding.AXES, (2, 2, 2, 2), strict=True))
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    assert sharding.make_mesh(Mesh(data=1, fsdp=16), chips).shape["slice"] == 1
+    with pytest.raises(ConfigError, match=r"^mesh\.data = 1: must be a multiple of the 2 slices, as neither mesh.fsdp nor"):
+        sharding.make_mesh(Mesh(data=1, fsdp=16), [dataclasses.replace(chip, platform="tpu") for chip in chips])
 
 
 def test_rows_become_global_arrays():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from clipjax.sharding import batch_devices
+from clipjax.sharding import BATCH, batch_devices
 
 Tree = Any  # of arrays
 
@@ -29,10 +29,11 @@ def value_and_grad(
     """
     if parts == 1:
         return jax.value_and_grad(lambda params, rows: loss(params, encode(params, rows), rows), has_aux=True)
-    # Where `data` is the whole mesh, each device adds up its own gradients and they are summed over the devices once; left to the
-    # compiler, they are summed after every part. With fsdp or tensor it is left so: a device's own sum would be a whole copy.
-    alone = mesh.shape["data"] == mesh.size
-    axis, devices = (("data",), 1) if alone else ((), batch_devices(mesh))
+    # Where nothing but data divides the mesh, each device adds up its own gradients and they are summed over the devices once;
+    # left to the compiler, they are summed after every part. With fsdp or tensor it is left so: a device's own sum would be a
+    # whole copy.
+    alone = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+    axis, devices = (BATCH, 1) if alone else ((), batch_devices(mesh))
     numbers = jnp.arange(parts)
 
     def on_own(fn: Callable[..., Tree], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Tree]:
@@ -68,9 +69,9 @@ def value_and_grad(
         return jax.lax.psum(jax.lax.scan(add, jax.tree.map(jnp.zeros_like, own), numbers)[0], axis)
 
     def two_passes(params: Tree, rows: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
-        z = on_own(forward, (P(), P("data")), P("data"))(params, rows)
+        z = on_own(forward, (P(), P(BATCH)), P(BATCH))(params, rows)
         # What the loss itself reads of params, scale and bias, has its whole gradient here and none from the towers.
         value, (grads, dz) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, z, rows)
-        return value, jax.tree.map(jnp.add, grads, on_own(backward, (P(), P("data"), P("data")), P())(params, rows, dz))
+        return value, jax.tree.map(jnp.add, grads, on_own(backward, (P(), P(BATCH), P(BATCH)), P())(params, rows, dz))
 
     return two_passes

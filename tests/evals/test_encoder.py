@@ -5,13 +5,14 @@ import pytest
 
 from clipjax.evals import encoder as module
 from clipjax.evals.encoder import Encoder, Rereadable
+from clipjax.sharding import batch_devices
 from tests.evals.tiny import MODEL, image_batches, mesh_of, tokenize
 
 
 def test_embeds_a_whole_source_in_place(encoder, model, params, pictures):
     index = np.arange(37, dtype=np.int32)
     got = encoder.embed(params, image_batches(pictures, encoder, index=index))
-    devices = encoder.mesh.shape["data"] * encoder.mesh.shape["fsdp"]
+    devices = batch_devices(encoder.mesh)
     assert got.z.dtype == jnp.float32
     assert got.z.addressable_shards[0].data.shape == (-(-37 // encoder.batch_size), encoder.batch_size // devices, 8)
     z, ids = (np.asarray(x) for x in got.rows())

@@ -29,7 +29,10 @@ from tests.evals.tiny import MODEL, TOKENIZER, WORDS
     ],
 )
 def test_the_mesh_is_that_of_training_where_it_fits(trained, here):
-    assert tuple(mesh_for(config.Mesh(**dict(zip(("data", "fsdp", "tensor"), trained, strict=True)))).shape.values()) == here
+    assert tuple(mesh_for(config.Mesh(**dict(zip(("data", "fsdp", "tensor"), trained, strict=True)))).shape.values()) == (
+        1,
+        *here,
+    )
 
 
 def test_a_run_is_loaded_in_shards(tmp_path):
@@ -42,7 +45,7 @@ def test_a_run_is_loaded_in_shards(tmp_path):
     with Checkpoints(tmp_path, run) as checkpoints:
         checkpoints.save(1, state)
     sharded = clipjax.load(tmp_path)
-    assert dict(sharded.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(sharded.mesh.shape) == {"slice": 1, "data": 2, "fsdp": 2, "tensor": 2}
     kernel = sharded.params["text"]["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size / 4
     seen = sharded.encode_text(WORDS)
@@ -50,5 +53,5 @@ def test_a_run_is_loaded_in_shards(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"mesh": {"data": -1, "fsdp": 16, "tensor": 1}}))
     plain = clipjax.load(tmp_path)
-    assert dict(plain.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(plain.mesh.shape) == {"slice": 1, "data": 8, "fsdp": 1, "tensor": 1}
     np.testing.assert_allclose(plain.encode_text(WORDS), seen, atol=1e-6)
