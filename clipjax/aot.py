@@ -3,6 +3,9 @@
 The TPU compiler is libtpu's, which runs on any Linux machine (`pip install libtpu`).
 """
 
+import difflib
+import itertools
+import math
 import os
 import re
 import time
@@ -25,6 +28,9 @@ TOPOLOGIES = {
     "v6e": "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
     "tpu7x": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16",
 }
+CORES = ("v2", "v3", "v4", "v5p", "tpu7x")  # whose short names, as v5p-128, count two cores a chip
+OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v6": "v6e", "trillium": "v6e"}
+OTHER_NAMES |= dict.fromkeys(("v7x", "7x", "v7", "ironwood"), "tpu7x")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 
@@ -52,13 +58,18 @@ class Compiled:
     cost: hlo.Cost
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
-    """Devices to compile for, not to run on, of e.g. v5e:16x16. Raises ConfigError. This process runs on its CPU from then on."""
+def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """Devices to compile for, not to run on, of e.g. v5e:16x16, or of several such slices joined by the data-centre network.
+
+    Raises ConfigError, which names the nearest topology. This process runs on its CPU from then on.
+    """
     kind, _, shape = topology.partition(":")
-    known = TOPOLOGIES.get(kind, "").split()
-    if shape not in known:
-        kinds = f"{kind} comes as {', '.join(known)}" if known else f"as v5e:4x4, with a kind of {', '.join(TOPOLOGIES)}"
-        raise ConfigError(f"--topology = {topology!r}: there is no such; {kinds}")
+    if shape not in TOPOLOGIES.get(kind, "").split():
+        near = nearest_topology(topology)
+        kind = near.partition(":")[0]
+        shapes = ", ".join(TOPOLOGIES[kind].split())
+        remedy = f"the nearest is {near}; {kind} comes as {shapes}; the kinds are {', '.join(TOPOLOGIES)}"
+        raise ConfigError(f"--topology = {topology!r}: there is no such; {remedy}")
     for name, value in COMPILE_ONLY.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
@@ -66,9 +77,31 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         if "TPU_LIBRARY_PATH" not in os.environ:
             from libtpu import get_library_path  # noqa: F401
         how = {"chip_config_name": "megacore"} if kind == "v4" else {}  # as JAX runs it: a chip is one device
+        how |= {"num_slices": slices} if slices > 1 else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **how).devices)
     except ImportError as error:
         raise ConfigError(f"--topology = {topology!r}: needs the TPU compiler: pip install libtpu (Linux only)") from error
+
+
+def nearest_topology(text: str) -> str:
+    """The topology that was probably meant: v5litepod-256 is v5e:16x16, v5p-128 is v5p:4x4x4, v5e:15X16 is v5e:16x16."""
+    name, shape = re.fullmatch(r"([^:_-]*)[:_-]*(.*)", text.lower().strip(), re.DOTALL).groups()
+    kind = OTHER_NAMES.get(name) or difflib.get_close_matches(name, TOPOLOGIES, 1, cutoff=0)[0]
+    sizes = [int(n) for n in re.findall(r"\d+", shape)]
+    if len(sizes) < 2:  # a number of chips, or of cores
+        chips = (sizes or [4])[0] // (2 if kind in CORES else 1)
+        return f"{kind}:{min(TOPOLOGIES[kind].split(), key=lambda known: _apart([math.prod(_sizes_of(known))], [chips]))}"
+    return f"{kind}:{min(TOPOLOGIES[kind].split(), key=lambda known: _apart(_sizes_of(known), sizes))}"
+
+
+def _sizes_of(shape: str) -> list[int]:
+    return [int(n) for n in shape.split("x")]
+
+
+def _apart(a: list[int], b: list[int]) -> float:
+    """How far two shapes are: as factors along their axes, the longest with the longest."""
+    pairs = itertools.zip_longest(sorted(a, reverse=True), sorted(b, reverse=True), fillvalue=1)
+    return sum(abs(math.log(max(m, 1) / max(n, 1))) for m, n in pairs)
 
 
 def compile(lowered: jax.stages.Lowered) -> Compiled:

@@ -64,11 +64,39 @@ def test_a_program_for_this_machine():
 
 @pytest.mark.parametrize(
     ("topology", "remedy"),
-    [("v5e:3x3", "v5e comes as 1x1, 2x2, 2x4"), ("v9:2x2", "a kind of v2, v3"), ("v5e", "1x1"), ("", "as v5e:4x4")],
+    [
+        ("v5e:3x3", "the nearest is v5e:4x4; v5e comes as 1x1, 2x2, 2x4"),
+        ("v9:2x2", "the kinds are v2, v3"),
+        ("v5e-256", "v5e:16x16"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5litepod:4x8", "v5e:4x8"),
+        ("v5e:16X16", "v5e:16x16"),
+        ("v5e:15x16", "v5e:16x16"),
+        ("v5e:16x32", "v5e:16x16"),  # libtpu compiles for it, and nobody rents it
+        ("v6e-8", "v6e:2x4"),
+        ("v5p-128", "v5p:4x4x4"),  # so many cores, two a chip
+        ("v5:4x4x4", "v5p:4x4x4"),
+        ("v4:4x4", "v4:2x4x4"),
+        ("v7x:4x4x4", "tpu7x:4x4x4"),
+        ("trillium", "v6e:2x2"),
+        ("", "2x2"),
+        ("\n:0x", "2x2"),
+    ],
 )
-def test_unknown_topologies_are_refused(topology, remedy):
-    with pytest.raises(ConfigError, match=f"--topology = '{topology}'.*{remedy}"):
+def test_unknown_topologies_are_refused_with_the_nearest(topology, remedy):
+    with pytest.raises(ConfigError, match="there is no such; the nearest is") as e:
         aot.tpu_devices(topology)
+    assert str(e.value).startswith(f"--topology = {topology!r}: ")
+    assert remedy in str(e.value)
+    near = str(e.value).split("the nearest is ")[1].split(";")[0]
+    kind, shape = near.split(":")
+    assert shape in aot.TOPOLOGIES[kind].split()
+
+
+def test_slices_are_joined():
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
+    devices = aot.tpu_devices("v5e:2x4", slices=3)
+    assert [d.slice_index for d in devices] == [0] * 8 + [1] * 8 + [2] * 8
 
 
 def test_without_the_compiler_its_name_is_told(monkeypatch):

@@ -167,4 +167,6 @@ def test_wrong_use(args, message, capsys):
 
 def test_a_topology_that_is_none(capsys):
     assert run("--topology", "v5e:3x5") == 2
-    assert capsys.readouterr().err.startswith("clipjax: --topology = 'v5e:3x5': there is no such; v5e comes as 1x1, 2x2")
+    assert capsys.readouterr().err.startswith(
+        "clipjax: --topology = 'v5e:3x5': there is no such; the nearest is v5e:4x4; v5e comes as 1x1, 2x2"
+    )

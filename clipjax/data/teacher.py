@@ -57,7 +57,7 @@ class Teacher:
         if not self._path.is_file():
             raise ConfigError(f"{self._name}: there is no such file; {remedy}")
         try:
-            self._image, self._text, keys = (_mapped(self._path, name) for name in ARRAYS)
+            self._image, self._text, keys = (mapped(self._path, name) for name in ARRAYS)
         except KeyError as e:
             raise ConfigError(f"{self._name}: must hold arrays image, text and key; {remedy}") from e
         except (zipfile.BadZipFile, ValueError, OSError) as e:  # cut short, or of another kind
@@ -69,7 +69,7 @@ class Teacher:
         return keys.tolist()
 
 
-def _mapped(path: Path, name: str) -> np.ndarray:
+def mapped(path: Path, name: str) -> np.ndarray:
     """An array of an .npz where it lies in the file, which np.load only copies; read where it is compressed.
 
     Raises KeyError where there is none of this name."""

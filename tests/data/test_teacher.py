@@ -8,7 +8,7 @@ import pytest
 from clipjax.config import ConfigError, Data
 from clipjax.data.pipeline import train_batches
 from clipjax.data.sources import open_source
-from clipjax.data.teacher import Teacher, _mapped
+from clipjax.data.teacher import Teacher, mapped
 from tests.data.conftest import PICTURES, write_tsv
 
 WIDTH = 5
@@ -91,7 +91,7 @@ def test_arrays_are_what_numpy_reads(write, save):
     path = write(save=save, **arrays)
     with np.load(path) as expected:
         for name in arrays:
-            got = _mapped(Path(path), name)
+            got = mapped(Path(path), name)
             assert got.dtype == expected[name].dtype
             np.testing.assert_array_equal(got, expected[name])
 

@@ -1,0 +1,62 @@
+"""The train step of a run, as training compiles it, from shapes alone: no data, no tokenizer, no weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from clipjax import aot, config, sharding
+from clipjax.models import clip
+from clipjax.train.optimizer import make_optimizer
+from clipjax.train.state import TrainState, abstract_state
+from clipjax.train.step import Batch, make_train_step
+from clipjax.train.step import compile_step as jitted
+
+
+def compile_step(run: config.Run, devices: Sequence[jax.Device]) -> aot.Compiled:
+    """Compiles the run's train step for its mesh over `devices`, which may be `aot.tpu_devices`.
+
+    Raises ConfigError where the run can't be laid out on them, aot.DoesNotFit and aot.CompilerError.
+    """
+    mesh = sharding.make_mesh(run.mesh, devices)
+    return aot.compile(lower_step(run, mesh, state_of(run, mesh)))
+
+
+def lower_step(run: config.Run, mesh: Mesh, state: TrainState) -> jax.stages.Lowered:
+    """The step for a `state` as `state_of` gives it, traced but not compiled: seconds. Raises ConfigError."""
+    sharding.check_batch(run, mesh)
+    step = make_train_step(run, make_optimizer(run.optim, run.train.steps, state.params), mesh)
+    return jitted(step, state, mesh).lower(state, abstract_batch(run, mesh))
+
+
+def state_of(run: config.Run, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the run's state. Raises ConfigError."""
+    params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
+    return abstract_state(run, make_optimizer(run.optim, run.train.steps, params), mesh)
+
+
+def abstract_batch(run: config.Run, mesh: Mesh) -> Batch:
+    """The global batch as the loop hands it to the devices: uint8 pictures, token ids, indices, and what the data adds."""
+    size, captions = run.train.batch_size, run.data.captions_per_image
+    text = (captions, run.model.text.length) if captions > 1 else (run.model.text.length,)
+    shapes = {
+        "image": ("uint8", (run.model.image.image_size, run.model.image.image_size, 3)),
+        "text": ("int32", text),
+        "index": ("int32", ()),
+    }
+    if run.data.ids is not None:
+        shapes["id"] = ("int32", ())
+    if run.data.teacher is not None:
+        width = _teacher_width(run)
+        shapes |= {f"teacher_{side}": ("float32", (width,)) for side in ("image", "text")}
+    rows = sharding.over_rows(mesh)
+    return {k: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows) for k, (dtype, shape) in shapes.items()}
+
+
+def _teacher_width(run: config.Run) -> int:
+    """That of the teacher's file; where it lies elsewhere, as on the machine that will train, the model's own."""
+    from clipjax.data.teacher import ARRAYS, mapped
+
+    path = Path(run.data.teacher).expanduser()
+    return mapped(path, ARRAYS[0]).shape[1] if path.is_file() else run.model.embed_dim
