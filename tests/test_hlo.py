@@ -185,6 +185,88 @@ def test_a_tpu_program():
     assert (found.permutes, found.overlapped, found.uncounted) == (2, 1, ())
 
 
+PIECES = """HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%start (p: f32[8,4]) -> (f32[8,4], f32[64,4]) {
+  %p = f32[8,4]{1,0} parameter(0)
+  %gather.1 = f32[64,4]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %begun = (f32[8,4]{1,0}, f32[64,4]{1,0}) custom-call(%p, %gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%piece (q: f32[8,4], q.1: f32[8,8]) -> f32[8,8] {
+  %q = f32[8,4]{1,0} parameter(0)
+  %q.1 = f32[8,8]{1,0} parameter(1)
+  %gather.2 = f32[64,4]{1,0} all-gather(%q), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %dot.1 = f32[8,8]{1,0} dot(%q.1, %q.1), lhs_contracting_dims={1}, operand_precision={highest,highest}
+}
+
+%body (r: (s32[], f32[8,4], f32[8,8])) -> (s32[], f32[8,4], f32[8,8]) {
+  %r = (s32[], f32[8,4]{1,0}, f32[8,8]{1,0}) parameter(0)
+  %r.0 = s32[] get-tuple-element(%r), index=0
+  %r.1 = f32[8,4]{1,0} get-tuple-element(%r), index=1
+  %r.2 = f32[8,8]{1,0} get-tuple-element(%r), index=2
+  %worked = f32[8,8]{1,0} fusion(%r.1, %r.2), kind=kOutput, calls=%piece
+  ROOT %t = (s32[], f32[8,4]{1,0}, f32[8,8]{1,0}) tuple(%r.0, %r.1, %worked)
+}
+
+%more (u: (s32[], f32[8,4], f32[8,8])) -> pred[] {
+  %u = (s32[], f32[8,4]{1,0}, f32[8,8]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+%cut (v: f32[5,8,8], v.1: s32[], v.2: f32[5,8,8]) -> f32[5,8,8] {
+  %v = f32[5,8,8]{2,1,0} parameter(0)
+  %v.1 = s32[] parameter(1)
+  %v.2 = f32[5,8,8]{2,1,0} parameter(2)
+  %nought = s32[] constant(0)
+  %one = f32[1,8,8]{2,1,0} dynamic-slice(%v, %v.1, %nought, %nought), dynamic_slice_sizes={1,8,8}
+  ROOT %put = f32[5,8,8]{2,1,0} dynamic-update-slice(%v.2, %one, %v.1, %nought, %nought)
+}
+
+ENTRY %main (x: f32[8,4], y: f32[8,8], z: f32[5,8,8], n: s32[]) -> f32[] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} parameter(1)
+  %z = f32[5,8,8]{2,1,0} parameter(2)
+  %n = s32[] parameter(3)
+  %started = (f32[8,4]{1,0}, f32[64,4]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %into = (s32[], f32[8,4]{1,0}, f32[8,8]{1,0}) tuple(%n, %x, %y)
+  %loop = (s32[], f32[8,4]{1,0}, f32[8,8]{1,0}) while(%into), body=%body, condition=%more, "known_trip_count":{"n":"5"}
+  %near = f32[8,8]{1,0} all-reduce(%y), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %far = f32[8,8]{1,0} all-reduce(%near), channel_id=3, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  ROOT %moved = f32[5,8,8]{2,1,0} fusion(%z, %n, %z), kind=kLoop, calls=%cut
+}
+"""
+
+
+def test_a_transfer_in_pieces_counts_once_and_what_leaves_a_slice_is_told_apart():
+    found = hlo.cost(PIECES, slices=2)
+    gathered, square = 64 * 4 * 4, 8 * 8 * 4
+    assert found.collectives == {"all-gather": Collective(1, gathered), "all-reduce": Collective(2, 2 * square)}
+    assert (found.sent_bytes, found.sent_across) == (2 * square, gathered + 2 * square)
+    alone = hlo.cost(PIECES)
+    assert (alone.sent_bytes, alone.sent_across) == (gathered + 4 * square, 0)
+
+
+def test_float32_products_take_a_tpu_six_passes():
+    found = hlo.cost(PIECES)
+    assert found.flops == 5 * 2 * 8**3
+    assert found.tpu_flops == 6 * found.flops
+    assert hlo.cost(PIECES.replace("highest", "high")).tpu_flops == 3 * found.flops
+    assert hlo.cost(PIECES.replace("highest", "default")).tpu_flops == found.flops
+
+
+def test_memory_is_read_and_written_at_the_ends_of_a_fusion():
+    square, row = 8 * 8 * 4, 8 * 4 * 4
+    reduced = 2 * 2 * square
+    gathered = 64 * 4 * 4
+    start, piece = row + row + gathered, row + square + square
+    cut = 2 * square + 4  # a slice out of one array and into another, not the arrays; and where
+    found = hlo.cost(PIECES)
+    assert found.memory_bytes == start + 5 * piece + reduced + cut
+    fast = PIECES.replace("%worked = f32[8,8]{1,0}", "%worked = f32[8,8]{1,0:T(8,128)S(1)}")  # in a TPU's vector memory
+    assert hlo.cost(fast).memory_bytes == found.memory_bytes - 5 * square
+
+
 @pytest.mark.parametrize("target", ["__onednn$matmul", "__cublas$gemm", "__cublas$lt$matmul"])
 def test_products_of_libraries(target):
     text = f"""HloModule m

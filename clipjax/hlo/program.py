@@ -1,10 +1,6 @@
-"""What a compiled program does, read from the text of its optimised HLO: products, collectives, and what overlaps.
-
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. All figures are one device's.
-"""
+"""What a whole program costs: its products, collectives and memory traffic, every loop as often as it runs."""
 
 import functools
-import math
 import operator
 import re
 from collections import Counter
@@ -12,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from clipjax.hlo.products import passes, product_flops
+from clipjax.hlo.text import Computation, Instruction, byte_count, parse
+from clipjax.hlo.traffic import crosses, sent, traffic
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(onednn\$matmul|cublas\$(lt\$)?(gemm|matmul))')
 MOST_TURNS = 100_000  # of a loop whose counter has to be followed, because the compiler doesn't tell
 
 # Of whole numbers; a loop's counter and its bound are made of these.
@@ -29,6 +28,8 @@ ARITHMETIC: dict[str, Callable[[int, int], int]] = {
 COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
 PASSES_ON = ("copy", "bitcast", "convert", "reshape", "opt-barrier")
 CALLS = ("fusion", "call", "custom-call", "async-start")
+FUSED = ("fusion", "custom-call")
+MOVED = ("count", "bytes", "sent", "across")
 
 # Parameter number and element of it, where it is a tuple -> a whole number, if it is a known one.
 Known = Callable[[int, int | None], Any]
@@ -51,120 +52,59 @@ class Cost:
     permutes: int  # pairs of collective-permute-start and -done in the text
     overlapped: int  # those of them with a product in between
     uncounted: tuple[str, ...]  # loops whose turns could not be told; their bodies are counted once
+    tpu_flops: int  # times the passes that a TPU makes for float32 operands: 6 at the highest precision
+    memory_bytes: int  # read from the device's memory and written to it, as far as the text tells
+    sent_bytes: int  # over the links to other devices of its slice
+    sent_across: int  # over the network between slices
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """`name = shape opcode(inside), attributes`."""
-
-    name: str
-    shape: str
-    opcode: str
-    inside: str  # operands, a parameter's number or a constant's value
-    operands: tuple[str, ...]
-    attributes: str
-
-    def attribute(self, key: str) -> list[str]:
-        """The words of `key=word` or `key={word, word}`."""
-        found = re.search(rf"\b{key}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
-        return re.findall(r"[^\s,{}%]+", found[1]) if found else []
-
-    def number(self, key: str) -> int:
-        return int(self.attribute(key)[0])
-
-
-@dataclass(frozen=True)
-class Computation:
-    """Instructions by name, in the order in which they run."""
-
-    body: dict[str, Instruction]
-    root: str
-
-
-def cost(text: str) -> Cost:
-    """The cost of a program, from `compiled.as_text()`."""
-    return _Program(*parse(text)).cost()
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the one that runs."""
-    found, entry, name, body, root = {}, "", "", {}, ""
-    for line in text.splitlines():
-        if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([^\s(]+) ", line)):
-            name, body, root = head[2], {}, ""
-            entry = name if head[1] else entry
-        elif line.startswith("}") and root:
-            found[name] = Computation(body, root)
-        elif parts := re.match(r"\s+(ROOT )?%?(\S+) = (.*)", line):
-            body[parts[2]] = _instruction(parts[2], parts[3])
-            root = parts[2] if parts[1] else root
-    return found, entry
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    text = re.sub(r', metadata=\{(?:[^}"]|"(?:\\.|[^"\\])*")*\}|/\*.*?\*/', "", text)
-    end = _closed(text, 0) if text.startswith("(") else text.index(" ")
-    opening = text.index("(", end)
-    closed = _closed(text, opening)
-    inside = text[opening + 1 : closed - 1]
-    operands = tuple(re.findall(r"%([^\s,()]+)", inside))
-    return Instruction(name, text[:end], text[end:opening].strip(), inside, operands, text[closed:])
-
-
-def _closed(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` has closed."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"not an instruction of HLO: {text}")
-
-
-def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Kind of number and sizes of an array, or of all in a tuple."""
-    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape)]
-
-
-def byte_count(shape: str) -> int:
-    """Of an array, or of all in a tuple."""
-
-    def bits(kind: str) -> int:
-        digits = re.search(r"\d+", kind)
-        return 8 if kind == "pred" else int(digits[0]) if digits else 0  # a token has none
-
-    return sum(math.prod(dims) * bits(kind) // 8 for kind, dims in arrays(shape))
+def cost(text: str, slices: int = 1) -> Cost:
+    """The cost of a program, from `compiled.as_text()`; its devices are of so many slices, one slice's all in a row."""
+    partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    return _Program(*parse(text), int(partitions[1]) if partitions else 1, slices).cost()
 
 
 class _Program:
-    def __init__(self, computations: dict[str, Computation], entry: str) -> None:
+    def __init__(self, computations: dict[str, Computation], entry: str, devices: int, slices: int) -> None:
         self.computations, self.entry = computations, entry
+        self.devices, self.slices = devices, slices
 
     def cost(self) -> Cost:
         tally = self.tally(self.entry, lambda parameter, element: None)
-        kinds = [kind for kind in COLLECTIVES if tally[kind, "count"]]
-        collectives = {kind: Collective(tally[kind, "count"], tally[kind, "bytes"]) for kind in kinds}
+        moved = {}  # (kind, channel) -> figures: a transfer in pieces is written down with each, and a piece may be a loop's
+        for what, *key in tally:
+            if what == "count":
+                (*channel, _), figures = key, [tally[what, *key] for what in MOVED]
+                moved[*channel] = min(moved.get((*channel,), figures), figures)
+        totals = {kind: [sum(n) for n in zip(*(f for (k, _), f in moved.items() if k == kind), strict=True)] for kind, _ in moved}
+        collectives = {kind: Collective(*totals[kind][:2]) for kind in COLLECTIVES if kind in totals}
+        inside, across = (sum(figures[n] for figures in totals.values()) for n in (2, 3))
         pairs = [pair for computation in self.computations.values() for pair in self.pairs(computation)]
-        uncounted = tuple(sorted(name for kind, name in tally if kind == "uncounted"))
-        return Cost(tally["flops", ""], collectives, len(pairs), sum(pairs), uncounted)
+        uncounted = tuple(sorted(key[1] for key in tally if key[0] == "uncounted"))
+        flops, dear, memory = (tally[name,] for name in ("flops", "tpu_flops", "memory"))
+        return Cost(flops, collectives, len(pairs), sum(pairs), uncounted, dear, memory, inside, across)
 
-    def tally(self, name: str, known: Known) -> Counter[tuple[str, str]]:
-        """Sums over all that a computation runs."""
+    def tally(self, name: str, known: Known, fused: bool = False) -> Counter[tuple[str, ...]]:
+        """Sums over all that a computation runs; what is fused reads and writes no memory but at the fusion's ends."""
         total = Counter()
         computation = self.computations[name]
         for i in computation.body.values():
-            total["flops", ""] += self.flops(computation, i)
+            if flops := product_flops(computation, i):
+                total["flops",] += flops
+                total["tpu_flops",] += flops * passes(computation, i)
+            if not fused:
+                total["memory",] += traffic(computation, i, self.computations)
             kind = i.opcode.removesuffix("-done")
             if kind in COLLECTIVES:
-                total[kind, "count"] += 1
-                total[kind, "bytes"] += self.bytes(computation, i)
+                for what, n in zip(MOVED, self.moved(computation, i, kind), strict=True):
+                    total[what, kind, self.channel(computation, i, fused), i.name] += n
             if i.opcode in CALLS:
                 for called in self.called(i):
-                    total.update(self.tally(called, self.of_operands(name, i, known)))
+                    total.update(self.tally(called, self.of_operands(name, i, known), fused or i.opcode in FUSED))
             elif i.opcode == "conditional":  # the dearest branch
                 branches = enumerate(self.called(i), start=1)
                 tallies = [self.tally(called, self.of_operands(name, i, known, n)) for n, called in branches]
-                total.update(max(tallies, key=lambda tally: tally["flops", ""]))
+                total.update(max(tallies, key=lambda tally: tally["flops",]))
             elif i.opcode == "while":
                 (body,) = i.attribute("body")
                 turns = self.turns(name, i, known)
@@ -173,6 +113,17 @@ class _Program:
                 one = self.tally(body, lambda _, element, loop=i.name: self.value(name, loop, known=known, element=element))
                 total.update({key: (1 if turns is None else turns) * n for key, n in one.items()})
         return total
+
+    def moved(self, computation: Computation, i: Instruction, kind: str) -> tuple[int, int, int, int]:
+        """Once, its bytes, and those that a device sends within its slice and across slices."""
+        start = computation.body[i.operands[0]] if i.opcode.endswith("-done") else i
+        size = self.bytes(computation, i)
+        leaves = crosses(start, self.devices, self.slices)
+        return 1, size, 0 if leaves else sent(kind, size), sent(kind, size) if leaves else 0
+
+    def channel(self, computation: Computation, i: Instruction, fused: bool) -> str:
+        """What tells a transfer from others: where it is fused with computation, in pieces, they share a channel."""
+        return (fused and "".join(i.attribute("channel_id"))) or i.name
 
     def called(self, i: Instruction) -> list[str]:
         keys = ("calls", "to_apply", "called_computations", "branch_computations", "true_computation", "false_computation")
@@ -192,22 +143,9 @@ class _Program:
 
     def has_product(self, computation: Computation, i: Instruction) -> bool:
         below = [*self.called(i), *i.attribute("body")] if i.opcode in (*CALLS, "conditional", "while") else []
-        return self.flops(computation, i) > 0 or any(
+        return product_flops(computation, i) > 0 or any(
             self.has_product(self.computations[name], j) for name in below for j in self.computations[name].body.values()
         )
-
-    def flops(self, computation: Computation, i: Instruction) -> int:
-        """Of the instruction itself."""
-        if i.opcode not in ("dot", "convolution") and not (i.opcode == "custom-call" and LIBRARY_PRODUCT.search(i.attributes)):
-            return 0
-        x, y = (arrays(computation.body[name].shape)[0][1] for name in i.operands[:2])
-        out = arrays(i.shape)[0][1]
-        if i.opcode == "dot":
-            return 2 * math.prod(out) * math.prod(x[int(n)] for n in i.attribute("lhs_contracting_dims"))
-        if i.opcode == "convolution":
-            return convolution_flops(i, x, y, out)
-        # A library's product, whichever way round: |x| |y| |out| = (batch m k) (batch k n) (batch m n).
-        return 2 * math.isqrt(math.prod(x) * math.prod(y) * math.prod(out) // math.prod(out[:-2]))
 
     def turns(self, name: str, loop: Instruction, known: Known) -> int | None:
         """How often a loop runs: told by the compiler, or by following what its condition reads."""
@@ -264,36 +202,3 @@ class _Program:
                 return None
             return ARITHMETIC[i.opcode](a, b) if i.opcode in ARITHMETIC else int(COMPARISONS[i.attribute("direction")[0]](a, b))
         return None
-
-
-def convolution_flops(i: Instruction, x: tuple[int, ...], y: tuple[int, ...], out: tuple[int, ...]) -> int:
-    """2 for every number of the picture that a number of the kernel meets, for each of an output's features (XLA makes of
-    products, too, convolutions, and of their batch axes padded windows that meet one entry each)."""
-    left, right, result = re.findall(r"[^_\->]+", i.attribute("dim_labels")[0])
-    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{(.*?)\}", i.attributes) or ["", ""])[1]))
-
-    def of_each(key: str, default: int) -> list[int]:  # pad=1_2x0_0 -> [1, 0]: the padding behind follows from the sizes
-        return [int(word.split("_")[0]) for word in window[key].split("x")] if key in window else [default] * len(spatial)
-
-    spatial = [label for label in left if label.isdigit()]
-    meetings = math.prod(
-        _meetings(out[result.index(label)], x[left.index(label)], *(of_each(key, default)[int(label)] for key, default in WINDOW))
-        for label in spatial
-    )
-    return 2 * out[result.index("b")] * out[result.index("f")] * y[right.index("i")] * meetings
-
-
-WINDOW = (("size", 1), ("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
-
-
-def _meetings(outputs: int, inputs: int, size: int, stride: int, pad: int, spread: int, kernel_spread: int) -> int:
-    """Along one axis: the pairs of an output and a number of the kernel that meets an input, not padding or a gap."""
-    shared = math.gcd(stride, spread)
-    period = spread // shared
-    found = 0
-    for at in range(-pad, -pad + size * kernel_spread, kernel_spread):  # of the first output: p stands at p stride + at
-        if at % shared == 0:
-            low, high = max(0, -(at // stride)), min(outputs - 1, ((inputs - 1) * spread - at) // stride)
-            on_input = -(at // shared) * pow(stride // shared, -1, period) % period  # every period-th output from here
-            found += max(0, (high - on_input) // period - (low - 1 - on_input) // period)
-    return found

@@ -1,0 +1,9 @@
+"""What a compiled program does, read from the text of its optimised HLO: products, collectives, memory, and what overlaps.
+
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. All figures are one device's.
+"""
+
+from clipjax.hlo.program import COLLECTIVES, Collective, Cost, cost
+from clipjax.hlo.text import arrays, byte_count, parse
+
+__all__ = ["COLLECTIVES", "Collective", "Cost", "arrays", "byte_count", "cost", "parse"]

@@ -1,0 +1,108 @@
+"""What an instruction moves: to and from a device's memory, and to other devices. Estimates, good for a roofline.
+
+Memory is the main one, as a TPU's HBM; what lies in another space, as S(1), its vector memory, costs nothing here.
+"""
+
+import re
+
+import numpy as np
+
+from clipjax.hlo.text import Computation, Instruction, byte_count
+
+# Neither reads nor writes memory itself, or another instruction stands for it.
+FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "async-update",
+)  # fmt: skip
+SLICES = ("dynamic-slice", "slice", "gather")
+VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # within a fusion: the same numbers, read once
+
+
+def traffic(computation: Computation, i: Instruction, computations: dict[str, Computation]) -> int:
+    """Bytes of the main memory that one run of an instruction outside any fusion reads and writes."""
+    if i.opcode in FREE or i.opcode.endswith("-done"):
+        return 0
+    operands = [computation.body[name] for name in i.operands]
+    if i.opcode == "fusion":
+        return _of_fusion(i, operands, computations)
+    if i.opcode in SLICES:
+        return 2 * _main(i.shape)
+    if i.opcode == "dynamic-update-slice":
+        return 2 * _main(operands[1].shape)
+    if i.opcode.endswith("-start"):  # a copy: the first of its tuple is where to
+        return sum(_main(x.shape) for x in operands) + (_main(_elements(i.shape)[0]) if i.opcode == "copy-start" else 0)
+    return _main(i.shape) + sum(_main(x.shape) for x in operands)
+
+
+def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[str, Computation]) -> int:
+    """Of a slice only what is cut out, of an update only what is put in, of what is handed on nothing."""
+    inner = next((computations[name] for name in i.attribute("calls") if name in computations), None)
+    if inner is None:
+        return _main(i.shape) + sum(_main(x.shape) for x in operands)
+    users: dict[str, list[Instruction]] = {}
+    for user in inner.body.values():
+        for name in user.operands:
+            users.setdefault(name, []).append(user)
+
+    def read(name: str, size: int) -> int:
+        """Of a value in main memory, by those that use it."""
+        parts = []
+        for user in users.get(name, []):
+            if user.opcode in SLICES and user.operands[0] == name:
+                parts.append(byte_count(user.shape))
+            elif user.opcode in VIEWS and user.name != inner.root:
+                parts.append(read(user.name, size))
+            elif not (user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)):
+                return size
+        return min(size, sum(parts))
+
+    def written(name: str, shape: str) -> int:
+        made = inner.body[name]
+        while made.opcode == "bitcast":
+            made = inner.body[made.operands[0]]
+        if made.opcode == "parameter":
+            return 0
+        if made.opcode == "dynamic-update-slice":
+            return _main(shape) and byte_count(inner.body[made.operands[1]].shape)
+        return _main(shape)
+
+    parameters = {int(p.inside): p.name for p in inner.body.values() if p.opcode == "parameter"}
+    total = sum(read(parameters[n], size) for n, x in enumerate(operands) if n in parameters and (size := _main(x.shape)))
+    root = inner.body[inner.root]
+    if root.opcode != "tuple":
+        return total + written(root.name, i.shape)
+    return total + sum(written(name, shape) for name, shape in zip(root.operands, _elements(i.shape), strict=True))
+
+
+def _main(shape: str) -> int:
+    """Bytes of an array, or of all in a tuple, that lie in the main memory."""
+    return sum(byte_count(x) for x in _elements(shape) if not re.search(r"S\([1-9]", x))
+
+
+def _elements(shape: str) -> list[str]:
+    """The arrays of a tuple's shape, each with its layout; of an array's, that alone."""
+    return re.findall(r"[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?", shape)
+
+
+def sent(kind: str, size: int) -> int:
+    """Bytes that a device of many sends in a collective of `size`, the larger of what it gives and gets, round a ring."""
+    return 2 * size if kind == "all-reduce" else size
+
+
+def crosses(i: Instruction, devices: int, slices: int) -> bool:
+    """Whether a collective joins devices of different slices. Devices are numbered slice by slice."""
+    if slices == 1:
+        return False
+    own = devices // slices
+    return any(len({n // own for n in group}) > 1 for group in _groups(i.attributes, devices))
+
+
+def _groups(attributes: str, devices: int) -> list[list[int]]:
+    """Of replica_groups={{0,1},{2,3}}, [2,4]<=[4,2]T(1,0) or source_target_pairs; without any, all devices are one."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, of, order = ([int(n) for n in (word or "").split(",") if n] for word in found.groups())
+        ids = np.arange(np.prod(of)).reshape(of).transpose(order or None)
+        return ids.reshape(shape).tolist()
+    return [list(range(devices))]
