@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import clipjax
-from clipjax import cli, config
+from clipjax import cli, commands, config
 from clipjax.config import ConfigError
 from tests.train import tiny_emoji
 
@@ -68,7 +68,7 @@ def test_version(capsys):
 
 
 def overridden(*args):
-    return cli.override(tiny_emoji.config(), args, "clipjax train")
+    return commands.override(tiny_emoji.config(), args, "clipjax train")
 
 
 def test_overrides_reach_any_depth():
@@ -170,7 +170,7 @@ def test_a_file_that_fails_all_the_same_is_told_in_a_line(tmp_path, capsys, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cli, "load_config", full)
+    monkeypatch.setattr(commands, "load_config", full)
     assert run("train", CONFIG, "--workdir", tmp_path / "run") == 1
     assert capsys.readouterr().err == "clipjax: [Errno 28] No space left on device\n"
 
@@ -187,7 +187,7 @@ def test_interrupted(args, message, capsys, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "load_config", stop)
+    monkeypatch.setattr(commands, "load_config", stop)
     monkeypatch.setattr("clipjax.data.inspect.inspect", stop)
     assert run(*args) == 130
     assert capsys.readouterr().err == f"clipjax: {message}\n"

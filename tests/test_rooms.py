@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = (  # a module may import from its own group and from those before it
     {"config"},
-    {"environment", "files", "hlo", "aot", "distributed", "sharding", "data", "models", "losses"},
+    {"environment", "files", "hlo", "aot", "distributed", "preemption", "sharding", "data", "models", "losses"},
     {"build", "train", "checkpoint", "metrics"},
     {"evals", "generate", "export", "plan", "bench"},
-    {"arguments", "cli"},
+    {"arguments", "commands", "cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc", "tools", "base", "core"}

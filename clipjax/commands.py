@@ -1,0 +1,163 @@
+"""What each command does, given its parsed arguments. The exit status is what it returns, or 0.
+
+Everything heavy is imported by the command that needs it: `clipjax --help` loads no JAX.
+"""
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import clipjax
+from clipjax import config
+from clipjax.arguments import writable_file
+from clipjax.config.load import load_config, override
+
+if TYPE_CHECKING:
+    from clipjax.evals.encoder import Metrics
+    from clipjax.evals.geometry import Geometry
+    from clipjax.evals.loaded import Loaded
+    from clipjax.evals.retrieval import Retrieval
+    from clipjax.evals.zeroshot import Zeroshot
+
+
+def train(args: argparse.Namespace) -> None:
+    """`clipjax train`: from a configuration to a finished run in its workdir."""
+    if args.config is None:
+        if args.help:
+            args.parser.print_help()
+            return
+        args.parser.error("CONFIG.py is needed")
+    rest = ["--help"] if args.help else args.rest
+    run = override(load_config(args.config), rest, f"clipjax train {args.config} --workdir RUN")
+    if args.workdir is None:
+        args.parser.error("--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
+    from clipjax import build, sharding
+    from clipjax.data.sources import open_source
+    from clipjax.evals.training import make_evaluators
+    from clipjax.train import loop, resume
+
+    mesh = sharding.make_mesh(run.mesh)
+    resume.check(run, args.workdir, mesh)
+    source = open_source(run.data)
+    taught = build.teacher(run, source)
+    tokens = build.tokenizer(run, args.workdir, source)
+    batches = build.batches(run, source, tokens, taught)
+    loop.train(run, args.workdir, batches, make_evaluators(run, mesh, tokens, args.workdir), mesh)
+
+
+def eval_zeroshot(args: argparse.Namespace) -> None:
+    """`clipjax eval zeroshot`: accuracies of a run as a classifier."""
+    from clipjax.evals.inputs import eval_data
+    from clipjax.evals.zeroshot import Zeroshot
+
+    model = clipjax.load(args.workdir)
+    data = eval_data(model.run, args.data, args.split)
+    evaluation = Zeroshot.prepare(model.encoder, model.tokenizer, data, args.templates, args.classnames)
+    _report(args, model, evaluation, evaluation.run(model.params))
+
+
+def eval_retrieval(args: argparse.Namespace) -> None:
+    """`clipjax eval retrieval`: recalls of a run in both directions."""
+    from clipjax.evals.inputs import eval_data
+    from clipjax.evals.retrieval import Retrieval
+
+    model = clipjax.load(args.workdir)
+    evaluation = Retrieval.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
+    _report(args, model, evaluation, evaluation.run(model.params))
+
+
+def eval_geometry(args: argparse.Namespace) -> None:
+    """`clipjax eval geometry`: the gap between a run's pictures and texts, in figures and in a picture."""
+    from clipjax.evals.geometry import Geometry
+    from clipjax.evals.geometry_plot import file_name, plot
+    from clipjax.evals.inputs import eval_data
+
+    beside = args.json.with_suffix(".png") if args.json else "geometry-" + file_name(f"{args.data}-{args.split}")
+    picture = args.png or writable_file(str(beside))
+    model = clipjax.load(args.workdir)
+    evaluation = Geometry.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
+    found = evaluation.measure(model.params)
+    _report(args, model, evaluation, found.metrics)
+    plot(picture, found, f"{model.workdir.resolve().name}, step {model.step}, on {evaluation.dataset}")
+    print(f"picture: {picture}", file=sys.stderr)
+
+
+def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Zeroshot | Retrieval | Geometry", metrics: "Metrics") -> None:
+    from clipjax.evals.report import report, write_json
+
+    result = report(evaluation.dataset, model.workdir.resolve().name, f"step {model.step}", evaluation.task, metrics)
+    figures = {name: value for name, value in metrics.items() if not isinstance(value, list)}  # a curve is for the file
+    print(json.dumps(result | {"metrics": figures}, indent=2, ensure_ascii=False))
+    if args.json:
+        write_json(args.json, result)
+
+
+def embed(args: argparse.Namespace) -> None:
+    """`clipjax embed`: a dataset's unit vectors in a file."""
+    from clipjax.evals.embed import embed, write_npz
+    from clipjax.evals.inputs import eval_data
+
+    model = clipjax.load(args.workdir)
+    arrays = embed(model.encoder, model.params, model.tokenizer, eval_data(model.run, args.data, args.split))
+    write_npz(args.out, arrays)
+    print(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
+
+
+def export(args: argparse.Namespace) -> int:
+    """`clipjax export`: a run as a folder of open_clip's or transformers', and whether it does the same there."""
+    from clipjax.checkpoint import TOKENIZER
+    from clipjax.export.folder import export
+    from clipjax.export.verify import require_packages, verify
+
+    if args.verify:
+        require_packages(args.to)
+    model = clipjax.load(args.workdir)
+    run, tokenizer = model.run, model.workdir / TOKENIZER
+    export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to)
+    print(f"{args.out}: {args.to}, step {model.step} of {model.workdir}")
+    if not args.verify:
+        return 0
+    from PIL import Image
+
+    from clipjax.data.sources import open_source
+
+    source = open_source(run.data)
+    chosen = range(0, len(source), max(1, len(source) // args.examples))
+    examples = [source[i] for i in chosen[: args.examples]]
+    pictures, texts = [Image.fromarray(x.image) for x in examples], [x.captions[0] for x in examples]
+    report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, pictures, texts)
+    print(f"verified in PyTorch on {report.examples} examples; largest differences, of an embedding's norm:")
+    print(f"  same pixels and ids: image {report.image:.1e}, text {report.text:.1e}; logits {report.logits:.1e}")
+    print(f"  from picture and string: image {report.picture:.1e}, text {report.caption:.1e}")
+    for note in report.notes:
+        print(f"  not judged: {note}")
+    for failure in report.failures:
+        print(f"clipjax: {failure}", file=sys.stderr)
+    return 1 if report.failures else 0
+
+
+def bench_loss(args: argparse.Namespace) -> None:
+    """`clipjax bench loss`: what streaming costs and saves."""
+    from clipjax.bench.loss import run
+
+    run(args)
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    """`clipjax data prepare`: builds a dataset, unless it is there, and tells its folder."""
+    from clipjax.data.emoji import prepare_emoji
+    from clipjax.data.tfds_source import data_dir
+
+    print(prepare_emoji(data_dir()))
+
+
+def data_inspect(args: argparse.Namespace) -> None:
+    """`clipjax data inspect`: figures to read and pictures to look at."""
+    from clipjax.data.inspect import describe, inspect
+    from clipjax.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(args.tokenizer, args.length) if args.tokenizer else None
+    sheet = args.png or writable_file(f"{args.spec.replace(':', '-').replace('/', '-')}-{args.split}.png")
+    print(describe(inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)))
+    print(f"contact sheet: {sheet}")
