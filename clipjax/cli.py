@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import clipjax
-from clipjax import commands, config, environment
+from clipjax import commands, config, environment, preemption
 from clipjax.arguments import Help, positive, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 
