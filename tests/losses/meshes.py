@@ -1,6 +1,7 @@
 """Functions of one device's rows, run and differentiated over a mesh of simulated devices in each of the supported ways."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -8,15 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from clipjax import config, sharding
+from clipjax import sharding
 
-Shape = tuple[int, int] | None  # sizes of `data` and `fsdp`; None: no mesh and no axis
+# Sizes of `data` and `fsdp`, or of all four axes; None: no mesh and no axis.
+Shape = tuple[int, int] | tuple[int, int, int, int] | None
 # Where the derivative is taken: outside the map, checked or not, or within it. Within and not checked is not supported.
 Way = Literal["outside", "outside, unchecked", "inside"]
 
 
-def mesh_of(data: int, fsdp: int) -> jax.sharding.Mesh:
-    return sharding.make_mesh(config.Mesh(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+def mesh_of(*shape: int) -> jax.sharding.Mesh:
+    sizes = shape if len(shape) == 4 else (1, *shape, 1)
+    return jax.make_mesh(sizes, sharding.AXES, devices=jax.devices()[: math.prod(sizes)], axis_types=sharding.AUTO)
 
 
 def axis_of(shape: Shape) -> tuple[str, ...] | None:

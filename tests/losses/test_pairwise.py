@@ -47,10 +47,14 @@ QUICK = [
     (How((8, 1), "gather", 4), What("distinct", ids=True, scales="sides")),
     (How((2, 4), "ring", 3), What("all", texts=2)),
     (How((2, 4), None, 1, "inside"), What("all", ids=True, scales="rows")),
+    (How((2, 2, 2, 1), "ring", 4, "inside"), What("distinct", texts=2, ids=True, scales="rows")),  # slices: rings of rings
+    (How((1, 2, 1, 4), "gather", 5, "inside"), What("distinct", ids=True, scales="rows")),  # 4 share 12 columns of a device
+    (How((2, 2, 1, 2), "ring", 2), What("off_diagonal", texts=3, scales="sides")),  # both
 ]
+MESHES = [None, (1, 1), (2, 1), (4, 1), (8, 1), (2, 4), (4, 2, 1, 1), (1, 1, 2, 4), (2, 1, 2, 2)]
 HOWS = [
     How(shape, travel, tile, way)
-    for shape, tile in itertools.product([None, (1, 1), (2, 1), (4, 1), (8, 1), (2, 4)], (1, 5, 1000))
+    for shape, tile in itertools.product(MESHES, (1, 5, 1000))
     for travel, way in ([(None, "outside")] if shape is None else zip(("ring", "gather", "ring"), Way.__args__, strict=True))
 ]
 WHATS = [

@@ -3,8 +3,11 @@
 Rows stay on their device. Columns travel in one of two ways. Ring: a piece of at most `tile` columns goes once round the
 devices and comes home with what it has gathered before the next one starts, so a device holds a few pieces beside its own
 rows and columns. The next piece is sent before the present one is met, and what a piece has gathered follows one hop behind
-it, so no transfer waits for a product. Gather: one all-gather, and one reduce-scatter home; fewer, larger transfers, and all
-columns on every device.
+it, so no transfer waits for a product. Of several mesh axes the first is a ring of rings, for slices that a slower network
+joins: a piece goes once round its slice for every hop to the next, and has all that time for the hop. Gather: one all-gather,
+and one reduce-scatter home; fewer, larger transfers, and all columns on every device.
+
+Devices of a mesh axis that rows and columns don't vary over, as `tensor`, hold the same: they share the columns out.
 """
 
 import math
@@ -84,6 +87,23 @@ class Meeting(NamedTuple):
     real: Bool[Array, "r c"] | None  # neither row nor column is padding; None: there is no padding
 
 
+def idle_axes(axis: Axis, *trees: Any) -> tuple[str, ...]:
+    """The mesh axes whose devices all hold the same of `trees`, as shard_map with check_vma=True knows; without it, none."""
+    names = () if axis is None else jax.sharding.get_abstract_mesh().manual_axes
+    varying = set().union(
+        (axis,) if isinstance(axis, str) else axis or (), *(jax.typeof(x).mat.varying for x in jax.tree.leaves(trees))
+    )
+    checked = (a for a in names if a in jax.typeof(jax.lax.axis_index(a)).mat.varying)
+    return tuple(a for a in checked if a not in varying and jax.lax.axis_size(a) > 1)
+
+
+def rings_of(axis: Axis) -> list[tuple[int, int]]:
+    """Stride and size of the rings that columns go round, the outer one first."""
+    n = device_count(axis)
+    outer = jax.lax.axis_size(axis[0]) if isinstance(axis, tuple) else 1
+    return [(stride, size) for stride, size in ((n // outer, outer), (1, n // outer)) if size > 1]
+
+
 def sweep(
     tile_fn: Callable[[Any, Any, Meeting], tuple[Partial, Partial]],
     rows: Any,
@@ -103,10 +123,17 @@ def sweep(
     me = 0 if axis is None else jax.lax.axis_index(axis)
     b, c = (len(jax.tree.leaves(side)[0]) for side in (rows, cols))
     per_row = c // b
+    idle = idle_axes(axis, rows, cols)
+    sharers = device_count(idle)
+    share = math.ceil(c / sharers)  # of a device's columns, for each of those that hold them
+    first = share * jax.lax.axis_index(idle) if idle else 0
+    if idle:
+        padded = jax.tree.map(lambda x: pad(x, sharers * share), cols)
+        cols = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, share), padded)
+    rings = rings_of(axis)
     if gathered := n > 1 and travel == "gather":
-        cols = jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), cols)
-    hops = 1 if gathered else n
-    width = n * c if gathered else c  # columns held at once
+        cols, rings = jax.tree.map(lambda x: jax.lax.all_gather(x, axis, tiled=True), cols), []
+    width = n * share if gathered else share  # columns held at once
     rows, tall = cut(rows, b, tile)
     cols, wide = cut(cols, width, tile)
     count, pieces = -(-b // tall), -(-width // wide)
@@ -114,17 +141,19 @@ def sweep(
     def meet(i: Array | int, row: Any, p: Array | int, source: Array | int, col: Any) -> tuple[Partial, Partial]:
         """Tile i of the rows and piece p of the columns that came from device `source`."""
         r, k = i * tall + jnp.arange(tall), p * wide + jnp.arange(wide)
-        own = ((me * b + r) * per_row)[:, None] == (source * c + k)[None]
-        padded = count * tall > b or pieces * wide > width
-        real = (r < b)[:, None] & (k < width)[None] if padded else None
+        source, own_k = (k // share, k % share) if gathered else (source, k)
+        own = ((me * b + r) * per_row)[:, None] == (source * c + first + own_k)[None]
+        padded = count * tall > b or pieces * wide > width or sharers * share > c
+        real = (r < b)[:, None] & ((k < width) & (first + own_k < c))[None] if padded else None
         return tile_fn(row, col, Meeting(own if real is None else own & real, real))
 
-    row_zero, col_zero = vary(nothing(jax.eval_shape(lambda: meet(0, at(rows, 0), 0, me, at(cols, 0)))), axis)
+    zeros = nothing(jax.eval_shape(lambda: meet(0, at(rows, 0), 0, me, at(cols, 0))))
+    row_zero, col_zero = vary(vary(zeros, axis), idle)
     found = stack(row_zero, count)
     out = stack(col_zero, pieces)
 
-    def visit(found: Partial, p: Array | int, source: Array, col: Any) -> tuple[Partial, Partial]:
-        """All rows meet one piece."""
+    def visit(found: Partial, p: Array | int, source: Array | int, col: Any) -> tuple[Partial, Partial]:
+        """All rows of this device meet one piece."""
 
         def one(i: Array | int, state: tuple[Partial, Partial]) -> tuple[Partial, Partial]:
             found, gathering = state
@@ -134,34 +163,51 @@ def sweep(
         start = (found, col_zero)
         return one(0, start) if count == 1 else jax.lax.fori_loop(0, count, one, start)
 
-    def send(tree: Any) -> Any:
-        """To the next device; vectors in one transfer, for each costs its latency."""
+    def send(tree: Any, stride: int, size: int) -> Any:
+        """To the next device of a ring; vectors in one transfer, for each costs its latency."""
         leaves, shape = jax.tree.flatten(tree)
         packs = [x.ndim == 1 and x.dtype == jnp.float32 for x in leaves]
         vectors, others = ([x for x, p in zip(leaves, packs, strict=True) if p is packed] for packed in (True, False))
         sent = jnp.stack(vectors) if vectors else (), others
-        vectors, others = map(iter, jax.lax.ppermute(sent, axis, [(i, (i + 1) % n) for i in range(n)]))
+        following = [(i, i - i // stride % size * stride + (i // stride + 1) % size * stride) for i in range(n)]
+        vectors, others = map(iter, jax.lax.ppermute(sent, axis, following))
         return shape.unflatten([next(vectors if p else others) for p in packs])
 
-    def round_trip(p: Array | int, state: tuple[Partial, Partial]) -> tuple[Partial, Partial]:
-        found, out = state
-        if hops == 1:
-            found, gathering = visit(found, p, 0 if gathered else me, at(cols, p))
-            return found, put(out, p, gathering)
+    def turn(
+        rings: list[tuple[int, int]], found: Partial, p: Array | int, source: Array | int, col: Any
+    ) -> tuple[Partial, Partial]:
+        """A piece goes round rings within rings and what it gathered comes home. `source`: its device, as outer rings tell it."""
+        if not rings:
+            return visit(found, p, source, col)
+        (stride, size), *inner = rings
 
         def hop(state: tuple[Any, ...], k: Array) -> tuple[tuple[Any, ...], None]:
             found, col, behind, latest = state  # `behind`: what `col` gathered before it came here, `latest`: from here
-            following, behind = send(col), send(merge(behind, latest))
-            found, latest = visit(found, p, (me - k) % n, col)
+            following, behind = send(col, stride, size), send(merge(behind, latest), stride, size)
+            found, latest = turn(inner, found, p, source + (me // stride - k) % size * stride, col)
             return (found, following, behind, latest), None
 
-        (found, _, behind, latest), _ = jax.lax.scan(hop, (found, at(cols, p), col_zero, col_zero), jnp.arange(n))
-        return found, put(out, p, send(merge(behind, latest)))
+        (found, _, behind, latest), _ = jax.lax.scan(hop, (found, col, col_zero, col_zero), jnp.arange(size))
+        return found, send(merge(behind, latest), stride, size)
+
+    def round_trip(p: Array | int, state: tuple[Partial, Partial]) -> tuple[Partial, Partial]:
+        found, out = state
+        found, gathering = turn(rings, found, p, 0, at(cols, p))
+        return found, put(out, p, gathering)
 
     start = (found, out)
     found, out = round_trip(0, start) if pieces == 1 else jax.lax.fori_loop(0, pieces, round_trip, start)
     found, out = uncut(found, b), uncut(out, width)
-    return found, home(out, axis, n) if gathered else out
+    out = home(out, axis, n) if gathered else out
+    if idle:  # every row from all its sharers' columns, every column from the one that had it
+        found = everywhere(found, idle)
+        out = jax.tree.map(lambda x: jax.lax.all_gather(x, idle, tiled=True, to="invarying")[:c], out)
+    return found, out
+
+
+def pad(x: Array, length: int) -> Array:
+    """With zeros behind."""
+    return jnp.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1)) if length > len(x) else x
 
 
 def cut(side: Any, length: int, tile: int) -> tuple[Any, int]:
@@ -169,11 +215,7 @@ def cut(side: Any, length: int, tile: int) -> tuple[Any, int]:
     count = math.ceil(length / tile)
     size = math.ceil(length / count)
 
-    def one(x: Array) -> Array:
-        pad = [(0, count * size - length)] + [(0, 0)] * (x.ndim - 1)
-        return (jnp.pad(x, pad) if pad[0][1] else x).reshape(count, size, *x.shape[1:])
-
-    return jax.tree.map(one, side), size
+    return jax.tree.map(lambda x: pad(x, count * size).reshape(count, size, *x.shape[1:]), side), size
 
 
 def uncut(tiles: Any, length: int) -> Any:
@@ -219,4 +261,19 @@ def home(out: Partial, axis: Axis, n: int) -> Partial:
         jax.tree.map(lambda x: jax.lax.psum_scatter(x, axis, tiled=True), out.total),
         jax.tree.map(lambda x: parts(x).max(0), out.best),
         tuple(one(m, sums) for m, sums in out.lse),
+    )
+
+
+def everywhere(found: Partial, axis: tuple[str, ...]) -> Partial:
+    """What the devices of an axis found for the same rows, together and on each of them."""
+
+    def one(m: Array, sums: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        best = jax.lax.pmax(m, axis)
+        factor = jnp.exp(m - finite(best))
+        return best, tuple(jax.lax.psum(factor * s, axis) for s in sums)
+
+    return Partial(
+        jax.tree.map(lambda x: jax.lax.psum(x, axis), found.total),
+        jax.tree.map(lambda x: jax.lax.pmax(x, axis), found.best),
+        tuple(one(m, sums) for m, sums in found.lse),
     )
