@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from clipjax.chips import chip_of
 from clipjax.config import ImageTower, Model, TextTower
 from clipjax.files import write_whole
 
@@ -83,17 +84,17 @@ class Tally:
         return counts
 
 
-def model_flops(model: Model, trained: Collection[str] | None = None) -> float:
+def model_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1) -> float:
     """FLOPs of a training step per pair, 2 a multiply-add: 3 times the forward pass of a tower whose blocks are trained, 2 times
     where the gradient only passes through them, once where nothing below the head is. `trained`: paths of the parameters that
-    are, as `image/blocks/mlp/up/kernel`; None: all.
+    are, as `image/blocks/mlp/up/kernel`; None: all. `captions`: texts a pair has.
 
     Dot products only, once each whatever is made again in the backward pass. Causal attention counts in full, as it is computed
     and as others count it. Left out: the pooling probe's query, once a batch, and the loss, 8 B d a pair (below 1 % of B/16's
     step up to B = 256k).
     """
     passes = {tower: 3 if trained is None else _passes(tower, trained) for tower in ("image", "text")}
-    return float(passes["image"] * _image_flops(model.image) + passes["text"] * _text_flops(model.text))
+    return float(passes["image"] * _image_flops(model.image) + passes["text"] * captions * _text_flops(model.text))
 
 
 def _passes(tower: str, trained: Collection[str]) -> int:
@@ -123,26 +124,10 @@ def _blocks_flops(c: ImageTower | TextTower, tokens: int) -> float:
     return c.depth * tokens * (linear + attention)
 
 
-# Dense bf16 FLOP/s of one chip by the start of JAX's `device_kind`; the longest that fits holds. TPU: "Peak compute per chip" of
-# each version's page at cloud.google.com/tpu/docs; the kinds are those that jax's pallas/mosaic/tpu_info.py knows.
-# GPU: NVIDIA's data sheet of each product, tensor cores without sparsity (half of a figure given "with sparsity").
-_PEAKS = {
-    "TPU v2": 46e12, "TPU v3": 123e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
-    "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12,
-    "NVIDIA A10": 125e12, "NVIDIA A100": 312e12, "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12, "NVIDIA H100": 989e12,
-    "NVIDIA H100 NVL": 835e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
-    "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA GB200": 2500e12,
-}  # fmt: skip
-_TWO_DEVICES_A_CHIP = ("TPU v2", "TPU v3", "TPU7x")  # a JAX device is one of the chip's two cores
-
-
 def peak_flops(kind: str) -> float | None:
     """Dense bf16 FLOP/s of one JAX device of this `device_kind`; None where it is not known, as for CPUs and slices of a GPU."""
-    fits = [k for k in _PEAKS if kind.startswith(k) and kind[len(k) : len(k) + 1] in ("", " ", "-")]
-    if not fits or "MIG" in kind:
-        return None
-    name = max(fits, key=len)
-    return _PEAKS[name] / (2 if name in _TWO_DEVICES_A_CHIP else 1)
+    chip = chip_of(kind)
+    return None if chip is None else chip.flops / chip.devices
 
 
 def mfu(flops_per_second: float, devices: Sequence[jax.Device]) -> float | None:
