@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from clipjax import config
+from clipjax import config, distributed
 from clipjax.checkpoint import TOKENIZER
 from clipjax.data.pipeline import check_source, train_batches
 from clipjax.data.sources import Source
@@ -23,18 +23,24 @@ def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
     Raises ConfigError where the workdir's checkpoint is another run's, the source is too small (`pipeline.check_source`) or has
     not the number of examples that a term remembers, or the ids do not fit the text tower.
     """
-    text, saved = run.model.text, workdir / TOKENIZER
     resumes = resumable(run, workdir) is not None
     check_source(source, run.data, run.train.batch_size)
     for i, term in enumerate(run.objective):
         if isinstance(term, config.Sogclr | config.Isogclr):
             remedy = f"must be the number of examples of {source.name}, {len(source)}"
             config.require(term.examples == len(source), f"objective.{i}.examples", term.examples, remedy)
-    if resumes:
-        config.require(saved.exists(), "--workdir", str(workdir), f"has checkpoints but no {TOKENIZER}: put it back")
+    with distributed.in_turn("tokenizer"):  # the first trains it and saves it, the others load it
+        return _tokenizer(run, workdir, source, resumes)
+
+
+def _tokenizer(run: config.Run, workdir: Path, source: Source, resumes: bool) -> Tokenizer:
+    text, saved, there = run.model.text, workdir / TOKENIZER, resumes or jax.process_index() > 0
+    if there:
+        remedy = f"has checkpoints but no {TOKENIZER}: put it back" if resumes else "must be on storage that all processes share"
+        config.require(saved.exists(), "--workdir", str(workdir), remedy)
         made = Tokenizer.load(saved, text.length)
     elif isinstance(run.tokenizer, config.TokenizerFile):
-        made = Tokenizer.load(Path(run.tokenizer.path), text.length)
+        made = Tokenizer.load(run.tokenizer.path, text.length)
     else:
         made = Tokenizer.train(source.captions(), text.vocab_size, run.tokenizer.lowercase, text.length)
     enough = f"must be at least the tokenizer's {made.vocab_size}"
@@ -42,8 +48,7 @@ def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
     pools = text.pool != "eot" or made.end_id == made.vocab_size - 1
     remedy = f"needs an end token with the tokenizer's highest id, {made.vocab_size - 1}: this one's is {made.end_id}; use last"
     config.require(pools, "model.text.pool", text.pool, remedy)
-    if not resumes and jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+    if not there:
         made.save(saved)
     return made
 

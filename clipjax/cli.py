@@ -8,8 +8,10 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import clipjax
 from clipjax import commands, config, environment, preemption
@@ -35,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[_ToStderr()])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant so, as of a folder that is only read
+    unforeseen = False
     try:
-        return args.run(args) or 0
+        status, message = args.run(args) or 0, None
     except (config.ConfigError, argparse.ArgumentTypeError) as error:
         status, message = 2, error
     except OSError as error:  # one that names a file is the user's to mend
@@ -48,8 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         again = "; the same command goes on from the newest checkpoint" if args.run is commands.train else ""
         status, message = 130, f"interrupted{again}"
-    print(f"clipjax: {message}", file=sys.stderr)
+    except Exception:
+        if not _distributed():
+            raise
+        status, message, unforeseen = 1, traceback.format_exc(), True
+    if joined := _distributed():  # one's end is everyone's, and one of them tells
+        message = joined.leave(status, message, unforeseen)
+    if message is not None:
+        print(f"clipjax: {message}", file=sys.stderr)
     return status
+
+
+def _distributed() -> ModuleType | None:
+    """clipjax.distributed, where the command has joined this process to others."""
+    loaded = sys.modules.get("clipjax.distributed")
+    return loaded if loaded and loaded.joined() else None
 
 
 class _ToStderr(logging.Handler):

@@ -6,7 +6,8 @@ Everything heavy is imported by the command that needs it: `clipjax --help` load
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
+import zlib
+from typing import TYPE_CHECKING, TextIO
 
 import clipjax
 from clipjax import config
@@ -32,18 +33,39 @@ def train(args: argparse.Namespace) -> None:
     run = override(load_config(args.config), rest, f"clipjax train {args.config} --workdir RUN")
     if args.workdir is None:
         args.parser.error("--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
-    from clipjax import build, sharding
+    from clipjax import build, distributed, sharding
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators
     from clipjax.train import loop, resume
 
+    distributed.start()
+    distributed.agree("the configuration's checksum", zlib.crc32(config.to_json(run).encode()))
     mesh = sharding.make_mesh(run.mesh)
-    resume.check(run, args.workdir, mesh)
-    source = open_source(run.data)
+    saved = resume.check(run, args.workdir, mesh)
+    distributed.agree("the newest checkpoint's step", saved.step if saved else "none")
+    with distributed.in_turn("dataset"):  # the first builds it, if need be
+        source = open_source(run.data)
+    distributed.agree("the number of examples", len(source))
     taught = build.teacher(run, source)
     tokens = build.tokenizer(run, args.workdir, source)
     batches = build.batches(run, source, tokens, taught)
     loop.train(run, args.workdir, batches, make_evaluators(run, mesh, tokens, args.workdir), mesh)
+
+
+def _load(args: argparse.Namespace) -> "Loaded":
+    """The run to evaluate, on the devices of all processes."""
+    from clipjax import distributed
+
+    distributed.start()
+    return clipjax.load(args.workdir)
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """From one process only."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, file=file)
 
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
@@ -51,7 +73,7 @@ def eval_zeroshot(args: argparse.Namespace) -> None:
     from clipjax.evals.inputs import eval_data
     from clipjax.evals.zeroshot import Zeroshot
 
-    model = clipjax.load(args.workdir)
+    model = _load(args)
     data = eval_data(model.run, args.data, args.split)
     evaluation = Zeroshot.prepare(model.encoder, model.tokenizer, data, args.templates, args.classnames)
     _report(args, model, evaluation, evaluation.run(model.params))
@@ -62,7 +84,7 @@ def eval_retrieval(args: argparse.Namespace) -> None:
     from clipjax.evals.inputs import eval_data
     from clipjax.evals.retrieval import Retrieval
 
-    model = clipjax.load(args.workdir)
+    model = _load(args)
     evaluation = Retrieval.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
     _report(args, model, evaluation, evaluation.run(model.params))
 
@@ -75,12 +97,12 @@ def eval_geometry(args: argparse.Namespace) -> None:
 
     beside = args.json.with_suffix(".png") if args.json else "geometry-" + file_name(f"{args.data}-{args.split}")
     picture = args.png or writable_file(str(beside))
-    model = clipjax.load(args.workdir)
+    model = _load(args)
     evaluation = Geometry.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
     found = evaluation.measure(model.params)
     _report(args, model, evaluation, found.metrics)
     plot(picture, found, f"{model.workdir.resolve().name}, step {model.step}, on {evaluation.dataset}")
-    print(f"picture: {picture}", file=sys.stderr)
+    _say(f"picture: {picture}", sys.stderr)
 
 
 def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Zeroshot | Retrieval | Geometry", metrics: "Metrics") -> None:
@@ -88,7 +110,7 @@ def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Zeroshot | R
 
     result = report(evaluation.dataset, model.workdir.resolve().name, f"step {model.step}", evaluation.task, metrics)
     figures = {name: value for name, value in metrics.items() if not isinstance(value, list)}  # a curve is for the file
-    print(json.dumps(result | {"metrics": figures}, indent=2, ensure_ascii=False))
+    _say(json.dumps(result | {"metrics": figures}, indent=2, ensure_ascii=False))
     if args.json:
         write_json(args.json, result)
 
@@ -98,10 +120,10 @@ def embed(args: argparse.Namespace) -> None:
     from clipjax.evals.embed import embed, write_npz
     from clipjax.evals.inputs import eval_data
 
-    model = clipjax.load(args.workdir)
+    model = _load(args)
     arrays = embed(model.encoder, model.params, model.tokenizer, eval_data(model.run, args.data, args.split))
     write_npz(args.out, arrays)
-    print(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
+    _say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 
 
 def export(args: argparse.Namespace) -> int:

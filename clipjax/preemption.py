@@ -35,7 +35,7 @@ _calls = itertools.count(1)  # never anew in one process: JAX finds the moment b
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Until the block is left, SIGTERM and a first Ctrl-C do not end the process; `told` tells of them. A second Ctrl-C raises
-    KeyboardInterrupt. Of several processes, JAX's coordination service listens to SIGTERM since they joined, and to what else
+    KeyboardInterrupt. Of several processes, JAX's coordination service listens to SIGTERM from then on, and to what else
     the platform sends. Does nothing outside the main thread, where Python has no signals.
     """
     global _heard
@@ -45,7 +45,11 @@ def listening() -> Iterator[None]:
         return
     _heard.listening = True
     before = {signal.SIGINT: signal.signal(signal.SIGINT, _on_ctrl_c)}
-    if not _joined():
+    if _joined():
+        from clipjax import distributed
+
+        distributed.listen()
+    else:
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         yield
@@ -66,7 +70,7 @@ def told() -> bool:
             _heard.told = multihost_utils.reached_preemption_sync_point(next(_calls))
         else:
             _heard.told = _heard.signalled
-    return _heard.told
+    return _heard.listening and _heard.told
 
 
 def check() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from clipjax import config
+from clipjax import config, distributed
 from clipjax.config import ConfigError
 from clipjax.data.pipeline import eval_batches
 from clipjax.data.sources import Record, Source
@@ -36,7 +36,7 @@ def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Reread
                 unreadable += int(batch["replaced"].sum())
                 counts = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
                 yield {"image": batch["image"], **counts}
-        if unreadable:
+        if (unreadable := distributed.total(unreadable)) and jax.process_index() == 0:
             log.warning("%s: %d of %d pictures can't be read and are left out", source.name, unreadable, len(source))
 
     return Rereadable(read, encoder.batches(len(source)), source.name, "pictures")
@@ -78,7 +78,7 @@ def _text_batches(
             tokens, truncated = tokenizer.encode([texts[i] for i in rows])
             cut += int((truncated & real).sum())
             yield {"text": tokens, **{k: np.where(real, v[rows], np.int32(-1)) for k, v in columns.items()}}
-        if cut:
+        if (cut := distributed.total(cut)) and jax.process_index() == 0:
             log.warning("%s: %d of %d %s were cut to %d tokens", name, cut, len(texts), unit, tokenizer.length)
 
     return Rereadable(read, encoder.batches(len(texts)), name, unit)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clipjax import config, sharding
+from clipjax import config, distributed, sharding
 from clipjax.checkpoint import Checkpoints
 from clipjax.metrics import Clock, NonFiniteError, Tally, Writer, mfu, model_flops
 from clipjax.models import clip
@@ -75,6 +75,7 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
             due = [e for e in evaluators if last or e.due(step)]
             save = last or step % cfg.checkpoint_every == 0
             if step > start and (due or save):
+                distributed.at(step, "evaluating or saving")
                 with clock.paused(state):
                     progress.update(step, writer.flush())  # a state gone bad is found before it is evaluated or saved
                     best = None
@@ -88,10 +89,12 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
                 break
             if len(running) == AHEAD:
                 running[0].block_until_ready()
+            distributed.at(step, "reading data")
             with clock.waiting(running[-1] if running else None):
                 batch = next(data)
             tally.count(batch)
             rows = sharding.to_global({k: batch[k] for k in ON_DEVICE if k in batch}, mesh)
+            distributed.at(step, "compiling" if step == start else "training")
             if step == start:  # the compilation, and with it the first step, is no part of the rate
                 with clock.paused(), jax.transfer_guard("disallow"):
                     state, metrics = jax.block_until_ready(step_fn(state, rows))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
+import jax
+
 
 class Progress:
     """Rate, loss, time left and share of time waiting for data.
@@ -16,6 +18,7 @@ class Progress:
 
     def __init__(self, steps: int, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._steps, self._stream, self._now = steps, stream or sys.stderr, now
+        self._quiet = jax.process_index() > 0  # the first speaks for all
         self._live = self._stream.isatty()
         self._line: Mapping[str, Any] = {}
         self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
@@ -26,6 +29,8 @@ class Progress:
     def update(self, step: int, line: Mapping[str, Any] | None = None) -> None:
         """`step` steps are finished; `line` is a new line of Writer.push, which is that of an interval ago: off a terminal, where
         it is printed once, it is told by its own step."""
+        if self._quiet:
+            return
         now = self._now()
         self._first = self._first or (step, now)
         self._line = line or self._line

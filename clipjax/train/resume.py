@@ -22,10 +22,10 @@ class Saved:
 
 
 def check(run: config.Run, workdir: Path, mesh: Mesh) -> Saved | None:
-    """What can be said before any data is opened. Raises ConfigError for several processes, a mesh that the batch or the towers
-    do not divide over, and a workdir of another run; returns the checkpoint to go on from, if there is one.
+    """What can be said before any data is opened. Raises ConfigError for several processes that are not joined, a mesh that the
+    batch or the towers do not divide over, and a workdir of another run; returns the checkpoint to go on from, if there is one.
     """
-    distributed.require_one_process()
+    distributed.require_joined()
     sharding.check_batch(run, mesh)
     sharding.check_tensor(run.model, mesh)
     return resumable(run, workdir)

@@ -12,7 +12,6 @@ import pytest
 from clipjax import config, sharding
 from clipjax.checkpoint import newest
 from clipjax.config import ConfigError
-from clipjax.distributed import require_one_process
 from clipjax.train.loop import train
 from clipjax.train.resume import Saved, check
 from tests.train import tiny
@@ -223,25 +222,3 @@ def test_what_a_batch_has_reaches_the_devices(tmp_path, monkeypatch):
         for name, value in more.items():
             np.testing.assert_array_equal(batch[name], value)
             assert batch[name].sharding == sharding.over_rows(tiny.mesh_of(2))
-
-
-LAUNCHERS = {
-    "SLURM_NTASKS": "2",
-    "OMPI_COMM_WORLD_SIZE": "8",
-    "TPU_WORKER_HOSTNAMES": "t1v-n-0,t1v-n-1",
-    "TPU_PROCESS_ADDRESSES": "10.0.0.1:8476,10.0.0.2:8476",
-    "MEGASCALE_NUM_SLICES": "2",
-}
-
-
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_one_of_several_processes_does_not_train_alone(name, tmp_path, monkeypatch):
-    monkeypatch.setenv(name, LAUNCHERS[name])
-    with pytest.raises(ConfigError, match=r" = [28]: several processes would each train alone .*; start one process on one host"):
-        run_it(RUN, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv(name, {"TPU_WORKER_HOSTNAMES": "t1v-n-0", "TPU_PROCESS_ADDRESSES": "localhost:8476"}.get(name, "1"))
-    require_one_process()
-    monkeypatch.setenv(name, LAUNCHERS[name])
-    monkeypatch.setattr(jax, "process_count", lambda: 2)  # whoever has joined them passes
-    require_one_process()

@@ -11,13 +11,13 @@ import sys
 import jax
 import numpy as np
 from clipjax import config, sharding
-from clipjax.distributed import require_one_process
+from clipjax.distributed import require_joined
 from clipjax.metrics import Tally
 
 jax.config.update("jax_num_cpu_devices", 2)
 me = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], 2, me)
-require_one_process()
+require_joined()
 mine = np.arange(8).reshape(4, 2) + 100 * me
 for shape in ((4, 1, 1), (1, 4, 1), (2, 1, 2)):
     made = sharding.to_global({"text": mine}, sharding.make_mesh(config.Mesh(data=shape[0], fsdp=shape[1], tensor=shape[2])))
