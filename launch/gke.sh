@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# Fills in launch/gke.yaml and hands it to kubectl: `launch/gke.sh --help`.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: launch/gke.sh COMMAND [OPTION...] [CONFIG.py [--any.config.field VALUE ...]]
+
+  launch/gke.sh apply --context C --name N --image I --topology v5e:16x16 --workdir gs://BUCKET/RUN configs/siglip_b16.py
+
+COMMAND
+  render     prints the JobSet
+  apply      starts it
+  status     what the JobSet and its pods do now
+  logs       follows the log of the first machine
+  delete     ends it; training saves first
+
+OPTION (or the environment's)
+  --context C     CLIPJAX_CONTEXT    the cluster, by kubectl's name for it (kubectl config get-contexts)
+  --name N        CLIPJAX_NAME       of the JobSet
+  --image I       CLIPJAX_IMAGE      with clipjax for TPUs, as launch/Dockerfile makes it
+  --topology T    CLIPJAX_TOPOLOGY   of a slice, as `clipjax plan` takes it: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4
+  --workdir W     CLIPJAX_WORKDIR    gs://BUCKET/RUN: checkpoints, metrics
+  --slices S      1                  of that topology, each a node pool
+  --restarts R    20                 of all slices, before it is given up
+  --account A     default            Kubernetes service account that may write to the bucket
+  --spot                             on machines that can be taken away
+  --env NAME=VALUE                   for the training, as TFDS_DATA_DIR=gs://BUCKET/tfds; may be repeated
+  --dry-run                          prints the commands, and runs none
+TEXT
+}
+
+say() { echo "gke: $*" >&2; }
+wrong() { say "$*" && exit 2; }
+
+context=${CLIPJAX_CONTEXT:-} name=${CLIPJAX_NAME:-} image=${CLIPJAX_IMAGE:-} topology=${CLIPJAX_TOPOLOGY:-} workdir=${CLIPJAX_WORKDIR:-}
+slices=1 restarts=20 account=default spot='' dry='' environment=()
+case "${1:---help}" in
+-h | --help) usage && exit ;;
+render | apply | status | logs | delete) command=$1 && shift ;;
+*) wrong "no command $1; see launch/gke.sh --help" ;;
+esac
+while [ $# -gt 0 ]; do
+  case "$1" in
+  -h | --help) usage && exit ;;
+  --spot) spot='cloud.google.com/gke-spot: "true"' ;;
+  --dry-run) dry=1 ;;
+  --context | --name | --image | --topology | --workdir | --slices | --restarts | --account | --env)
+    [ $# -gt 1 ] || wrong "$1: needs a value"
+    if [ "$1" = --env ]; then environment+=("$2"); else printf -v "${1#--}" %s "$2"; fi
+    shift
+    ;;
+  -*) wrong "unknown option $1; those of clipjax go after CONFIG.py; see launch/gke.sh --help" ;;
+  *) break ;;
+  esac
+  shift
+done
+
+missing=''
+needs() { # NAME what it is
+  [ -n "${!1}" ] || missing="$missing
+  --$1, or CLIPJAX_$(echo "$1" | tr '[:lower:]' '[:upper:]'): $2"
+}
+[ "$command" = render ] || needs context "the cluster, one of: kubectl config get-contexts"
+needs name "a name for the JobSet"
+case "$command" in
+render | apply)
+  needs image "an image with clipjax, as launch/Dockerfile makes it"
+  needs topology "of a slice, as v5e:16x16"
+  needs workdir "gs://BUCKET/RUN, where checkpoints outlive the machines"
+  [ $# -gt 0 ] || missing="$missing
+  CONFIG.py: what to train, as configs/siglip_b16.py"
+  ;;
+esac
+[ -z "$missing" ] || wrong "missing:$missing"
+[[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || wrong "--name = '$name': must be of a-z, 0-9 and -, as Kubernetes takes it"
+case "$workdir" in '' | gs://?*) ;; *) wrong "--workdir = '$workdir': must be gs://BUCKET/RUN, which all machines see" ;; esac
+[[ "$slices" =~ ^[1-9][0-9]*$ ]] || wrong "--slices = '$slices': must be a whole number, 1 or more"
+[[ "$restarts" =~ ^[0-9]+$ ]] || wrong "--restarts = '$restarts': must be a whole number"
+
+text() { # as YAML writes it
+  local one="'"
+  echo "'${1//$one/$one$one}'"
+}
+fields() { # joined by commas
+  local all='' one
+  for one in "$@"; do all="$all, $one"; done
+  echo "${all#, }"
+}
+
+render() {
+  local kind=${topology%%:*} shape=${topology#*:} chips=1 of=4 length
+  # Labels: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. A machine has four chips; of v5e and v6e there are
+  # slices of one machine with one chip and with eight.
+  case "$kind" in
+  v4) kind=tpu-v4-podslice ;;
+  v5e) kind=tpu-v5-lite-podslice ;;
+  v5p) kind=tpu-v5p-slice ;;
+  v6e) kind=tpu-v6e-slice ;;
+  tpu7x) ;;
+  *) wrong "--topology = '$topology': must be v4, v5e, v5p, v6e or tpu7x and a shape, as v5e:16x16" ;;
+  esac
+  [[ "$shape" =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || wrong "--topology = '$topology': must be a kind and a shape, as v5e:16x16"
+  for length in ${shape//x/ }; do chips=$((chips * length)); done
+  case "$shape" in 1x1) of=1 ;; 2x4) of=8 ;; esac
+
+  local arguments=() variables=() one line known value
+  for one in "${train[@]}" --workdir "$workdir"; do arguments+=("$(text "$one")"); done
+  for one in ${environment[@]+"${environment[@]}"}; do
+    [[ "$one" =~ ^[A-Za-z_][A-Za-z_0-9]*= ]] || wrong "--env = '$one': must be NAME=VALUE"
+    variables+=("{name: ${one%%=*}, value: $(text "${one#*=}")}")
+  done
+  # shellcheck disable=SC2034  # read by the names that gke.yaml has
+  local NAME=$name RESTARTS=$restarts SLICES=$slices HOSTS=$((chips / of)) CHIPS=$of ACCELERATOR=$kind TOPOLOGY=$shape SPOT=$spot
+  # shellcheck disable=SC2034
+  local IMAGE SERVICE_ACCOUNT ARGS="[$(fields "${arguments[@]}")]" ENV="[$(fields ${variables[@]+"${variables[@]}"})]"
+  IMAGE=$(text "$image") SERVICE_ACCOUNT=$(text "$account")
+  while IFS= read -r line; do
+    while [[ "$line" =~ ^([^\$]*)\$\{([A-Z_]+)\}(.*)$ ]]; do
+      known=${BASH_REMATCH[2]} value=''
+      [ -n "${!known+set}" ] || wrong "launch/gke.yaml asks for $known, which launch/gke.sh doesn't know"
+      value=${!known}
+      printf '%s%s' "${BASH_REMATCH[1]}" "$value"
+      line=${BASH_REMATCH[3]}
+    done
+    printf '%s\n' "$line"
+  done <"$(dirname "${BASH_SOURCE[0]}")/gke.yaml"
+}
+
+kube() { # prints the command where it shall not run
+  if [ -z "$dry" ]; then kubectl --context="$context" "$@"; else echo "kubectl --context=$context $*"; fi
+}
+train=("$@") of_it="jobset.sigs.k8s.io/jobset-name=$name"
+case "$command" in
+render) render ;;
+apply)
+  rendered=$(render)
+  if [ -n "$dry" ]; then printf '%s\n' "$rendered"; fi
+  kube apply --filename=- <<<"$rendered"
+  ;;
+status)
+  kube get jobset "$name" --output=wide
+  kube get pods --selector="$of_it" --output=wide
+  ;;
+logs) kube logs --follow --container=train --selector="$of_it,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0" ;;
+delete) kube delete jobset "$name" ;;
+esac
