@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Runs a command as N processes on this machine that JAX joins, as N hosts would run it. Usage:
+#   launch/local.sh N COMMAND...                            e.g. launch/local.sh 2 clipjax train configs/emoji_clip.py --workdir RUN
+#   launch/retry.sh launch/local.sh N COMMAND...            the same, started again when it was preempted or failed
+# On a CPU each simulates JAX_NUM_CPU_DEVICES devices (1); on GPUs each takes the one of its number, unless CUDA_VISIBLE_DEVICES or
+# JAX_LOCAL_DEVICE_IDS say otherwise. Process 0 prints as it would alone; what the others say goes to stderr, behind their numbers.
+# SIGTERM and Ctrl-C are passed on to all. When one ends badly, the others have CLIPJAX_HEARTBEAT_SECONDS (60) and 30 more to find
+# out, say so and end; then they are killed. Exit status: 2 if any has it, else another failure, else 75, else 0.
+set -euo pipefail
+
+case "${1:-}" in
+  "" | *[!0-9]* | 0*) echo "usage: launch/local.sh N COMMAND...: N = ${1:-missing} must be a number of processes" >&2 && exit 2 ;;
+esac
+[ $# -gt 1 ] || { echo "usage: launch/local.sh N COMMAND...: COMMAND is missing" >&2 && exit 2; }
+n=$1
+shift
+heartbeat=${CLIPJAX_HEARTBEAT_SECONDS:-60}
+patience=$((${heartbeat%.*} + 30))
+
+free_port() { # of the ephemeral ones that nobody listens on
+  local port
+  while port=$((32768 + RANDOM % 28000)); do
+    (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+  done
+  echo "$port"
+}
+
+set -m # each process leads a group of its own: a signal reaches it through us, once, and Ctrl-C is not ignored
+pids=()
+pass_on() {
+  for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done
+}
+trap 'pass_on TERM' TERM
+trap 'pass_on INT' INT
+trap 'pass_on KILL' EXIT
+
+JAX_COORDINATOR_ADDRESS=127.0.0.1:$(free_port)
+export JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES=$n
+gpus=0
+if [ "$n" -gt 1 ] && [ -z "${CUDA_VISIBLE_DEVICES:-}${JAX_LOCAL_DEVICE_IDS:-}" ] && [ "${JAX_PLATFORMS:-}" != cpu ]; then
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+fi
+for ((i = 0; i < n; i++)); do
+  export JAX_PROCESS_ID=$i
+  if [ "$gpus" -gt 0 ]; then export CUDA_VISIBLE_DEVICES=$i; fi
+  if [ "$i" = 0 ]; then
+    "$@" &
+  else
+    "$@" > >(trap '' TERM INT && exec sed -u "s/^/[$i] /" >&2) 2>&1 &
+  fi
+  pids+=($!)
+done
+
+rank() { # how bad a status is
+  case $1 in 2) echo 1000 ;; 75) echo 1 ;; 0) echo 0 ;; *) echo "$1" ;; esac
+}
+worst=0
+left=("${pids[@]}")
+deadline=
+while [ ${#left[@]} -gt 0 ]; do
+  running=()
+  for pid in "${left[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      running+=("$pid")
+      continue
+    fi
+    status=0
+    wait "$pid" || status=$?
+    if [ "$(rank "$status")" -gt "$(rank "$worst")" ]; then worst=$status; fi
+    if [ "$status" != 0 ] && [ -z "$deadline" ]; then deadline=$((SECONDS + patience)); fi
+  done
+  left=("${running[@]}")
+  if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
+    pass_on KILL
+    deadline=$((SECONDS + patience))
+  fi
+  sleep 0.2 & # a signal is handled at once only while we wait
+  wait $! || true
+done
+trap - EXIT
+exit "$worst"
