@@ -110,11 +110,10 @@ render() {
     [[ "$one" =~ ^[A-Za-z_][A-Za-z_0-9]*= ]] || wrong "--env = '$one': must be NAME=VALUE"
     variables+=("{name: ${one%%=*}, value: $(text "${one#*=}")}")
   done
-  # shellcheck disable=SC2034  # read by the names that gke.yaml has
-  local NAME=$name RESTARTS=$restarts SLICES=$slices HOSTS=$((chips / of)) CHIPS=$of ACCELERATOR=$kind TOPOLOGY=$shape SPOT=$spot
-  # shellcheck disable=SC2034
-  local IMAGE SERVICE_ACCOUNT ARGS="[$(fields "${arguments[@]}")]" ENV="[$(fields ${variables[@]+"${variables[@]}"})]"
-  IMAGE=$(text "$image") SERVICE_ACCOUNT=$(text "$account")
+  # shellcheck disable=SC2034,SC2155  # read by the names that gke.yaml has
+  local NAME=$name RESTARTS=$restarts SLICES=$slices HOSTS=$((chips / of)) CHIPS=$of ACCELERATOR=$kind TOPOLOGY=$shape SPOT=$spot \
+    IMAGE=$(text "$image") SERVICE_ACCOUNT=$(text "$account") ARGS="[$(fields "${arguments[@]}")]" \
+    ENV="[$(fields ${variables[@]+"${variables[@]}"})]"
   while IFS= read -r line; do
     while [[ "$line" =~ ^([^\$]*)\$\{([A-Z_]+)\}(.*)$ ]]; do
       known=${BASH_REMATCH[2]} value=''
