@@ -5,14 +5,17 @@ Needs:    a tokenizer.json of at most 32,000 tokens (CLIPA's own: bert-base-unca
           `tfds build laion400m/images --file_format=array_record`; for other pairs --data.spec
 Topology: v5e:16x16
 Cost:     not yet run; 1.1 days at 40 % of the chips' bf16 peak
-Expected: zero-shot ImageNet before any tuning 72.1 % on LAION-2B, 75.6 % on DataComp-1B (clipa_jax/README.MD)
+Expected: zero-shot ImageNet before it is tuned at 224 px: 72.1 % on LAION-2B, 75.6 % on DataComp-1B (clipa_jax/README.MD), by
+          `clipjax eval zeroshot RUN --data tfds:imagenet2012 --split validation --templates imagenet`
 """
 
 from clipjax.config import Augment, Cosine, Data, ImageTower, Mesh, Model, Optim, Rule, Run, TextTower, TokenizerFile, Train
 
 
 def config() -> Run:
-    # clipa_jax/configs/model_h/84_8_pre_training.py, and for the towers its models/.
+    # After clipa_jax/configs/model_h/84_8_pre_training.py and, for the towers, clipa_jax/models. What differs: captions lose
+    # their tails where CLIPA keeps nouns; all pictures have their colours changed, not 80 % with hue and 20 % grey; they have no
+    # class token, which CLIPA's attend to and do not use, and are normalised before the mean over their patches, not after.
     flax = dict(activation="gelu_tanh", norm_eps=1e-6)
     return Run(
         data=Data(
@@ -37,14 +40,14 @@ def config() -> Run:
             remat="full",
         ),
         optim=Optim(
-            lr=8e-6 * 65_536 / 256,
+            lr=8e-6 * 65_536 / 256,  # of a batch of 256, times their number
             b2=0.95,
             eps=1e-8,
-            weight_decay=0.2,
+            weight_decay=0.2,  # times the rate, as here: CLIPA changed big_vision's order to PyTorch's (optim/build_optax.py)
             mu_dtype="bfloat16",
-            schedule=Cosine(warmup=3200),
+            schedule=Cosine(warmup=3200),  # fewer steps made it collapse, its config says
             rules=(Rule(pattern=".*/kernel"), Rule(pattern=".*", decay=0.0)),
         ),
         train=Train(steps=195_490, batch_size=65_536, log_every=100, checkpoint_every=1000),
-        mesh=Mesh(data=-1, fsdp=16),
+        mesh=Mesh(data=-1, fsdp=16),  # one side of the pod's torus; for fewer chips --mesh.fsdp
     )

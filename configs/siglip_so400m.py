@@ -6,7 +6,8 @@ Needs:    a tokenizer.json of at most 32,000 tokens (SigLIP's own is of C4: timm
           others --data.spec
 Topology: v5e:16x16
 Cost:     not yet run; 16.1 days at 40 % of the chips' bf16 peak
-Expected: zero-shot ImageNet on WebLI 82.2 % (2303.15343), 82.03 % where open_clip measured it (docs/openclip_results.csv), by
+Expected: zero-shot ImageNet 82.03 % on WebLI, as open_clip measured the published model (docs/openclip_results.csv), which saw
+          45 billion examples (its README), by
           `clipjax eval zeroshot RUN --data tfds:imagenet2012 --split validation --templates imagenet`
 """
 
@@ -19,6 +20,7 @@ def config() -> Run:
         tokenizer=TokenizerFile(path="tokenizer.json"),
         model=Model(
             image=ImageTower.siglip("So400m/14"),
+            # 16 tokens, as the published 224 px model has (big_vision's SigLIP_demo.ipynb); that of 384 px has 64.
             text=TextTower.siglip("So400m", length=16),
             init_scale=10.0,
             max_scale=None,
@@ -39,5 +41,5 @@ def config() -> Run:
             rules=(Rule(pattern=".*/kernel"), Rule(pattern=".*", decay=0.0)),  # unlike CLIP's, token embeddings do not decay
         ),
         train=Train(steps=1_220_703, batch_size=32_768, log_every=100, checkpoint_every=2500),
-        mesh=Mesh(data=-1, fsdp=128),
+        mesh=Mesh(data=-1, fsdp=128),  # 1152 = 9 x 128: no larger power of two divides the widths; for fewer chips --mesh.fsdp
     )
