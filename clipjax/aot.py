@@ -3,16 +3,22 @@
 The TPU compiler is libtpu's, which runs on any Linux machine (`pip install libtpu`).
 """
 
+import contextlib
 import difflib
 import itertools
 import math
 import os
 import re
+import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from clipjax import hlo
 from clipjax.config import ConfigError
@@ -104,14 +110,21 @@ def _apart(a: list[int], b: list[int]) -> float:
     return sum(abs(math.log(max(m, 1) / max(n, 1))) for m, n in pairs)
 
 
-def compile(lowered: jax.stages.Lowered) -> Compiled:
-    """Compiles now. Raises DoesNotFit or CompilerError."""
+def compile(lowered: jax.stages.Lowered, *, dumped: bool = False) -> Compiled:
+    """Compiles now. Raises DoesNotFit or CompilerError.
+
+    `dumped`: takes the program's text from what the compiler writes to files, for TPUs. libtpu 0.0.52 compiles train steps for
+    v6e and then fails to hand over their text (RET_CHECK ... async-update instruction should have 1 operands but sees 3).
+    """
     # Programs for devices that aren't there can be written to JAX's cache, but not read from it.
     shortest = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     start = time.perf_counter()
     try:
-        program = lowered.compile()
+        with tempfile.TemporaryDirectory(prefix="clipjax-") as folder:
+            program = lowered.compile({"xla_dump_to": folder}) if dumped else lowered.compile()
+            seconds = time.perf_counter() - start
+            text = next(Path(folder).glob("*.after_optimizations.txt")).read_text() if dumped else program.as_text()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" in message:
@@ -119,13 +132,33 @@ def compile(lowered: jax.stages.Lowered) -> Compiled:
         raise CompilerError(message.strip().splitlines()[0]) from error
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
-    seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     arguments, temps, peak = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes
-    (device, *_) = jax.tree.leaves(program.input_shardings)[0].device_set
-    if device.platform == "cpu":  # whose compiler leaves temporaries out of its peak
+    devices = jax.tree.leaves(program.input_shardings)[0].device_set
+    if next(iter(devices)).platform == "cpu":  # whose compiler leaves temporaries out of its peak
         peak = arguments + temps + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(program, seconds, peak, arguments, temps, hlo.cost(program.as_text()))
+    return Compiled(program, seconds, peak, arguments, temps, hlo.cost(text))
+
+
+def slice_count(devices: Iterable[jax.Device]) -> int:
+    """How many TPU slices these devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def capacity(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that a program may use on each of these devices, None where it can't be told. CPU devices share one memory."""
+    device = devices[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # not one of a topology, which has no statistics
+        return (device.memory_stats() or {}).get("bytes_limit")
+    # The compiler knows what is left for programs: it is asked for more than there can be.
+    most = jax.ShapeDtypeStruct((2**24, 2**20), jnp.float32, sharding=SingleDeviceSharding(device))  # 64 TiB
+    try:
+        compile(jax.jit(lambda x: x.sum()).lower(most))
+    except DoesNotFit as error:
+        return error.capacity
+    return None
 
 
 def _sizes(message: str) -> tuple[int | None, int | None]:

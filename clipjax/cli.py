@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     args, rest = _parser().parse_known_args(argv)
     args.rest = rest
-    if rest and args.run is not commands.train:
+    if rest and args.run not in (commands.train, commands.plan):
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[_ToStderr()])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant so, as of a folder that is only read
@@ -96,6 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     p = command(top, "train", commands.train, "train a model, or go on from its workdir's newest checkpoint", add_help=False)
     p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
     p.add_argument("--workdir", type=writable_folder, metavar="RUN", help="folder for config, checkpoints, metrics and tokenizer")
+    p.add_argument("-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option")
+
+    text = "compile a run's train step for chips that need not be there: memory, sharding, collectives, FLOPs, estimated time"
+    p = command(top, "plan", commands.plan, text, add_help=False)
+    p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
+    where = "TPUs, as v5e:16x16, v5p:4x4x8 or v6e:8x8; cpu:N, simulated; else the devices that are here"
+    p.add_argument("--topology", metavar="T", help=where)
+    p.add_argument("--slices", type=positive, default=1, metavar="N", help="so many of them, joined by the data-centre network")
+    largest = "also find the largest batch that fits, of powers of two, with the configured train.micro_batches"
+    p.add_argument("--find-batch", action="store_true", help=largest)
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write all figures here")
     p.add_argument("-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option")
 
     evals = group("eval", "evaluate a run")

@@ -22,15 +22,21 @@ if TYPE_CHECKING:
     from clipjax.evals.zeroshot import Zeroshot
 
 
+def _configured(args: argparse.Namespace, needed: str) -> config.Run | None:
+    """The run of CONFIG.py and the options that name its fields; None where only help was asked for."""
+    if args.config is None:
+        if not args.help:
+            args.parser.error("CONFIG.py is needed")
+        args.parser.print_help()
+        return None
+    rest = ["--help"] if args.help else args.rest
+    return override(load_config(args.config), rest, f"{args.parser.prog} {args.config} {needed}")
+
+
 def train(args: argparse.Namespace) -> None:
     """`clipjax train`: from a configuration to a finished run in its workdir."""
-    if args.config is None:
-        if args.help:
-            args.parser.print_help()
-            return
-        args.parser.error("CONFIG.py is needed")
-    rest = ["--help"] if args.help else args.rest
-    run = override(load_config(args.config), rest, f"clipjax train {args.config} --workdir RUN")
+    if (run := _configured(args, "--workdir RUN")) is None:
+        return
     if args.workdir is None:
         args.parser.error("--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
     from clipjax import build, distributed, sharding
@@ -157,6 +163,15 @@ def export(args: argparse.Namespace) -> int:
     for failure in report.failures:
         print(f"clipjax: {failure}", file=sys.stderr)
     return 1 if report.failures else 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """`clipjax plan`: what a run needs and does on chips that need not be there."""
+    if (run := _configured(args, "--topology T")) is None:
+        return 0
+    from clipjax.plan import command
+
+    return command.run(args, run)
 
 
 def bench_loss(args: argparse.Namespace) -> None:

@@ -93,8 +93,14 @@ def model_flops(model: Model, trained: Collection[str] | None = None, captions: 
     and as others count it. Left out: the pooling probe's query, once a batch, and the loss, 8 B d a pair (below 1 % of B/16's
     step up to B = 256k).
     """
+    return sum(tower_flops(model, trained, captions).values())
+
+
+def tower_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1) -> dict[str, float]:
+    """`model_flops` of the towers by themselves: `image` and `text`."""
     passes = {tower: 3 if trained is None else _passes(tower, trained) for tower in ("image", "text")}
-    return float(passes["image"] * _image_flops(model.image) + passes["text"] * captions * _text_flops(model.text))
+    forward = {"image": _image_flops(model.image), "text": captions * _text_flops(model.text)}
+    return {tower: float(passes[tower] * forward[tower]) for tower in forward}
 
 
 def _passes(tower: str, trained: Collection[str]) -> int:

@@ -238,13 +238,33 @@ ENTRY %main (x: f32[8,4], y: f32[8,8], z: f32[5,8,8], n: s32[]) -> f32[] {
 """
 
 
-def test_a_transfer_in_pieces_counts_once_and_what_leaves_a_slice_is_told_apart():
-    found = hlo.cost(PIECES, slices=2)
+def test_a_transfer_in_pieces_counts_once():
+    found = hlo.cost(PIECES)
     gathered, square = 64 * 4 * 4, 8 * 8 * 4
     assert found.collectives == {"all-gather": Collective(1, gathered), "all-reduce": Collective(2, 2 * square)}
-    assert (found.sent_bytes, found.sent_across) == (2 * square, gathered + 2 * square)
+    assert (found.sent_bytes, found.sent_across) == (gathered + 2 * 2 * square, 0)
+
+
+def test_what_goes_between_slices_is_told_apart():
+    attributes = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="PAIR",_xla_megascale_transfer_type="KIND"}'
+    )
+    transfers = "".join(
+        f"""
+  %send.{n} = (f32[{given}], u32[], token[]) send(%{array}, %token), channel_id={n}, {attributes}
+  %recv.{n} = (f32[{taken}]{{0}}, u32[], token[]) recv(%token), channel_id=1{n}, {attributes}
+""".replace("PAIR", f"pair.{n}").replace("KIND", kind)
+        for n, (array, given, taken, kind) in enumerate(
+            [("x", "8,4", "16,4", "ALL_GATHER"), ("y", "8,8", "4,8", "REDUCE_SCATTER"), ("x", "8,4", "16,4", "ALL_GATHER")]
+        )
+    )
+    found = hlo.cost(PIECES.replace("  %near =", f"  %token = token[] after-all(){transfers}\n  %near ="))
+    larger, square = 16 * 4 * 4, 8 * 8 * 4
+    assert found.collectives["all-gather between slices"] == Collective(2, 2 * larger)
+    assert found.collectives["reduce-scatter between slices"] == Collective(1, square)
     alone = hlo.cost(PIECES)
-    assert (alone.sent_bytes, alone.sent_across) == (gathered + 4 * square, 0)
+    assert found.sent_across == 2 * larger + square
+    assert (found.sent_bytes, found.memory_bytes) == (alone.sent_bytes, alone.memory_bytes)
 
 
 def test_float32_products_take_a_tpu_six_passes():

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipjax.hlo.products import passes, product_flops
 from clipjax.hlo.text import Computation, Instruction, byte_count, parse
-from clipjax.hlo.traffic import crosses, sent, traffic
+from clipjax.hlo.traffic import between_slices, sent, traffic
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 MOST_TURNS = 100_000  # of a loop whose counter has to be followed, because the compiler doesn't tell
@@ -29,7 +29,6 @@ COMPARISONS = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": op
 PASSES_ON = ("copy", "bitcast", "convert", "reshape", "opt-barrier")
 CALLS = ("fusion", "call", "custom-call", "async-start")
 FUSED = ("fusion", "custom-call")
-MOVED = ("count", "bytes", "sent", "across")
 
 # Parameter number and element of it, where it is a tuple -> a whole number, if it is a known one.
 Known = Callable[[int, int | None], Any]
@@ -48,41 +47,44 @@ class Cost:
     """What one run of a program costs one device."""
 
     flops: int  # 2 m n k for every product; of a convolution, where its window meets the picture
-    collectives: dict[str, Collective]  # by kind
+    collectives: dict[str, Collective]  # by kind; those within a slice, and as `all-gather between slices` the others
     permutes: int  # pairs of collective-permute-start and -done in the text
     overlapped: int  # those of them with a product in between
     uncounted: tuple[str, ...]  # loops whose turns could not be told; their bodies are counted once
     tpu_flops: int  # times the passes that a TPU makes for float32 operands: 6 at the highest precision
     memory_bytes: int  # read from the device's memory and written to it, as far as the text tells
     sent_bytes: int  # over the links to other devices of its slice
-    sent_across: int  # over the network between slices
+    sent_across: int  # over the network to and from other slices, whichever is more
 
 
-def cost(text: str, slices: int = 1) -> Cost:
-    """The cost of a program, from `compiled.as_text()`; its devices are of so many slices, one slice's all in a row."""
-    partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
-    return _Program(*parse(text), int(partitions[1]) if partitions else 1, slices).cost()
+def cost(text: str) -> Cost:
+    """The cost of a program, from `compiled.as_text()`."""
+    return _Program(*parse(text)).cost()
 
 
 class _Program:
-    def __init__(self, computations: dict[str, Computation], entry: str, devices: int, slices: int) -> None:
+    def __init__(self, computations: dict[str, Computation], entry: str) -> None:
         self.computations, self.entry = computations, entry
-        self.devices, self.slices = devices, slices
 
     def cost(self) -> Cost:
         tally = self.tally(self.entry, lambda parameter, element: None)
-        moved = {}  # (kind, channel) -> figures: a transfer in pieces is written down with each, and a piece may be a loop's
+        moved = {}  # (kind, channel) -> count and bytes; of a transfer in pieces each has it, and a loop's more often
+        across = {}  # (kind, pair) -> count and bytes of the larger half
         for what, *key in tally:
+            figures = tally[what, *key], tally["bytes", *key[:-1], key[-1]] if key else 0
             if what == "count":
-                (*channel, _), figures = key, [tally[what, *key] for what in MOVED]
-                moved[*channel] = min(moved.get((*channel,), figures), figures)
-        totals = {kind: [sum(n) for n in zip(*(f for (k, _), f in moved.items() if k == kind), strict=True)] for kind, _ in moved}
-        collectives = {kind: Collective(*totals[kind][:2]) for kind in COLLECTIVES if kind in totals}
-        inside, across = (sum(figures[n] for figures in totals.values()) for n in (2, 3))
+                moved[*key[:2],] = min(moved.get((*key[:2],), figures), figures)
+            elif what == "halves":
+                across[*key[:2],] = max(across.get((*key[:2],), figures), figures, key=lambda figures: figures[1])
+        kinds = dict.fromkeys(kind for kind in (*COLLECTIVES, *(kind for kind, _ in across)))
+        found = {kind: [f for (k, _), f in (moved | across).items() if k == kind] for kind in kinds}
+        collectives = {kind: Collective(*map(sum, zip(*f, strict=True))) for kind, f in found.items() if f}
+        inside = sum(sent(kind, c.bytes) for kind, c in collectives.items() if kind in COLLECTIVES)
         pairs = [pair for computation in self.computations.values() for pair in self.pairs(computation)]
         uncounted = tuple(sorted(key[1] for key in tally if key[0] == "uncounted"))
         flops, dear, memory = (tally[name,] for name in ("flops", "tpu_flops", "memory"))
-        return Cost(flops, collectives, len(pairs), sum(pairs), uncounted, dear, memory, inside, across)
+        network = sum(size for _, size in across.values())
+        return Cost(flops, collectives, len(pairs), sum(pairs), uncounted, dear, memory, inside, network)
 
     def tally(self, name: str, known: Known, fused: bool = False) -> Counter[tuple[str, ...]]:
         """Sums over all that a computation runs; what is fused reads and writes no memory but at the fusion's ends."""
@@ -96,8 +98,13 @@ class _Program:
                 total["memory",] += traffic(computation, i, self.computations)
             kind = i.opcode.removesuffix("-done")
             if kind in COLLECTIVES:
-                for what, n in zip(MOVED, self.moved(computation, i, kind), strict=True):
-                    total[what, kind, self.channel(computation, i, fused), i.name] += n
+                key = kind, (fused and "".join(i.attribute("channel_id"))) or i.name, i.name
+                total["count", *key] += 1
+                total["bytes", *key] += self.bytes(computation, i)
+            if half := between_slices(computation, i):
+                *key, size = *half[:2], i.name, half[2]
+                total["halves", *key] += 1
+                total["bytes", *key] += size
             if i.opcode in CALLS:
                 for called in self.called(i):
                     total.update(self.tally(called, self.of_operands(name, i, known), fused or i.opcode in FUSED))
@@ -113,17 +120,6 @@ class _Program:
                 one = self.tally(body, lambda _, element, loop=i.name: self.value(name, loop, known=known, element=element))
                 total.update({key: (1 if turns is None else turns) * n for key, n in one.items()})
         return total
-
-    def moved(self, computation: Computation, i: Instruction, kind: str) -> tuple[int, int, int, int]:
-        """Once, its bytes, and those that a device sends within its slice and across slices."""
-        start = computation.body[i.operands[0]] if i.opcode.endswith("-done") else i
-        size = self.bytes(computation, i)
-        leaves = crosses(start, self.devices, self.slices)
-        return 1, size, 0 if leaves else sent(kind, size), sent(kind, size) if leaves else 0
-
-    def channel(self, computation: Computation, i: Instruction, fused: bool) -> str:
-        """What tells a transfer from others: where it is fused with computation, in pieces, they share a channel."""
-        return (fused and "".join(i.attribute("channel_id"))) or i.name
 
     def called(self, i: Instruction) -> list[str]:
         keys = ("calls", "to_apply", "called_computations", "branch_computations", "true_computation", "false_computation")

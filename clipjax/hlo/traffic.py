@@ -5,15 +5,14 @@ Memory is the main one, as a TPU's HBM; what lies in another space, as S(1), its
 
 import re
 
-import numpy as np
-
 from clipjax.hlo.text import Computation, Instruction, byte_count
 
 # Neither reads nor writes memory itself, or another instruction stands for it.
 FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "async-update",
+    "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "async-update", "send", "recv",
 )  # fmt: skip
+MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 SLICES = ("dynamic-slice", "slice", "gather")
 VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # within a fusion: the same numbers, read once
 
@@ -89,20 +88,11 @@ def sent(kind: str, size: int) -> int:
     return 2 * size if kind == "all-reduce" else size
 
 
-def crosses(i: Instruction, devices: int, slices: int) -> bool:
-    """Whether a collective joins devices of different slices. Devices are numbered slice by slice."""
-    if slices == 1:
-        return False
-    own = devices // slices
-    return any(len({n // own for n in group}) > 1 for group in _groups(i.attributes, devices))
-
-
-def _groups(attributes: str, devices: int) -> list[list[int]]:
-    """Of replica_groups={{0,1},{2,3}}, [2,4]<=[4,2]T(1,0) or source_target_pairs; without any, all devices are one."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", found[1])]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, of, order = ([int(n) for n in (word or "").split(",") if n] for word in found.groups())
-        ids = np.arange(np.prod(of)).reshape(of).transpose(order or None)
-        return ids.reshape(shape).tolist()
-    return [list(range(devices))]
+def between_slices(computation: Computation, i: Instruction) -> tuple[str, str, int] | None:
+    """Of a transfer between slices its kind, what its two halves have in common, and the bytes of this one. The compiler makes a
+    program of one slice, with what comes from others and goes to them as a `recv` and a `send` of a runtime's."""
+    if i.opcode not in ("send", "recv") or not (found := MEGASCALE.search(i.attributes)):
+        return None
+    pair = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)
+    shape = computation.body[i.operands[0]].shape if i.opcode == "send" else _elements(i.shape)[0]
+    return found[1].lower().replace("_", "-") + " between slices", pair[1] if pair else i.name, byte_count(shape)

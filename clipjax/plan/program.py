@@ -20,7 +20,12 @@ def compile_step(run: config.Run, devices: Sequence[jax.Device]) -> aot.Compiled
     Raises ConfigError where the run can't be laid out on them, aot.DoesNotFit and aot.CompilerError.
     """
     mesh = sharding.make_mesh(run.mesh, devices)
-    return aot.compile(lower_step(run, mesh, state_of(run, mesh)))
+    return compile_lowered(lower_step(run, mesh, state_of(run, mesh)), mesh)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> aot.Compiled:
+    """What `lower_step` gave, compiled. Raises aot.DoesNotFit and aot.CompilerError."""
+    return aot.compile(lowered, dumped=mesh.devices.flat[0].platform == "tpu")
 
 
 def lower_step(run: config.Run, mesh: Mesh, state: TrainState) -> jax.stages.Lowered:
@@ -48,14 +53,13 @@ def abstract_batch(run: config.Run, mesh: Mesh) -> Batch:
     if run.data.ids is not None:
         shapes["id"] = ("int32", ())
     if run.data.teacher is not None:
-        width = _teacher_width(run)
-        shapes |= {f"teacher_{side}": ("float32", (width,)) for side in ("image", "text")}
+        shapes |= {f"teacher_{side}": ("float32", (teacher_width(run),)) for side in ("image", "text")}
     rows = sharding.over_rows(mesh)
     return {k: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows) for k, (dtype, shape) in shapes.items()}
 
 
-def _teacher_width(run: config.Run) -> int:
-    """That of the teacher's file; where it lies elsewhere, as on the machine that will train, the model's own."""
+def teacher_width(run: config.Run) -> int:
+    """Of data.teacher's embeddings; where the file isn't here, as it is on the machine that will train, the model's own."""
     from clipjax.data.teacher import ARRAYS, mapped
 
     path = Path(run.data.teacher).expanduser()
