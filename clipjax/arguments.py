@@ -4,6 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
+from clipjax import files
+from clipjax.config import ConfigError
+
 
 def positive(text: str) -> int:
     """A number of things."""
@@ -14,15 +17,37 @@ def positive(text: str) -> int:
 
 
 def writable_file(text: str) -> Path:
-    """A file that can be written. Said before hours of work, not after; nothing is made."""
-    if Path(text).is_dir():
+    """A file that can be written, local or on gs:// or s3://. Said before hours of work, not after; nothing stays behind."""
+    path = _place(text)
+    if files.scheme(path) is None and path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
-    writable_folder(str(Path(text).parent))
-    return Path(text)
+    writable_folder(str(path.parent))
+    return path
 
 
 def writable_folder(text: str) -> Path:
-    """A folder that is there or can be made, to write into."""
+    """A folder that is there or can be made, local or on gs:// or s3://, to write into."""
+    path = _place(text)
+    if files.scheme(path) is None:
+        return local_folder(text)
+    try:
+        files.check_writable(path)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
+def _place(text: str) -> Path:
+    try:
+        return files.place(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def local_folder(text: str) -> Path:
+    """A folder of this machine that is there or can be made, to write into."""
+    if files.scheme(_place(text)):
+        raise argparse.ArgumentTypeError(f"{text} is remote: name a folder of this machine, and copy that")
     path = Path(text).absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.exists(p))  # unlike Path.exists, also where nobody may look
     if not nearest.is_dir():

@@ -9,7 +9,8 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from clipjax import config, sharding
+from clipjax import config, s3, sharding
+from clipjax.files import place, reach, resolve
 from clipjax.models import clip
 from clipjax.train.state import TrainState
 
@@ -29,8 +30,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # what a killed save left behind
             preservation_policy=policies.AnyPreservationPolicy(keep),
             best_fn=score,  # chooses nothing beside a policy, but without it metrics are not written: a resumed run needs them
+            **s3.options(workdir),
         )
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self._manager = ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
         self._run = run
 
     def __enter__(self) -> "Checkpoints":
@@ -86,18 +88,18 @@ def _score(name: str, metrics: dict[str, float]) -> float:
 
 
 def split_name(name: str) -> tuple[Path, int | None]:
-    """`RUN` or `RUN@STEP` -> the workdir and the step. Raises ConfigError unless it is a run."""
+    """`RUN` or `RUN@STEP` -> the workdir and the step. Raises ConfigError unless it is a run that can be reached."""
     path, at, step = name.rpartition("@")
-    workdir, step = (Path(path), int(step)) if at and step.isdigit() else (Path(name), None)
-    found = (workdir / "config.json").exists()
+    workdir, step = (place(path), int(step)) if at and step.isdigit() else (place(name), None)
+    found = reach(workdir, (workdir / "config.json").exists)
     config.require(found, "RUN", name, "is not a workdir of `clipjax train`: it has no config.json")
     return workdir, step
 
 
 def _reader(workdir: Path) -> ocp.CheckpointManager:
     """Of a workdir that has checkpoints; it writes nothing and clears nothing away."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    options = ocp.CheckpointManagerOptions(read_only=True, **s3.options(workdir))
+    return ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
 
 
 def _run_of(reader: ocp.CheckpointManager, step: int) -> config.Run:

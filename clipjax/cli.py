@@ -15,11 +15,11 @@ from types import ModuleType
 
 import clipjax
 from clipjax import commands, config, environment, preemption
-from clipjax.arguments import Help, positive, writable_file, writable_folder
+from clipjax.arguments import Help, local_folder, positive, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 
 SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], or tsv:FILE with columns filepath and title"
-RUN = "a workdir of `clipjax train`: its newest checkpoint, or RUN@STEP"
+RUN = "a workdir of `clipjax train`, local or on gs:// or s3://: its newest checkpoint, or RUN@STEP"
 
 
 def program() -> None:
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(top, "train", commands.train, "train a model, or go on from its workdir's newest checkpoint", add_help=False)
     p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
-    p.add_argument("--workdir", type=writable_folder, metavar="RUN", help="folder for config, checkpoints, metrics and tokenizer")
+    p.add_argument("--workdir", type=writable_folder, metavar="RUN", help="folder of the run, local or on gs:// or s3://")
     p.add_argument("-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option")
 
     text = "compile a run's train step for chips that need not be there: memory, sharding, collectives, FLOPs, estimated time"
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     p = command(top, "export", commands.export, "write a folder that open_clip or transformers loads as it is")
     p.add_argument("workdir", metavar="RUN", help=RUN)
     p.add_argument("--to", required=True, choices=("open_clip", "transformers"), help="the library that shall load it")
-    p.add_argument("--out", type=writable_folder, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
+    p.add_argument("--out", type=local_folder, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
     p.add_argument("--verify", action="store_true", help="load it in PyTorch and compare embeddings of the run's own examples")
     p.add_argument("--examples", type=positive, default=32, help="how many --verify compares")
 

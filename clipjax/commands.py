@@ -107,14 +107,14 @@ def eval_geometry(args: argparse.Namespace) -> None:
     evaluation = Geometry.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
     found = evaluation.measure(model.params)
     _report(args, model, evaluation, found.metrics)
-    plot(picture, found, f"{model.workdir.resolve().name}, step {model.step}, on {evaluation.dataset}")
+    plot(picture, found, f"{model.name}, step {model.step}, on {evaluation.dataset}")
     _say(f"picture: {picture}", sys.stderr)
 
 
 def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Zeroshot | Retrieval | Geometry", metrics: "Metrics") -> None:
     from clipjax.evals.report import report, write_json
 
-    result = report(evaluation.dataset, model.workdir.resolve().name, f"step {model.step}", evaluation.task, metrics)
+    result = report(evaluation.dataset, model.name, f"step {model.step}", evaluation.task, metrics)
     figures = {name: value for name, value in metrics.items() if not isinstance(value, list)}  # a curve is for the file
     _say(json.dumps(result | {"metrics": figures}, indent=2, ensure_ascii=False))
     if args.json:

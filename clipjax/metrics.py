@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from clipjax.chips import chip_of
 from clipjax.config import ImageTower, Model, TextTower
-from clipjax.files import write_whole
+from clipjax.files import Mirror, scheme, write_whole
 
 
 class Clock:
@@ -151,7 +151,8 @@ class NonFiniteError(FloatingPointError):
 
 
 class Writer:
-    """metrics.jsonl and tensorboard/ of a workdir. Every process reads values and checks them; process 0 writes.
+    """metrics.jsonl and tensorboard/ of a workdir. Every process reads values and checks them; process 0 writes. A remote workdir
+    has copies, up to date at every checkpoint and evaluation and Mirror.EVERY seconds late in between.
 
     Device values are read one interval late, so that the host never waits for the newest step.
     """
@@ -162,10 +163,14 @@ class Writer:
         """`step`: finished steps of the state that the run goes on from; what the files say of later ones is removed."""
         self._before: list[tuple] = []  # from the last line on
         self._since: list[tuple] = []  # after it
-        self._file = self._board = None
+        self._file = self._board = self._mirror = None
         if jax.process_index() == 0:
             import tensorboardX  # here: the step benchmark runs without it
 
+            if scheme(workdir):
+                self._mirror = Mirror(workdir)
+                self._mirror.fetch("metrics.jsonl")
+                workdir = self._mirror.local
             workdir.mkdir(parents=True, exist_ok=True)
             _truncate(workdir / "metrics.jsonl", step)
             self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
@@ -191,18 +196,29 @@ class Writer:
         a run that resumes from it misses no line.
         """
         ready, self._before, self._since = self._before + self._since, [], []
-        return self._read(ready)
+        line = self._read(ready)
+        self._upload()
+        return line
 
     def evaluation(self, step: int, task: str, metrics: Mapping[str, float], **more: str) -> None:
         """Writes an evaluator's line: `step`, `task`, `metrics` and what `more` names, as the dataset."""
         values = {name: float(value) for name, value in metrics.items()}
         self._write({"step": step, "task": task, **more, "metrics": values}, "/".join([task, *more.values(), ""]), values)
+        self._upload()  # a checkpoint may follow, and whoever resumes from it does not evaluate again
 
     def close(self) -> None:
         """Ends the files. What was pushed since the last flush is dropped."""
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def _upload(self) -> None:
+        """Everything so far, where the workdir is remote."""
+        if self._mirror is not None and self._board is not None:
+            self._board.flush()
+            self._mirror.push()
 
     def _read(self, steps: list[tuple]) -> dict[str, Any] | None:
         line = None
@@ -226,6 +242,8 @@ class Writer:
             if value is None:
                 continue  # not known here, as the utilisation of a CPU
             self._board.add_scalar(prefix + name, value, line["step"])
+        if self._mirror is not None:
+            self._mirror.pulse()
 
 
 def _strict(value: Any) -> Any:

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clipjax.config import ConfigError, require
-from clipjax.files import write_whole
+from clipjax.files import place, write_whole
 
 PAD, START, END = "<pad>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST = 256 + 3  # every byte, and the three tokens above
@@ -70,10 +70,10 @@ class Tokenizer:
         """Reads a tokenizer.json. Start and end are what its post-processor puts round a text; padding is what its `padding`
         says, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json beside it, else a token named <pad>,
         [PAD] or <|pad|>, else the end token. Raises ConfigError for a file that is missing, is none, or does not mark the end."""
-        path = Path(path)
+        path = place(path)
         require(path.is_file(), "tokenizer.path", str(path), "there is no such file; give the path of a tokenizer.json")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as e:  # the library raises nothing narrower
             raise ConfigError(f"tokenizer.path = {str(path)!r}: is not a tokenizer.json of Hugging Face tokenizers: {e}") from e
         pad = _pad_token(backend, path.parent)

@@ -14,6 +14,7 @@ from clipjax.checkpoint import TOKENIZER, load_params, split_name
 from clipjax.data.image import decode, fit, rgb
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Batch, Encoder, Rereadable, to_host
+from clipjax.files import resolve
 
 Picture = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
 
@@ -24,6 +25,7 @@ class Loaded:
     def __init__(self, name: str) -> None:
         """`name` is `RUN` or `RUN@STEP`. Raises ConfigError where there is no such run or checkpoint."""
         self.workdir = split_name(name)[0]
+        self.name = resolve(self.workdir).name
         self.mesh = mesh_for(config.from_json((self.workdir / "config.json").read_text(encoding="utf-8")).mesh)
         self.run, self.params, self.step = load_params(name, self.mesh)
         self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length)
