@@ -1,12 +1,20 @@
 """A run's checkpoints: asynchronous, atomic, state and configuration under one step; and the workdir they live in."""
 
+import contextlib
+import errno
 import functools
 import json
+import logging
 import math
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clipjax import config, s3, sharding
@@ -15,6 +23,22 @@ from clipjax.models import clip
 from clipjax.train.state import TrainState
 
 TOKENIZER = "tokenizer.json"
+DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/: those that could not be read
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, or under the limit of a file
+
+# What TensorStore, which writes the arrays, says of files that are missing, cut or garbled; and of a storage that may well have
+# them and does not answer now: that is no reason to give up a checkpoint.
+_TORN = re.compile(r"\b(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE)\b|Encountered error while reading array index")
+_AWAY = re.compile(r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b")
+_ERRNO = re.compile(r"os_error_code='(\d+)'")
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written. The message names the workdir, the last good checkpoint and the remedy."""
+
+
+class DamagedError(OSError):
+    """A checkpoint is there and can't be read: files are missing, cut or garbled."""
 
 
 class Checkpoints:
@@ -32,24 +56,39 @@ class Checkpoints:
             best_fn=score,  # chooses nothing beside a policy, but without it metrics are not written: a resumed run needs them
             **s3.options(workdir),
         )
-        self._manager = ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
-        self._run = run
+        self._manager = _Manager(resolve(workdir) / "checkpoints", options=options)
+        self._workdir, self._run = workdir, run
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def latest(self) -> int | None:
         """The newest finished step on disk, or None."""
         return self._manager.latest_step()
 
+    def after(self, step: int) -> list[int]:
+        """The finished steps on disk that are newer than `step`."""
+        return [s for s in sorted(self._manager.all_steps()) if s > step]
+
+    def last_good(self) -> str:
+        """What a message says of what is left, also after a save that failed: Orbax still counts that one."""
+        self._manager.reload()
+        good = self.latest()
+        return (
+            f"no checkpoint had been written to {self._workdir}"
+            if good is None
+            else f"the last good checkpoint is {self._workdir}@{good}"
+        )
+
     def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
         """Starts to write; returns once the state has left the devices, so that the next step may donate it.
 
         `metrics` (`task/name` and `task/dataset/name` -> value) are what train.best looks at. A step that is on disk already is
-        left alone.
+        left alone. Raises SaveError, also for an earlier save that has failed meanwhile.
         """
         if step in self._manager.all_steps():
             return
@@ -61,21 +100,61 @@ class Checkpoints:
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
         tracked = (metrics or {}) if self._run.train.best else None
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=tracked)
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=tracked)
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk. Raises SaveError where that failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if (reason := _storage_says(error)) is None:
+                raise
+            remedy = "make room there, and the same command goes on from it"
+            raise SaveError(f"a checkpoint could not be written ({reason}); {self.last_good()}. Remedy: {remedy}") from error
+
+    def set_aside(self, step: int, reason: object) -> None:
+        """Moves a checkpoint that can't be read from checkpoints/ to damaged/, where it can be looked at, and says so."""
+        if jax.process_index() == 0:
+            aside = self._workdir / DAMAGED
+            aside.mkdir(exist_ok=True)
+            there = aside.iterdir() if aside.exists() else ()  # on gs:// and s3:// an empty folder is none
+            place = aside / f"{step}.{sum(p.name.split('.')[0] == str(step) for p in there)}"
+            (self._workdir / "checkpoints" / str(step)).rename(place)
+            logging.warning(f"{self._workdir}@{step} can't be read ({reason}); it now lies in {place}")
+        multihost_utils.sync_global_devices(f"aside {step}")
+        self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state as it was saved, placed as `abstract` (shapes with shardings) says, on whatever mesh that is."""
+        """The state as it was saved, placed as `abstract` (shapes with shardings) says, on whatever mesh that is.
+
+        Raises DamagedError, on all processes where one of them can't read its part."""
         items = {"params": ocp.args.StandardRestore(abstract.params)}
         items["training"] = ocp.args.StandardRestore(_training(abstract))
         if abstract.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
-        got = self._manager.restore(step, args=ocp.args.Composite(**items))
+        error = None
+        try:
+            with _reading(self._workdir, step), _reader(self._workdir, alone=True) as reader:
+                got = reader.restore(step, args=ocp.args.Composite(**items))
+        except DamagedError as e:
+            error = e
+        if not multihost_utils.process_allgather(np.array([error is None])).all():
+            raise error or DamagedError(f"{self._workdir}@{step} can't be read by another process")
         training = got.training
         return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), training.get("memory", {}))
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax asks JAX at each save whether the run is told to stop. JAX counts who asks how often; that is the loop's to ask."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 def _training(state: TrainState) -> dict[str, object]:
@@ -96,9 +175,13 @@ def split_name(name: str) -> tuple[Path, int | None]:
     return workdir, step
 
 
-def _reader(workdir: Path) -> ocp.CheckpointManager:
-    """Of a workdir that has checkpoints; it writes nothing and clears nothing away."""
-    options = ocp.CheckpointManagerOptions(read_only=True, **s3.options(workdir))
+def _reader(workdir: Path, *, alone: bool = False) -> ocp.CheckpointManager:
+    """Of a workdir that has checkpoints; it writes nothing and clears nothing away. `alone`: of this process's part, which waits
+    for no other: one of them may find damage where the others find none."""
+    me = jax.process_index()
+    parts = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}")
+    more = s3.options(workdir) | ({"multiprocessing_options": parts} if alone else {})
+    options = ocp.CheckpointManagerOptions(read_only=True, **more)
     return ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
 
 
@@ -107,19 +190,59 @@ def _run_of(reader: ocp.CheckpointManager, step: int) -> config.Run:
     return config.from_json(json.dumps(saved.config))
 
 
+@contextlib.contextmanager
+def _reading(workdir: Path, step: int) -> Iterator[None]:
+    """Turns what damage looks like into DamagedError."""
+    try:
+        for item in ("params", "training"):  # without it Orbax would guess from the arrays, and say that they differ
+            if not (file := workdir / "checkpoints" / str(step) / item / "_METADATA").exists():
+                raise FileNotFoundError(f"{file} is missing")
+        yield
+    except Exception as error:
+        causes = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        text = "\n".join(map(str, causes))
+        torn = any(isinstance(e, FileNotFoundError | json.JSONDecodeError) for e in causes) or _TORN.search(text)
+        if not torn or _AWAY.search(text):
+            raise
+        raise DamagedError(f"{workdir}@{step} can't be read: {str(error).splitlines()[0]:.200}") from error
+
+
+def _storage_says(error: BaseException) -> str | None:
+    """Why the storage refused to write, in its own words; None where something else is the matter."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if found := _ERRNO.search(str(error)):
+        return os.strerror(int(found[1]))
+    return str(error).splitlines()[0][:200] if _AWAY.search(str(error)) else None
+
+
 def newest(workdir: Path) -> tuple[int, config.Run] | None:
-    """The step of a workdir's newest finished checkpoint and the configuration saved with it; None where there is none."""
+    """The step of a workdir's newest finished checkpoint and the configuration saved with it; None where there is none.
+
+    One whose configuration can't be read is passed over. Raises DamagedError where that leaves none of those that were there:
+    a run must not begin anew without its user's knowing.
+    """
     if not (workdir / "checkpoints").exists():
         return None
+    aside = sorted(p.name for p in (workdir / DAMAGED).iterdir()) if (workdir / DAMAGED).exists() else []
     with _reader(workdir) as reader:
-        step = reader.latest_step()
-        return None if step is None else (step, _run_of(reader, step))
+        steps = sorted(reader.all_steps(), reverse=True)
+        for step in steps:
+            with contextlib.suppress(DamagedError), _reading(workdir, step):
+                return step, _run_of(reader, step)
+    if steps or aside:
+        there = ", ".join([str(step) for step in steps] + [f"{DAMAGED}/{name}" for name in aside])
+        remedy = f"put a copy into {workdir / 'checkpoints'}, choose a new --workdir, or remove these to begin at step 0"
+        raise DamagedError(f"{workdir}: none of its checkpoints can be read ({there}). Remedy: {remedy}")
+    return None
 
 
 def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
     """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
 
-    Raises ConfigError where there is no such checkpoint.
+    Raises ConfigError where there is no such checkpoint, and DamagedError where it can't be read.
     """
     workdir, step = split_name(name)
     exists = (workdir / "checkpoints").exists()
@@ -128,8 +251,9 @@ def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
         steps = sorted(reader.all_steps())
         step = step if step is not None else steps[-1] if steps else None
         config.require(step in steps, "RUN", name, f"has checkpoints of steps {', '.join(map(str, steps)) or '(none)'} only")
-        run = _run_of(reader, step)
-        target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
-        item = "params" if run.optim.ema is None else "ema"
-        restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
+        with _reading(workdir, step):
+            run = _run_of(reader, step)
+            target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
+            item = "params" if run.optim.ema is None else "ema"
+            restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
     return run, restored[item], step

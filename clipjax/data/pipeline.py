@@ -166,10 +166,11 @@ def check_source(source: Source, data: config.Data, batch_size: int) -> None:
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Has a worker log as the command line does, leave Ctrl-C to it, and end when it is killed: a worker that waits for it would
-    stay for ever."""
+    """Has a worker log as the command line does, leave signals to it (a terminal or Slurm gives them to all processes, and the
+    command line still needs batches), and end when it has ended: a worker that waits for it would stay for ever."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

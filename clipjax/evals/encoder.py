@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from clipjax import config
+from clipjax import config, preemption
 from clipjax.models.clip import Params, bind
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
@@ -100,9 +100,11 @@ class Encoder:
             yield np.minimum(numbers, total - 1), numbers < total
 
     def stream(self, params: Params, batches: Rereadable) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
-        """The unit vectors, float32, of one batch after another, each with the rest of its batch, as global arrays."""
+        """The unit vectors, float32, of one batch after another, each with the rest of its batch, as global arrays. Raises
+        Preempted during a training run that is told to stop: it waits for no evaluation."""
         running: collections.deque[Array] = collections.deque()
         for batch in progress(batches, self.batch_size):
+            preemption.check()
             rest = to_global(batch, self.mesh)
             (kind,) = self._towers.keys() & rest.keys()
             z = self._towers[kind](params, rest.pop(kind))

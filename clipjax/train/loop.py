@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clipjax import config, distributed, sharding
-from clipjax.checkpoint import Checkpoints
+from clipjax import config, distributed, preemption, sharding
+from clipjax.checkpoint import FULL, Checkpoints
 from clipjax.metrics import Clock, NonFiniteError, Tally, Writer, mfu, model_flops
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress
-from clipjax.train.resume import changes, check, save_config
+from clipjax.train.resume import changes, check, evaluated, restored, save_config
 from clipjax.train.state import TrainState, abstract_state, initial_state
 from clipjax.train.step import compile_step, make_train_step
 
@@ -42,8 +42,9 @@ class Evaluator(Protocol):
 def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
     """Trains to `train.steps` finished steps, from the newest checkpoint if the workdir has one.
 
-    Raises ConfigError where this can't be trained here (as `resume.check`) or the checkpoint belongs to another run, and
-    FloatingPointError where a loss is not finite.
+    Raises ConfigError where this can't be trained here (as `resume.check`) or the checkpoint belongs to another run,
+    FloatingPointError where a loss is not finite, OSError where the disk is full, and Preempted once the run has been told to
+    stop and its state is on disk.
     """
     cfg = run.train
     saved = check(run, workdir, mesh)
@@ -54,9 +55,16 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, run))
         stack.enter_context(_naming_the_last_good(checkpoints, workdir))
+        if saved:
+            saved, state = restored(saved, run, workdir, checkpoints, placed)
+        else:
+            state = initial_state(run, tx, mesh)
         start = saved.step if saved else 0
-        state = checkpoints.restore(start, placed) if saved else initial_state(run, tx, mesh)
-        if start >= cfg.steps:
+        # An evaluation that failed or was cut short, as the last one of a preempted run, is owed.
+        owed = [e for e in evaluators if start and (start >= cfg.steps or e.due(start))]
+        done = evaluated(workdir, start, [(e.task, e.dataset) for e in owed])
+        owed = [e for e, it_is in zip(owed, done, strict=True) if not it_is]
+        if start >= cfg.steps and not owed:
             say(f"{workdir}: finished, with all its {cfg.steps:,} steps; raise train.steps or choose a new --workdir")
             return state
         if saved:
@@ -71,20 +79,25 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
         flops = model_flops(run.model, trained_names(run.optim.rules, params))
         for step in range(start, cfg.steps + 1):
             # Here `state` and `data` both describe exactly `step` finished steps. Keep this order.
-            last = step == cfg.steps
-            due = [e for e in evaluators if last or e.due(step)]
-            save = last or step % cfg.checkpoint_every == 0
-            if step > start and (due or save):
+            last, told = step == cfg.steps, preemption.told()
+            due = owed if step == start else [e for e in evaluators if last or e.due(step)]
+            save = told or last or step % cfg.checkpoint_every == 0
+            if due or (save and step > start):
                 distributed.at(step, "evaluating or saving")
                 with clock.paused(state):
                     progress.update(step, writer.flush())  # a state gone bad is found before it is evaluated or saved
                     best = None
                     try:
-                        results = _evaluate(due, step, state, writer)
+                        results = _evaluate([] if told else due, step, state, writer)
                         best = results if cfg.best in results else None
+                    except preemption.Preempted:  # in the midst of it
+                        told = save = True
                     finally:  # an evaluation that fails does not cost the steps since the last checkpoint
                         if save or best:
                             checkpoints.save(step, state, best)
+            if told:
+                checkpoints.wait()
+                raise preemption.Preempted(f" at step {step:,}: saved; the same command goes on")
             if last:
                 break
             if len(running) == AHEAD:
@@ -98,6 +111,7 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
             if step == start:  # the compilation, and with it the first step, is no part of the rate
                 with clock.paused(), jax.transfer_guard("disallow"):
                     state, metrics = jax.block_until_ready(step_fn(state, rows))
+                stack.enter_context(preemption.listening())  # until now there was nothing to lose: a signal ended it at once
             else:
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, rows)
@@ -130,12 +144,15 @@ def _naming_the_last_good(checkpoints: Checkpoints, workdir: Path) -> Iterator[N
         yield
     except NonFiniteError as error:
         checkpoints.wait()
-        good = checkpoints.latest()
-        known = (
-            f"no checkpoint had been written to {workdir}" if good is None else f"the last good checkpoint is {workdir}@{good}"
-        )
         remedy = "lower optim.lr or set optim.clip_norm, in a new workdir"
-        raise FloatingPointError(f"{error}; {known}. Remedy: {remedy}") from error
+        raise FloatingPointError(f"{error}; {checkpoints.last_good()}. Remedy: {remedy}") from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        with contextlib.suppress(OSError):  # the last save may have met the same
+            checkpoints.wait()
+        remedy = "make room there, and the same command goes on from it"
+        raise OSError(f"{workdir}: {error.strerror}; {checkpoints.last_good()}. Remedy: {remedy}") from error
 
 
 def _evaluate(due: Sequence[Evaluator], step: int, state: TrainState, writer: Writer) -> dict[str, float]:

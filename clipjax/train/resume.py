@@ -1,16 +1,22 @@
-"""Before the first step: whether the run can be trained here, and what it goes on from. Reads; the only file it writes is
-config.json, in a function of its own."""
+"""Before the first step: whether the run can be trained here, and what it goes on from. Reads; only `save_config` writes, and
+`restored` sets damaged checkpoints aside."""
 
+import contextlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clipjax import config, distributed, sharding
-from clipjax.checkpoint import newest
+from clipjax.checkpoint import Checkpoints, DamagedError, newest
 from clipjax.files import write_whole
 from clipjax.train.optimizer import can_grow
+from clipjax.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ def check(run: config.Run, workdir: Path, mesh: Mesh) -> Saved | None:
 
 
 def resumable(run: config.Run, workdir: Path) -> Saved | None:
-    """The newest checkpoint of the workdir; None where it has none. Raises ConfigError unless it is one of `run`'s own."""
+    """The newest checkpoint of the workdir; None where it has none. Raises ConfigError unless it is one of `run`'s own, and
+    DamagedError where there are some and none can be read."""
     found = newest(workdir)
     if found is None:
         return None
@@ -43,6 +50,37 @@ def resumable(run: config.Run, workdir: Path) -> Saved | None:
     if refusal := can_grow(run.optim, saved.run.train.steps, run.train.steps, saved.step):
         raise config.ConfigError(refusal)
     return saved
+
+
+def restored(
+    saved: Saved, run: config.Run, workdir: Path, checkpoints: Checkpoints, placed: TrainState
+) -> tuple[Saved, TrainState]:
+    """The newest state that can be read, `saved` being the newest whose configuration can; it lies as `placed` says.
+
+    Each one that can't be read is set aside, so that its step can be saved again. Raises as `resumable` does.
+    """
+    while True:
+        for step in checkpoints.after(saved.step):
+            checkpoints.set_aside(step, "its configuration is damaged")
+        try:
+            return saved, checkpoints.restore(saved.step, placed)
+        except DamagedError as error:
+            checkpoints.set_aside(saved.step, error.__cause__)
+            found = resumable(run, workdir)
+            assert found, "it raises where none is left"
+            saved = found
+
+
+def evaluated(workdir: Path, step: int, tasks: Sequence[tuple[str, str]]) -> list[bool]:
+    """Which of these tasks, each with its dataset, have a line of `step` in metrics.jsonl: as process 0 sees the file."""
+    path = workdir / "metrics.jsonl"
+    found = set()
+    for line in path.read_text(encoding="utf-8").splitlines() if tasks and path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # a torn line
+            record = json.loads(line)
+            if record["step"] == step:
+                found.add((record.get("task"), record.get("dataset")))
+    return multihost_utils.broadcast_one_to_all(np.array([task in found for task in tasks], bool)).tolist()
 
 
 def changes(saved: config.Run, run: config.Run) -> list[str]:
