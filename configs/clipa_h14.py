@@ -20,6 +20,7 @@ def config() -> Run:
     return Run(
         data=Data(
             spec="tfds:laion400m/images",
+            resize="crop",
             augment=Augment(crop=0.4, brightness=0.32, contrast=0.32, saturation=0.32),
             workers=32,
         ),
