@@ -57,7 +57,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(n: int, program: Sequence[str], folder: Path, devices: int = 1, **env: str) -> Iterator[list[Host]]:
+def started(n: int, program: Sequence[str], folder: Path, devices: int = 1, cwd: Path = ROOT, **env: str) -> Iterator[list[Host]]:
     """`n` processes of `python *program`, each with `devices` simulated devices; killed when the block is left.
 
     `env` is added to each environment. With `n` = 1 there is nothing to join.
@@ -72,7 +72,7 @@ def started(n: int, program: Sequence[str], folder: Path, devices: int = 1, **en
             out, err = folder / f"{i}.out", folder / f"{i}.err"
             with out.open("w") as o, err.open("w") as e:
                 command = [sys.executable, *program]
-                process = subprocess.Popen(command, env=os.environ | STRICT | own | env, stdout=o, stderr=e, cwd=ROOT)
+                process = subprocess.Popen(command, env=os.environ | STRICT | own | env, stdout=o, stderr=e, cwd=cwd)
             hosts.append(Host(process, out, err))
         yield hosts
     finally:
