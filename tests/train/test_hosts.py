@@ -1,0 +1,154 @@
+"""Training and evaluation on several real processes: the losses, examples, files and figures of one."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import hosts
+
+PICTURES = 41
+PROGRAM = ["tests/train/recorded.py"]  # the command line, with a record of each global batch's examples
+CONFIG = "tests/train/tiny_hosts.py"
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # half the time goes into compiling
+EVALS = """
+import json, sys
+from clipjax import cli, distributed
+for command in json.loads(sys.argv[1]):
+    args = cli._parser().parse_args(command)
+    args.run(args)
+distributed.leave(0, None)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tsv of noise: picture i is `number i`."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(PICTURES):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    rows = [f"{i}.png\tnumber {i}" for i in range(PICTURES)]
+    (folder / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
+    (folder / "names.txt").write_text("\n".join(f"number {i}" for i in range(PICTURES)) + "\n")
+    return folder
+
+
+def command(data, workdir, *options):
+    return [*PROGRAM, "train", CONFIG, "--workdir", str(workdir), "--data.spec", f"tsv:{data}/pairs.tsv", *options]
+
+
+def train(n, devices, data, workdir, *options, **env):
+    """A run on n processes to its end; the examples of each of its global batches are in records beside the workdir."""
+    env |= QUICK | {"RECORD": str(workdir.with_suffix(".record"))}
+    return hosts.run(n, command(data, workdir, *options), workdir.with_suffix(f".{n}"), devices, **env)
+
+
+def examples(workdir, steps):
+    """The set of examples of each step's global batch, over all processes that took a part in it."""
+    batches = [set() for _ in range(steps)]
+    for path in workdir.parent.glob(f"{workdir.name}.record.*"):
+        for step, line in enumerate(path.read_text().splitlines()):
+            batches[step] |= set(json.loads(line))
+    return batches
+
+
+def same(data, tmp_path, *options):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(1, 1, data, one, *options)
+    both = train(2, 4, data, two, *options)
+    want, got = hosts.losses(one), hosts.losses(two)
+    assert list(want) == list(got) == list(range(1, 21))
+    assert abs(want[20] - want[1]) > 1e-2  # it moves
+    np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-5)
+    assert [len(batch) for batch in examples(one, 20)] == [16] * 20
+    assert examples(one, 20) == examples(two, 20)
+    assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
+    counts = [[(line["replaced"], line["truncated"]) for line in hosts.metrics(path)] for path in (one, two)]
+    assert counts[0] == counts[1]
+    assert "step 20/20" in both[0].complained
+    assert "step" not in both[1].complained.replace("steps", "")  # the first speaks for all
+    return both
+
+
+def test_two_processes_of_four_devices_train_as_one_device(data, tmp_path):
+    same(data, tmp_path)
+
+
+@pytest.mark.slow
+def test_so_they_do_with_siglip(data, tmp_path, monkeypatch):
+    config = tmp_path / "siglip.py"
+    config.write_text("from tests.train.tiny_hosts import siglip as config  # noqa: F401\n")
+    monkeypatch.setattr("tests.train.test_hosts.CONFIG", str(config))
+    same(data, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_as_if_nothing_had_happened(data, tmp_path):
+    whole, parts, again = tmp_path / "whole", tmp_path / "parts", tmp_path / "again"
+    train(4, 1, data, whole)
+    steps = 0
+    for n, devices, until in ((4, 1, 5), (2, 2, 10), (1, 1, 15), (1, 4, 20)):
+        run = parts.with_name(f"parts-{until}")
+        env = QUICK | {"RECORD": str(run.with_suffix(".record"))}
+        made = hosts.run(n, command(data, parts, "--train.steps", str(until)), tmp_path / str(until), devices, **env)
+        assert steps == 0 or f"resuming at step {steps}" in made[0].complained
+        assert examples(run, until - steps) == examples(whole, 20)[steps:until]
+        steps = until
+    want, got = hosts.losses(whole), hosts.losses(parts)
+    assert list(got) == list(range(1, 21))
+    assert [got[step] for step in range(1, 6)] == [want[step] for step in range(1, 6)]
+    np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-5)
+    for until in ("10", "20"):  # the same layout: bit-equal
+        train(4, 1, data, again, "--train.steps", until)
+    assert hosts.losses(again) == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(who, data, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(2, 1, data, whole, "--train.steps", "12")
+    env = QUICK | {"RECORD": str(tmp_path / "record"), "CLIPJAX_HEARTBEAT_SECONDS": "5"}
+    options = ("--train.steps", "12", "--train.checkpoint_every", "3", "--data.worker_kind", "processes", "--data.workers", "1")
+    with hosts.started(2, command(data, broken, *options), tmp_path / "first", **env) as both:
+        hosts.until(both, both[0].err, "step 5/12")
+        both[who].signal(signal.SIGKILL)
+        assert hosts.ended([both[1 - who]]) == [75], hosts.report(both)
+        assert f"clipjax: process {who} (" in both[1 - who].complained
+    made = train(2, 1, data, broken, "--train.steps", "12", "--train.checkpoint_every", "3")
+    assert "resuming at step" in made[0].complained
+    assert hosts.losses(broken) == hosts.losses(whole)
+
+
+@pytest.mark.slow
+def test_evaluations_and_embeddings_of_two_processes_are_those_of_one(data, tmp_path):
+    run, spec = tmp_path / "run", f"tsv:{data}/pairs.tsv"
+    train(2, 1, data, run, "--train.steps", "5")
+    found = {}
+    for n, devices in ((1, 1), (2, 2)):
+        out = tmp_path / f"out{n}"
+        out.mkdir()
+        commands = [
+            ["eval", "retrieval", str(run), "--data", spec, "--json", f"{out}/retrieval.json"],
+            ["eval", "geometry", str(run), "--data", spec, "--json", f"{out}/geometry.json"],
+            ["eval", "zeroshot", str(run), "--data", spec, "--classnames", f"{data}/names.txt", "--json", f"{out}/zeroshot.json"],
+            ["embed", str(run), "--data", spec, "--out", f"{out}/rows.npz"],
+        ]
+        made = hosts.run(n, ["-c", EVALS, json.dumps(commands)], out, devices, **QUICK)
+        assert made[0].said.count('"task"') == 3
+        assert all(not host.said for host in made[1:])
+        found[n] = [json.loads((out / f"{name}.json").read_text())["metrics"] for name in ("retrieval", "geometry", "zeroshot")]
+        found[n].append(dict(np.load(out / "rows.npz")))
+        assert (out / "geometry.png").stat().st_size > 10_000
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            if name == "key":
+                assert one[name].tolist() == two[name].tolist()
+            elif one[name] is None:
+                assert two[name] is None
+            else:
+                np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
