@@ -33,6 +33,16 @@ def test_every_mesh_gives_the_losses_of_one_device(model):
         np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [tiny.CLIP, tiny.SIGLIP], ids=["clip", "siglip"])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2)], ids=str)
+def test_so_does_every_shape_with_both_losses(model, shape):
+    run = tiny.run(model)
+    _, want, _ = tiny.train(run, tiny.mesh_of(), 20)
+    _, got, _ = tiny.train(run, tiny.mesh_of(*shape), 20)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_the_step_compiles_once_and_holds_no_weak_types():
     run = tiny.run(optim=dataclasses.replace(tiny.OPTIM, ema=0.9))
     state, _, step = tiny.train(run, tiny.mesh_of(8), 3)
