@@ -152,7 +152,7 @@ class NonFiniteError(FloatingPointError):
 
 class Writer:
     """metrics.jsonl and tensorboard/ of a workdir. Every process reads values and checks them; process 0 writes. A remote workdir
-    has copies, up to date at every checkpoint and evaluation and Mirror.EVERY seconds late in between.
+    has copies: of metrics.jsonl at every checkpoint and evaluation, of all at the end and Mirror.EVERY seconds late in between.
 
     Device values are read one interval late, so that the host never waits for the newest step.
     """

@@ -1,0 +1,318 @@
+"""Workdirs on gs:// and s3://: the real command line and real servers of both kinds (see stores.py)."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+import tensorstore
+
+import clipjax
+from clipjax import checkpoint, cli, config, files, s3
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.metrics import Writer
+from clipjax.models import clip
+from clipjax.train.optimizer import make_optimizer
+from clipjax.train.state import abstract_state
+from tests import guard, stores
+from tests.conftest import CACHE
+from tests.train import tiny, tiny_emoji
+
+ROOT = Path(__file__).parents[1]
+STORES = ("gs", "s3")
+
+
+@pytest.fixture(scope="module", params=STORES)
+def store(request):
+    """An empty store of this process, with a bucket; its scheme."""
+    with stores.serving(request.param) as env, pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        fsspec.get_filesystem_class(request.param).clear_instance_cache()
+        s3._account.cache_clear()
+        yield request.param
+
+
+@pytest.fixture
+def watched():
+    unwatch = guard.watch()
+    yield
+    unwatch()
+
+
+def test_a_place_is_local_or_knows_its_store():
+    assert files.place("runs/a") == Path("runs/a")
+    assert isinstance(files.place("/runs/a"), Path)
+    for name in ("gs://bucket/runs/a", "s3://bucket/runs/a"):
+        place = files.place(name)
+        assert str(place) == str(files.resolve(place)) == str(files.place(place)) == name
+        assert str(place / "config.json") == f"{name}/config.json"
+        assert files.scheme(place) == name[:2]
+    assert files.scheme("a:b/c") is None
+    with pytest.raises(config.ConfigError, match=r"az://box/a: is neither local nor on gs:// or s3://"):
+        files.place("az://box/a")
+
+
+def test_the_guard_guards(watched):
+    exec(compile("import pathlib\npathlib.Path('runs')", guard.CLIPJAX + "/x.py", "exec"), {})
+    with pytest.raises(AssertionError, match="pathlib is given"):
+        exec(compile("import pathlib\npathlib.Path('s3://bucket/run')", guard.CLIPJAX + "/x.py", "exec"), {})
+
+
+@pytest.mark.parametrize(("name", "module", "extra"), [("gs://bucket/run", "gcsfs", "gcs"), ("s3://bucket/run", "s3fs", "s3")])
+def test_a_missing_extra_is_named_before_anything_is_done(monkeypatch, capsys, tmp_path, name, module, extra):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == module else find(wanted))
+    monkeypatch.chdir(tmp_path)
+    said = f"{name}: {name[:2]}:// needs {module}, which is not installed: pip install 'clipjax[{extra}]'"
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train", tiny_emoji.__file__, "--workdir", name])
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+    assert cli.main(["eval", "retrieval", name, "--data", "emoji"]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(config.ConfigError, match="pip install"):
+        clipjax.load(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_needs_a_local_folder(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["export", "run", "--to", "open_clip", "--out", "s3://bucket/out"])
+    assert "s3://bucket/out is remote: name a folder of this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("url", "told"), [("https://s3.eu-west-1.amazonaws.com", set()), ("http://localhost:1", {"endpoint"})])
+def test_orbax_is_taught_s3(monkeypatch, url, told):
+    """The layout is that of gs://, array by array, the driver TensorStore's own for S3, and a local folder is what it was."""
+    from orbax.checkpoint._src.serialization import tensorstore_utils as orbax
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    s3._account.cache_clear()
+    local = orbax.build_kvstore_tspec("/runs/a/params", "kernel")
+    s3.teach_orbax()
+    assert orbax.build_kvstore_tspec("/runs/a/params", "kernel") == local
+    google = orbax.build_kvstore_tspec("gs://bucket/runs/a/params", "kernel")
+    found = orbax.build_kvstore_tspec("s3://bucket/runs/a/params", "kernel")
+    assert google["base"]["driver"] == "gcs"
+    assert found | {"base": None} == google | {"base": None}
+    base = found["base"]
+    assert {k: base[k] for k in ("driver", "bucket", "path")} == dict(driver="s3", bucket="bucket", path="runs/a/params")
+    assert base.keys() - {"driver", "bucket", "path", "aws_credentials", "aws_region"} == told
+    assert tensorstore.KvStore.Spec(base).to_json()["driver"] == "s3"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    s3._account.cache_clear()
+
+
+def test_files_of_a_store(store, watched):
+    folder = files.place(f"{store}://{stores.BUCKET}/files")
+    files.check_writable(folder)
+    assert not folder.exists()  # nothing stays behind
+    for text in ("one", "two"):
+        with files.write_whole(folder / "new" / "a.txt") as part:
+            assert isinstance(part, Path)
+            part.write_text(text)
+        assert (folder / "new" / "a.txt").read_text() == text
+
+    def interrupted():
+        with files.write_whole(folder / "new" / "a.txt") as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (folder / "new" / "a.txt").read_text() == "two"
+    assert [p.name for p in (folder / "new").iterdir()] == ["a.txt"]
+
+    made = Tokenizer.train(["a cat", "a dog"], 300, True, 8)
+    made.save(folder / "tokenizer.json")
+    assert Tokenizer.load(folder / "tokenizer.json", 8).vocab_size == made.vocab_size
+    with pytest.raises(config.ConfigError, match=f"RUN = '{store}://{stores.BUCKET}/files': is not a workdir"):
+        checkpoint.split_name(f"{store}://{stores.BUCKET}/files")
+
+
+def lines(workdir):
+    """In one request: a file that is replaced between two can't be read as a stream."""
+    path = str(workdir / "metrics.jsonl")
+    return [json.loads(line) for line in fsspec.filesystem(files.scheme(path) or "file").cat_file(path).splitlines()]
+
+
+def test_metrics_of_a_store(store, watched):
+    """Complete at each flush and evaluation, in the background in between; past the restored step, removed."""
+    workdir = files.place(f"{store}://{stores.BUCKET}/metrics")
+    writer = Writer(workdir)
+    for step in (1, 2, 3):
+        writer.push(step, {"loss": np.float32(step)}, {})
+    assert not (workdir / "metrics.jsonl").exists()
+    writer.flush()
+    assert lines(workdir) == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+    writer.evaluation(3, "zeroshot", {"acc1": 0.5}, dataset="emoji")
+    assert lines(workdir)[-1]["metrics"] == {"acc1": 0.5}
+    writer._mirror.EVERY = 0  # time has passed
+    for step in (4, 5):
+        writer.push(step, {"loss": np.float32(step)}, {})
+    for _ in range(100):
+        if lines(workdir)[-1]["step"] == 4:  # 5 is read when 6 is
+            break
+        time.sleep(0.1)
+    assert [line["step"] for line in lines(workdir)] == [1, 2, 3, 3, 4]
+
+    resumed = Writer(workdir, 2)  # as if the process had died
+    resumed.push(3, {"loss": np.float32(30)}, {})
+    resumed.flush()
+    resumed.evaluation(3, "zeroshot", {"acc1": 0.5}, dataset="emoji")
+    resumed.close()
+    events = [p.read_bytes() for p in (workdir / "tensorboard").iterdir()]
+    assert sum(b"zeroshot/emoji/acc1" in content for content in events) >= 1
+    assert [line for line in lines(workdir) if "loss" in line] == [dict(step=s, loss=x) for s, x in ((1, 1), (2, 2), (3, 30))]
+    writer._file.close()
+    writer._board.close()
+    writer._mirror._folder.cleanup()
+
+
+def test_a_missing_bucket_is_told(store, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train", tiny_emoji.__file__, "--workdir", f"{store}://no-such-bucket/run"])
+    assert exit.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument --workdir: {store}://no-such-bucket/run: can't be reached" in said
+    assert "does the bucket exist" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_silent_store_is_told_in_time(monkeypatch, capsys):
+    """A server that takes connections and answers none: libraries would wait for minutes."""
+    monkeypatch.setattr(files, "PATIENCE", 2)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "key")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(SystemExit):
+            cli.main(["train", tiny_emoji.__file__, "--workdir", "s3://bucket/run"])
+        assert time.monotonic() - start < 15
+    assert "s3://bucket/run: can't be reached (no answer within 2 s)" in capsys.readouterr().err
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_checkpoints_of_a_store(store, watched):
+    """What is saved comes back; a save that was cut off is none, and is cleared away."""
+    workdir = files.place(f"{store}://{stores.BUCKET}/checkpoints-alone")
+    cfg = tiny.run()
+    mesh = tiny.mesh_of(2, 2)
+    state, _, _ = tiny.train(cfg, mesh, 1)
+    with checkpoint.Checkpoints(workdir, cfg) as made:
+        made.save(1, state)
+    (workdir / "checkpoints" / "7" / "params" / "_METADATA").write_text("{}")
+    assert checkpoint.newest(workdir) == (1, cfg)
+    with checkpoint.Checkpoints(workdir, cfg) as made:
+        made.wait()
+        assert made.latest() == 1
+        restored = made.restore(1, abstract(cfg, mesh))
+    assert not (workdir / "checkpoints" / "7").exists()
+    for a, b in zip(*map(jax.tree.leaves, (state, restored)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def abstract(cfg, mesh):
+    """A state's shapes with their shardings."""
+    tx = make_optimizer(cfg.optim, cfg.train.steps, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
+    return abstract_state(cfg, tx, mesh)
+
+
+def start(*arguments, cwd=None):
+    """`clipjax ARGUMENTS` by the real command line, under the guard."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(ROOT / "tests" / "guard.py"), *map(str, arguments)]
+    return subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*arguments, cwd=None):
+    process = start(*arguments, cwd=cwd)
+    said, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    return said, errors
+
+
+TRAIN = ("train", tiny_emoji.__file__, "--train.steps", "40", "--train.checkpoint_every", "10", "--evals.0.every", "20")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that never left this machine nor was interrupted."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    finish(*TRAIN, "--workdir", workdir)
+    return workdir
+
+
+def kill_after(workdir, step, cwd):
+    """SIGKILL once a checkpoint is finished and a later step has been taken."""
+    process = start(*TRAIN, "--workdir", workdir, cwd=cwd)
+    deadline = time.monotonic() + 400
+    commit = workdir / "checkpoints" / str(step) / "commit_success.txt"
+    while not commit.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_run_on_a_store(store, straight, tmp_path):
+    """Killed and resumed it is bit-equal to a local one; evaluated, embedded, exported and loaded it gives the same."""
+    name = f"{store}://{stores.BUCKET}/runs/one"
+    workdir, here = files.place(name), tmp_path / "here"
+    here.mkdir()
+    kill_after(workdir, 10, here)
+    _, errors = finish(*TRAIN, "--workdir", name, cwd=here)
+    assert f"{name}: resuming at step " in errors
+    assert list(here.iterdir()) == []  # no folder s3: or gs:
+    there = {p.name for p in workdir.iterdir()}
+    assert (
+        there
+        == {p.name for p in straight.iterdir()}
+        == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
+    )
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [30, 40]  # keep = 2
+    for file in ("config.json", "tokenizer.json"):
+        assert (workdir / file).read_text() == (straight / file).read_text()
+    for kind in ("loss", "metrics"):
+        ours, local = ([(x["step"], x[kind]) for x in lines(run) if kind in x] for run in (workdir, straight))
+        assert ours == local
+    assert len(list((workdir / "tensorboard").iterdir())) == 2  # of two starts
+
+    for run, out in ((name, f"{name}/retrieval.json"), (straight, tmp_path / "retrieval.json")):
+        said, _ = finish("eval", "retrieval", f"{run}@30", "--data", "emoji", "--json", out, cwd=here)
+        assert json.loads(said) == json.loads(files.place(out).read_text())
+    ours, local = (json.loads(files.place(x).read_text()) for x in (f"{name}/retrieval.json", tmp_path / "retrieval.json"))
+    assert (ours["model"], ours["pretrained"]) == ("one", "step 30")
+    assert ours["metrics"] == local["metrics"]
+    finish("embed", name, "--data", "emoji", "--out", f"{name}/test.npz", cwd=here)
+    with (workdir / "test.npz").open("rb") as file:
+        embedded = dict(np.load(file))
+    finish("export", name, "--to", "open_clip", "--out", here / "export", cwd=here)
+    assert {p.name for p in here.iterdir()} == {"export"}
+    model = clipjax.load(name)
+    assert (model.name, model.step) == ("one", 40)
+    texts = ["grinning face", "astronaut"]
+    np.testing.assert_array_equal(model.encode_text(texts), clipjax.load(straight).encode_text(texts))
+    assert embedded["image"].shape == embedded["text"].shape == (363, 32)
