@@ -64,8 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _distributed() -> ModuleType | None:
     """clipjax.distributed, where the command has joined this process to others."""
-    loaded = sys.modules.get("clipjax.distributed")
-    return loaded if loaded and loaded.joined() else None
+    if "jax" not in sys.modules:  # it needed no devices
+        return None
+    from clipjax import distributed
+
+    return distributed if distributed.joined() else None
 
 
 class _ToStderr(logging.Handler):

@@ -46,9 +46,7 @@ def listening() -> Iterator[None]:
     _heard.listening = True
     before = {signal.SIGINT: signal.signal(signal.SIGINT, _on_ctrl_c)}
     if _joined():
-        from clipjax import distributed
-
-        distributed.listen()
+        _listen_together()
     else:
         before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -83,6 +81,16 @@ def _joined() -> bool:
     import jax  # here: the command line names this module's statuses and starts without JAX
 
     return jax.process_count() > 1
+
+
+def _listen_together() -> None:
+    """JAX's service hears SIGTERM and notices of maintenance from now on, in place of the process."""
+    import jax
+    from jax._src.distributed import global_state
+
+    jax.config.update("jax_enable_preemption_service", True)
+    if global_state.preemption_sync_manager is None:
+        global_state.initialize_preemption_sync_manager()
 
 
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:

@@ -52,7 +52,7 @@ for ((i = 0; i < n; i++)); do
 done
 
 rank() { # how bad a status is
-  case $1 in 2) echo 1000 ;; 75) echo 1 ;; 0) echo 0 ;; *) echo "$1" ;; esac
+  case $1 in 2) echo 1000 ;; 75) echo 1 ;; 0) echo 0 ;; *) echo "$((1 + $1))" ;; esac
 }
 worst=0
 left=("${pids[@]}")

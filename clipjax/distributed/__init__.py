@@ -18,7 +18,7 @@ from clipjax.distributed import watch
 from clipjax.distributed.cluster import found
 from clipjax.distributed.watch import AGAIN
 
-__all__ = ["AGAIN", "agree", "alive", "at", "in_turn", "joined", "leave", "listen", "require_joined", "start", "total"]
+__all__ = ["AGAIN", "agree", "alive", "at", "in_turn", "joined", "leave", "require_joined", "start", "total"]
 
 PROXIES = {"http_proxy", "https_proxy", "grpc_proxy", "all_proxy"}
 _watch: watch.Watch | None = None
@@ -38,7 +38,7 @@ def start() -> None:
     if how is None:
         return
     seconds = watch.heartbeat()
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", False)  # till `preemption.listening`: now it would only swallow SIGTERM
     with watch.joining(how.get("coordinator_address"), how.get("num_processes")), _without_proxies():
         jax.distributed.initialize(
             **how,
@@ -72,14 +72,6 @@ def alive() -> None:
     """The stage makes progress: a further batch of an evaluation is done."""
     if _watch:
         _watch.alive()
-
-
-def listen() -> None:
-    """From now on JAX's service hears SIGTERM, and notices of maintenance, in place of the process: see `preemption`. Not from
-    the start, when it could only swallow them."""
-    jax.config.update("jax_enable_preemption_service", True)
-    if global_state.preemption_sync_manager is None:
-        global_state.initialize_preemption_sync_manager()
 
 
 def leave(status: int, message: object, unforeseen: bool = False) -> object:
