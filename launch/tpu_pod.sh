@@ -39,12 +39,13 @@ OPTION (or the environment's)
   --dry-run                        prints the commands, and runs none
 
 `run` ends with the training's status: 0 done, 2 wrong use. After 75 (preempted), a lost pod, a failed install or no capacity it
-tries again, after RETRY_FIRST seconds (30), then twice that and so on up to RETRY_MOST (1800); it gives up after RETRIES (10)
-tries in a row that left no newer checkpoint in the workdir. It asks for the machines' state every POLL seconds (20).
+tries again, after RETRY_FIRST seconds (30), then twice that and so on up to RETRY_MOST (1800). It gives up after RETRIES (10)
+tries in a row without progress, which is another checkpoint in the workdir. It asks for the machines' state every POLL seconds (20).
 TEXT
 }
 
-say() { echo "tpu_pod: $*" >&2; }
+exec 3>&1 4>&2 # where dry commands and words go, even from where a command's own output is kept
+say() { echo "tpu_pod: $*" >&4; }
 wrong() { say "$*" && exit 2; }
 
 project=${CLIPJAX_PROJECT:-} zone=${CLIPJAX_ZONE:-} name=${CLIPJAX_NAME:-} type=${CLIPJAX_TYPE:-} workdir=${CLIPJAX_WORKDIR:-}
@@ -116,7 +117,6 @@ quoted() { # as a shell reads it back
   done
   echo "${out# }"
 }
-exec 3>&1
 do_() { # every command that reaches outside goes through here
   if [ -n "$dry" ]; then quoted "$@" >&3; else "$@"; fi
 }
@@ -207,7 +207,7 @@ install() {
 }
 
 training() { # starts and follows; the training's status, or 75 for machines that are gone
-  local said statuses lost=0
+  local said statuses one lost=0
   everywhere on all "$(worker start "$(quoted ${environment[@]+"${environment[@]}"} "${train[@]}" --workdir "$workdir")")" || lost=1
   while :; do
     if [ $lost -gt 0 ]; then
@@ -223,8 +223,8 @@ training() { # starts and follows; the training's status, or 75 for machines tha
       echo "$said"
       statuses=$(sed -n 's/.*: ended with status \([0-9]*\)$/\1/p' <<<"$said")
       # Of unlike ones: wrong use, then what will fail again, then what goes on.
-      for status in 2 $(grep -vx -e 0 -e 75 <<<"$statuses" || true) 75; do
-        ! grep -qx "$status" <<<"$statuses" || return "$status"
+      for one in 2 $(grep -vx -e 0 -e 75 <<<"$statuses" || true) 75; do
+        ! grep -qx "$one" <<<"$statuses" || return "$one"
       done
       ! grep -q 'not started$' <<<"$said" || return 75
       return 0
@@ -261,13 +261,13 @@ run() {
     attempt || status=$?
     [ $status = 75 ] || break
     after=$(checkpoints)
-    [ "$before" = "$after" ] || failures=0 pause=${RETRY_FIRST:-30}
-    failures=$((failures + 1))
-    if ((failures > ${RETRIES:-10})); then
-      say "$failures tries in a row without progress, so this is the end"
+    if [ "$before" = "$after" ]; then failures=$((failures + 1)); else failures=0 pause=${RETRY_FIRST:-30}; fi
+    local so_far="tries in a row without progress: $failures"
+    if ((failures && failures >= ${RETRIES:-10})); then
+      say "$so_far, so this is the end"
       break
     fi
-    say "try $failures of ${RETRIES:-10} without progress; again in $pause s"
+    say "$so_far of ${RETRIES:-10}; again in $pause s"
     sleep "$pause"
     pause=$((pause * 2 < ${RETRY_MOST:-1800} ? pause * 2 : ${RETRY_MOST:-1800}))
   done

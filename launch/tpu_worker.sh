@@ -79,9 +79,15 @@ status() {
 case "${1:---help}" in
 -h | --help) usage ;;
 install | start | train | status) "$@" ;;
-follow) if running; then tail -n 20 -f --pid="$(cat "$here/pid")" "$here/log"; else tail -n 20 "$here/log"; fi ;;
+follow)
+  if running; then
+    tail -n 20 -f -s "${POLL:-1}" --pid="$(cat "$here/pid")" "$here/log"
+  elif [ -e "$here/log" ]; then
+    tail -n 20 "$here/log"
+  fi
+  ;;
 wait)
-  while running; do sleep "${POLL:-5}"; done
+  while running; do sleep "${POLL:-1}"; done
   status
   ;;
 stop) if running; then kill -TERM "$(cat "$here/pid")"; fi ;;
