@@ -83,7 +83,7 @@ def started(n: int, program: Sequence[str], folder: Path, devices: int = 1, cwd:
             host.process.wait()
 
 
-def ended(hosts: Sequence[Host], seconds: float = 300) -> list[int]:
+def ended(hosts: Sequence[Host], seconds: float = 900) -> list[int]:
     """Their statuses once all have ended. Fails with what they said where that takes too long."""
     limit = time.monotonic() + seconds
     while any(host.status is None for host in hosts):
@@ -92,7 +92,7 @@ def ended(hosts: Sequence[Host], seconds: float = 300) -> list[int]:
     return [host.status for host in hosts]
 
 
-def until(hosts: Sequence[Host], path: Path, text: str, seconds: float = 300) -> None:
+def until(hosts: Sequence[Host], path: Path, text: str, seconds: float = 900) -> None:
     """Waits until a file holds a text. Fails at once where a process ends badly before."""
     limit = time.monotonic() + seconds
     while not path.exists() or text not in path.read_text():
@@ -107,7 +107,7 @@ def report(hosts: Sequence[Host]) -> str:
     return "\n".join(["", *parts])
 
 
-def run(n: int, program: Sequence[str], folder: Path, devices: int = 1, seconds: float = 300, **env: str) -> list[Host]:
+def run(n: int, program: Sequence[str], folder: Path, devices: int = 1, seconds: float = 900, **env: str) -> list[Host]:
     """As `started`, to the end, which must be a good one."""
     with started(n, program, folder, devices, **env) as hosts:
         assert ended(hosts, seconds) == [0] * n, report(hosts)

@@ -87,23 +87,20 @@ def test_so_they_do_with_siglip(data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_as_if_nothing_had_happened(data, tmp_path):
-    whole, parts, again = tmp_path / "whole", tmp_path / "parts", tmp_path / "again"
-    train(4, 1, data, whole)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(4, 1, data, whole, "--train.steps", "15")
     steps = 0
-    for n, devices, until in ((4, 1, 5), (2, 2, 10), (1, 1, 15), (1, 4, 20)):
+    for n, devices, until in ((4, 1, 5), (2, 2, 10), (1, 1, 15)):
         run = parts.with_name(f"parts-{until}")
         env = QUICK | {"RECORD": str(run.with_suffix(".record"))}
         made = hosts.run(n, command(data, parts, "--train.steps", str(until)), tmp_path / str(until), devices, **env)
         assert steps == 0 or f"resuming at step {steps}" in made[0].complained
-        assert examples(run, until - steps) == examples(whole, 20)[steps:until]
+        assert examples(run, until - steps) == examples(whole, 15)[steps:until]
         steps = until
     want, got = hosts.losses(whole), hosts.losses(parts)
-    assert list(got) == list(range(1, 21))
-    assert [got[step] for step in range(1, 6)] == [want[step] for step in range(1, 6)]
+    assert list(got) == list(range(1, 16))
+    assert [got[step] for step in range(1, 6)] == [want[step] for step in range(1, 6)]  # the same layout
     np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-5)
-    for until in ("10", "20"):  # the same layout: bit-equal
-        train(4, 1, data, again, "--train.steps", until)
-    assert hosts.losses(again) == want
 
 
 @pytest.mark.slow
