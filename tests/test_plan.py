@@ -1,0 +1,427 @@
+"""`clipjax plan`: the figures of small runs, on simulated devices and for TPUs, and what is said where there are none."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from clipjax import aot, cli, config, losses, plan, sharding
+from clipjax.hlo import Collective, Cost
+from clipjax.plan import figures, report
+from clipjax.plan.estimate import Estimate, estimate
+from clipjax.plan.flops import step_flops, term_flops
+from clipjax.plan.search import Try, largest, search, sizes
+from tests.train import tiny, tiny_emoji
+
+CONFIG = str(Path(tiny_emoji.__file__))
+KEYS = {
+    *("topology", "chips", "batch_size", "fits", "peak_bytes_per_chip", "argument_bytes", "temp_bytes", "capacity_bytes"),
+    *("sharded_fraction", "unsharded", "collectives", "flops_per_step", "estimate", "largest_batch"),
+}
+
+
+def command(*args) -> int:
+    """The exit status, however it comes."""
+    try:
+        return cli.main(["plan", *map(str, args)])
+    except SystemExit as e:
+        return e.code or 0
+
+
+def planned(cfg, topology="cpu:8"):
+    return figures.make_plan(cfg, figures.setting(cfg, topology))
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    """Of a run that remembers examples, with averaged weights, on 2 x 2 x 2 devices."""
+    optim = dataclasses.replace(tiny.OPTIM, ema=0.9)
+    cfg = tiny.run(objective=(config.Sogclr(examples=100),), optim=optim, mesh=config.Mesh(data=2, fsdp=2, tensor=2))
+    return cfg, *planned(cfg)
+
+
+def test_memory_by_kind_adds_up(sharded):
+    cfg, found, held = sharded
+    memory = dict(found.memory)
+    assert list(memory) == [
+        *("parameters", "optimizer state", "moving average", "example memory", "batch", "padding", "temporaries"),
+    ]
+    assert sum(memory.values()) == found.peak_bytes_per_chip
+    assert found.argument_bytes == found.peak_bytes_per_chip - memory["temporaries"]
+    assert abs(memory["padding"]) < 0.01 * found.argument_bytes
+    assert memory["moving average"] == memory["parameters"]
+    assert 2 * memory["parameters"] <= memory["optimizer state"] < 2.01 * memory["parameters"]  # two moments and a count
+    assert memory["example memory"] == 2 * 1024 * 4 / 4  # two float32 of 1,024 rows, over data x fsdp
+    pair = 3 * cfg.model.image.image_size**2 + 4 * cfg.model.text.length + 4
+    assert memory["batch"] == cfg.train.batch_size // 4 * pair
+    assert held == sum(memory.values()) - memory["batch"] - memory["padding"] - memory["temporaries"]
+    assert found.fits
+    assert found.capacity_bytes > found.peak_bytes_per_chip
+
+
+def test_what_is_sharded_and_what_is_not(sharded):
+    _, found, _ = sharded
+    assert found.mesh["fsdp"] == found.mesh["tensor"] == 2
+    assert 0.95 < found.sharded_fraction < 1
+    assert found.unsharded == []  # all tensors are small
+    whole, _ = planned(tiny.run())
+    assert whole.sharded_fraction == 0
+    assert whole.state_bytes < found.state_bytes  # the latter with averaged weights and a memory
+
+
+def test_large_tensors_that_are_whole_are_named():
+    model = dataclasses.replace(tiny.CLIP, text=dataclasses.replace(tiny.CLIP.text, vocab_size=20000))
+    found, _ = planned(tiny.run(model))
+    assert [x["name"].endswith("text/tokens") for x in found.unsharded] == [True] * 3  # with its moments
+    assert {x["bytes"] for x in found.unsharded} == {20000 * 32 * 4}
+    halved, _ = planned(tiny.run(model, mesh=config.Mesh(fsdp=2)))
+    assert halved.unsharded == []
+    assert halved.memory["parameters"] < 0.6 * found.memory["parameters"]
+
+
+def test_the_program_is_the_one_that_trains(sharded):
+    cfg, found, _ = sharded
+    compiled = plan.compile_step(cfg, jax.devices())
+    assert found.program_flops == compiled.cost.flops * 8
+    assert found.peak_bytes_per_chip == compiled.peak_bytes
+    assert found.collectives == {k: dataclasses.asdict(c) for k, c in compiled.cost.collectives.items()}
+    assert set(found.collectives) >= {"all-gather", "all-reduce"}
+
+
+def test_a_batch_has_what_the_data_adds(tmp_path):
+    data = config.Data(captions_per_image=3, ids="caption", teacher=str(tmp_path / "elsewhere.npz"))
+    cfg = tiny.run(objective=(config.MultiPositive(), config.Distillation()), data=data)
+    mesh = sharding.make_mesh(cfg.mesh)
+    batch = plan.abstract_batch(cfg, mesh)
+    shapes = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
+    assert shapes == {
+        "image": ((16, 16, 16, 3), "uint8"),
+        "text": ((16, 3, 8), "int32"),
+        "index": ((16,), "int32"),
+        "id": ((16,), "int32"),
+        "teacher_image": ((16, 16), "float32"),
+        "teacher_text": ((16, 16), "float32"),
+    }
+    compiled = plan.compile_step(cfg, jax.devices())
+    assert compiled.cost.flops > 0
+
+
+# By hand and in the program
+
+
+@pytest.mark.parametrize(
+    ("term", "again"),
+    [
+        (config.Softmax(), 2),
+        (config.Softmax(prefixes=(16, 64)), 2.5),
+        (config.Sigmoid(), 2),
+        (config.HardNegative(), 6),  # two passes over the same cosines
+        (config.MultiPositive(), 2),
+        (config.Cwcl(), 2),
+        (config.Distillation(), 3),
+        (config.Uniformity(), 4),
+        (config.CrossUniformity(), 2),
+        (config.Alignment(), 0),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_terms_by_hand_are_what_is_computed(term, again):
+    """`again`, in B^2 d: what the backward pass makes again, which XLA leaves out here, where all pairs are one tile."""
+    size, width, teacher = 512, 64, 32
+    z = [jax.ShapeDtypeStruct((size, width), "float32")] * 2
+    taught = [jax.ShapeDtypeStruct((size, teacher), "float32")] * 2
+
+    def loss(x, y, u, v):
+        return losses.objective((term,), losses.Rows(x, y, None, (u, v)), 10.0, -10.0)[0]
+
+    compiled = aot.compile(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*z, *taught))
+    by_hand = term_flops(term, size, 1, width, teacher) - again * size**2 * width
+    assert compiled.cost.flops == pytest.approx(by_hand, rel=0.05)
+
+
+def test_flops_by_part():
+    data = config.Data(captions_per_image=3, ids="caption")
+    terms = (config.MultiPositive(), config.Softmax(), config.Softmax(weight=0.0), config.Softmax(weight=2.0))
+    one = step_flops(tiny.run(objective=(config.Softmax(),)), {"image/blocks/x", "text/blocks/x"})
+    assert list(one) == ["image tower", "text tower", "softmax loss"]
+    assert one["softmax loss"] == 8 * 16**2 * 16
+    many = step_flops(tiny.run(objective=terms, data=data), {"image/blocks/x", "text/blocks/x"})
+    assert list(many) == ["image tower", "text tower", "multi_positive loss", "softmax loss 1", "softmax loss 3"]
+    assert many["text tower"] == 3 * one["text tower"]
+    assert many["image tower"] == one["image tower"]
+    assert many["softmax loss 1"] == 3 * one["softmax loss"]
+
+
+# The estimate
+
+
+class Device:
+    platform = "tpu"
+
+    def __init__(self, kind="TPU v5 lite"):
+        self.device_kind = kind
+        self.platform = "tpu" if kind.startswith("TPU") else "gpu"
+
+
+def cost(**changes):
+    made = dict(flops=10**12, collectives={"all-reduce": Collective(1, 10**6)}, permutes=0, overlapped=0, uncounted=())
+    made |= dict(tpu_flops=10**12, memory_bytes=10**6, sent_bytes=10**6, sent_across=0)
+    return Cost(**(made | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound", "seconds"),
+    [
+        ({}, "compute", 1e12 / 197e12),
+        (dict(tpu_flops=6 * 10**12), "compute", 6e12 / 197e12),
+        (dict(memory_bytes=10**11), "memory", 1e11 / 819e9),
+        (dict(sent_bytes=10**11), "links", 1e11 / 200e9),
+        (dict(sent_across=10**9), "network", 1e9 / (25e9 / 8)),
+    ],
+)
+def test_the_slowest_part_bounds_the_step(changes, bound, seconds):
+    found = estimate(cost(**changes), [Device()] * 16, batch=1000, model_flops=1e12)
+    assert (found.bound, found.lacks) == (bound, ())
+    assert found.step_seconds == pytest.approx(seconds) == max(found.seconds.values())
+    assert found.images_per_second == pytest.approx(1000 / seconds)
+    assert found.mfu == pytest.approx(1e12 / (seconds * 16 * 197e12))
+
+
+def test_a_device_that_is_half_a_chip_has_half_of_everything():
+    whole = estimate(cost(), [Device("TPU v4")] * 2, 10, 1e12)
+    half = estimate(cost(), [Device("TPU7x")] * 2, 10, 1e12)
+    assert half.step_seconds == pytest.approx(whole.step_seconds * 275 / (2307 / 2))
+    assert half.mfu == pytest.approx(whole.mfu * 1)
+
+
+def test_what_is_not_known_is_told():
+    assert estimate(cost(), jax.devices(), 10, 1e12) == Estimate(lacks=("the peaks of cpu",))
+    gpu = estimate(cost(sent_across=5, uncounted=("loop",)), [Device("NVIDIA H100 80GB HBM3")] * 8, 10, 1e12)
+    assert gpu.bound == "compute"
+    assert [word for lack in gpu.lacks for word in ("network", "float32", "hosts", "1 loops") if word in lack] == [
+        *("network", "float32", "hosts", "1 loops")
+    ]
+
+
+# The largest batch
+
+
+def tries(first, limit, unit=8, a_pair=7.0, held=100):
+    """Where a device of 1,000 bytes holds `limit` pairs at most."""
+    asked = []
+
+    def attempt(size):
+        asked.append(size)
+        return Try(size, size <= limit, int(held + a_pair * size), 1.0)
+
+    known = [attempt(first)]
+    asked.clear()
+    known += search(known[0], attempt, unit, 1000, held)
+    return asked, largest(known, unit)
+
+
+@pytest.mark.parametrize(
+    ("first", "a_pair", "asked", "found"),
+    [
+        (8, 7.0, [256, 128], 128),  # the one above asked first, where "no" is cheap
+        (128, 7.0, [256], 128),
+        (256, 7.0, [128], 128),
+        (4096, 7.0, [256, 128], 128),
+        (100, 7.0, [256, 128], 128),  # no power of two itself
+        (8, 1000.0, [], None),
+    ],
+)
+def test_the_search_asks_little(first, a_pair, asked, found):
+    limit = 900 / a_pair
+    assert tries(first, limit, a_pair=a_pair) == (asked, found)
+
+
+@pytest.mark.parametrize("limit", [8, 9, 100, 1000, 10**6])
+@pytest.mark.parametrize("first", [8, 64, 4096])
+def test_the_search_finds_it_however_wrong_the_prediction(limit, first):
+    asked, found = tries(first, limit)
+    assert found == 2 ** (limit.bit_length() - 1)
+    assert len(asked) == len(set(asked)) < 20
+
+
+def test_a_compiler_that_fails_is_not_out_of_memory():
+    known = [Try(8, True, 200, 1.0)]
+    known += search(known[0], lambda size: Try(size, None, None, 1.0, "INTERNAL"), 8, 1000, 100)
+    assert [t.fits for t in known] == [True, None]
+    assert largest(known, 8) == 8
+    assert "the compiler failed: INTERNAL" in report.outcome(known[-1])
+
+
+def test_sizes_divide_over_the_mesh():
+    assert sizes(8)[:3] == [8, 16, 32]
+    assert sizes(768)[:2] == [768, 1536]  # three slices of 256
+    assert all(size % 24 == 0 for size in sizes(24))
+
+
+def test_the_largest_batch_of_devices_that_are_here(monkeypatch, capsys, tmp_path):
+    """CPUs don't refuse a program: what it needs is compared with what there is."""
+    monkeypatch.setattr(aot, "capacity", lambda devices: 3 * 2**20)
+    out = tmp_path / "plan.json"
+    assert command(CONFIG, "--topology", "cpu:2", "--find-batch", "--train.micro_batches", "2", "--json", out) == 0
+    said = capsys.readouterr()
+    result = json.loads(out.read_text())
+    found = result["largest_batch"]
+    needed = {t["batch_size"]: t["needed"] for t in result["tries"]}
+    assert needed[found] <= 3 * 2**20 < needed[2 * found]
+    assert f"Largest batch with train.micro_batches = 2: {found:,} pairs" in said.out
+    assert said.err.count("out of memory") + said.err.count("fits") == len(result["tries"]) - 1
+
+
+# The command
+
+
+def test_a_plan_to_read_and_in_json(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert command(CONFIG, "--topology", "cpu:4", "--json", out, "--train.batch_size", "32", "--mesh.fsdp", "2") == 0
+    said = capsys.readouterr()
+    result = json.loads(out.read_text())
+    assert result.keys() >= KEYS
+    assert result["estimate"].keys() >= {"step_seconds", "images_per_second", "mfu"}
+    assert all(figures.keys() == {"count", "bytes"} for figures in result["collectives"].values())
+    assert (result["topology"], result["chips"], result["batch_size"], result["fits"]) == ("cpu:4", 4, 32, True)
+    assert result["largest_batch"] is None
+    assert result["flops_per_step"] == sum(result["flops"].values())
+    for part in (
+        "4 chips",
+        "data 2, fsdp 2",
+        "parameters",
+        "temporaries",
+        "fits",
+        "all-reduce",
+        "softmax loss",
+        "not a measurement",
+    ):
+        assert part in said.out
+    assert "compiling the step of batch 32 for 4 x cpu" in said.err
+
+
+def test_what_does_not_fit_is_an_answer(tmp_path, capsys, monkeypatch):
+    def refuse(lowered, **_):
+        raise aot.DoesNotFit(17 * 2**30, 15 * 2**30)
+
+    monkeypatch.setattr(aot, "compile", refuse)
+    out = tmp_path / "plan.json"
+    assert command(CONFIG, "--topology", "cpu:4", "--json", out) == 0
+    result = json.loads(out.read_text())
+    assert (result["fits"], result["peak_bytes_per_chip"], result["temp_bytes"]) == (False, 17 * 2**30, None)
+    assert result["collectives"] == {}
+    assert result["estimate"]["step_seconds"] is None
+    assert result["argument_bytes"] > 0
+    assert "out of memory: needs 17.00 GiB" in capsys.readouterr().out
+
+
+def test_a_failing_compiler_is_told_as_such(tmp_path, capsys, monkeypatch):
+    def crash(lowered, **_):
+        raise aot.CompilerError("INTERNAL: RET_CHECK failure: Async done requires")
+
+    monkeypatch.setattr(aot, "compile", crash)
+    assert command(CONFIG, "--topology", "cpu:4", "--json", tmp_path / "plan.json") == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == (
+        "clipjax: the compiler failed, which tells nothing about memory: INTERNAL: RET_CHECK failure: Async done requires"
+    )
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "CONFIG.py is needed"),
+        ([CONFIG, "--topology", "v5e-256"], "--topology = 'v5e-256': there is no such; the nearest is v5e:16x16"),
+        ([CONFIG, "--topology", "cpu:0"], "name their number, as cpu:8"),
+        ([CONFIG, "--topology", "cpu:many"], "name their number, as cpu:8"),
+        ([CONFIG, "--topology", "cpu:9"], "JAX has started with 8 here"),
+        ([CONFIG, "--slices", "2"], "--slices = 2: several slices are of TPUs"),
+        ([CONFIG, "--topology", "cpu:3"], "train.batch_size = 16: must be a multiple of the 3 devices"),
+        ([CONFIG, "--topology", "cpu:8", "--mesh.fsdp", "3"], "mesh.fsdp = 3"),
+        ([CONFIG, "--topologie", "cpu:8"], "there is no such field"),
+        ([CONFIG, "--json", "/nowhere/plan.json"], "can't be written to: name another folder"),
+    ],
+)
+def test_wrong_use(args, message, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert command(*args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert command("--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("--topology T", "--slices N", "--find-batch", "--json OUT", "v5e:16x16"):
+        assert part in said
+    assert command(CONFIG, "--help") == 0
+    said = capsys.readouterr().out
+    assert "--train.batch-size" in said
+    assert "clipjax plan" in said
+
+
+# For TPUs
+
+TPU = pytest.importorskip  # the compiler is libtpu's
+SMALL = dict(width=128, depth=1, heads=2, mlp_dim=128)
+
+
+def for_tpu(**changes):
+    image = config.ImageTower(image_size=16, patch_size=8, embed_dim=128, pool="mean", pre_norm=False, **SMALL)
+    text = config.TextTower(length=8, vocab_size=256, embed_dim=128, pool="last", **SMALL)
+    model = config.Model(image=image, text=text, init_bias=-10.0, init_scale=10.0)
+    train = config.Train(steps=20, batch_size=64)
+    return config.Run(**(dict(model=model, objective=(config.Sigmoid(),), train=train, optim=tiny.OPTIM) | changes))
+
+
+def test_a_run_for_a_tpu():
+    TPU("libtpu", reason="the TPU compiler: pip install libtpu")
+    cfg = for_tpu()
+    found, _ = planned(cfg, "v5e:2x2")
+    assert (found.chips, found.devices, found.device_kind) == (4, 4, "TPU v5 lite")
+    assert found.fits
+    assert 15 * 2**30 < found.capacity_bytes < 16 * 2**30
+    assert sum(found.memory.values()) == found.peak_bytes_per_chip
+    assert abs(found.memory["padding"]) < 0.2 * found.argument_bytes  # tiles of 8 x 128
+    assert "all-reduce" in found.collectives
+    assert found.program_flops >= 0.9 * found.flops_per_step
+    assert 0 < found.estimate.step_seconds < 0.1
+    assert 0 < found.estimate.mfu < 1
+
+
+@pytest.mark.slow
+def test_the_largest_batch_for_a_tpu():
+    TPU("libtpu", reason="the TPU compiler: pip install libtpu")
+    cfg = for_tpu()
+    where = figures.setting(cfg, "v5e:1x1")
+    found, held = figures.make_plan(cfg, where)
+    told = []
+    found = figures.with_largest_batch(cfg, where, found, held, told.append, lambda size: pytest.MonkeyPatch.context())
+    needed = {t.batch_size: t.needed for t in found.tries if t.needed}
+    assert found.largest_batch > 2**15
+    assert needed[found.largest_batch] <= where.capacity < needed[2 * found.largest_batch]
+    assert len(told) == len(found.tries) - 1 < 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_every_kind_of_tpu(topology):
+    TPU("libtpu", reason="the TPU compiler: pip install libtpu")
+    found, _ = planned(for_tpu(), topology)
+    assert found.chips == 4
+    assert found.fits
+    assert found.estimate.bound is not None
+    assert found.estimate.lacks == ()
+
+
+@pytest.mark.slow
+def test_slices_send_over_the_network():
+    TPU("libtpu", reason="the TPU compiler: pip install libtpu")
+    cfg = for_tpu()
+    found, _ = figures.make_plan(cfg, figures.setting(cfg, "v5e:2x2", 2))
+    assert (found.slices, found.chips) == (2, 8)
+    assert any(kind.endswith("between slices") for kind in found.collectives)
+    assert found.estimate.seconds["network"] > 0
