@@ -73,13 +73,8 @@ for name in TERM INT HUP; do
 done
 
 await() { # the status of process $1, through the signals that interrupt a wait
-  local status
-  while :; do
-    wait "$1"
-    status=$?
-    kill -0 "$1" 2>/dev/null || break
-  done
-  return $status
+  while kill -0 "$1" 2>/dev/null; do wait "$1"; done
+  wait "$1" # remembered: the wait before may have told of a signal while the process ended
 }
 
 failures=0 back_off=$first
