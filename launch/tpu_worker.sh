@@ -49,17 +49,14 @@ start() {
 }
 
 train() { # what `start` detaches: keeps the status that the command ends with; NAME=VALUE as for env(1)
-  local child status
+  local child status=0
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM
   local environment=()
   while [[ "${1:-}" =~ ^[A-Za-z_][A-Za-z_0-9]*= ]]; do environment+=("$1") && shift; done
   env "${environment[@]}" launch/tpu_flags.sh launch/retry.sh .venv/bin/clipjax train "$@" &
   child=$!
-  while :; do # a signal ends a wait before the process ends
-    status=0
-    wait "$child" || status=$?
-    kill -0 "$child" 2>/dev/null || break
-  done
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends a wait before the process ends
+  wait "$child" || status=$? # remembered
   echo "$status" >"$here/status.new"
   mv "$here/status.new" "$here/status"
 }

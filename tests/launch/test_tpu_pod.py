@@ -176,6 +176,7 @@ def test_from_nothing_to_the_end_of_the_training(stage):
     assert not (stage.folder / "states").exists()
 
 
+@pytest.mark.slow
 def test_keep_leaves_the_machines_and_a_second_run_takes_them(stage):
     assert stage.run("tpu_pod.sh", "run", *POD, "--keep", *TRAIN).returncode == 0
     assert stage.steps() == WHOLE[:-1]
@@ -241,6 +242,7 @@ def test_only_tries_without_a_newer_checkpoint_count(stage):
     assert stage.run("tpu_pod.sh", "run", *POD, *TRAIN, RETRIES="1").returncode == 0
 
 
+@pytest.mark.slow
 def test_preempted_again_and_again_without_progress_it_gives_up(stage):
     stage.play("train", "taken")
     done = stage.run("tpu_pod.sh", "run", *POD, *TRAIN, RETRIES="2")
@@ -259,6 +261,7 @@ def test_an_installation_that_fails_on_one_worker_is_repeated(stage):
     assert stage.steps() == ["create", "scp", "install", *WHOLE[1:]]
 
 
+@pytest.mark.slow
 def test_an_installation_that_always_fails_ends_it(stage):
     stage.environment |= TWO
     stage.play("install", "fails on pod.1")
@@ -299,6 +302,7 @@ def test_training_outlives_the_connection(stage):
     assert len(trained(stage)) == 2
 
 
+@pytest.mark.slow
 def test_machines_that_cannot_be_reached_are_made_anew(stage):
     stage.play("ssh.follow", *["broken"] * 5, "fine")
     stage.play("ssh.wait", *["broken"] * 5, "fine")
