@@ -22,7 +22,7 @@ CREDENTIALS = {
     "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; another store than Amazon's: AWS_ENDPOINT_URL",
 }
-PATIENCE = 30  # seconds that a store has for its first answer
+PATIENCE = 20  # seconds that a store has for its first answer
 
 
 def scheme(path: str | os.PathLike) -> str | None:
