@@ -19,13 +19,12 @@ TEXT
 say() { echo "$(hostname): $*"; }
 
 here=.train # log, pid, and status once it has ended
-mkdir -p "$here"
-
 running() { # after a reboot the number may be another program's
   [ -s "$here/pid" ] && grep -qs tpu_worker "/proc/$(cat "$here/pid")/cmdline"
 }
 
 install() {
+  mkdir -p "$here"
   # The machines' own Python is 3.10, older than clipjax takes; uv brings one. pip's --user folder may not be on the PATH.
   PATH="$HOME/.local/bin:$PATH"
   command -v uv >/dev/null || python3 -m pip install --quiet --user uv
@@ -41,6 +40,7 @@ start() {
     say "already training"
     return
   fi
+  mkdir -p "$here"
   rm -f "$here/status"
   # A session of its own and no terminal, so that it outlives the connection that starts it.
   setsid nohup bash launch/tpu_worker.sh train "$@" >>"$here/log" 2>&1 </dev/null &

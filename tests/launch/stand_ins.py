@@ -91,7 +91,7 @@ class Stage:
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         process = self.start(script, *arguments, **environment)
         try:
-            out, err = process.communicate(timeout=100)
+            out, err = process.communicate(timeout=400)
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -57,13 +57,13 @@ def test_told_that_time_is_up_it_saves_and_goes_back_into_the_queue(stage, count
     stage.play("train", "until-told")
     job = stage.start("slurm.sbatch", *TRAIN, SLURM_RESTART_COUNT=count)
     try:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300
         while len([*stage.folder.glob("ready.*")]) < 2:
             assert job.poll() is None, job.communicate()
             assert time.monotonic() < limit
             time.sleep(0.02)
         job.send_signal(signal.SIGTERM)
-        out, err = job.communicate(timeout=60)
+        out, err = job.communicate(timeout=300)
     finally:
         job.kill()
     assert out.count("saved") == 2

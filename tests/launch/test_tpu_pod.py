@@ -330,14 +330,14 @@ def test_step_by_step_and_told_to_stop(stage):
     assert "not started" in stage.run("tpu_pod.sh", "status", *POD).stdout
     training = stage.start("tpu_pod.sh", "train", *POD, *TRAIN)
     try:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300
         while len([*stage.folder.glob("ready.*")]) < 2:
             assert training.poll() is None, training.communicate()
             assert time.monotonic() < limit
             time.sleep(0.02)
         assert stage.run("tpu_pod.sh", "status", *POD).stdout.count(": training") == 2
         assert stage.run("tpu_pod.sh", "stop", *POD).returncode == 0
-        out, err = training.communicate(timeout=60)
+        out, err = training.communicate(timeout=300)
     finally:
         training.kill()
     assert training.returncode == 75, err
@@ -350,12 +350,12 @@ def test_interrupted_it_says_what_goes_on(stage):
     stage.play("machines.become", "WAITING_FOR_RESOURCES")
     running = stage.start("tpu_pod.sh", "run", *POD, *TRAIN)
     try:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300
         while "create" not in stage.steps():
             assert time.monotonic() < limit
             time.sleep(0.02)
         running.send_signal(signal.SIGINT)
-        err = running.communicate(timeout=60)[1]
+        err = running.communicate(timeout=300)[1]
     finally:
         running.kill()
     assert running.returncode == 130
