@@ -34,6 +34,7 @@ def make_batch():
 def clipjax_step():
     """A function that takes n steps."""
     import jax
+    import numpy as np
 
     from clipjax import config, sharding
     from clipjax.models import clip
@@ -51,7 +52,7 @@ def clipjax_step():
     state = initial_state(run, tx, mesh)
     step = compile_step(make_train_step(run, tx, mesh), state, mesh)
     images, tokens = make_batch()
-    batch = {"image": images, "text": tokens}
+    batch = {"image": images, "text": tokens, "index": np.arange(BATCH, dtype=np.int32)}
 
     def go(steps):
         nonlocal state

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipjax import config
+from clipjax.models.layers import Placement
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")
@@ -35,6 +36,9 @@ TENSOR_AXIS = (
 )
 REPLICATED = P()
 MUST_SHARD = 0.95  # of the bytes, or the mesh is refused
+
+
+keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")  # a path as text/blocks/mlp/up/kernel
 
 
 def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -102,6 +106,35 @@ def over_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
+def divides_weights(mesh: Mesh) -> bool:
+    """Whether weights are divided too. Else every device has them all, and towers are mapped over its own rows (`on_shards`)."""
+    return mesh.shape["fsdp"] > 1 or mesh.shape["tensor"] > 1
+
+
+def placement(mesh: Mesh, dtype: str) -> Placement:
+    """How towers of global arrays lie on a mesh.
+
+    Where weights are divided the compiler, left to itself, split activations over their width in every layer, and summed
+    attention scores over devices, rather than gather the layer's weights. Here a layer's kernels are gathered in `dtype`, in
+    which they are multiplied, once for all parts of a batch; their gradients are summed over the parts in float32.
+    """
+    own = AbstractMesh(
+        (mesh.shape["slice"], mesh.shape["data"] * mesh.shape["fsdp"], 1, mesh.shape["tensor"]), AXES, axis_types=AUTO
+    )
+
+    def gather(weights: Any) -> Any:
+        def one(path: Any, x: jax.Array) -> jax.Array:
+            name = keystr(path[:-1])  # without nnx's `value`
+            travels = x.astype(dtype) if name.endswith("kernel") else x
+            return jax.lax.with_sharding_constraint(travels, NamedSharding(mesh, spec(name, x.shape, own))).astype(x.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, weights)
+
+    rows = over_rows(mesh)
+    keep = functools.partial(jax.lax.with_sharding_constraint, shardings=rows)
+    return Placement(batch_devices(mesh), keep, gather) if divides_weights(mesh) else Placement(batch_devices(mesh), keep)
+
+
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch, as many as any other's -> arrays of the global batch on the mesh.
 
@@ -136,7 +169,7 @@ def on_shards(fn: Callable[..., Any], mesh: Mesh, rows: int = 2, out: Any = REPL
     return mapped
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Where one parameter (or a moment of it, or what is remembered of the examples) lies."""
     if path.startswith("memory/"):  # a row for each training example
         return P(BATCH) if shape[0] % batch_devices(mesh) == 0 else P()
@@ -181,7 +214,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def _place(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     def place(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
+        return NamedSharding(mesh, spec(keystr(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -195,7 +228,7 @@ def unsharded(tree: Any, placed: Any, axis: str) -> dict[str, int]:
     """Path -> bytes of the leaves that do not lie on `axis`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size * leaf.dtype.itemsize
+        keystr(path): leaf.size * leaf.dtype.itemsize
         for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True)
         if not any(axis in (names if isinstance(names, tuple) else (names,)) for names in sharding.spec)
     }

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from clipjax import config, preemption
+from clipjax import config, distributed, preemption
 from clipjax.models.clip import Params, bind
-from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
+from clipjax.sharding import BATCH, batch_devices, over_rows, placement, to_global
 
 Batch = dict[str, np.ndarray]  # this process's rows
 Metrics = dict[str, float | list[float] | None]  # None where a metric does not exist; a list is a curve
@@ -79,10 +79,10 @@ class Encoder:
         self.model = model
         self.mesh = mesh
         self.batch_size = -(-batch_size // devices) * devices
-        rows = over_rows(mesh)
+        rows, place = over_rows(mesh), placement(mesh, model.dtype)
         self._towers = {
-            "image": jax.jit(lambda params, x: bind(model, params).encode_image(x), out_shardings=rows),
-            "text": jax.jit(lambda params, x: bind(model, params).encode_text(x), out_shardings=rows),
+            "image": jax.jit(lambda params, x: bind(model, params).encode_image(x, place=place), out_shardings=rows),
+            "text": jax.jit(lambda params, x: bind(model, params).encode_text(x, place), out_shardings=rows),
         }
         stacked = NamedSharding(mesh, P(None, BATCH))
         self._room = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
@@ -105,6 +105,7 @@ class Encoder:
         running: collections.deque[Array] = collections.deque()
         for batch in progress(batches, self.batch_size):
             preemption.check()
+            distributed.alive()
             rest = to_global(batch, self.mesh)
             (kind,) = self._towers.keys() & rest.keys()
             z = self._towers[kind](params, rest.pop(kind))

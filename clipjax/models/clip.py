@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from clipjax.config import Model
-from clipjax.models.layers import Scope, unit
+from clipjax.models.layers import WHEREVER, How, Placement, Scope, unit
 from clipjax.models.text import TextTransformer
 from clipjax.models.vit import ViT
 
@@ -27,13 +27,15 @@ class CLIP(nnx.Module):
         self.log_scale = nnx.Param(jnp.float32(math.log(cfg.init_scale)))
         self.bias = None if cfg.init_bias is None else nnx.Param(jnp.float32(cfg.init_bias))
 
-    def encode_image(self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None) -> Float[Array, "b e"]:
+    def encode_image(
+        self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, place: Placement = WHEREVER
+    ) -> Float[Array, "b e"]:
         """Unit vectors, float32. `keys`, one an example, turns what is random in training on."""
-        return unit(self.image(images, keys, remat=self.cfg.remat, unroll=self.cfg.unroll))
+        return unit(self.image(images, keys, How(self.cfg.remat, self.cfg.unroll, place)))
 
-    def encode_text(self, tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
+    def encode_text(self, tokens: Int[Array, "b t"], place: Placement = WHEREVER) -> Float[Array, "b e"]:
         """Unit vectors, float32."""
-        return unit(self.text(tokens, remat=self.cfg.remat, unroll=self.cfg.unroll))
+        return unit(self.text(tokens, How(self.cfg.remat, self.cfg.unroll, place)))
 
 
 def init(cfg: Model, seed: int) -> Params:

@@ -1,22 +1,26 @@
-"""The parts both towers are made of: named parameters, linear maps, norms, attention, blocks and their scan.
+"""What both towers are made of: named parameters, linear maps, norms, attention, blocks, and how all of these are run.
 
 Letters: b batch, t tokens, d width, h heads, k width of a head, f width of the MLP, e embedding, n patches, L layers.
 """
 
-import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Shaped
 
 from clipjax.config import Activation
 
 Init = Callable[..., Array]
+PART = 8192  # tokens a device puts through a layer at once where all is made again for the gradient: enough for any matrix unit
+WHOLE = "whole weights"  # never kept for the backward pass
 zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
 
 
@@ -117,7 +121,7 @@ class SelfAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block. Built in a stacked scope it holds every layer of a tower; `run_layers` runs them."""
+    """A pre-norm transformer block. Built in a stacked scope it holds every layer of a tower; `How.layers` runs them."""
 
     def __init__(
         self, scope: Scope, *, width: int, depth: int, heads: int, mlp_dim: int, activation: Activation, eps: float, causal: bool
@@ -134,23 +138,75 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def run_layers(blocks: Block, x: Float[Array, "b t d"], *, remat: str, unroll: int) -> Float[Array, "b t d"]:
-    """x through every layer of a stacked Block. `remat` names what the backward pass computes again (config.Model.remat)."""
-    graphdef, stacked = nnx.split(blocks)
-
-    def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
-        return nnx.merge(graphdef, weights)(x), None
-
-    depth = len(jax.tree.leaves(stacked)[0])
-    loop = unroll >= depth
-    if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        layer = functools.partial(jax.checkpoint, prevent_cse=loop, policy=policy)(layer)
-    if not loop:
-        return jax.lax.scan(layer, x, stacked, unroll=unroll)[0]
-    for i in range(depth):  # not a scan unrolled `depth` times: that would still stack what the backward pass needs
-        x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], stacked))
+def as_it_lies(x: Any) -> Any:
     return x
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a batch and the weights lie on devices, for a compiler that would choose otherwise (clipjax.sharding.placement)."""
+
+    devices: int = 1  # that the rows of arrays [b, ...] are divided over
+    rows: Callable[[Array], Array] = as_it_lies  # keeps activations where these rows are
+    weights: Callable[[nnx.State], nnx.State] = as_it_lies  # of one layer: whole, where they are divided over the rows' devices
+
+
+WHEREVER = Placement()
+
+
+@dataclass(frozen=True)
+class How:
+    """How towers are run. A batch is [n, p, ...] here: n parts, seen one after the other, of p rows each."""
+
+    remat: str = "none"  # what the backward pass makes again (config.Model.remat)
+    unroll: int = 1  # layers per iteration of the scan
+    place: Placement = WHEREVER
+
+    def split(self, x: Shaped[Array, "b ..."], tokens: int) -> Shaped[Array, "n p ..."]:
+        """A batch in parts. With full rematerialisation a layer's inner activations, many times its input, then exist for `PART`
+        tokens at a time on each device.
+        """
+        own, n = len(x) // self.place.devices, 1
+        if self.remat == "full":
+            n = next(n for n in range(1, own + 1) if own % n == 0 and (own // n * tokens <= PART or n == own))
+        return einops.rearrange(x, "(d n p) ... -> n (d p) ...", d=self.place.devices, n=n)
+
+    def join(self, x: Shaped[Array, "n p ..."]) -> Shaped[Array, "b ..."]:
+        """The parts of `split` as a batch again."""
+        return einops.rearrange(x, "n (d p) ... -> (d n p) ...", d=self.place.devices)
+
+    def each(self, fn: Callable[..., Array], *x: Any) -> Shaped[Array, "n p ..."]:
+        """`fn` of one part after the other."""
+        n = len(jax.tree.leaves(x)[0])
+        if self.remat == "full":
+            fn = jax.checkpoint(fn, prevent_cse=n == 1)
+        if n == 1:
+            return fn(*jax.tree.map(lambda x: x[0], x))[None]
+        return jax.lax.map(lambda part: fn(*part), x)
+
+    def layers(self, blocks: Block, x: Float[Array, "n p t d"]) -> Float[Array, "n p t d"]:
+        """x through every layer of a stacked Block."""
+        graphdef, stacked = nnx.split(blocks)
+        depth = len(jax.tree.leaves(stacked)[0])
+        loop = self.unroll >= depth
+
+        def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
+            whole = checkpoint_name(self.place.weights(weights), WHOLE)
+            return self.each(lambda part: self.place.rows(nnx.merge(graphdef, whole)(part)), x), None
+
+        policies = jax.checkpoint_policies
+        policy = {
+            "none": policies.save_anything_except_these_names(WHOLE),
+            "dots": policies.dots_with_no_batch_dims_saveable,
+            "full": None,
+        }[self.remat]
+        if self.remat != "none" or self.place.weights is not as_it_lies:
+            layer = jax.checkpoint(layer, prevent_cse=loop, policy=policy)
+        if not loop:
+            return jax.lax.scan(layer, x, stacked, unroll=self.unroll)[0]
+        for i in range(depth):  # not a scan unrolled `depth` times: that would still stack what the backward pass needs
+            x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], stacked))
+        return x
 
 
 def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clipjax.config import TextTower
-from clipjax.models.layers import Block, LayerNorm, Linear, Scope, normal, run_layers
+from clipjax.models.layers import Block, How, LayerNorm, Linear, Scope, normal
 
 
 class TextTransformer(nnx.Module):
@@ -25,12 +25,14 @@ class TextTransformer(nnx.Module):
         else:
             self.projection = Linear(scope / "projection", (d,), (cfg.embed_dim,), std=d**-0.5, bias=cfg.projection_bias)
 
-    def __call__(self, tokens: Int[Array, "b t"], *, remat: str = "none", unroll: int = 1) -> Float[Array, "b e"]:
+    def __call__(self, tokens: Int[Array, "b t"], how: How) -> Float[Array, "b e"]:
         """Token ids [b, t] -> embeddings, not normalised."""
-        cfg = self.cfg
         x = (jnp.take(self.tokens[...], tokens, axis=0) + self.positions[...][None]).astype(self.dtype)
-        x = run_layers(self.blocks, x, remat=remat, unroll=unroll)
-        if cfg.pool == "last":
+        x, tokens = (how.split(a, self.cfg.length) for a in (x, tokens))
+        return how.join(how.each(self.pool, how.layers(self.blocks, x), tokens))
+
+    def pool(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
+        if self.cfg.pool == "last":
             x = x[:, -1]
         else:  # the end token has the highest id, and what follows it is hidden by the causal mask
             x = jnp.take_along_axis(x, tokens.argmax(-1)[:, None, None], axis=1)[:, 0]

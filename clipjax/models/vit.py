@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from clipjax.config import ImageTower
-from clipjax.models.layers import MLP, Block, LayerNorm, Linear, Scope, normal, run_layers
+from clipjax.models.layers import MLP, Block, How, LayerNorm, Linear, Scope, normal
 
 
 class ViT(nnx.Module):
@@ -30,15 +30,19 @@ class ViT(nnx.Module):
         project = cfg.embed_dim is not None
         self.projection = Linear(scope / "projection", (d,), (cfg.embed_dim,), std=d**-0.5, bias=False) if project else None
 
-    def __call__(
-        self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, *, remat: str = "none", unroll: int = 1
-    ) -> Float[Array, "b e"]:
+    def __call__(self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None, how: How) -> Float[Array, "b e"]:
         """Pictures [b, s, s, 3] in 0..255 -> embeddings, not normalised. `keys`, one an example, turns patch dropout on."""
+        # Cut up as bytes, the least there is to move, and with all numbers of a patch in one axis, which needs no padding on a TPU.
+        side = self.cfg.patch_size
+        patches = einops.rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
+        parts = jax.tree.map(lambda x: how.split(x, self.cfg.patches), (patches, keys))
+        return how.join(how.each(self.pool, how.layers(self.blocks, how.each(self.embed, *parts))))
+
+    def embed(self, patches: UInt8[Array, "b n f"], keys: Key[Array, " b"] | None) -> Float[Array, "b t d"]:
         cfg = self.cfg
-        mean, std = (np.float32(c).reshape(1, 1, 1, 3) for c in (cfg.mean, cfg.std))
-        pixels = ((images.astype(jnp.float32) / 255 - mean) / std).astype(self.dtype)
-        patches = einops.rearrange(pixels, "b (y p) (x q) c -> b (y x) p q c", p=cfg.patch_size, q=cfg.patch_size)
-        x = self.patch(patches)
+        mean, std = (np.tile(np.float32(c), cfg.patch_size**2)[None, None] for c in (cfg.mean, cfg.std))
+        pixels = ((patches.astype(jnp.float32) / 255 - mean) / std).astype(self.dtype)
+        x = self.patch(einops.rearrange(pixels, "b n (p q c) -> b n p q c", p=cfg.patch_size, q=cfg.patch_size))
         positions = sincos2d(cfg) if self.positions is None else self.positions[...]
         if self.class_token is not None:
             token = self.class_token[...] + positions[0]
@@ -48,10 +52,10 @@ class ViT(nnx.Module):
             x = drop_patches(x, keys, cfg.patch_dropout)
         if self.class_token is not None:
             x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, cfg.width)), x], axis=1)
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
-        x = run_layers(self.blocks, x, remat=remat, unroll=unroll)
-        if cfg.pool == "cls":
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    def pool(self, x: Float[Array, "b t d"]) -> Float[Array, "b e"]:
+        if self.cfg.pool == "cls":
             x = self.norm(x[:, 0])
         elif self.map is not None:
             x = self.map(self.norm(x))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from clipjax.sharding import BATCH, batch_devices
+from clipjax.sharding import BATCH, batch_devices, divides_weights
 
 Tree = Any  # of arrays
 
@@ -24,20 +24,23 @@ def value_and_grad(
     """`(params, rows) -> ((value, aux), gradient)` of `loss(params, encode(params, rows), rows) -> (value, aux)`.
 
     `encode` maps examples one by one: row i of its arrays depends on row i of `rows` (arrays [B, ...] over the devices of the
-    batch) alone, so it may be given a part of them. With `parts` > 1, which must divide the rows of a device, the towers hold the
-    activations of B / parts examples at a time, for one more forward pass; with 1 this is the plain gradient.
+    batch) alone, so it may be given a part of them. Where the mesh divides no weights it is mapped over the devices and gets
+    their own rows. With `parts` > 1, which must divide the rows of a device, the towers hold the activations of B / parts
+    examples at a time, for one more forward pass; with 1 this is the plain gradient.
     """
-    if parts == 1:
-        return jax.value_and_grad(lambda params, rows: loss(params, encode(params, rows), rows), has_aux=True)
-    # Where nothing but data divides the mesh, each device adds up its own gradients and they are summed over the devices once;
-    # left to the compiler, they are summed after every part. With fsdp or tensor it is left so: a device's own sum would be a
-    # whole copy.
-    alone = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+    # A device that has all weights adds up its own gradients, in float32, and they are summed over the devices once; left to the
+    # compiler they are summed in the dtype of the products, and after every part. Where weights are divided it is left so: a
+    # device's own sum would be a whole copy.
+    alone = not divides_weights(mesh)
     axis, devices = (BATCH, 1) if alone else ((), batch_devices(mesh))
-    numbers = jnp.arange(parts)
 
     def on_own(fn: Callable[..., Tree], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Tree]:
         return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if alone else fn
+
+    if parts == 1:
+        mapped = on_own(lambda params, rows: encode(jax.lax.pcast(params, axis, to="varying"), rows), (P(), P(BATCH)), P(BATCH))
+        return jax.value_and_grad(lambda params, rows: loss(params, mapped(params, rows), rows), has_aux=True)
+    numbers = jnp.arange(parts)
 
     def part(rows: Tree, j: jax.Array) -> Tree:
         """The j-th share of every device's rows [b, ...], where they lie: [b / parts, ...]."""

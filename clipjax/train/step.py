@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from clipjax import config, losses, sharding
 from clipjax.models import clip
+from clipjax.models.layers import WHEREVER
 from clipjax.train import accumulate, memory
 from clipjax.train.memory import Memory
 from clipjax.train.optimizer import clamp_scale, ema_update, stop_frozen
@@ -24,7 +25,7 @@ Tuned = tuple[clip.Params, Memory]  # what the loss is differentiated by: weight
 
 
 def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax.Array:
-    """A key for each example, from its row [b] in the global batch: the same on any mesh, host count or micro-batch."""
+    """A key for each example, from its index [b] in the dataset: the same on any mesh, host count or micro-batch."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, step)))(index)
 
@@ -32,8 +33,8 @@ def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax
 def make_train_step(
     run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3] and `text` [B, t] or [B, K, t], and what
-    the objective's terms need: `id` int32 [B], `teacher_image` and `teacher_text` [B, f], `index` int32 [B] in the dataset.
+    """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3], `text` [B, t] or [B, K, t], `index`
+    int32 [B] in the dataset, and what the objective's terms need: `id` int32 [B], `teacher_image` and `teacher_text` [B, f].
 
     The metrics are float32 []: the loss and its parts, scale and bias, and the norms of the gradient before it is clipped, of
     the update, which both are of the trained parameters, and of all parameters.
@@ -41,11 +42,13 @@ def make_train_step(
     of_rows = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
     loss_of = sharding.on_shards(of_rows, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))  # loss, logged, memory
 
+    place = sharding.placement(mesh, run.model.dtype) if sharding.divides_weights(mesh) else WHEREVER
+
     def encode(tuned: Tuned, rows: Batch) -> tuple[jax.Array, jax.Array]:
         model = clip.bind(run.model, stop_frozen(run.optim.rules, tuned[0]))
         *captions, length = rows["text"].shape
-        ztxt = model.encode_text(rows["text"].reshape(-1, length))
-        return model.encode_image(rows["image"], rows["keys"]), ztxt.reshape(*captions, -1)
+        ztxt = model.encode_text(rows["text"].reshape(-1, length), place)
+        return model.encode_image(rows["image"], rows["keys"], place), ztxt.reshape(*captions, -1)
 
     def compute_loss(tuned: Tuned, z: tuple[jax.Array, jax.Array], rows: Batch) -> tuple[jax.Array, tuple[Metrics, Memory]]:
         params, temperatures = tuned
@@ -58,7 +61,7 @@ def make_train_step(
     value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, run.train.micro_batches)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        keys = example_keys(run.seed, "patch_dropout", state.step, jnp.arange(len(batch["text"])))
+        keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
         past = memory.read(state.memory, batch["index"]) if state.memory else {}
         tuned = state.params, memory.temperatures(past)
         (loss, (logged, seen)), (grads, of_temperatures) = value_and_grad(tuned, batch | {"keys": keys, "memory": past})

@@ -45,8 +45,9 @@ def batches(cfg: config.Run, steps: int) -> list[dict[str, np.ndarray]]:
         {
             "image": rng.integers(0, 256, (size, image.image_size, image.image_size, 3), np.uint8),
             "text": rng.integers(0, text.vocab_size, (size, text.length), np.int32),
+            "index": np.arange(step * size, (step + 1) * size, dtype=np.int32),
         }
-        for _ in range(steps)
+        for step in range(steps)
     ]
 
 
