@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class Checkpoints:
             best_fn=score,  # chooses nothing beside a policy, but without it metrics are not written: a resumed run needs them
             **s3.options(workdir),
         )
+        _ignore_latecomers()
         self._manager = _Manager(resolve(workdir) / "checkpoints", options=options)
         self._workdir, self._run = workdir, run
 
@@ -118,7 +120,7 @@ class Checkpoints:
             remedy = "make room there, and the same command goes on from it"
             raise SaveError(f"a checkpoint could not be written ({reason}); {self.last_good()}. Remedy: {remedy}") from error
 
-    def set_aside(self, step: int, reason: object) -> None:
+    def set_aside(self, step: int, why: str) -> None:
         """Moves a checkpoint that can't be read from checkpoints/ to damaged/, where it can be looked at, and says so."""
         if jax.process_index() == 0:
             aside = self._workdir / DAMAGED
@@ -126,7 +128,7 @@ class Checkpoints:
             there = aside.iterdir() if aside.exists() else ()  # on gs:// and s3:// an empty folder is none
             place = aside / f"{step}.{sum(p.name.split('.')[0] == str(step) for p in there)}"
             (self._workdir / "checkpoints" / str(step)).rename(place)
-            logging.warning(f"{self._workdir}@{step} can't be read ({reason}); it now lies in {place}")
+            logging.warning(f"{why}; it now lies in {place}")
         multihost_utils.sync_global_devices(f"aside {step}")
         self._manager.reload()
 
@@ -155,6 +157,19 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step: int) -> bool:
         return False
+
+
+@functools.cache  # once in a process
+def _ignore_latecomers() -> None:
+    """Where one array can't be read or written, Orbax closes its event loop, and each other one complains of that in the end."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(found: "sys.UnraisableHookArgs") -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = hook
 
 
 def _training(state: TrainState) -> dict[str, object]:
@@ -206,7 +221,7 @@ def _reading(workdir: Path, step: int) -> Iterator[None]:
         torn = any(isinstance(e, FileNotFoundError | json.JSONDecodeError) for e in causes) or _TORN.search(text)
         if not torn or _AWAY.search(text):
             raise
-        raise DamagedError(f"{workdir}@{step} can't be read: {str(error).splitlines()[0]:.200}") from error
+        raise DamagedError(f"{workdir}@{step} can't be read: {str(causes[-1]).splitlines()[0]:.200}") from error
 
 
 def _storage_says(error: BaseException) -> str | None:

@@ -1,6 +1,7 @@
 """What a run says about itself: a clock, counts, the model's FLOPs, and the writers of a workdir."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -175,8 +176,8 @@ class Writer:
             _truncate(workdir / "metrics.jsonl", step)
             self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
             self._board = tensorboardX.SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=30, filename_suffix=f".{step}"
-            )
+                str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=30, filename_suffix=f".{step}", max_queue=0
+            )  # no bound: where its thread has died, of a full disk, a full queue would wait for it for ever
 
     def push(self, step: int, values: Mapping[str, jax.Array], host: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """Hands over the scalars of a step, `step` being the number of finished ones.
@@ -210,7 +211,15 @@ class Writer:
         """Ends the files. What was pushed since the last flush is dropped."""
         if self._file is not None and self._board is not None:
             self._file.close()
-            self._board.close()
+            if self._board_lives():
+                self._board.close()
+            else:
+                dead = self._board.file_writer.event_writer
+                dead._event_queue.cancel_join_thread()  # nobody empties it any more
+                dead._closed = True  # else it tries once more when Python ends
+
+    def _board_lives(self) -> bool:
+        return self._board is not None and self._board.file_writer.event_writer._worker.is_alive()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -238,6 +247,8 @@ class Writer:
             return
         self._file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
         self._file.flush()
+        if not self._board_lives():
+            raise OSError(errno.ENOSPC, "tensorboard/ can't be written any more; most likely the disk is full")
         for name, value in scalars.items():
             if value is None:
                 continue  # not known here, as the utilisation of a CPU

@@ -61,11 +61,11 @@ def restored(
     """
     while True:
         for step in checkpoints.after(saved.step):
-            checkpoints.set_aside(step, "its configuration is damaged")
+            checkpoints.set_aside(step, f"{workdir}@{step} can't be read: its configuration is damaged")
         try:
             return saved, checkpoints.restore(saved.step, placed)
         except DamagedError as error:
-            checkpoints.set_aside(saved.step, error.__cause__)
+            checkpoints.set_aside(saved.step, str(error))
             found = resumable(run, workdir)
             assert found, "it raises where none is left"
             saved = found

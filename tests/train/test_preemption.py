@@ -2,23 +2,41 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
+import resource
+import shutil
 import signal
+import subprocess
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from clipjax import config, preemption
+from clipjax.checkpoint import DamagedError, SaveError
 from clipjax.train.loop import train
 from tests import hosts
 from tests.train import tiny
+from tests.train.test_resume import same_weights
 
 TRAIN = config.Train(steps=12, batch_size=16, log_every=1, checkpoint_every=4, keep=9)
 RUN = tiny.run(train=TRAIN)
 LONG = dataclasses.replace(RUN, train=dataclasses.replace(TRAIN, steps=60, checkpoint_every=1000))
+
+
+# Where one array fails, Orbax leaves the coroutines of the others to the garbage collector, which complains of them.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """So that it complains here, and not in another file's test."""
+    yield
+    gc.collect()
 
 
 def batches(at=None, do=None, run=RUN):
@@ -86,7 +104,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("numbers", "status", "word"),
-    [((signal.SIGTERM,), 75, "preempted"), ((signal.SIGTERM,) * 3, 75, "preempted"), ((signal.SIGINT,), 130, "interrupted")],
+    [((signal.SIGTERM,) * 3, 75, "preempted"), ((signal.SIGINT,), 130, "interrupted")],
 )
 def test_a_signal_saves_at_the_next_step(tmp_path, whole, numbers, status, word):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
@@ -145,6 +163,7 @@ def test_told_while_due_to_evaluate_starts_none(tmp_path):
     assert evaluator.runs == []
 
 
+@pytest.mark.slow
 def test_a_thread_has_no_signals_and_trains_all_the_same(tmp_path, whole):
     results = []
     thread = threading.Thread(target=lambda: results.append(run_it(tmp_path)))
@@ -152,6 +171,198 @@ def test_a_thread_has_no_signals_and_trains_all_the_same(tmp_path, whole):
     thread.join()
     assert same(results[0], whole[0])
     assert not preemption.told()
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def files(step, pattern):
+    """Largest first."""
+    return sorted(step.glob(pattern), key=lambda p: -p.stat().st_size)
+
+
+DAMAGES = {  # what happened to the newest checkpoint
+    "array cut": lambda step: cut(files(step, "params/ocdbt.process_0/d/*")[0]),
+    "array gone": lambda step: files(step, "training/ocdbt.process_0/d/*")[0].unlink(),
+    "index cut": lambda step: cut(step / "training" / "manifest.ocdbt"),
+    "index zeros": lambda step: (step / "params" / "manifest.ocdbt").write_bytes(bytes(100)),
+    "metadata gone": lambda step: (step / "training" / "_METADATA").unlink(),
+    "configuration cut": lambda step: cut(step / "config" / "metadata"),
+    "configuration gone": lambda step: shutil.rmtree(step / "config"),
+    "weights gone": lambda step: shutil.rmtree(step / "params"),
+    "everything gone": lambda step: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in step.iterdir()],
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The workdir of a run that was stopped at step 9."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(preemption.Preempted, match="at step 9"):
+        run_it(workdir, 8, told(signal.SIGTERM))
+    return workdir
+
+
+def damaged_copy(stopped, workdir, damages):
+    """Of the stopped run, with something done to some steps; and what lies there then."""
+    shutil.copytree(stopped, workdir)
+    for step, name in damages.items():
+        DAMAGES[name](workdir / "checkpoints" / str(step))
+    return {step: content(workdir / "checkpoints" / str(step)) for step in (4, 8, 9)}
+
+
+def content(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+QUICK = ("array cut", "metadata gone", "configuration cut")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(tmp_path, whole, stopped, caplog, name):
+    workdir = tmp_path / "run"
+    before = damaged_copy(stopped, workdir, {9: name})
+    assert same(run_it(workdir), whole[0])
+    assert content(workdir / "damaged" / "9.0") == before[9]
+    assert {step: content(workdir / "checkpoints" / str(step)) for step in (4, 8)} == {step: before[step] for step in (4, 8)}
+    assert steps_on_disk(workdir) == [4, 8, 12]
+    assert written(workdir) == [line for line in written(whole[1]) if "loss" in line]
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "root"]
+    assert warning.startswith(f"{workdir}@9 can't be read: ")
+    assert warning.endswith(f"; it now lies in {workdir / 'damaged' / '9.0'}")
+
+
+@pytest.mark.slow
+def test_two_in_a_row_and_one_that_was_damaged_before(tmp_path, whole, stopped):
+    workdir = tmp_path / "run"
+    damaged_copy(stopped, workdir, {9: "array cut", 8: "configuration cut"})
+    (workdir / "damaged" / "9.0").mkdir(parents=True)
+    assert same(run_it(workdir), whole[0])
+    assert sorted(p.name for p in (workdir / "damaged").iterdir()) == ["8.0", "9.0", "9.1"]
+
+
+def test_where_all_are_damaged_nothing_begins_anew(tmp_path, stopped):
+    workdir = tmp_path / "run"
+    damaged_copy(stopped, workdir, {9: "array cut", 8: "index cut", 4: "configuration cut"})
+    for _ in range(2):  # also when a launcher tries again
+        with pytest.raises(DamagedError, match=r"none of its checkpoints can be read \(.*\)\. Remedy: .* begin at step 0"):
+            run_it(workdir)
+    assert len(written(workdir)) == 9
+    shutil.copytree(stopped / "checkpoints" / "8", workdir / "checkpoints" / "8")
+    run_it(workdir)
+    assert steps_on_disk(workdir)[-1] == 12
+
+
+@pytest.mark.parametrize("said", ["UNAVAILABLE: no route to host", "PERMISSION_DENIED: Error reading NOT_FOUND"])
+def test_a_storage_that_does_not_answer_is_no_damage(tmp_path, stopped, monkeypatch, said):
+    import orbax.checkpoint as ocp
+
+    workdir = tmp_path / "run"
+    before = damaged_copy(stopped, workdir, {})
+    restore = ocp.CheckpointManager.restore
+
+    def fails(self, step, args):
+        if "params" in dict(args.items()):
+            raise ValueError(said)
+        return restore(self, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fails)
+    with pytest.raises(ValueError, match=said):
+        run_it(workdir)
+    assert {step: content(workdir / "checkpoints" / str(step)) for step in (4, 8, 9)} == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a given size, to be changed at will."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def size(kilobytes, *more):
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([*more, f"size={kilobytes}k"]), "tmpfs", folder]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if not size(100_000):
+        pytest.skip("no file system can be mounted here")
+    yield folder, lambda kilobytes: size(kilobytes, "remount")
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def used(folder):
+    """Kilobytes."""
+    found = os.statvfs(folder)
+    return (found.f_blocks - found.f_bfree) * found.f_frsize // 1024
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
+def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, whole):
+    """The checkpoint of step 8 finds room for a half of it; that of 4 is there, and whole."""
+    folder, resize = small_disk
+    workdir, kept = folder / "run", {}
+
+    def fill():
+        while not (workdir / "checkpoints" / "4").exists():  # its writing goes on meanwhile
+            time.sleep(0.01)
+        kept.update(content(workdir / "checkpoints" / "4"))
+        assert resize(used(folder) + sum(map(len, kept.values())) // 2048)
+
+    with pytest.raises(SaveError) as full:
+        run_it(workdir, 6, fill)
+    wrong = (
+        f"a checkpoint could not be written (No space left on device); the last good checkpoint is {workdir}@4. Remedy: make room"
+    )
+    assert str(full.value).startswith(wrong)
+    assert content(workdir / "checkpoints" / "4") == kept
+    assert resize(100_000)
+    assert same(run_it(workdir), whole[0])
+    assert written(workdir) == [line for line in written(whole[1]) if "loss" in line]
+    assert steps_on_disk(workdir) == [4, 8, 12]  # what was half written is gone
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
+def test_a_disk_that_is_full_from_the_start_has_no_good_checkpoint(small_disk):
+    folder, resize = small_disk
+    with pytest.raises(OSError, match=f"no checkpoint had been written to {folder / 'run'}. Remedy"):
+        run_it(folder / "run", 2, lambda: resize(used(folder) + 200))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
+@pytest.mark.slow
+def test_metrics_on_a_full_disk(small_disk):
+    """Between two checkpoints: the last good one is named, and nothing is lost but the steps since."""
+    folder, resize = small_disk
+    workdir, run = folder / "run", dataclasses.replace(RUN, train=dataclasses.replace(TRAIN, steps=40, checkpoint_every=5))
+    stopper = dataclasses.replace(run, train=dataclasses.replace(run.train, checkpoint_every=1000))
+    with pytest.raises(preemption.Preempted):
+        run_it(workdir, 4, told(signal.SIGTERM), run=run)
+    with pytest.raises(OSError, match="; the last good checkpoint is") as full:
+        run_it(workdir, 7, lambda: resize(used(folder)), run=stopper)
+    assert full.value.errno is None  # else the command line would take it for a file that the user named
+    assert str(full.value).startswith(f"{workdir}: ")
+    assert f"{workdir}@5. Remedy" in str(full.value)
+    assert resize(100_000)
+    state = run_it(workdir, run=run)
+    assert same(state, run_it(folder / "straight", run=run))
+    assert written(workdir) == written(folder / "straight")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
+def test_a_limit_on_the_size_of_files(tmp_path, whole):
+    """Needs no mount: the kernel refuses longer files, as a quota does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit():
+        while not (tmp_path / "checkpoints" / "4").exists():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    try:
+        with pytest.raises(SaveError, match=r"\(File too large\); the last good checkpoint is .*@4\. Remedy"):
+            run_it(tmp_path, 6, limit)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert same(run_it(tmp_path), whole[0])
 
 
 # A run that goes on until it is stopped, and then for as many steps as it is asked for.
@@ -172,22 +383,24 @@ def command(folder, workdir, *overrides):
     return [*hosts.CLI, "train", str(folder / "endless.py"), "--workdir", str(workdir), *overrides]
 
 
-@pytest.mark.parametrize("whom", ["one", pytest.param("all", marks=pytest.mark.slow)])
-def test_two_processes_stop_at_the_same_step(tmp_path, whom):
+@pytest.mark.parametrize(
+    ("n", "whom"), [(1, "all"), (2, "one"), pytest.param(2, "all", marks=pytest.mark.slow)], ids=["alone", "one of two", "both"]
+)
+def test_processes_stop_at_the_same_step(tmp_path, n, whom):
     workdir = tmp_path / "run"
-    with hosts.started(2, command(tmp_path, workdir), tmp_path / "first") as both:
-        hosts.until(both, workdir / "metrics.jsonl", '"step": 20,')
-        for host in both[1:] if whom == "one" else both:
+    with hosts.started(n, command(tmp_path, workdir), tmp_path / "first") as all_of_them:
+        hosts.until(all_of_them, workdir / "metrics.jsonl", '"step": 20,')
+        for host in all_of_them[1:] if whom == "one" else all_of_them:
             host.signal(signal.SIGTERM)
-        assert hosts.ended(both) == [75, 75], hosts.report(both)
+        assert hosts.ended(all_of_them) == [75] * n, hosts.report(all_of_them)
     (step,) = steps_on_disk(workdir)
-    assert f"preempted at step {step:,}: saved; the same command goes on" in both[0].complained
+    assert f"preempted at step {step:,}: saved; the same command goes on" in all_of_them[0].complained
     assert max(hosts.losses(workdir)) == step
-    if whom == "one":
+    if (n, whom) != (2, "all"):
         return
     more = ("--train.steps", str(step + 20))
-    resumed = hosts.run(2, command(tmp_path, workdir, *more), tmp_path / "second")
+    resumed = hosts.run(n, command(tmp_path, workdir, *more), tmp_path / "second")
     assert f"resuming at step {step:,} of {step + 20:,}" in resumed[0].complained
-    hosts.run(2, command(tmp_path, tmp_path / "straight", *more), tmp_path / "third")
+    hosts.run(n, command(tmp_path, tmp_path / "straight", *more), tmp_path / "third")
     assert hosts.losses(workdir) == hosts.losses(tmp_path / "straight")
     assert same_weights(workdir, tmp_path / "straight")
