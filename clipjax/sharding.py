@@ -13,13 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipjax import config
-from clipjax.models.layers import Placement
+from clipjax.losses.pairwise.tiles import vary
+from clipjax.models.layers import Body, Placement
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")
@@ -115,24 +118,53 @@ def placement(mesh: Mesh, dtype: str) -> Placement:
     """How towers of global arrays lie on a mesh.
 
     Where weights are divided the compiler, left to itself, split activations over their width in every layer, and summed
-    attention scores over devices, rather than gather the layer's weights. Here a layer's kernels are gathered in `dtype`, in
-    which they are multiplied, once for all parts of a batch; their gradients are summed over the parts in float32.
+    attention scores over devices, rather than gather the layer's weights. With fsdp alone the layers are therefore mapped over
+    the devices: each gathers a layer's kernels in `dtype`, in which they are multiplied, once for all parts of its batch, and
+    sums and scatters their gradients once. With tensor it is the compiler that places them, told where activations and whole
+    kernels lie.
     """
-    own = AbstractMesh(
-        (mesh.shape["slice"], mesh.shape["data"] * mesh.shape["fsdp"], 1, mesh.shape["tensor"]), AXES, axis_types=AUTO
-    )
+    devices = batch_devices(mesh)
+    if not divides_weights(mesh):
+        return Placement(devices)
 
-    def gather(weights: Any) -> Any:
-        def one(path: Any, x: jax.Array) -> jax.Array:
-            name = keystr(path[:-1])  # without nnx's `value`
-            travels = x.astype(dtype) if name.endswith("kernel") else x
-            return jax.lax.with_sharding_constraint(travels, NamedSharding(mesh, spec(name, x.shape, own))).astype(x.dtype)
+    def places(weights: nnx.State, prefix: str = "", **other: int) -> Any:
+        """The specs of weights, on a mesh of other sizes where told."""
+        sizes = AbstractMesh(tuple((dict(mesh.shape) | other).values()), AXES, axis_types=AUTO)
+        return jax.tree_util.tree_map_with_path(lambda path, x: spec(prefix + keystr(path[:-1]), x.shape, sizes), weights)
 
-        return jax.tree_util.tree_map_with_path(one, weights)
+    def lighter(weights: nnx.State) -> nnx.State:  # what travels; keystr without nnx's `value`
+        light = jnp.dtype(dtype)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.astype(light) if keystr(path[:-1]).endswith("kernel") else x, weights
+        )
 
-    rows = over_rows(mesh)
-    keep = functools.partial(jax.lax.with_sharding_constraint, shardings=rows)
-    return Placement(batch_devices(mesh), keep, gather) if divides_weights(mesh) else Placement(batch_devices(mesh), keep)
+    def alike(weights: nnx.State, others: nnx.State) -> nnx.State:
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), weights, others)
+
+    def compiled(body: Body, stacked: nnx.State, x: jax.Array) -> jax.Array:
+        def gather(weights: nnx.State) -> nnx.State:
+            where = jax.tree.map(lambda p: NamedSharding(mesh, p), places(weights, fsdp=1))
+            return alike(jax.lax.with_sharding_constraint(lighter(weights), where), weights)
+
+        return body(gather, lambda x: jax.lax.with_sharding_constraint(x, over_rows(mesh)), stacked, x)
+
+    def mapped(body: Body, stacked: nnx.State, x: jax.Array) -> jax.Array:
+        divided = places(stacked, "tower/blocks/")
+
+        def on_device(stacked: nnx.State, x: jax.Array) -> jax.Array:
+            def gather(weights: nnx.State) -> nnx.State:
+                def one(x: jax.Array, where: P) -> jax.Array:  # axes of `where` count the layers' too
+                    axes = [i - 1 for i, name in enumerate(where) if name == "fsdp"]
+                    return jax.lax.all_gather(x, "fsdp", axis=axes[0], tiled=True) if axes else x
+
+                return alike(jax.tree.map(one, lighter(weights), divided), weights)
+
+            return body(gather, lambda x: x, vary(stacked, BATCH), x)
+
+        rows = P(None, BATCH)
+        return jax.shard_map(on_device, mesh=mesh, in_specs=(divided, rows), out_specs=rows)(stacked, x)
+
+    return Placement(devices, mapped if mesh.shape["tensor"] == 1 else compiled)
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -30,7 +30,8 @@ def run(*args) -> int:
 
 
 COMMANDS = {
-    "": ["train", "eval", "embed", "export", "data", "bench"],
+    "": ["train", "eval", "embed", "export", "plan", "data", "bench"],
+    "plan": ["CONFIG.py", "--topology", "--slices N", "--find-batch", "--json OUT"],
     "train": ["--workdir RUN", "CONFIG.py"],
     f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
     "eval": ["zeroshot", "retrieval", "geometry"],

@@ -161,6 +161,7 @@ mesh = sharding.make_mesh(config.Mesh())
 tx = make_optimizer(run.optim, run.train.steps, jax.eval_shape(lambda: clip.init(run.model, 0)))
 state = jax.eval_shape(lambda: initial_state(run, tx, mesh))
 batch = dict(image=jax.ShapeDtypeStruct((4, 8, 8, 3), "uint8"), text=jax.ShapeDtypeStruct((4, 4), "int32"))
+batch["index"] = jax.ShapeDtypeStruct((4,), "int32")
 print(jax.eval_shape(make_train_step(run, tx, mesh), state, batch)[1]["loss"].dtype)
 """
     assert python(code).strip() == "float32"

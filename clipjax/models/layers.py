@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 from clipjax.config import Activation
 
 Init = Callable[..., Array]
-PART = 8192  # tokens a device puts through a layer at once where all is made again for the gradient: enough for any matrix unit
+PART = 4096  # tokens a device puts through a layer at once where all is made again for the gradient: plenty for a matrix unit
 WHOLE = "whole weights"  # never kept for the backward pass
 zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
 
@@ -138,17 +138,22 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def as_it_lies(x: Any) -> Any:
-    return x
+Gather = Callable[[nnx.State], nnx.State] | None  # one layer's weights, whole where they were divided; None: they are whole
+Keep = Callable[[Array], Array]  # activations [p, t, d], where the batch's rows lie
+Body = Callable[[Gather, Keep, nnx.State, Array], Array]  # all layers of stacked weights and x
+
+
+def here(body: Body, stacked: nnx.State, x: Array) -> Array:
+    """Runs layers where weights are whole."""
+    return body(None, lambda x: x, stacked, x)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a batch and the weights lie on devices, for a compiler that would choose otherwise (clipjax.sharding.placement)."""
+    """How the rows of a batch and a tower's weights lie on devices; clipjax.sharding.placement tells it for a mesh."""
 
     devices: int = 1  # that the rows of arrays [b, ...] are divided over
-    rows: Callable[[Array], Array] = as_it_lies  # keeps activations where these rows are
-    weights: Callable[[nnx.State], nnx.State] = as_it_lies  # of one layer: whole, where they are divided over the rows' devices
+    run: Callable[[Body, nnx.State, Array], Array] = here  # a body on stacked weights and x [n, p, t, d]
 
 
 WHEREVER = Placement()
@@ -189,24 +194,27 @@ class How:
         graphdef, stacked = nnx.split(blocks)
         depth = len(jax.tree.leaves(stacked)[0])
         loop = self.unroll >= depth
-
-        def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            whole = checkpoint_name(self.place.weights(weights), WHOLE)
-            return self.each(lambda part: self.place.rows(nnx.merge(graphdef, whole)(part)), x), None
-
         policies = jax.checkpoint_policies
-        policy = {
-            "none": policies.save_anything_except_these_names(WHOLE),
-            "dots": policies.dots_with_no_batch_dims_saveable,
-            "full": None,
-        }[self.remat]
-        if self.remat != "none" or self.place.weights is not as_it_lies:
-            layer = jax.checkpoint(layer, prevent_cse=loop, policy=policy)
-        if not loop:
-            return jax.lax.scan(layer, x, stacked, unroll=self.unroll)[0]
-        for i in range(depth):  # not a scan unrolled `depth` times: that would still stack what the backward pass needs
-            x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], stacked))
-        return x
+
+        def body(gather: Gather, keep: Keep, stacked: nnx.State, x: Array) -> Array:
+            def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
+                whole = checkpoint_name(gather(weights), WHOLE) if gather else weights
+                return self.each(lambda part: keep(nnx.merge(graphdef, whole)(part)), x), None
+
+            if self.remat != "none" or gather:
+                policy = {
+                    "none": policies.save_anything_except_these_names(WHOLE),
+                    "dots": policies.dots_with_no_batch_dims_saveable,
+                    "full": None,
+                }[self.remat]
+                layer = jax.checkpoint(layer, prevent_cse=loop, policy=policy)
+            if not loop:
+                return jax.lax.scan(layer, x, stacked, unroll=self.unroll)[0]
+            for i in range(depth):  # not a scan unrolled `depth` times: that would still stack what the backward pass needs
+                x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], stacked))
+            return x
+
+        return self.place.run(body, stacked, x)
 
 
 def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:

@@ -32,7 +32,7 @@ class ViT(nnx.Module):
 
     def __call__(self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None, how: How) -> Float[Array, "b e"]:
         """Pictures [b, s, s, 3] in 0..255 -> embeddings, not normalised. `keys`, one an example, turns patch dropout on."""
-        # Cut up as bytes, the least there is to move, and with all numbers of a patch in one axis, which needs no padding on a TPU.
+        # Cut up as bytes, the least there is to move, and all numbers of a patch in one axis, which needs no padding on a TPU.
         side = self.cfg.patch_size
         patches = einops.rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
         parts = jax.tree.map(lambda x: how.split(x, self.cfg.patches), (patches, keys))

@@ -9,7 +9,7 @@ import pytest
 
 from clipjax import config, losses
 from clipjax.metrics import model_flops
-from clipjax.models import clip
+from clipjax.models import clip, layers
 from clipjax.train.optimizer import trained_names
 from clipjax.train.step import example_keys
 
@@ -40,6 +40,17 @@ def test_so_does_every_shape_with_both_losses(model, shape):
     run = tiny.run(model)
     _, want, _ = tiny.train(run, tiny.mesh_of(), 20)
     _, got, _ = tiny.train(run, tiny.mesh_of(*shape), 20)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (1, 2, 2)], ids=["mapped", "layers mapped", "compiled"])
+def test_parts_of_a_batch_give_the_same_losses(shape, monkeypatch):
+    """With full rematerialisation each device sees its rows in parts, however the mesh makes it run the layers."""
+    _, want, _ = tiny.train(tiny.run(DROPOUT), tiny.mesh_of(), 4)
+    monkeypatch.setattr(layers, "PART", 32)  # 16 patches a picture: two of a device's four or eight at a time
+    assert layers.How("full").split(jnp.zeros((8, 3)), 16).shape == (4, 2, 3)
+    assert layers.How("dots").split(jnp.zeros((8, 3)), 16).shape == (1, 8, 3)
+    _, got, _ = tiny.train(tiny.run(dataclasses.replace(DROPOUT, remat="full")), tiny.mesh_of(*shape), 4)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
