@@ -217,11 +217,11 @@ class Writer:
                 dead = self._board.file_writer.event_writer
                 dead._event_queue.cancel_join_thread()  # nobody empties it any more
                 dead._closed = True  # else it tries once more when Python ends
+        if self._mirror is not None:
+            self._mirror.close()
 
     def _board_lives(self) -> bool:
         return self._board is not None and self._board.file_writer.event_writer._worker.is_alive()
-        if self._mirror is not None:
-            self._mirror.close()
 
     def _upload(self) -> None:
         """Everything so far, where the workdir is remote."""

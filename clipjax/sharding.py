@@ -181,7 +181,8 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def _check_processes(mesh: Mesh) -> None:
     parts, n = batch_devices(mesh), jax.process_count()
     mine = len({index[0].start for index in over_rows(mesh).addressable_devices_indices_map((parts,)).values()})
-    shape = ", ".join(f"mesh.{a} = {size}" for a, size in mesh.shape.items())
+    sizes = {"data": mesh.shape["slice"] * mesh.shape["data"], "fsdp": mesh.shape["fsdp"], "tensor": mesh.shape["tensor"]}
+    shape = ", ".join(f"mesh.{axis} = {size}" for axis, size in sizes.items())
     remedy = "each needs the same share of the batch to itself; mesh.tensor must lie within a process"
     if mine * n != parts:
         raise config.ConfigError(f"{shape}: process {jax.process_index()} of {n} holds {mine} of {parts} parts; {remedy}")

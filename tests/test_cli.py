@@ -198,7 +198,7 @@ def test_a_warning_erases_the_live_line():
     """In a process of its own: pytest's logging keeps `main` from setting up any."""
     code = f"""
 import io, logging, sys
-from clipjax import cli
+from clipjax import cli, commands
 from clipjax.train.progress import Progress
 class Terminal(io.StringIO):
     isatty = lambda self: True
@@ -208,7 +208,7 @@ def train(*_):
         logging.getLogger("clipjax.data").warning("a picture can't be read")
         progress.update(10)
     raise FloatingPointError
-cli.load_config, screen = train, Terminal()
+commands.load_config, screen = train, Terminal()
 assert cli.main(["train", {CONFIG!r}, "--workdir", "run"]) == 1
 print(repr(screen.getvalue()))
 """

@@ -260,6 +260,7 @@ def test_sizes_divide_over_the_mesh():
     assert all(size % 24 == 0 for size in sizes(24))
 
 
+@pytest.mark.slow
 def test_the_largest_batch_of_devices_that_are_here(monkeypatch, capsys, tmp_path):
     """CPUs don't refuse a program: what it needs is compared with what there is."""
     monkeypatch.setattr(aot, "capacity", lambda devices: 3 * 2**20)

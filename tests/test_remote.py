@@ -211,6 +211,7 @@ def test_a_silent_store_is_told_in_time(monkeypatch, capsys):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_store(store, watched):
     """What is saved comes back; a save that was cut off is none, and is cleared away."""
     workdir = files.place(f"{store}://{stores.BUCKET}/checkpoints-alone")

@@ -186,8 +186,8 @@ def test_rows_become_global_arrays():
         assert placed[name].dtype == rows.dtype
         np.testing.assert_array_equal(placed[name], rows)
         for shard in placed[name].addressable_shards:  # in order, the same on both devices of `tensor`
-            i = np.argwhere(mesh.devices == shard.device)[0]
-            first = 4 * (2 * i[0] + i[1])
+            _, data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
+            first = 4 * (2 * data + fsdp)
             np.testing.assert_array_equal(shard.data, rows[first : first + 4])
 
 

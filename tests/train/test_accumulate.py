@@ -109,7 +109,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+def slow(case):
+    return case.startswith(("2,", "8,")) or case == "4, CUAXU"
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if slow(case) else ()) for case in CASES])
 def test_any_number_of_parts_gives_the_gradient_of_the_whole(case):
     run, shape = CASES[case]
     batch = batch_of(run)

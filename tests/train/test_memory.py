@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from clipjax import config, sharding
 from clipjax.checkpoint import Checkpoints
@@ -34,6 +35,7 @@ def train(cfg, mesh, steps, state=None, skip=0):
     return state, metrics, orders
 
 
+@pytest.mark.slow
 def test_every_mesh_and_micro_batching_remember_alike():
     cfg = tiny.run(objective=ISOGCLR, optim=FROZEN)
     one, metrics, orders = train(cfg, tiny.mesh_of(), 3)
@@ -88,6 +90,7 @@ def test_a_temperature_moves_by_its_own_gradient():
     np.testing.assert_array_equal(untouched, np.float32(term.temperature))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_it_for_another_mesh_too(tmp_path):
     cfg = tiny.run(objective=ISOGCLR)
     mesh = tiny.mesh_of(8)
@@ -103,4 +106,6 @@ def test_a_checkpoint_keeps_it_for_another_mesh_too(tmp_path):
                 np.testing.assert_array_equal(restored.memory[name], values)
     got, _, _ = train(cfg, tiny.mesh_of(2, 2), 3, restored, skip=2)
     for name, values in want.memory.items():
-        np.testing.assert_allclose(got.memory[name], values, rtol=1e-4, atol=1e-5)
+        # A momentum is a difference of logits of up to 2 / temperature = 100 each, in float32.
+        atol = 2e-6 * 100 if name.startswith("momentum") else 1e-5
+        np.testing.assert_allclose(got.memory[name], values, rtol=1e-4, atol=atol, err_msg=name)

@@ -296,6 +296,7 @@ def used(folder):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
+@pytest.mark.slow
 def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, whole):
     """The checkpoint of step 8 finds room for a half of it; that of 4 is there, and whole."""
     folder, resize = small_disk
@@ -307,12 +308,9 @@ def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, whole):
         kept.update(content(workdir / "checkpoints" / "4"))
         assert resize(used(folder) + sum(map(len, kept.values())) // 2048)
 
-    with pytest.raises(SaveError) as full:
+    with pytest.raises(OSError, match="No space left on device") as full:  # most often a SaveError; metrics may find out first
         run_it(workdir, 6, fill)
-    wrong = (
-        f"a checkpoint could not be written (No space left on device); the last good checkpoint is {workdir}@4. Remedy: make room"
-    )
-    assert str(full.value).startswith(wrong)
+    assert f"the last good checkpoint is {workdir}@4. Remedy: make room there" in str(full.value)
     assert content(workdir / "checkpoints" / "4") == kept
     assert resize(100_000)
     assert same(run_it(workdir), whole[0])
@@ -384,7 +382,9 @@ def command(folder, workdir, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("n", "whom"), [(1, "all"), (2, "one"), pytest.param(2, "all", marks=pytest.mark.slow)], ids=["alone", "one of two", "both"]
+    ("n", "whom"),
+    [(1, "all"), pytest.param(2, "one", marks=pytest.mark.slow), pytest.param(2, "all", marks=pytest.mark.slow)],
+    ids=["alone", "one of two", "both"],
 )
 def test_processes_stop_at_the_same_step(tmp_path, n, whom):
     workdir = tmp_path / "run"
