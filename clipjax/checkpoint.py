@@ -209,8 +209,8 @@ def _run_of(reader: ocp.CheckpointManager, step: int) -> config.Run:
 def _reading(workdir: Path, step: int) -> Iterator[None]:
     """Turns what damage looks like into DamagedError."""
     try:
-        for item in ("params", "training"):  # without it Orbax would guess from the arrays, and say that they differ
-            if not (file := workdir / "checkpoints" / str(step) / item / "_METADATA").exists():
+        for item in ("config/metadata", "params/_METADATA", "training/_METADATA"):  # without them Orbax would guess from the rest
+            if not (file := workdir / "checkpoints" / str(step) / item).exists():
                 raise FileNotFoundError(f"{file} is missing")
         yield
     except Exception as error:

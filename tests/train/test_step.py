@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import config, losses
+from clipjax import config, losses, sharding
 from clipjax.metrics import model_flops
 from clipjax.models import clip, layers
 from clipjax.train.optimizer import trained_names
@@ -33,11 +33,12 @@ def test_every_mesh_gives_the_losses_of_one_device(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [tiny.CLIP, tiny.SIGLIP], ids=["clip", "siglip"])
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 1, 8, 1), (1, 2, 4, 1), (1, 4, 2, 1), (1, 2, 2, 2), (2, 2, 2, 1)], ids=str)
 def test_so_does_every_shape_with_both_losses(model, shape):
+    """Slices, data, fsdp, tensor."""
     run = tiny.run(model)
     _, want, _ = tiny.train(run, tiny.mesh_of(), 20)
-    _, got, _ = tiny.train(run, tiny.mesh_of(*shape), 20)
+    _, got, _ = tiny.train(run, jax.make_mesh(shape, sharding.AXES, axis_types=sharding.AUTO), 20)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
