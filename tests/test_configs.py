@@ -177,7 +177,8 @@ def small(name: str, **changes: object) -> list[str]:
     return [word for field, value in options.items() for word in (f"--{field}", str(value))]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "clip_b16")) for name in PODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PODS)
 def test_a_small_one_trains(name, tokenizer, tmp_path, capsys):
     assert cli.main(["train", str(FILES[name]), "--workdir", str(tmp_path), "--tokenizer.path", tokenizer, *small(name)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -71,6 +71,7 @@ def test_what_is_sharded_and_what_is_not(sharded):
     assert whole.state_bytes < found.state_bytes  # the latter with averaged weights and a memory
 
 
+@pytest.mark.slow
 def test_large_tensors_that_are_whole_are_named():
     model = dataclasses.replace(tiny.CLIP, text=dataclasses.replace(tiny.CLIP.text, vocab_size=20000))
     found, _ = planned(tiny.run(model))

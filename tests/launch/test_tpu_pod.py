@@ -230,7 +230,6 @@ def test_preempted_while_training_it_goes_on_on_new_machines(stage):
     stage.play("train", "taken", "0")
     done = stage.run("tpu_pod.sh", "run", *POD, *TRAIN)
     assert done.returncode == 0, done.stderr
-    assert "pod is gone" in done.stderr
     assert "pod is SUSPENDED: deleting it" in done.stderr
     assert stage.steps()[-8:] == ["delete", *WHOLE]
     assert len(trained(stage)) == 4

@@ -73,6 +73,7 @@ def same(data, tmp_path, *options):
     return both
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_train_as_one_device(data, tmp_path):
     same(data, tmp_path)
 

@@ -65,6 +65,7 @@ def run_it(run, workdir, evaluators=(), **marks):
     return train(run, workdir, batches(**marks), list(evaluators), tiny.mesh_of(2))
 
 
+@pytest.mark.slow
 def test_the_step_is_compiled_once_also_after_a_restore(tmp_path, caplog):
     for run in (during(steps=6), RUN):
         caplog.clear()

@@ -56,6 +56,7 @@ def test_every_mesh_and_micro_batching_remember_alike():
             np.testing.assert_allclose(values[finite], one.memory[name][finite], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_average_is_that_of_its_definition():
     cfg = tiny.run(objective=SOGCLR, optim=FROZEN)
     state, _, orders = train(cfg, tiny.mesh_of(2), 3)

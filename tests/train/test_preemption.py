@@ -381,11 +381,8 @@ def command(folder, workdir, *overrides):
     return [*hosts.CLI, "train", str(folder / "endless.py"), "--workdir", str(workdir), *overrides]
 
 
-@pytest.mark.parametrize(
-    ("n", "whom"),
-    [(1, "all"), pytest.param(2, "one", marks=pytest.mark.slow), pytest.param(2, "all", marks=pytest.mark.slow)],
-    ids=["alone", "one of two", "both"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "whom"), [(1, "all"), (2, "one"), (2, "all")], ids=["alone", "one of two", "both"])
 def test_processes_stop_at_the_same_step(tmp_path, n, whom):
     workdir = tmp_path / "run"
     with hosts.started(n, command(tmp_path, workdir), tmp_path / "first") as all_of_them:

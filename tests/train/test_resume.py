@@ -145,6 +145,7 @@ def test_a_non_finite_loss_stops_the_run_before_it_is_saved(tmp_path):
     assert list((workdir / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_names_the_last_good_checkpoint(tmp_path):
     """Weights that decay by twice their size and more at every step grow, with alternating signs, until they overflow."""
     workdir = tmp_path / "run"
