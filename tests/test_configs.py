@@ -15,9 +15,10 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from clipjax import aot, cli, config, metrics, plan, sharding
+from clipjax import aot, cli, config, plan, sharding
 from clipjax.config.load import load_config, override
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.metrics.flops import model_flops, peak_flops
 from clipjax.models import clip
 from clipjax.train.optimizer import match_rules
 
@@ -98,7 +99,7 @@ def test_the_model_has_its_published_size_and_cost(name):
     full = ("--model.image.image_size", "224", "--model.text.length", "32") if name == "clipa_h14" else ()
     run = load(name)
     assert sum(x.size for x in jax.tree.leaves(parameters(run))) / 1e6 == pytest.approx(millions, abs=0.006)
-    assert metrics.model_flops(load(name, *full).model) / 3e9 == pytest.approx(gflops, rel=2e-3)
+    assert model_flops(load(name, *full).model) / 3e9 == pytest.approx(gflops, rel=2e-3)
 
 
 # Pairs seen: CLIP 32 epochs of 400 M; SigLIP 2; CLIPA 10,000 times ImageNet's. Peak of the learning rate, and the share of a
@@ -147,8 +148,8 @@ def test_the_days_it_takes_follow_from_the_model(name):
     found = re.search(r"([\d.]+) days at 40 % of the chips' bf16 peak", said(name)["Cost"])
     assert found, said(name)["Cost"]
     kind = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v4": "TPU v4"}[topology.partition(":")[0]]
-    peak = metrics.peak_flops(kind) * math.prod(mesh_of(run, topology).shape.values())
-    flops = metrics.model_flops(run.model) * run.train.batch_size * run.train.steps
+    peak = peak_flops(kind) * math.prod(mesh_of(run, topology).shape.values())
+    flops = model_flops(run.model) * run.train.batch_size * run.train.steps
     assert float(found[1]) == pytest.approx(flops / (0.4 * peak) / 86_400, rel=0.05)
 
 

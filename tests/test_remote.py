@@ -19,7 +19,7 @@ import tensorstore
 import clipjax
 from clipjax import checkpoint, cli, config, files, s3
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.metrics import Writer
+from clipjax.metrics.writer import Writer
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import abstract_state

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from clipjax import config
-from clipjax.metrics import tower_flops
+from clipjax.metrics.flops import tower_flops
 
 
 def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = None) -> dict[str, float]:

@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 
 from clipjax import config, distributed, preemption, sharding
 from clipjax.checkpoint import FULL, Checkpoints
-from clipjax.metrics import Clock, NonFiniteError, Tally, Writer, mfu, model_flops
+from clipjax.metrics.clock import Clock, Tally
+from clipjax.metrics.flops import mfu, model_flops
+from clipjax.metrics.writer import NonFiniteError, Writer
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress

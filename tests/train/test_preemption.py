@@ -295,7 +295,6 @@ def used(folder):
     return (found.f_blocks - found.f_bfree) * found.f_frsize // 1024
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
 @pytest.mark.slow
 def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, whole):
     """The checkpoint of step 8 finds room for a half of it; that of 4 is there, and whole."""
@@ -318,14 +317,12 @@ def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, whole):
     assert steps_on_disk(workdir) == [4, 8, 12]  # what was half written is gone
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
 def test_a_disk_that_is_full_from_the_start_has_no_good_checkpoint(small_disk):
     folder, resize = small_disk
     with pytest.raises(OSError, match=f"no checkpoint had been written to {folder / 'run'}. Remedy"):
         run_it(folder / "run", 2, lambda: resize(used(folder) + 200))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
 @pytest.mark.slow
 def test_metrics_on_a_full_disk(small_disk):
     """Between two checkpoints: the last good one is named, and nothing is lost but the steps since."""
@@ -345,7 +342,6 @@ def test_metrics_on_a_full_disk(small_disk):
     assert written(workdir) == written(folder / "straight")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboardX: its thread ends
 def test_a_limit_on_the_size_of_files(tmp_path, whole):
     """Needs no mount: the kernel refuses longer files, as a quota does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from clipjax import config, sharding
 from clipjax.distributed import require_joined
-from clipjax.metrics import Tally
+from clipjax.metrics.clock import Tally
 
 jax.config.update("jax_num_cpu_devices", 2)
 me = int(sys.argv[2])

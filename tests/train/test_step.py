@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipjax import config, losses, sharding
-from clipjax.metrics import model_flops
+from clipjax.metrics.flops import model_flops
 from clipjax.models import clip, layers
 from clipjax.train.optimizer import trained_names
 from clipjax.train.step import example_keys
