@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def compile(lowered: jax.stages.Lowered, *, dumped: bool = False) -> Compiled:
         with tempfile.TemporaryDirectory(prefix="clipjax-") as folder:
             program = lowered.compile({"xla_dump_to": folder}) if dumped else lowered.compile()
             seconds = time.perf_counter() - start
-            text = next(Path(folder).glob("*.after_optimizations.txt")).read_text() if dumped else program.as_text()
+            text = _dumped(Path(folder)) if dumped else program.as_text()
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" in message:
@@ -140,9 +140,12 @@ def compile(lowered: jax.stages.Lowered, *, dumped: bool = False) -> Compiled:
     return Compiled(program, seconds, peak, arguments, temps, hlo.cost(text))
 
 
-def slice_count(devices: Iterable[jax.Device]) -> int:
-    """How many TPU slices these devices are of."""
-    return len({getattr(device, "slice_index", 0) for device in devices})
+def _dumped(folder: Path) -> str:
+    """The optimised program's text among what the compiler wrote."""
+    found = [*folder.glob("*.after_optimizations.txt")]
+    if len(found) != 1:
+        raise CompilerError(f"it wrote {len(found)} texts of the program where one was asked for, by xla_dump_to")
+    return found[0].read_text()
 
 
 def capacity(devices: Sequence[jax.Device]) -> int | None:

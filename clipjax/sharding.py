@@ -9,20 +9,16 @@ that a slower network joins, `data` is divided: its outer part is the mesh axis 
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipjax import config
-from clipjax.losses.pairwise.tiles import vary
-from clipjax.models.layers import Body, Placement
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")
@@ -57,7 +53,7 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
         shape = ", ".join(f"mesh.{axis} = {n}" for axis, n in sizes.items())
         raise config.ConfigError(f"{shape}: must multiply to the number of devices, {len(devices)}; -1 takes all that are left")
     data, fsdp, tensor = sizes.values()
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = slice_count(devices)
     if slices == 1:
         return jax.make_mesh((1, data, fsdp, tensor), AXES, devices=devices, axis_types=AUTO)
     if data % slices:
@@ -67,6 +63,11 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
         return Mesh(np.reshape(devices, (1, data, fsdp, tensor)), AXES, axis_types=AUTO)
     placed = mesh_utils.create_hybrid_device_mesh((1, data // slices, fsdp, tensor), (slices, 1, 1, 1), devices)
     return Mesh(placed, AXES, axis_types=AUTO)
+
+
+def slice_count(devices: Iterable[jax.Device]) -> int:
+    """How many TPU slices these devices are of."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def batch_devices(mesh: Mesh) -> int:
@@ -107,64 +108,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_rows(mesh: Mesh) -> NamedSharding:
     """First axis over the devices of the batch."""
     return NamedSharding(mesh, P(BATCH))
-
-
-def divides_weights(mesh: Mesh) -> bool:
-    """Whether weights are divided too. Else every device has them all, and towers are mapped over its own rows (`on_shards`)."""
-    return mesh.shape["fsdp"] > 1 or mesh.shape["tensor"] > 1
-
-
-def placement(mesh: Mesh, dtype: str) -> Placement:
-    """How towers of global arrays lie on a mesh.
-
-    Where weights are divided the compiler, left to itself, split activations over their width in every layer, and summed
-    attention scores over devices, rather than gather the layer's weights. With fsdp alone the layers are therefore mapped over
-    the devices: each gathers a layer's kernels in `dtype`, in which they are multiplied, once for all parts of its batch, and
-    sums and scatters their gradients once. With tensor it is the compiler that places them, told where activations and whole
-    kernels lie.
-    """
-    devices = batch_devices(mesh)
-    if not divides_weights(mesh):
-        return Placement(devices)
-
-    def places(weights: nnx.State, prefix: str = "", **other: int) -> Any:
-        """The specs of weights, on a mesh of other sizes where told."""
-        sizes = AbstractMesh(tuple((dict(mesh.shape) | other).values()), AXES, axis_types=AUTO)
-        return jax.tree_util.tree_map_with_path(lambda path, x: spec(prefix + keystr(path[:-1]), x.shape, sizes), weights)
-
-    def lighter(weights: nnx.State) -> nnx.State:  # what travels; keystr without nnx's `value`
-        light = jnp.dtype(dtype)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x.astype(light) if keystr(path[:-1]).endswith("kernel") else x, weights
-        )
-
-    def alike(weights: nnx.State, others: nnx.State) -> nnx.State:
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), weights, others)
-
-    def compiled(body: Body, stacked: nnx.State, x: jax.Array) -> jax.Array:
-        def gather(weights: nnx.State) -> nnx.State:
-            where = jax.tree.map(lambda p: NamedSharding(mesh, p), places(weights, fsdp=1))
-            return alike(jax.lax.with_sharding_constraint(lighter(weights), where), weights)
-
-        return body(gather, lambda x: jax.lax.with_sharding_constraint(x, over_rows(mesh)), stacked, x)
-
-    def mapped(body: Body, stacked: nnx.State, x: jax.Array) -> jax.Array:
-        divided = places(stacked, "tower/blocks/")
-
-        def on_device(stacked: nnx.State, x: jax.Array) -> jax.Array:
-            def gather(weights: nnx.State) -> nnx.State:
-                def one(x: jax.Array, where: P) -> jax.Array:  # axes of `where` count the layers' too
-                    axes = [i - 1 for i, name in enumerate(where) if name == "fsdp"]
-                    return jax.lax.all_gather(x, "fsdp", axis=axes[0], tiled=True) if axes else x
-
-                return alike(jax.tree.map(one, lighter(weights), divided), weights)
-
-            return body(gather, lambda x: x, vary(stacked, BATCH), x)
-
-        rows = P(None, BATCH)
-        return jax.shard_map(on_device, mesh=mesh, in_specs=(divided, rows), out_specs=rows)(stacked, x)
-
-    return Placement(devices, mapped if mesh.shape["tensor"] == 1 else compiled)
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -252,19 +195,25 @@ def _place(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def sharded_fraction(tree: Any, placed: Any, axis: str) -> float:
-    """Of the bytes, how many lie on `axis`, 0 to 1."""
-    return 1 - sum(unsharded(tree, placed, axis).values()) / sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def byte_count(tree: Any) -> int:
+    """Of all leaves (arrays or shapes), each counted once."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def unsharded(tree: Any, placed: Any, axis: str) -> dict[str, int]:
-    """Path -> bytes of the leaves that do not lie on `axis`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        keystr(path): leaf.size * leaf.dtype.itemsize
-        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed), strict=True)
-        if not any(axis in (names if isinstance(names, tuple) else (names,)) for names in sharding.spec)
-    }
+def sharded_fraction(tree: Any, placed: Any, *axes: str) -> float:
+    """Of the bytes, how many are divided over one of these axes or more, 0 to 1."""
+    return 1 - sum(unsharded(tree, placed, *axes).values()) / byte_count(tree)
+
+
+def unsharded(tree: Any, placed: Any, *axes: str) -> dict[str, int]:
+    """Path -> bytes of the leaves that none of these axes divides."""
+    leaves = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(placed), strict=True)
+    return {keystr(path): byte_count(leaf) for (path, leaf), lies in leaves if not _divided(lies, axes)}
+
+
+def _divided(lies: NamedSharding, axes: Sequence[str]) -> bool:
+    named = {axis for names in lies.spec for axis in (names if isinstance(names, tuple) else (names,))}
+    return any(axis in named and lies.mesh.shape[axis] > 1 for axis in axes)
 
 
 def shapes(tree: Any, mesh: Mesh) -> Any:

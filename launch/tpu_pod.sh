@@ -196,7 +196,7 @@ worker() { echo "bash clipjax/launch/tpu_worker.sh $*"; }
 copy() { do_ gcloud compute tpus tpu-vm scp "$2" "$1:clipjax.tar.gz" "${where[@]}" --worker=all; }
 unpack="mkdir -p clipjax && tar -xzf clipjax.tar.gz -C clipjax"
 install() {
-  local folder=/tmp status=0
+  local folder=${TMPDIR:-/tmp} status=0
   [ -n "$dry" ] || folder=$(mktemp -d)
   [ -z "$(git status --porcelain --untracked-files=no)" ] || say "what is not committed stays here: installing $(git rev-parse --short HEAD)"
   do_ git archive --format=tar.gz --output="$folder/clipjax.tar.gz" HEAD &&

@@ -44,6 +44,15 @@ def test_a_failing_compiler_is_no_lack_of_memory():
         aot.compile(Failing("INTERNAL: RET_CHECK failure: Async done requires\n*** Begin stack trace"))
 
 
+def test_a_compiler_that_writes_no_text_is_told_as_such():
+    class Silent:
+        def compile(self, options):
+            assert options.keys() == {"xla_dump_to"}
+
+    with pytest.raises(aot.CompilerError, match="it wrote 0 texts of the program"):
+        aot.compile(Silent(), dumped=True)
+
+
 def test_the_compile_cache_is_left_as_it_was():
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     aot.compile(jax.jit(lambda x: x + 1).lower(1.0))

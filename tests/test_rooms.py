@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = (  # a module may import from its own group and from those before it
     {"config"},
-    {"environment", "files", "s3", "hlo", "aot", "chips", "distributed", "preemption", "sharding", "data", "models", "losses"},
+    {
+        *("environment", "files", "s3", "hlo", "aot", "chips", "distributed", "preemption"),
+        *("sharding", "placement", "data", "models", "losses"),
+    },
     {"build", "train", "checkpoint", "metrics"},
     {"evals", "generate", "export", "plan", "bench"},
     {"arguments", "commands", "cli"},

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from clipjax import config, distributed, preemption
 from clipjax.models.clip import Params, bind
-from clipjax.sharding import BATCH, batch_devices, over_rows, placement, to_global
+from clipjax.placement import placement
+from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
 Batch = dict[str, np.ndarray]  # this process's rows
 Metrics = dict[str, float | list[float] | None]  # None where a metric does not exist; a list is a curve

@@ -150,7 +150,7 @@ def here(body: Body, stacked: nnx.State, x: Array) -> Array:
 
 @dataclass(frozen=True)
 class Placement:
-    """How the rows of a batch and a tower's weights lie on devices; clipjax.sharding.placement tells it for a mesh."""
+    """How the rows of a batch and a tower's weights lie on devices; clipjax.placement tells it for a mesh."""
 
     devices: int = 1  # that the rows of arrays [b, ...] are divided over
     run: Callable[[Body, nnx.State, Array], Array] = here  # a body on stacked weights and x [n, p, t, d]

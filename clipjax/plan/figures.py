@@ -105,11 +105,11 @@ def make_plan(run: config.Run, where: Setting) -> tuple[Plan, int]:
     memory = _held(state, abstract_batch(run, where.mesh))
     trained = trained_names(run.optim.rules, state.params)
     flops = step_flops(run, trained, teacher_width(run) if run.data.teacher else None)
-    whole = {name: size for name, size in _whole(state).items() if size}
-    total = sum(map(_bytes, jax.tree.leaves(state)))
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    whole = sharding.unsharded(state, placed, *sharding.AXES)
     plan = Plan(
         topology=where.topology,
-        slices=aot.slice_count(where.devices),
+        slices=sharding.slice_count(where.devices),
         chips=chips,
         devices=len(where.devices),
         device_kind=where.devices[0].device_kind,
@@ -122,8 +122,8 @@ def make_plan(run: config.Run, where: Setting) -> tuple[Plan, int]:
         temp_bytes=None,
         capacity_bytes=where.capacity and per_chip * where.capacity,
         memory={kind: per_chip * size for kind, size in memory.items()},
-        state_bytes=total,
-        sharded_fraction=1 - sum(whole.values()) / total,
+        state_bytes=sharding.byte_count(state),
+        sharded_fraction=sharding.sharded_fraction(state, placed, *sharding.AXES),
         unsharded=[{"name": k, "bytes": n} for k, n in sorted(whole.items(), key=lambda x: -x[1]) if n >= LARGE],
         flops_per_step=sum(flops.values()),
         flops=flops,
@@ -199,17 +199,6 @@ def _held(state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str
     for name, kind in KINDS.items():
         found[kind] += sum(map(_own_bytes, jax.tree.leaves(getattr(state, name))))
     return {kind: size for kind, size in found.items() if size} | {"batch": sum(map(_own_bytes, batch.values()))}
-
-
-def _whole(state: TrainState) -> dict[str, int]:
-    """Path -> bytes of the arrays that every device holds whole."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    paths = ((jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in leaves)
-    return {path: _bytes(x) for path, x in paths if x.sharding.is_fully_replicated}
-
-
-def _bytes(x: jax.ShapeDtypeStruct) -> int:
-    return x.size * x.dtype.itemsize
 
 
 def _own_bytes(x: jax.ShapeDtypeStruct) -> int:

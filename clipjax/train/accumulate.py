@@ -13,32 +13,33 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from clipjax.sharding import BATCH, batch_devices, divides_weights
+from clipjax.placement import Towers
+from clipjax.sharding import BATCH
 
 Tree = Any  # of arrays
 
 
 def value_and_grad(
-    encode: Callable[[Tree, Tree], Tree], loss: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]], mesh: Mesh, parts: int
+    encode: Callable[[Tree, Tree], Tree],
+    loss: Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]],
+    mesh: Mesh,
+    towers: Towers,
+    parts: int,
 ) -> Callable[[Tree, Tree], tuple[tuple[jax.Array, Tree], Tree]]:
     """`(params, rows) -> ((value, aux), gradient)` of `loss(params, encode(params, rows), rows) -> (value, aux)`.
 
     `encode` maps examples one by one: row i of its arrays depends on row i of `rows` (arrays [B, ...] over the devices of the
-    batch) alone, so it may be given a part of them. Where the mesh divides no weights it is mapped over the devices and gets
-    their own rows. With `parts` > 1, which must divide the rows of a device, the towers hold the activations of B / parts
-    examples at a time, for one more forward pass; with 1 this is the plain gradient.
+    batch) alone, so it may be given a part of them; `towers` says whether a device's own. With `parts` > 1, which must divide
+    the rows of a device, they hold the activations of B / parts examples at a time, for one more forward pass; with 1 this is
+    the plain gradient.
     """
-    # A device that has all weights adds up its own gradients, in float32, and they are summed over the devices once; left to the
-    # compiler they are summed in the dtype of the products, and after every part. Where weights are divided it is left so: a
-    # device's own sum would be a whole copy.
-    alone = not divides_weights(mesh)
-    axis, devices = (BATCH, 1) if alone else ((), batch_devices(mesh))
+    axes, devices = towers.axes, towers.place.devices
 
     def on_own(fn: Callable[..., Tree], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Tree]:
-        return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if alone else fn
+        return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if axes else fn
 
     if parts == 1:
-        mapped = on_own(lambda params, rows: encode(jax.lax.pcast(params, axis, to="varying"), rows), (P(), P(BATCH)), P(BATCH))
+        mapped = on_own(lambda params, rows: encode(jax.lax.pcast(params, axes, to="varying"), rows), (P(), P(BATCH)), P(BATCH))
         return jax.value_and_grad(lambda params, rows: loss(params, mapped(params, rows), rows), has_aux=True)
     numbers = jnp.arange(parts)
 
@@ -63,13 +64,13 @@ def value_and_grad(
         return whole(jax.lax.map(lambda j: encode(params, part(rows, j)), numbers))
 
     def backward(params: Tree, rows: Tree, dz: Tree) -> Tree:
-        own = jax.lax.pcast(params, axis, to="varying")
+        own = jax.lax.pcast(params, axes, to="varying")
 
         def add(grads: Tree, j: jax.Array) -> tuple[Tree, None]:
             _, pullback = jax.vjp(lambda p: encode(p, part(rows, j)), own)
             return jax.tree.map(jnp.add, grads, pullback(part(dz, j))[0]), None
 
-        return jax.lax.psum(jax.lax.scan(add, jax.tree.map(jnp.zeros_like, own), numbers)[0], axis)
+        return jax.lax.psum(jax.lax.scan(add, jax.tree.map(jnp.zeros_like, own), numbers)[0], axes)
 
     def two_passes(params: Tree, rows: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
         z = on_own(forward, (P(), P(BATCH)), P(BATCH))(params, rows)

@@ -11,9 +11,8 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from clipjax import config, losses, sharding
+from clipjax import config, losses, placement, sharding
 from clipjax.models import clip
-from clipjax.models.layers import WHEREVER
 from clipjax.train import accumulate, memory
 from clipjax.train.memory import Memory
 from clipjax.train.optimizer import clamp_scale, ema_update, stop_frozen
@@ -42,13 +41,13 @@ def make_train_step(
     of_rows = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
     loss_of = sharding.on_shards(of_rows, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))  # loss, logged, memory
 
-    place = sharding.placement(mesh, run.model.dtype) if sharding.divides_weights(mesh) else WHEREVER
+    towers = placement.towers(mesh, run.model.dtype)
 
     def encode(tuned: Tuned, rows: Batch) -> tuple[jax.Array, jax.Array]:
         model = clip.bind(run.model, stop_frozen(run.optim.rules, tuned[0]))
         *captions, length = rows["text"].shape
-        ztxt = model.encode_text(rows["text"].reshape(-1, length), place)
-        return model.encode_image(rows["image"], rows["keys"], place), ztxt.reshape(*captions, -1)
+        ztxt = model.encode_text(rows["text"].reshape(-1, length), towers.place)
+        return model.encode_image(rows["image"], rows["keys"], towers.place), ztxt.reshape(*captions, -1)
 
     def compute_loss(tuned: Tuned, z: tuple[jax.Array, jax.Array], rows: Batch) -> tuple[jax.Array, tuple[Metrics, Memory]]:
         params, temperatures = tuned
@@ -58,7 +57,7 @@ def make_train_step(
         loss, *found = loss_of(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
         return loss, tuple(found)
 
-    value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, run.train.micro_batches)
+    value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, towers, run.train.micro_batches)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])

@@ -67,7 +67,7 @@ def test_wrong_use_is_told(stage, arguments, message):
 
 
 def dry(stage, *arguments):
-    done = stage.run("tpu_pod.sh", *arguments, "--dry-run", *TRAIN)
+    done = stage.run("tpu_pod.sh", *arguments, "--dry-run", *TRAIN, TMPDIR=str(stage.folder))
     assert done.returncode == 0, done.stderr
     assert not any((stage.folder / f"{name}.calls").exists() for name in ("gcloud", "uv"))
     return done.stdout.splitlines()
@@ -87,8 +87,8 @@ def test_a_dry_run_prints_the_commands_and_runs_none(stage):
         f"gcloud compute tpus queued-resources create pod {HERE} --node-id=pod --accelerator-type=v5litepod-16 "
         "--runtime-version=v2-alpha-tpuv5-lite --spot --valid-until-duration=6h --async",
         describe,
-        "git archive --format=tar.gz --output=/tmp/clipjax.tar.gz HEAD",
-        f"gcloud compute tpus tpu-vm scp /tmp/clipjax.tar.gz pod:clipjax.tar.gz {HERE} --worker=all",
+        f"git archive --format=tar.gz --output={stage.folder}/clipjax.tar.gz HEAD",
+        f"gcloud compute tpus tpu-vm scp {stage.folder}/clipjax.tar.gz pod:clipjax.tar.gz {HERE} --worker=all",
         f"{ssh} '--command=mkdir -p clipjax && tar -xzf clipjax.tar.gz -C clipjax && {worker} install'",
         f"{ssh} {shlex.quote(f'''--command={worker} start 'A=it'{chr(92)}''s' configs/c.py --train.steps 10 --workdir gs://b/run''')}".replace(
             "'\"'\"'", "'\\''"
