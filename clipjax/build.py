@@ -45,9 +45,13 @@ def _tokenizer(run: config.Run, workdir: Path, source: Source, resumes: bool) ->
         made = Tokenizer.train(source.captions(), text.vocab_size, run.tokenizer.lowercase, text.length)
     enough = f"must be at least the tokenizer's {made.vocab_size}"
     config.require(made.vocab_size <= text.vocab_size, "model.text.vocab_size", text.vocab_size, enough)
-    pools = text.pool != "eot" or made.end_id == made.vocab_size - 1
+    ends = text.pool == "last" or made.end_id == made.vocab_size - 1
     remedy = f"needs an end token with the tokenizer's highest id, {made.vocab_size - 1}: this one's is {made.end_id}; use last"
-    config.require(pools, "model.text.pool", text.pool, remedy)
+    config.require(ends, "model.text.pool", text.pool, remedy)
+    if run.model.decoder is not None:
+        remedy = f"model.decoder begins a caption with its start token and ends it with its highest id, {made.vocab_size - 1}"
+        writes = made.start_id is not None and made.end_id == made.vocab_size - 1
+        config.require(writes, "tokenizer", [made.start_id, made.end_id], remedy)
     if not there:
         made.save(saved)
     return made

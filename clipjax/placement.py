@@ -1,5 +1,7 @@
 """How the towers lie on a mesh: whose rows a device sees, and where a layer's weights are made whole."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +11,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from clipjax.losses import token_nll
 from clipjax.losses.pairwise.tiles import vary
-from clipjax.models.layers import WHEREVER, Body, Placement
+from clipjax.models.layers import WHEREVER, Body, Placement, Seen
 from clipjax.sharding import AUTO, AXES, BATCH, batch_devices, keystr, over_rows, spec
 
 
@@ -20,6 +23,7 @@ class Towers:
 
     place: Placement  # how what they are given lies
     axes: tuple[str, ...] = ()  # that they are mapped over, so that each device gives them its own rows; (): the global ones
+    token_nll: Callable[..., jax.Array] = token_nll  # of states [n, d], words [v, d] and targets [n], as they lie
 
 
 def towers(mesh: Mesh, dtype: str) -> Towers:
@@ -27,7 +31,15 @@ def towers(mesh: Mesh, dtype: str) -> Towers:
     the compiler they are summed in the dtype of the products, and after every part. Where weights are divided a device's own
     sum would be a whole copy.
     """
-    return Towers(placement(mesh, dtype)) if divides_weights(mesh) else Towers(WHEREVER, BATCH)
+    if not divides_weights(mesh):
+        return Towers(WHEREVER, BATCH)
+
+    def of_global(states: jax.Array, words: jax.Array, targets: jax.Array) -> jax.Array:
+        axis = "tensor" if len(words) % mesh.shape["tensor"] == 0 else None  # else every device has all of them
+        fn = functools.partial(token_nll, axis=axis)
+        return jax.shard_map(fn, mesh=mesh, in_specs=(P(BATCH), P(axis), P(BATCH)), out_specs=P(BATCH))(states, words, targets)
+
+    return Towers(placement(mesh, dtype), token_nll=of_global)
 
 
 def divides_weights(mesh: Mesh) -> bool:
@@ -61,17 +73,17 @@ def placement(mesh: Mesh, dtype: str) -> Placement:
     def alike(weights: nnx.State, others: nnx.State) -> nnx.State:
         return jax.tree.map(lambda x, y: x.astype(y.dtype), weights, others)
 
-    def compiled(body: Body, stacked: nnx.State, x: jax.Array) -> jax.Array:
+    def compiled(body: Body, stacked: nnx.State, x: jax.Array, seen: Seen) -> jax.Array:
         def gather(weights: nnx.State) -> nnx.State:
             where = jax.tree.map(lambda p: NamedSharding(mesh, p), places(weights, fsdp=1))
             return alike(jax.lax.with_sharding_constraint(lighter(weights), where), weights)
 
-        return body(gather, lambda x: jax.lax.with_sharding_constraint(x, over_rows(mesh)), stacked, x)
+        return body(gather, lambda x: jax.lax.with_sharding_constraint(x, over_rows(mesh)), stacked, x, seen)
 
-    def mapped(body: Body, stacked: nnx.State, x: jax.Array) -> jax.Array:
+    def mapped(body: Body, stacked: nnx.State, x: jax.Array, seen: Seen) -> jax.Array:
         divided = places(stacked, "tower/blocks/")
 
-        def on_device(stacked: nnx.State, x: jax.Array) -> jax.Array:
+        def on_device(stacked: nnx.State, x: jax.Array, seen: Seen) -> jax.Array:
             def gather(weights: nnx.State) -> nnx.State:
                 def one(x: jax.Array, where: P) -> jax.Array:  # axes of `where` count the layers' too
                     axes = [i - 1 for i, name in enumerate(where) if name == "fsdp"]
@@ -79,9 +91,9 @@ def placement(mesh: Mesh, dtype: str) -> Placement:
 
                 return alike(jax.tree.map(one, lighter(weights), divided), weights)
 
-            return body(gather, lambda x: x, vary(stacked, BATCH), x)
+            return body(gather, lambda x: x, vary(stacked, BATCH), x, seen)
 
         rows = P(None, BATCH)
-        return jax.shard_map(on_device, mesh=mesh, in_specs=(divided, rows), out_specs=rows)(stacked, x)
+        return jax.shard_map(on_device, mesh=mesh, in_specs=(divided, rows, rows), out_specs=rows)(stacked, x, seen)
 
     return Placement(devices, mapped if mesh.shape["tensor"] == 1 else compiled)

@@ -28,10 +28,11 @@ AUTO = (AxisType.Auto,) * len(AXES)
 # optimizer's moments carry their parameter's path at the end of their own, so the same table places them.
 TENSOR_AXIS = (
     (r".*attention/qkv/(kernel|bias)", -2),  # heads
-    (r".*map/(query|key_value)/(kernel|bias)", -2),
+    (r".*(attention|map)/(query|key_value)/(kernel|bias)", -2),
     (r".*(attention|map)/out/kernel", -3),
     (r".*mlp/up/(kernel|bias)", -1),
     (r".*mlp/down/kernel", -2),
+    (r".*decoder/output/kernel", -2),  # words
 )
 REPLICATED = P()
 MUST_SHARD = 0.95  # of the bytes, or the mesh is refused
@@ -95,7 +96,9 @@ def check_batch(run: config.Run, mesh: Mesh) -> None:
 def check_tensor(model: config.Model, mesh: Mesh) -> None:
     """Raises ConfigError unless mesh.tensor divides what lies on it; else that would be whole on every device."""
     n = mesh.shape["tensor"]
-    sizes = {f"model.{t}.{f}": getattr(getattr(model, t), f) for t in ("image", "text") for f in ("heads", "mlp_dim")}
+    parts = {t: ("heads", "mlp_dim") for t in ("image", "text", "decoder") if getattr(model, t) is not None}
+    parts["image"] += ("pool_heads",) * model.image.attentional
+    sizes = {f"model.{t}.{f}": getattr(getattr(model, t), f) for t, fields in parts.items() for f in fields}
     whole = ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % n)
     remedy = f"must divide the heads and MLP widths, and does not divide {whole}; use a divisor of {math.gcd(*sizes.values())}"
     config.require(not whole, "mesh.tensor", n, remedy)

@@ -311,10 +311,10 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.activation": "quick_gelu", "model.text.activation": "quick_gelu", "model.text.pool": "last",
     "model.dtype": "float32", "model.remat": "full", "optim.kind": "lion", "optim.mu_dtype": "bfloat16",
     "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5), "objective.0.label_smoothing": 0.5,
-    "objective.0.reduction": "sum", "objective.0.prefixes": (64,),
+    "objective.0.reduction": "sum", "objective.0.prefixes": (64,), "model.decoder": config.Decoder(),
 }  # fmt: skip
 BASE = Run(
-    model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768)),
+    model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768, pool="cls")),
     evals=(config.Retrieval(),),
 )
 

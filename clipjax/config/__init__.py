@@ -12,11 +12,12 @@ from typing import Any
 
 from clipjax.config.data import BPE, Augment, Data, Tokenizer, TokenizerFile
 from clipjax.config.fields import ConfigError, Strict, free, require
-from clipjax.config.model import SIZES, Activation, ImageTower, Model, TextTower, size
+from clipjax.config.model import SIZES, Activation, Decoder, ImageTower, Model, TextTower, size
 from clipjax.config.objective import (
     CUA,
     CUAXU,
     Alignment,
+    Caption,
     CrossUniformity,
     Cwcl,
     Cyclip,
@@ -49,8 +50,8 @@ from clipjax.config.train import (
 )
 
 __all__ = [
-    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "ConfigError", "Constant", "Cosine",
-    "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoupled", "Distillation", "Evaluation", "Geometry", "HardNegative",
+    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "ConfigError", "Constant", "Cosine",
+    "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Evaluation", "Geometry", "HardNegative",
     "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid",
     "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train", "Uniformity", "Zeroshot", "from_json",
     "identity_differences", "lines", "require", "size", "to_json",

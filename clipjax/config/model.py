@@ -1,4 +1,4 @@
-"""The model's part of a configuration: two towers of published sizes, scale and bias."""
+"""The model's part of a configuration: two towers of published sizes, a captioning head, scale and bias."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,7 +56,11 @@ class ImageTower(Strict):
     heads: int = 12
     mlp_dim: int = 3072
     embed_dim: int | None = 512  # width of the joint space; None: no projection, the tower's own width
-    pool: Literal["cls", "mean", "map"] = "cls"  # class token, mean of the patches, or an attention-pooling head
+    # Class token, mean of the patches, an attention-pooling head (SigLIP), or CoCa's poolers: a second one on top of the first's
+    # outputs (the paper's choice), beside it, or the first output of a single one (open_clip's).
+    pool: Literal["cls", "mean", "map", "cascade", "parallel", "single"] = "cls"
+    queries: int = 256  # of CoCa's first pooler, which a decoder sees
+    pool_heads: int = 8  # of CoCa's poolers, as wide as the embedding
     positions: Literal["learned", "sincos2d"] = "learned"
     pre_norm: bool = True  # a LayerNorm before the first block (CLIP)
     patch_bias: bool = False
@@ -75,10 +79,35 @@ class ImageTower(Strict):
         require(0 <= self.patch_dropout < 1, "model.image.patch_dropout", self.patch_dropout, "must lie in [0, 1)")
         fits = self.positions == "learned" or self.width % 4 == 0
         require(fits, "model.image.width", self.width, "must be a multiple of 4 for sincos2d positions")
+        if self.attentional:
+            require(self.embed_dim is not None, "model.image.embed_dim", None, "set it: model.image.pool's poolers are so wide")
+            remedy = f"must divide model.image.embed_dim = {self.embed_dim}"
+            require(
+                self.pool_heads > 0 and self.embed_dim % self.pool_heads == 0, "model.image.pool_heads", self.pool_heads, remedy
+            )
+            least = 2 if self.pool == "single" else 1
+            require(self.queries >= least, "model.image.queries", self.queries, f"must be at least {least}")
 
     @property
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def class_token(self) -> bool:
+        """Whether one comes before the patches."""
+        return self.pool in ("cls", "single")
+
+    @property
+    def attentional(self) -> bool:
+        """Whether it pools as CoCa does."""
+        return self.pool in ("cascade", "parallel", "single")
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """How many tokens of a picture a decoder sees, without patch dropout, and their width."""
+        if not self.attentional:
+            return self.patches, self.width
+        return self.queries - (self.pool == "single"), self.embed_dim
 
     @classmethod
     def clip(cls, name: str, **changes: Any) -> "ImageTower":
@@ -94,6 +123,13 @@ class ImageTower(Strict):
         family = dict(embed_dim=None, pool="map", pre_norm=False, patch_bias=True, norm_eps=1e-6, mean=half, std=half)
         return cls(**(_size_and_patch(name, changes) | family | changes))
 
+    @classmethod
+    def coca(cls, name: str, **changes: Any) -> "ImageTower":
+        """`ImageTower.coca("B/18")`: a CoCa tower, at 288 px and as wide as its embedding (2205.01917)."""
+        shape = _size_and_patch(name, changes)
+        family = dict(image_size=288, embed_dim=shape["width"], pool="cascade", pool_heads=shape["heads"], pre_norm=False)
+        return cls(**(shape | family | dict(patch_bias=True) | changes))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextTower(Strict):
@@ -108,7 +144,9 @@ class TextTower(Strict):
     embed_dim: int | None = 512
     projection_bias: bool = False
     causal: bool = True
-    pool: Literal["eot", "last"] = "eot"  # the end-of-text token, or the last position whatever it holds
+    # The end-of-text token, the last position whatever it holds, or a learned class token after the last (CoCa).
+    pool: Literal["eot", "last", "cls"] = "eot"
+    legacy_mask: bool = False  # of pool = "cls": open_clip's mask of padding, shifted by a token, for its weights
     activation: Activation = "gelu"
     norm_eps: float = 1e-5
 
@@ -120,6 +158,13 @@ class TextTower(Strict):
         )
         fits = self.embed_dim is not None or not self.projection_bias
         require(fits, "model.text.projection_bias", self.projection_bias, "needs model.text.embed_dim: there is no projection")
+        fits = self.pool == "cls" or not self.legacy_mask
+        require(fits, "model.text.legacy_mask", self.legacy_mask, "is of the class token that model.text.pool = cls has")
+
+    @property
+    def positions(self) -> int:
+        """Rows of its layers: tokens, and a class token after them."""
+        return self.length + (self.pool == "cls")
 
     @classmethod
     def clip(cls, name: str, **changes: Any) -> "TextTower":
@@ -134,13 +179,43 @@ class TextTower(Strict):
         family = dict(length=64, vocab_size=32000, embed_dim=size(name)["width"], projection_bias=True, norm_eps=1e-6)
         return cls(**(size(name) | family | dict(causal=False, pool="last") | changes))
 
+    @classmethod
+    def coca(cls, name: str, **changes: Any) -> "TextTower":
+        """`TextTower.coca("B")`: CoCa's unimodal layers, 12 of the image tower's width."""
+        family = dict(depth=12, length=76, vocab_size=64000, embed_dim=size(name)["width"], pool="cls")
+        return cls(**(size(name) | family | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(Strict):
+    """A captioning head (CoCa, 2205.01917): causal layers on the text tower's, as wide, that also attend to the picture."""
+
+    depth: int = 12
+    heads: int = 12
+    mlp_dim: int = 3072
+    mlps: Literal[1, 2] = 1  # in a layer: at its end (the paper), or also between its two attentions (open_clip)
+    tied: bool = False  # the output projection is the text tower's table of tokens
+    parallel: float = 0.0  # share of captions predicted all at once, from mask tokens in place of text (CapPa, 2306.07915: 0.75)
+
+    def __post_init__(self) -> None:
+        for part in ("depth", "heads", "mlp_dim"):
+            require(getattr(self, part) > 0, f"model.decoder.{part}", getattr(self, part), "must be positive")
+        require(0 <= self.parallel <= 1, "model.decoder.parallel", self.parallel, "must lie in [0, 1]")
+
+    @classmethod
+    def coca(cls, name: str, **changes: Any) -> "Decoder":
+        """`Decoder.coca("B")`: CoCa's multimodal layers, 12 of the image tower's width."""
+        shape = size(name)
+        return cls(**(dict(depth=12, heads=shape["heads"], mlp_dim=shape["mlp_dim"]) | changes))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Strict):
-    """Two towers, the logit scale and, for the sigmoid loss, the logit bias."""
+    """Two towers, a captioning head where there is one, the logit scale and, for the sigmoid loss, the logit bias."""
 
     image: ImageTower = field(default_factory=ImageTower)
     text: TextTower = field(default_factory=TextTower)
+    decoder: Decoder | None = None
     init_scale: float = 1 / 0.07  # the logit scale t = 1/temperature at the start
     max_scale: float | None = 100.0  # t is clamped to [1, max_scale] after each update; None: never
     init_bias: float | None = None  # the logit bias at the start (SigLIP: -10); None: the model has none
@@ -152,6 +227,10 @@ class Model(Strict):
         image = self.image.embed_dim or self.image.width
         text = self.text.embed_dim or self.text.width
         require(image == text, "model.text.embed_dim", text, f"must equal the image tower's embedding width {image}")
+        if self.decoder is not None:
+            heads, width = self.decoder.heads, self.text.width
+            require(width % heads == 0, "model.decoder.heads", heads, f"must divide model.text.width = {width}")
+            require(self.text.causal, "model.text.causal", False, "model.decoder writes from left to right: it must be causal")
         require(self.init_scale > 0, "model.init_scale", self.init_scale, "must be positive")
         clamped = self.max_scale is None or 1 <= self.init_scale <= self.max_scale
         require(clamped, "model.init_scale", self.init_scale, f"must lie in [1, max_scale = {self.max_scale}]")

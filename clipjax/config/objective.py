@@ -146,9 +146,17 @@ class Alignment(Strict):
     weight: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Caption(Strict):
+    """CoCa's captioning loss (2205.01917): -log p of a caption's tokens given the picture, mean over the global batch's."""
+
+    kind: Literal["caption"] = "caption"
+    weight: float = 2.0  # beside a Softmax of weight 1, as open_clip has it
+
+
 Term = Annotated[
     Softmax | Sigmoid | Decoupled | HardNegative | MultiPositive | Cwcl | Cyclip | Distillation
-    | Sogclr | Isogclr | Uniformity | CrossUniformity | Alignment,
+    | Sogclr | Isogclr | Uniformity | CrossUniformity | Alignment | Caption,
     TAGGED,
 ]  # fmt: skip
 
@@ -196,5 +204,7 @@ def check_objective(terms: tuple[Term, ...], model: Model, data: Data) -> None:
         several = not isinstance(term, MultiPositive) or data.captions_per_image > 1 or data.ids is not None
         remedy = f"objective.{i} needs several captions a picture: set it to 2 or more, or data.ids to caption"
         require(several, "data.captions_per_image", data.captions_per_image, remedy)
+        writes = not isinstance(term, Caption) or model.decoder is not None
+        require(writes, "model.decoder", None, f"objective.{i} is a captioning loss: set it, as to Decoder.coca('B')")
         taught = not isinstance(term, Distillation) or data.teacher is not None
         require(taught, "data.teacher", None, f"objective.{i} needs an .npz that `clipjax embed` wrote of these examples")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from clipjax import config
+from clipjax.losses.caption import caption_loss
 from clipjax.losses.matryoshka import prefix
 from clipjax.losses.pairwise import Axis
 from clipjax.losses.ranking import Ranking, summary
@@ -34,6 +35,7 @@ class Rows:
     ids: Int[Array, " b"] | None = None  # equal for what must not be held against each other
     teacher: tuple[Float[Array, "b f"], Float[Array, "b f"]] | None = None  # a teacher's unit vectors of picture and caption
     memory: Memory = field(default_factory=dict)  # what a term remembers of these examples
+    caption: tuple[Float[Array, " b"], Int[Array, " b"]] | None = None  # sum of -log p over the captions' tokens; their number
 
 
 def objective(
@@ -86,6 +88,8 @@ def _term(term: config.Term, rows: Rows, scale: Array, bias: Array | None, axis:
         first = 0 if axis is None else jax.lax.axis_index(axis) * b
         ids = first + jnp.arange(b) if rows.ids is None else rows.ids
         return multi_positive_loss(rows.image, texts, scale, ids, jnp.repeat(ids, len(texts) // b), axis=axis), {}
+    if isinstance(term, config.Caption):
+        return caption_loss(*rows.caption, axis=axis), {}
     if isinstance(term, config.Uniformity):
         of = functools.partial(uniformity, axis=axis, t=term.t)
         return (of(rows.image) + _over_captions(of, rows.text)) / 2, {}

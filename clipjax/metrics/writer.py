@@ -109,9 +109,7 @@ class Writer:
             return
         self._file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
         self._file.flush()
-        known = {
-            prefix + name: value for name, value in scalars.items() if value is not None
-        }  # mfu may not be
+        known = {prefix + name: value for name, value in scalars.items() if value is not None}  # mfu may not be
         self._board.scalars(line["step"], known)
         if self._mirror is not None:
             self._mirror.pulse()

@@ -1,4 +1,4 @@
-"""Two towers and the scalars of the loss, and how their parameters are made and bound."""
+"""Two towers, a captioning head, the scalars of the loss, and how their parameters are made and bound."""
 
 import functools
 import math
@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from clipjax.config import Model
+from clipjax.models.decoder import Decoder
 from clipjax.models.layers import WHEREVER, How, Placement, Scope, unit
 from clipjax.models.text import TextTransformer
 from clipjax.models.vit import ViT
@@ -23,6 +24,7 @@ class CLIP(nnx.Module):
         scope = Scope(key, jnp.dtype(cfg.dtype))
         self.image = ViT(cfg.image, scope / "image")
         self.text = TextTransformer(cfg.text, scope / "text")
+        self.decoder = None if cfg.decoder is None else Decoder(cfg, scope / "decoder")
         # jnp.float32: a weakly typed scalar would make the train step compile again after the first update.
         self.log_scale = nnx.Param(jnp.float32(math.log(cfg.init_scale)))
         self.bias = None if cfg.init_bias is None else nnx.Param(jnp.float32(cfg.init_bias))
@@ -31,11 +33,37 @@ class CLIP(nnx.Module):
         self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, place: Placement = WHEREVER
     ) -> Float[Array, "b e"]:
         """Unit vectors, float32. `keys`, one an example, turns what is random in training on."""
-        return unit(self.image(images, keys, How(self.cfg.remat, self.cfg.unroll, place)))
+        return unit(self.image(images, keys, self._how(place))[0])
 
     def encode_text(self, tokens: Int[Array, "b t"], place: Placement = WHEREVER) -> Float[Array, "b e"]:
         """Unit vectors, float32."""
-        return unit(self.text(tokens, How(self.cfg.remat, self.cfg.unroll, place)))
+        return unit(self.text(tokens, self._how(place))[0])
+
+    def encode_pairs(
+        self,
+        images: UInt8[Array, "b s s 3"],
+        tokens: Int[Array, "bK t"],
+        keys: Key[Array, " b"] | None = None,
+        parallel: Bool[Array, " b"] | None = None,
+        place: Placement = WHEREVER,
+    ) -> tuple[Float[Array, "b e"], Float[Array, "bK e"], Float[Array, "bK t-1 d"]]:
+        """`encode_image` and `encode_text`, and from the same pass the states from which each caption's next tokens are
+        foreseen: of all but the last position, [bK, t-1, d], to be met with `words` in `losses.token_nll`. K captions a picture,
+        one after the other. `parallel`: pictures whose captions are foreseen from them alone.
+        """
+        how, each = self._how(place), len(tokens) // len(images)
+        image, seen = self.image(images, keys, how, seen=True)
+        text, states = self.text(tokens, how, states=True)
+        seen, parallel = (x if x is None or each == 1 else jnp.repeat(x, each, axis=0) for x in (seen, parallel))
+        return unit(image), unit(text), self.decoder(states, seen, how, parallel)
+
+    @property
+    def words(self) -> Float[Array, "v d"]:
+        """The vectors that a token's last state is met with."""
+        return (self.text.tokens if self.decoder.output is None else self.decoder.output)[...]
+
+    def _how(self, place: Placement) -> How:
+        return How(self.cfg.remat, self.cfg.unroll, place)
 
 
 def init(cfg: Model, seed: int) -> Params:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from clipjax.config import Activation
 
@@ -102,22 +102,57 @@ class MLP(nnx.Module):
         return self.down(activate(self.up(x), self.activation))
 
 
+def attend(
+    q: Float[Array, "b h t k"], k: Float[Array, "b h s k"], v: Float[Array, "b h s k"], mask: Bool[Array, "..."] | None = None
+) -> Float[Array, "b t h k"]:
+    """Scaled dot-product attention; scores and softmax are float32 whatever the dtype. `mask`, to [b h t s]: what is seen."""
+    scores = jnp.einsum("bhtk,bhsk->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    return jnp.einsum("bhts,bhsk->bthk", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
 class SelfAttention(nnx.Module):
     def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
         self.causal = causal
         self.qkv = Linear(scope / "qkv", (width,), (3, heads, width // heads), std=std)
         self.out = Linear(scope / "out", (heads, width // heads), (width,), std=out_std)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], mask: Bool[Array, "b t t"] | None = None) -> Float[Array, "b t d"]:
+        """`mask`: what each token sees; where there is none, all, or what comes no later than itself."""
+        if mask is not None:
+            mask = mask[:, None]
+        elif self.causal:
+            mask = np.tri(x.shape[1], dtype=bool)
+        return self.out(attend(*self.heads(x), mask))
+
+    def heads(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b h t k"], ...]:
+        """Queries, keys and values."""
         # Three products that each write [b, h, t, k] outright: one fused product has to be taken apart and transposed
-        # again, which cost a tenth of the whole step on a CPU. Scores and softmax are float32 whatever the dtype.
+        # again, which cost a tenth of the whole step on a CPU.
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
-        q, k, v = (jnp.einsum("btd,dhk->bhtk", x, kernel[:, i]) + bias[i][None, :, None] for i in range(3))
-        scores = jnp.einsum("bhtk,bhsk->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        if self.causal:
-            scores = jnp.where(np.tri(x.shape[1], dtype=bool), scores, -jnp.inf)
-        weights = jax.nn.softmax(scores).astype(x.dtype)
-        return self.out(jnp.einsum("bhts,bhsk->bthk", weights, v))
+        return tuple(jnp.einsum("btd,dhk->bhtk", x, kernel[:, i]) + bias[i][None, :, None] for i in range(3))
+
+
+class CrossAttention(nnx.Module):
+    """Attention of tokens to those of another sequence."""
+
+    def __init__(self, scope: Scope, width: int, context: int, heads: int, *, std: float, out_std: float) -> None:
+        shape = heads, width // heads
+        self.query = Linear(scope / "query", (width,), shape, std=std)
+        self.key_value = Linear(scope / "key_value", (context,), (2, *shape), std=context**-0.5)
+        self.out = Linear(scope / "out", shape, (width,), std=out_std)
+
+    def __call__(self, x: Float[Array, "b t d"], context: Float[Array, "b s c"]) -> Float[Array, "b t d"]:
+        return self.see(x, *self.keys(context))
+
+    def keys(self, context: Float[Array, "b s c"]) -> tuple[Float[Array, "b h s k"], Float[Array, "b h s k"]]:
+        """Keys and values: all that it needs to know of the other sequence."""
+        key, value = einops.rearrange(self.key_value(context), "b s two h k -> two b h s k")
+        return key, value
+
+    def see(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
+        return self.out(attend(einops.rearrange(self.query(x), "b t h k -> b h t k"), key, value))
 
 
 class Block(nnx.Module):
@@ -133,19 +168,20 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(scope / "norm2", width, eps)
         self.mlp = MLP(scope / "mlp", width, mlp_dim, activation, std=(2 * width) ** -0.5, out_std=out_std)
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        x = x + self.attention(self.norm1(x))
+    def __call__(self, x: Float[Array, "b t d"], mask: Bool[Array, "b t t"] | None = None) -> Float[Array, "b t d"]:
+        x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 
 Gather = Callable[[nnx.State], nnx.State] | None  # one layer's weights, whole where they were divided; None: they are whole
 Keep = Callable[[Array], Array]  # activations [p, t, d], where the batch's rows lie
-Body = Callable[[Gather, Keep, nnx.State, Array], Array]  # all layers of stacked weights and x
+Seen = tuple[Array | None, ...]  # what every layer sees beside x, with the same leading axes: masks, the other modality
+Body = Callable[[Gather, Keep, nnx.State, Array, Seen], Array]  # all layers of stacked weights and x
 
 
-def here(body: Body, stacked: nnx.State, x: Array) -> Array:
+def here(body: Body, stacked: nnx.State, x: Array, seen: Seen) -> Array:
     """Runs layers where weights are whole."""
-    return body(None, lambda x: x, stacked, x)
+    return body(None, lambda x: x, stacked, x, seen)
 
 
 @dataclass(frozen=True)
@@ -153,7 +189,7 @@ class Placement:
     """How the rows of a batch and a tower's weights lie on devices; clipjax.placement tells it for a mesh."""
 
     devices: int = 1  # that the rows of arrays [b, ...] are divided over
-    run: Callable[[Body, nnx.State, Array], Array] = here  # a body on stacked weights and x [n, p, t, d]
+    run: Callable[[Body, nnx.State, Array, Seen], Array] = here  # a body on stacked weights and x [n, p, t, d]
 
 
 WHEREVER = Placement()
@@ -176,30 +212,30 @@ class How:
             n = next(n for n in range(1, own + 1) if own % n == 0 and (own // n * tokens <= PART or n == own))
         return einops.rearrange(x, "(d n p) ... -> n (d p) ...", d=self.place.devices, n=n)
 
-    def join(self, x: Shaped[Array, "n p ..."]) -> Shaped[Array, "b ..."]:
-        """The parts of `split` as a batch again."""
-        return einops.rearrange(x, "n (d p) ... -> (d n p) ...", d=self.place.devices)
+    def join(self, x: Any) -> Any:
+        """The parts of `split`, arrays [n, p, ...] or a tree of them, as a batch again."""
+        return jax.tree.map(lambda x: einops.rearrange(x, "n (d p) ... -> (d n p) ...", d=self.place.devices), x)
 
-    def each(self, fn: Callable[..., Array], *x: Any) -> Shaped[Array, "n p ..."]:
-        """`fn` of one part after the other."""
+    def each(self, fn: Callable[..., Any], *x: Any) -> Any:
+        """`fn` of one part after the other: from trees of arrays [n, p, ...] to such."""
         n = len(jax.tree.leaves(x)[0])
         if self.remat == "full":
             fn = jax.checkpoint(fn, prevent_cse=n == 1)
         if n == 1:
-            return fn(*jax.tree.map(lambda x: x[0], x))[None]
+            return jax.tree.map(lambda y: y[None], fn(*jax.tree.map(lambda x: x[0], x)))
         return jax.lax.map(lambda part: fn(*part), x)
 
-    def layers(self, blocks: Block, x: Float[Array, "n p t d"]) -> Float[Array, "n p t d"]:
-        """x through every layer of a stacked Block."""
+    def layers(self, blocks: nnx.Module, x: Float[Array, "n p t d"], *seen: Array | None) -> Float[Array, "n p t d"]:
+        """x through every layer of a stacked Block, each of which also gets its part of `seen` [n, p, ...]."""
         graphdef, stacked = nnx.split(blocks)
         depth = len(jax.tree.leaves(stacked)[0])
         loop = self.unroll >= depth
         policies = jax.checkpoint_policies
 
-        def body(gather: Gather, keep: Keep, stacked: nnx.State, x: Array) -> Array:
+        def body(gather: Gather, keep: Keep, stacked: nnx.State, x: Array, seen: Seen) -> Array:
             def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
                 whole = checkpoint_name(gather(weights), WHOLE) if gather else weights
-                return self.each(lambda part: keep(nnx.merge(graphdef, whole)(part)), x), None
+                return self.each(lambda part, *more: keep(nnx.merge(graphdef, whole)(part, *more)), x, *seen), None
 
             if self.remat != "none" or gather:
                 policy = {
@@ -214,7 +250,7 @@ class How:
                 x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], stacked))
             return x
 
-        return self.place.run(body, stacked, x)
+        return self.place.run(body, stacked, x, seen)
 
 
 def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:

@@ -1,8 +1,11 @@
-"""The text tower: a transformer that can be CLIP's (causal, pooled at the end token) or SigLIP's (bidirectional, last token)."""
+"""The text tower: a transformer that can be CLIP's (causal, pooled at the end token), SigLIP's (bidirectional, last token) or
+CoCa's (causal, pooled at a class token of its own, which comes last, so that it sees all the others and none sees it)."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import TextTower
 from clipjax.models.layers import Block, How, LayerNorm, Linear, Scope, normal
@@ -15,7 +18,8 @@ class TextTransformer(nnx.Module):
         d = cfg.width
         # The standard deviations are CLIP's (openai/CLIP model.py `initialize_parameters`).
         self.tokens = scope.param("tokens", normal(0.02), cfg.vocab_size, d)
-        self.positions = scope.param("positions", normal(0.01), cfg.length, d)
+        self.class_token = scope.param("class_token", normal(0.01), d) if cfg.pool == "cls" else None
+        self.positions = scope.param("positions", normal(0.01), cfg.positions, d)
         shape = dict(width=d, depth=cfg.depth, heads=cfg.heads, mlp_dim=cfg.mlp_dim)
         blocks = (scope / "blocks").stacked(cfg.depth)
         self.blocks = Block(blocks, **shape, activation=cfg.activation, eps=cfg.norm_eps, causal=cfg.causal)
@@ -25,16 +29,44 @@ class TextTransformer(nnx.Module):
         else:
             self.projection = Linear(scope / "projection", (d,), (cfg.embed_dim,), std=d**-0.5, bias=cfg.projection_bias)
 
-    def __call__(self, tokens: Int[Array, "b t"], how: How) -> Float[Array, "b e"]:
-        """Token ids [b, t] -> embeddings, not normalised."""
-        x = (jnp.take(self.tokens[...], tokens, axis=0) + self.positions[...][None]).astype(self.dtype)
-        x, tokens = (how.split(a, self.cfg.length) for a in (x, tokens))
-        return how.join(how.each(self.pool, how.layers(self.blocks, x), tokens))
+    def __call__(self, tokens: Int[Array, "b t"], how: How, states: bool = False) -> tuple[Float[Array, "b e"], Array | None]:
+        """Token ids [b, t] -> embeddings, not normalised; and each token's state [b, t, d] after the last layer, if asked for."""
+        x, mask = self.embed(tokens), None
+        if self.class_token is not None:
+            last = jnp.broadcast_to(self.class_token[...] + self.positions[...][-1], (len(x), 1, self.cfg.width))
+            x, mask = jnp.concatenate([x, last.astype(self.dtype)], axis=1), self.visible(tokens)
+        x, tokens, mask = (a if a is None else how.split(a, self.cfg.positions) for a in (x, tokens, mask))
+        x = how.layers(self.blocks, x, mask)
+        z = how.join(how.each(self.pool, x, tokens))
+        return z, how.join(x[:, :, : self.cfg.length]) if states else None
+
+    def embed(self, tokens: Int[Array, "b t"], start: int | Array = 0) -> Float[Array, "b t d"]:
+        """What the first layer sees of tokens at positions `start` and after."""
+        positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, tokens.shape[1])
+        return (jnp.take(self.tokens[...], tokens, axis=0) + positions[None]).astype(self.dtype)
+
+    def visible(self, tokens: Int[Array, "b t"]) -> Bool[Array, "b t+1 t+1"]:
+        """What each position, the class token's with them, may attend to: itself and those before it, without padding.
+
+        The legacy mask (open_clip 3.3, transformer.py `_build_additive_mask`) knows padding by its id, 0, and lies one too far:
+        the class token sees the first padding and, unless there is none, not itself.
+        """
+        first = jnp.ones((len(tokens), 1), bool)
+        if self.cfg.legacy_mask:
+            real = jnp.concatenate([first, tokens != 0], axis=1)
+        else:
+            real = jnp.concatenate([np.arange(tokens.shape[1]) < lengths(tokens)[:, None], first], axis=1)
+        return np.tri(self.cfg.positions, dtype=bool) & real[:, None]
 
     def pool(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
-        if self.cfg.pool == "last":
+        if self.cfg.pool == "eot":  # what follows it is hidden by the causal mask
+            x = jnp.take_along_axis(x, lengths(tokens)[:, None, None] - 1, axis=1)[:, 0]
+        else:
             x = x[:, -1]
-        else:  # the end token has the highest id, and what follows it is hidden by the causal mask
-            x = jnp.take_along_axis(x, tokens.argmax(-1)[:, None, None], axis=1)[:, 0]
         x = self.norm(x)
         return x if self.projection is None else self.projection(x)
+
+
+def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:
+    """How many tokens of each text are real: up to the end token, which has the highest id."""
+    return tokens.argmax(-1) + 1

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from clipjax import config, losses, placement, sharding
 from clipjax.models import clip
+from clipjax.models.text import lengths
 from clipjax.train import accumulate, memory
 from clipjax.train.memory import Memory
 from clipjax.train.optimizer import clamp_scale, ema_update, stop_frozen
@@ -43,17 +44,30 @@ def make_train_step(
 
     towers = placement.towers(mesh, run.model.dtype)
 
-    def encode(tuned: Tuned, rows: Batch) -> tuple[jax.Array, jax.Array]:
+    captioning = any(isinstance(term, config.Caption) and term.weight for term in run.objective)
+
+    def encode(tuned: Tuned, rows: Batch) -> tuple[jax.Array, ...]:
         model = clip.bind(run.model, stop_frozen(run.optim.rules, tuned[0]))
         *captions, length = rows["text"].shape
-        ztxt = model.encode_text(rows["text"].reshape(-1, length), towers.place)
-        return model.encode_image(rows["image"], rows["keys"], towers.place), ztxt.reshape(*captions, -1)
+        tokens = rows["text"].reshape(-1, length)
+        if not captioning:
+            ztxt = model.encode_text(tokens, towers.place)
+            return model.encode_image(rows["image"], rows["keys"], towers.place), ztxt.reshape(*captions, -1)
+        share = run.model.decoder.parallel
+        parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), share))(rows["keys"]) if share else None
+        zimg, ztxt, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.place)
+        nll = towers.token_nll(states.reshape(-1, states.shape[-1]), model.words, tokens[:, 1:].reshape(-1))
+        real = jnp.arange(1, length) < lengths(tokens)[:, None]
+        return zimg, ztxt.reshape(*captions, -1), jnp.where(real.reshape(-1), nll, 0).reshape(len(zimg), -1).sum(1)
 
-    def compute_loss(tuned: Tuned, z: tuple[jax.Array, jax.Array], rows: Batch) -> tuple[jax.Array, tuple[Metrics, Memory]]:
+    def compute_loss(tuned: Tuned, z: tuple[jax.Array, ...], rows: Batch) -> tuple[jax.Array, tuple[Metrics, Memory]]:
         params, temperatures = tuned
         scalars = stop_frozen(run.optim.rules, params)
         teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
-        seen = losses.Rows(*z, rows.get("id"), teacher, rows["memory"] | temperatures)
+        zimg, ztxt, *nll = z
+        foreseen = lengths(rows["text"]).reshape(len(zimg), -1) - 1  # tokens of each caption
+        caption = (*nll, foreseen.sum(1)) if captioning else None
+        seen = losses.Rows(zimg, ztxt, rows.get("id"), teacher, rows["memory"] | temperatures, caption)
         loss, *found = loss_of(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
         return loss, tuple(found)
 

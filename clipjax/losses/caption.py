@@ -1,0 +1,139 @@
+"""How well captions are foreseen, token by token, without the logits [tokens, vocabulary] ever standing in memory.
+
+A tile of logits is made, reduced and dropped; the backward pass makes it again and takes both gradients from it: 8 n v d of
+dots where a stored matrix would cost 6. n tokens, v words of the vocabulary, d width.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from clipjax.losses.batch import einsum
+from clipjax.losses.pairwise.tiles import Axis, finite, vary
+
+TILE = (4096, 4096)  # tokens and words: 64 MiB of logits, and many products for each number read
+
+
+def caption_loss(nll: Float[Array, " b"], tokens: Int[Array, " b"], *, axis: Axis = None) -> Float[Array, ""]:
+    """Mean over the real tokens of the global batch of -log p (CoCa, 2205.01917, equation 2), from the sum of it over each
+    caption's tokens and their number. A mean of the devices' means would weigh a token by how many its device has.
+    """
+    sums = nll.sum(), tokens.sum().astype(jnp.float32)
+    total, count = sums if axis is None else jax.lax.psum(sums, axis)
+    return total / jnp.maximum(count, 1)
+
+
+def token_nll(
+    states: Float[Array, "n d"],
+    table: Float[Array, "v d"],
+    targets: Int[Array, " n"],
+    *,
+    axis: Axis = None,
+    tile: tuple[int, int] = TILE,
+) -> Float[Array, " n"]:
+    """-log softmax(states @ table.T)[target], float32: from a token's last state and the words' vectors, the one foreseen next.
+
+    Inside `shard_map`, `axis` names the mesh axes over which the vocabulary is divided: `table` is this device's share of it, in
+    the axes' order, and states and targets, ids of the whole vocabulary, are the same on all of them. Over any other axis each
+    device has tokens of its own. Operands are multiplied in the dtype of `states`, and added up in float32.
+    """
+    sizes = min(tile[0], len(states)), min(tile[1], len(table))
+    own = 0 if axis is None else jax.lax.axis_index(axis) * len(table)
+    return _token_nll(states, table, targets - own, axis, sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_nll(states: Array, table: Array, targets: Array, axis: Axis, tile: tuple[int, int]) -> Array:
+    return _forward(states, table, targets, axis, tile)[0]
+
+
+def _forward(states: Array, table: Array, targets: Array, axis: Axis, tile: tuple[int, int]) -> tuple[Array, Any]:
+    axes = _varying(states, table, targets)
+
+    def rows(found: tuple[Array, ...], r: Array) -> tuple[tuple[Array, ...], None]:
+        at, _ = _part(r, len(states), tile[0])
+        h, y = _take(states, at, tile[0]), _take(targets, at, tile[0])
+
+        def words(seen: tuple[Array, ...], c: Array) -> tuple[tuple[Array, ...], None]:
+            logits, hit = _tile(h, y, table, c, tile[1])
+            top, total, own = seen
+            m = jnp.maximum(top, logits.max(-1))
+            total = total * jnp.exp(top - finite(m)) + jnp.exp(logits - finite(m)[:, None]).sum(-1)
+            return (m, total, own + jnp.where(hit, logits, 0).sum(-1)), None
+
+        start = vary(tuple(jnp.full(tile[0], x, jnp.float32) for x in (-jnp.inf, 0, 0)), axes)
+        seen, _ = jax.lax.scan(words, start, _numbers(len(table), tile[1]))
+        return tuple(jax.lax.dynamic_update_slice(x, part, (at,)) for x, part in zip(found, seen, strict=True)), None
+
+    room = vary((jnp.zeros(len(states), jnp.float32),) * 3, axes)
+    (top, total, own), _ = jax.lax.scan(rows, room, _numbers(len(states), tile[0]))
+    if axis is not None:
+        m = jax.lax.pmax(top, axis)
+        total, own = jax.lax.psum((total * jnp.exp(top - finite(m)), own), axis)
+        top = m
+    lse = top + jnp.log(total)
+    return lse - own, (states, table, targets, lse)
+
+
+def _backward(axis: Axis, tile: tuple[int, int], kept: tuple[Array, ...], ct: Float[Array, " n"]) -> tuple[Array, Array, None]:
+    states, table, targets, lse = kept
+    axes = _varying(states, table, targets, ct)
+    shared = tuple(a for a in axes if a not in _varying(table))  # the table is one there: its gradient is summed, tile by tile
+
+    def words(found: tuple[Array, Array], c: Array) -> tuple[tuple[Array, Array], None]:
+        at_word, _ = _part(c, len(table), tile[1])
+
+        def rows(found: tuple[Array, Array], r: Array) -> tuple[tuple[Array, Array], None]:
+            at, fresh = _part(r, len(states), tile[0])
+            h, y, z, weight = (_take(x, at, tile[0]) for x in (states, targets, lse, ct))
+            logits, hit = _tile(h, y, table, c, tile[1])
+            g = (jnp.exp(logits - z[:, None]) - hit) * jnp.where(fresh, weight, 0)[:, None]
+            g = g.astype(h.dtype)
+            of_word = found[1] + einsum("nv,nd->vd", g, h, preferred_element_type=jnp.float32)
+            w = _take(table, at_word, tile[1]).astype(h.dtype)
+            of_row = _take(found[0], at, tile[0]) + einsum("nv,vd->nd", g, w, preferred_element_type=jnp.float32)
+            return (jax.lax.dynamic_update_slice(found[0], of_row, (at, 0)), of_word), None
+
+        start = found[0], vary(jnp.zeros((tile[1], table.shape[1]), jnp.float32), axes)
+        (of_states, of_words), _ = jax.lax.scan(rows, start, _numbers(len(states), tile[0]))
+        of_words = jax.lax.psum(of_words, shared) + _take(found[1], at_word, tile[1])  # the last tile overlaps the one before
+        return (of_states, jax.lax.dynamic_update_slice(found[1], of_words, (at_word, 0))), None
+
+    room = vary(jnp.zeros(states.shape, jnp.float32), axes), vary(jnp.zeros(table.shape, jnp.float32), _varying(table))
+    (of_states, of_table), _ = jax.lax.scan(words, room, _numbers(len(table), tile[1]))
+    if axis is not None:
+        of_states = jax.lax.psum(of_states, axis)
+    return of_states.astype(states.dtype), of_table.astype(table.dtype), None
+
+
+_token_nll.defvjp(_forward, _backward)
+
+
+def _tile(h: Array, y: Array, table: Array, c: Array, words: int) -> tuple[Float[Array, "r c"], Array]:
+    """The logits of some tokens and the c-th tile of words, and which are the targets'. Words of an earlier tile are left out."""
+    at, fresh = _part(c, len(table), words)
+    logits = einsum("nd,vd->nv", h, _take(table, at, words).astype(h.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(fresh, logits, -jnp.inf), (y[:, None] == at + jnp.arange(words)) & fresh
+
+
+def _part(i: Array, length: int, size: int) -> tuple[Array, Array]:
+    """Where the i-th tile of so many starts, and which of its members no earlier one has: the last tile ends with the array."""
+    at = jnp.minimum(i * size, length - size)
+    return at, at + jnp.arange(size) >= i * size
+
+
+def _take(x: Array, at: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, at, size)
+
+
+def _numbers(length: int, size: int) -> np.ndarray:
+    return np.arange(-(-length // size))
+
+
+def _varying(*arrays: Array) -> tuple[str, ...]:
+    """The mesh axes over which any of them differs, by shard_map's own check."""
+    return tuple(sorted({name for x in arrays for name in jax.typeof(x).mat.varying}))
