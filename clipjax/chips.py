@@ -15,15 +15,17 @@ class Chip:
     memory: float  # bytes/s of its main memory
     links: float | None  # bytes/s that it sends to other chips of its slice or host, over all links, one way
     network: float | None  # bytes/s, its share of what its host sends over the data-centre network
+    capacity: float  # bytes of its main memory
     devices: int = 1  # JAX devices that it is
 
 
-def _tpu(tflops: float, memory: float, links: float, network: float | None, devices: int = 1) -> Chip:
-    return Chip(tflops * TERA, memory * GIGA, links * GIGA, None if network is None else network / 8 * GIGA, devices)
+def _tpu(tflops: float, memory: float, links: float, network: float | None, capacity: float, devices: int = 1) -> Chip:
+    network = None if network is None else network / 8 * GIGA
+    return Chip(tflops * TERA, memory * GIGA, links * GIGA, network, capacity * GIGA, devices)
 
 
-def _gpu(tflops: float, memory: float, links: float) -> Chip:
-    return Chip(tflops * TERA, memory * GIGA, links * GIGA, None)
+def _gpu(tflops: float, memory: float, links: float, capacity: float) -> Chip:
+    return Chip(tflops * TERA, memory * GIGA, links * GIGA, None, capacity * GIGA)
 
 
 # By the start of JAX's `device_kind`, as jax's pallas/mosaic/tpu_info.py knows them; the longest that fits holds.
@@ -31,32 +33,32 @@ def _gpu(tflops: float, memory: float, links: float) -> Chip:
 # bandwidth per chip", and the network (Gbit/s) its "DCN bandwidth per chip" (tpu7x's page has v5p's and v6e's too; v5e:
 # 6.4 Tbit/s a pod of 256). v4: six links of 50 GB/s (2304.01433), 25 GB/s a host of four (jax-ml.github.io/scaling-book/tpus).
 # v2, v3: four links of 62 and 82 GB/s (Norrie et al., IEEE Micro 41:2, 2021), v2's memory as in tpu_info.py; they don't come in
-# several slices.
+# several slices. Then GB of memory, from the same pages.
 # GPU: NVIDIA's data sheet of each product, tensor cores without sparsity (half of a figure given "with sparsity"), the slower
-# memory where there are two; NVLink one way, half of what is given, or PCIe. What joins hosts is the cluster's.
+# or smaller memory where there are two; NVLink one way, half of what is given, or PCIe. What joins hosts is the cluster's.
 _CHIPS = {
-    "TPU v2": _tpu(46, 716, 248, None, devices=2),
-    "TPU v3": _tpu(123, 900, 328, None, devices=2),
-    "TPU v4": _tpu(275, 1200, 300, 50),
-    "TPU v5 lite": _tpu(197, 819, 200, 25),
-    "TPU v5e": _tpu(197, 819, 200, 25),
-    "TPU v5": _tpu(459, 2765, 600, 50),
-    "TPU v5p": _tpu(459, 2765, 600, 50),
-    "TPU v6 lite": _tpu(918, 1638, 400, 100),
-    "TPU v6e": _tpu(918, 1638, 400, 100),
-    "TPU7x": _tpu(2307, 7380, 600, 100, devices=2),
-    "NVIDIA A10": _gpu(125, 600, 32),
-    "NVIDIA A100": _gpu(312, 1555, 300),
-    "NVIDIA L4": _gpu(121, 300, 32),
-    "NVIDIA L40S": _gpu(362, 864, 32),
-    "NVIDIA H100": _gpu(989, 3350, 450),
-    "NVIDIA H100 NVL": _gpu(835, 3900, 300),
-    "NVIDIA H100 PCIe": _gpu(756, 2000, 64),
-    "NVIDIA H200": _gpu(989, 4800, 450),
-    "NVIDIA H200 NVL": _gpu(835, 4800, 450),
-    "NVIDIA GH200": _gpu(989, 4000, 450),
-    "NVIDIA B200": _gpu(2250, 8000, 900),
-    "NVIDIA GB200": _gpu(2500, 8000, 900),
+    "TPU v2": _tpu(46, 716, 248, None, 16, devices=2),
+    "TPU v3": _tpu(123, 900, 328, None, 32, devices=2),
+    "TPU v4": _tpu(275, 1200, 300, 50, 32),
+    "TPU v5 lite": _tpu(197, 819, 200, 25, 16),
+    "TPU v5e": _tpu(197, 819, 200, 25, 16),
+    "TPU v5": _tpu(459, 2765, 600, 50, 95),
+    "TPU v5p": _tpu(459, 2765, 600, 50, 95),
+    "TPU v6 lite": _tpu(918, 1638, 400, 100, 32),
+    "TPU v6e": _tpu(918, 1638, 400, 100, 32),
+    "TPU7x": _tpu(2307, 7380, 600, 100, 192, devices=2),
+    "NVIDIA A10": _gpu(125, 600, 32, 24),
+    "NVIDIA A100": _gpu(312, 1555, 300, 40),
+    "NVIDIA L4": _gpu(121, 300, 32, 24),
+    "NVIDIA L40S": _gpu(362, 864, 32, 48),
+    "NVIDIA H100": _gpu(989, 3350, 450, 80),
+    "NVIDIA H100 NVL": _gpu(835, 3900, 300, 94),
+    "NVIDIA H100 PCIe": _gpu(756, 2000, 64, 80),
+    "NVIDIA H200": _gpu(989, 4800, 450, 141),
+    "NVIDIA H200 NVL": _gpu(835, 4800, 450, 141),
+    "NVIDIA GH200": _gpu(989, 4000, 450, 96),
+    "NVIDIA B200": _gpu(2250, 8000, 900, 180),
+    "NVIDIA GB200": _gpu(2500, 8000, 900, 186),
 }
 
 

@@ -203,6 +203,11 @@ def byte_count(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def own_bytes(tree: Any) -> int:
+    """Of one device's part of all leaves, which carry their shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def sharded_fraction(tree: Any, placed: Any, *axes: str) -> float:
     """Of the bytes, how many are divided over one of these axes or more, 0 to 1."""
     return 1 - sum(unsharded(tree, placed, *axes).values()) / byte_count(tree)

@@ -25,7 +25,7 @@ def config() -> Run:
             init_scale=10.0,
             max_scale=None,
             init_bias=-10.0,
-            remat="full",
+            remat="full",  # the least memory; with auto as much is kept as fits, and less is computed
         ),
         objective=(Sigmoid(),),
         optim=Optim(

@@ -220,7 +220,9 @@ class Model(Strict):
     max_scale: float | None = 100.0  # t is clamped to [1, max_scale] after each update; None: never
     init_bias: float | None = None  # the logit bias at the start (SigLIP: -10); None: the model has none
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the towers' arithmetic; weights stay float32
-    remat: Literal["none", "dots", "full"] = free("none")  # what the backward pass makes again: nothing, all but dots, all
+    # What the backward pass makes again: nothing, all but products, all but the MLPs' first products, all; auto: as little as the
+    # chips' memory allows, and nothing where that isn't known.
+    remat: Literal["auto", "none", "dots", "mlp", "full"] = free("auto")
     unroll: int = free(1)  # layers per iteration of the scan; more is faster on CPU and slower to compile
 
     def __post_init__(self) -> None:

@@ -63,7 +63,8 @@ class CLIP(nnx.Module):
         return (self.text.tokens if self.decoder.output is None else self.decoder.output)[...]
 
     def _how(self, place: Placement) -> How:
-        return How(self.cfg.remat, self.cfg.unroll, place)
+        remat = "none" if self.cfg.remat == "auto" else self.cfg.remat  # train.remat decides where there is a backward pass
+        return How(remat, self.cfg.unroll, place)
 
 
 def init(cfg: Model, seed: int) -> Params:

@@ -20,7 +20,14 @@ from clipjax.config import Activation
 
 Init = Callable[..., Array]
 PART = 4096  # tokens a device puts through a layer at once where all is made again for the gradient: plenty for a matrix unit
-WHOLE = "whole weights"  # never kept for the backward pass
+WHOLE, HIDDEN = "whole weights", "hidden"  # the former are never kept for the backward pass
+POLICIES = {  # of config.Model.remat: what is kept
+    "none": jax.checkpoint_policies.save_anything_except_these_names(WHOLE),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "mlp": jax.checkpoint_policies.save_only_these_names(HIDDEN),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+PARTED = ("mlp", "full")  # of these, those that make enough again to see a batch in parts
 zeros, ones = nnx.initializers.zeros_init(), nnx.initializers.ones_init()
 
 
@@ -99,7 +106,7 @@ class MLP(nnx.Module):
         self.down = Linear(scope / "down", (mlp_dim,), (width,), std=out_std)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return self.down(activate(self.up(x), self.activation))
+        return self.down(activate(checkpoint_name(self.up(x), HIDDEN), self.activation))
 
 
 def attend(
@@ -199,16 +206,16 @@ WHEREVER = Placement()
 class How:
     """How towers are run. A batch is [n, p, ...] here: n parts, seen one after the other, of p rows each."""
 
-    remat: str = "none"  # what the backward pass makes again (config.Model.remat)
+    remat: str = "none"  # what the backward pass makes again (config.Model.remat, decided)
     unroll: int = 1  # layers per iteration of the scan
     place: Placement = WHEREVER
 
     def split(self, x: Shaped[Array, "b ..."], tokens: int) -> Shaped[Array, "n p ..."]:
-        """A batch in parts. With full rematerialisation a layer's inner activations, many times its input, then exist for `PART`
-        tokens at a time on each device.
+        """A batch in parts. What is made again of a layer, many times its input, then exists for `PART` tokens at a time on each
+        device.
         """
         own, n = len(x) // self.place.devices, 1
-        if self.remat == "full":
+        if self.remat in PARTED:
             n = next(n for n in range(1, own + 1) if own % n == 0 and (own // n * tokens <= PART or n == own))
         return einops.rearrange(x, "(d n p) ... -> n (d p) ...", d=self.place.devices, n=n)
 
@@ -219,8 +226,8 @@ class How:
     def each(self, fn: Callable[..., Any], *x: Any) -> Any:
         """`fn` of one part after the other: from trees of arrays [n, p, ...] to such."""
         n = len(jax.tree.leaves(x)[0])
-        if self.remat == "full":
-            fn = jax.checkpoint(fn, prevent_cse=n == 1)
+        if self.remat in PARTED:
+            fn = jax.checkpoint(fn, prevent_cse=n == 1, policy=POLICIES[self.remat])
         if n == 1:
             return jax.tree.map(lambda y: y[None], fn(*jax.tree.map(lambda x: x[0], x)))
         return jax.lax.map(lambda part: fn(*part), x)
@@ -230,7 +237,6 @@ class How:
         graphdef, stacked = nnx.split(blocks)
         depth = len(jax.tree.leaves(stacked)[0])
         loop = self.unroll >= depth
-        policies = jax.checkpoint_policies
 
         def body(gather: Gather, keep: Keep, stacked: nnx.State, x: Array, seen: Seen) -> Array:
             def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
@@ -238,12 +244,7 @@ class How:
                 return self.each(lambda part, *more: keep(nnx.merge(graphdef, whole)(part, *more)), x, *seen), None
 
             if self.remat != "none" or gather:
-                policy = {
-                    "none": policies.save_anything_except_these_names(WHOLE),
-                    "dots": policies.dots_with_no_batch_dims_saveable,
-                    "full": None,
-                }[self.remat]
-                layer = jax.checkpoint(layer, prevent_cse=loop, policy=policy)
+                layer = jax.checkpoint(layer, prevent_cse=loop, policy=POLICIES[self.remat])
             if not loop:
                 return jax.lax.scan(layer, x, stacked, unroll=self.unroll)[0]
             for i in range(depth):  # not a scan unrolled `depth` times: that would still stack what the backward pass needs

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from clipjax.plan.estimate import Estimate, estimate
 from clipjax.plan.flops import step_flops
 from clipjax.plan.program import abstract_batch, compile_lowered, lower_step, state_of, teacher_width
 from clipjax.plan.search import Try, largest, search
+from clipjax.train import remat
 from clipjax.train.optimizer import trained_names
 from clipjax.train.state import TrainState
 
@@ -44,6 +44,7 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     micro_batches: int
+    remat: str  # what the backward pass makes again, decided
     fits: bool
     peak_bytes_per_chip: int | None  # where it does not fit: what it needs
     argument_bytes: int  # state and batch
@@ -116,6 +117,7 @@ def make_plan(run: config.Run, where: Setting) -> tuple[Plan, int]:
         mesh=dict(where.mesh.shape),
         batch_size=run.train.batch_size,
         micro_batches=run.train.micro_batches,
+        remat=remat.resolved(run, where.mesh, state).model.remat,
         fits=False,
         peak_bytes_per_chip=None,
         argument_bytes=per_chip * sum(memory.values()),
@@ -197,9 +199,5 @@ def _held(state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str
     """Bytes of the arguments on one device, by kind."""
     found = dict.fromkeys(KINDS.values(), 0)
     for name, kind in KINDS.items():
-        found[kind] += sum(map(_own_bytes, jax.tree.leaves(getattr(state, name))))
-    return {kind: size for kind, size in found.items() if size} | {"batch": sum(map(_own_bytes, batch.values()))}
-
-
-def _own_bytes(x: jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        found[kind] += sharding.own_bytes(getattr(state, name))
+    return {kind: size for kind, size in found.items() if size} | {"batch": sharding.own_bytes(batch)}

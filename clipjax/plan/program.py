@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from clipjax import aot, config, sharding
 from clipjax.models import clip
+from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, abstract_state
 from clipjax.train.step import Batch, make_train_step
@@ -31,6 +32,7 @@ def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> aot.Compiled:
 def lower_step(run: config.Run, mesh: Mesh, state: TrainState) -> jax.stages.Lowered:
     """The step for a `state` as `state_of` gives it, traced but not compiled: seconds. Raises ConfigError."""
     sharding.check_batch(run, mesh)
+    run = remat.resolved(run, mesh, state)
     step = make_train_step(run, make_optimizer(run.optim, run.train.steps, state.params), mesh)
     return jitted(step, state, mesh).lower(state, abstract_batch(run, mesh))
 

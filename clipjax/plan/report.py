@@ -31,7 +31,7 @@ def lines(plan: Plan) -> Iterator[str]:
     halves = f", {plan.devices // plan.chips} devices each" if plan.devices > plan.chips else ""
     yield f"{plan.topology}: {plan.chips:,} chips{slices} ({plan.device_kind}{halves}); mesh: {mesh}"
     parts = f", in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
-    yield f"batch: {plan.batch_size:,} pairs, {plan.batch_size / plan.chips:,.6g} a chip{parts}"
+    yield f"batch: {plan.batch_size:,} pairs, {plan.batch_size / plan.chips:,.6g} a chip{parts}; model.remat: {plan.remat}"
     yield from _memory(plan)
     yield from _sharding(plan)
     yield from _work(plan)

@@ -18,6 +18,7 @@ from clipjax.metrics.clock import Clock, Tally
 from clipjax.metrics.flops import mfu, model_flops
 from clipjax.metrics.writer import NonFiniteError, Writer
 from clipjax.models import clip
+from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress
 from clipjax.train.resume import changes, check, evaluated, restored, save_config
@@ -72,7 +73,10 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
         if saved:
             changed = "; ".join(changes(saved.run, run))
             say(f"{workdir}: resuming at step {start:,} of {cfg.steps:,}" + (f"; changed: {changed}" if changed else ""))
-        step_fn = compile_step(make_train_step(run, tx, mesh), state, mesh)
+        decided = remat.resolved(run, mesh, placed)
+        if decided != run:
+            say(f"model.remat = auto: {decided.model.remat}")
+        step_fn = compile_step(make_train_step(decided, tx, mesh), state, mesh)
         data = stack.enter_context(batches(start))
         save_config(run, workdir)
         writer = stack.enter_context(contextlib.closing(Writer(workdir, start)))

@@ -245,20 +245,19 @@ def test_remat_and_unroll_change_neither_values_nor_gradients(model):
 
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     want_loss, want = step(params, model)
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "mlp", "full"):
         for unroll in (1, 3):
             if (remat, unroll) == ("none", 1):
                 continue
             got_loss, got = step(params, dataclasses.replace(model, remat=remat, unroll=unroll))
             np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
             for (path, g), w in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-                far = np.linalg.norm(g - w) / max(np.linalg.norm(w), 1e-6)
-                assert far < 1e-6, (remat, unroll, path)
+                assert np.abs(g - w).max() <= 1e-5 * max(np.abs(w).max(), 1e-6), (remat, unroll, path)
     assert all(np.abs(w).max() > 0 for path, w in by_path(want).items() if path not in ("bias",))
 
 
 def test_remat_keeps_less():
-    """What the backward pass is left with shrinks from none to dots to full, or the setting would be a name only."""
+    """What the backward pass is left with shrinks from none to dots, mlp and full, or the setting would be a name only."""
     images, tokens = inputs(CLIP, 64)
     params = jax.eval_shape(lambda: init(CLIP, 0))
     model = dataclasses.replace(
@@ -274,8 +273,11 @@ def test_remat_keeps_less():
         _, pullback = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pullback))
 
-    none, dots, full = map(residuals, ("none", "dots", "full"))
-    assert none > 1.5 * dots > 2 * full
+    none, dots, mlp, full = map(residuals, ("none", "dots", "mlp", "full"))
+    assert none > 1.5 * dots
+    assert dots > 1.2 * mlp
+    assert mlp > 1.3 * full
+    assert residuals("auto") == none  # where nobody has decided
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())

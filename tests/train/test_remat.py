@@ -1,0 +1,104 @@
+"""What the backward pass makes again: the choice by size, and the estimate behind it against compiled programs."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from clipjax import aot, config, plan, sharding
+from clipjax.config.load import load_config
+from clipjax.models.layers import POLICIES
+from clipjax.plan.program import state_of
+from clipjax.train import remat
+from tests.train import tiny
+
+
+def recipe(name: str, pairs: int, policy: str = "auto", devices: int = 4, **train: int) -> config.Run:
+    """A file of configs/ with so many pairs a device."""
+    run = load_config(f"configs/{name}.py")
+    train = dataclasses.replace(run.train, batch_size=pairs * devices, **train)
+    return dataclasses.replace(run, train=train, model=dataclasses.replace(run.model, remat=policy))
+
+
+def chosen(run: config.Run, kind: str, devices: int = 4) -> str:
+    """On so many devices of a kind that isn't here."""
+    mesh = sharding.make_mesh(run.mesh, jax.devices()[:devices])
+    device = SimpleNamespace(device_kind=kind, platform="tpu" if kind.startswith("TPU") else "gpu")
+    elsewhere = SimpleNamespace(shape=mesh.shape, devices=np.array([device] * devices))
+    return remat.resolved(run, elsewhere, state_of(run, mesh)).model.remat
+
+
+def test_the_estimate_s_policies_are_the_model_s():
+    assert set(remat.POLICIES) == POLICIES.keys()
+    assert list(config.Model.__annotations__["remat"].__args__) == ["auto", *remat.POLICIES]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs", "policy"),
+    [
+        ("TPU v5 lite", 32, "none"),
+        ("TPU v5 lite", 128, "dots"),
+        ("TPU v5 lite", 320, "mlp"),
+        ("TPU v5 lite", 1024, "full"),
+        ("TPU v5 lite", 2**20, "full"),  # nothing fits: the least
+        ("TPU v6 lite", 320, "dots"),
+        ("TPU v5p", 320, "none"),
+        ("NVIDIA H100 80GB HBM3", 192, "none"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 1024, "none"),  # nobody knows
+        ("Radeon", 1024, "none"),
+    ],
+)
+def test_what_is_kept_follows_from_the_size(kind, pairs, policy):
+    assert chosen(recipe("siglip_b16", pairs), kind) == policy
+
+
+def test_micro_batches_make_room():
+    assert chosen(recipe("siglip_b16", 1024), "TPU v5 lite") == "full"
+    assert chosen(recipe("siglip_b16", 1024, micro_batches=8), "TPU v5 lite") == "dots"
+
+
+def test_what_was_asked_for_is_done():
+    run = recipe("siglip_b16", 2**20, "dots")
+    assert chosen(run, "TPU v5 lite") == "dots"
+
+
+def test_a_cpu_makes_nothing_again():
+    run = tiny.run()
+    mesh = sharding.make_mesh(run.mesh)
+    assert run.model.remat == "auto"
+    assert remat.resolved(run, mesh, state_of(run, mesh)).model.remat == "none"
+
+
+def test_each_policy_keeps_less_whatever_the_shape():
+    for tower in (config.ImageTower.siglip(f"{size}/16") for size in config.model.SIZES):
+        of = remat.Layers(tower.depth, tower.patches, tower.width, tower.heads, tower.mlp_dim, tower.activation)
+        for size in (2, 4):
+            sizes = [remat.bytes_kept(of, policy, size) for policy in remat.POLICIES]
+            assert sizes == sorted(sizes, reverse=True)
+            assert len(set(sizes)) == 4
+            assert all(remat.bytes_kept(of, policy, size, tensor=2) <= n for policy, n in zip(remat.POLICIES, sizes, strict=True))
+
+
+def test_what_goes_through_the_layers():
+    data = config.Data(captions_per_image=3, ids="caption")
+    model = dataclasses.replace(tiny.CLIP, image=dataclasses.replace(tiny.CLIP.image, patch_dropout=0.5))
+    image, *texts = remat.layers(tiny.run(model, data=data))
+    assert image.tokens == tiny.CLIP.image.patches // 2 + 1  # with the class token
+    assert [text.tokens for text in texts] == [tiny.CLIP.text.length] * 3
+    model = dataclasses.replace(tiny.CLIP, decoder=config.Decoder(depth=3, heads=4, mlp_dim=64, mlps=2))
+    *_, decoder = remat.layers(tiny.run(model))
+    assert (decoder.depth, decoder.mlp_dim) == (3, 128)
+    assert decoder.tokens >= tiny.CLIP.text.length - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "pairs"), [("none", 32), ("dots", 64), ("mlp", 64), ("full", 256)])
+def test_the_estimate_is_what_is_compiled_or_a_little_more(policy, pairs):
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
+    run = recipe("siglip_b16", pairs, policy)
+    mesh = sharding.make_mesh(run.mesh, aot.tpu_devices("v5e:2x2"))
+    state = state_of(run, mesh)
+    peak = plan.compile_step(run, mesh.devices.flat).peak_bytes
+    assert peak <= remat.needed(run, mesh, state, policy) <= 1.25 * peak
