@@ -1,11 +1,12 @@
-"""open_clip 3.3's layout: its native CLIP, and SigLIP as a CustomTextCLIP whose image tower is one of timm's by name."""
+"""open_clip 3.3's layout: its native CLIP, SigLIP as a CustomTextCLIP whose image tower is one of timm's by name, and CoCa."""
 
 from typing import Any
 
-from clipjax.config import SIZES, ImageTower, Model, TextTower, require
-from clipjax.export.table import BlockNames, Row, Table, blocks, linear, norm, row
+from clipjax.config import SIZES, Decoder, ImageTower, Model, TextTower, require
+from clipjax.export.table import BlockNames, Row, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "open_clip_model.safetensors"
+EPS = 1e-5  # of the norms that open_clip's configuration can't reach: the pooler's and the decoder's
 NATIVE = BlockNames("ln_1.{w}", ("attn.in_proj_{w}",), "attn.out_proj.{w}", "ln_2.{w}", "mlp.c_fc.{w}", "mlp.c_proj.{w}")
 TIMM = BlockNames("norm1.{w}", ("attn.qkv.{w}",), "attn.proj.{w}", "norm2.{w}", "mlp.fc1.{w}", "mlp.fc2.{w}")
 
@@ -24,6 +25,8 @@ def refuse(model: Model) -> None:
     """Raises ConfigError where open_clip 3.3 has no such tower, with the reason."""
     image, text = model.image, model.text
     require(image.pool != "mean", "model.image.pool", image.pool, "open_clip 3.3 has no tower without class token that averages")
+    remedy = "open_clip 3.3 names them, and fails when they are used: of CoCa's poolers it has single"
+    require(image.pool not in ("cascade", "parallel"), "model.image.pool", image.pool, remedy)
     if image.pool == "map":
         remedy = "open_clip 3.3 can name SigLIP towers only at timm's published sizes, and this is none of "
         remedy += ", ".join(TRUNKS.values()) + "; use --to transformers"
@@ -37,6 +40,33 @@ def refuse(model: Model) -> None:
         quick = [tower.activation == "quick_gelu" for tower in (image, text)]
         remedy = f"open_clip has quick_gelu in both towers or in none, and model.image.activation is {image.activation!r}"
         require(quick[0] == quick[1], "model.text.activation", text.activation, remedy)
+    if image.pool == "single":
+        require(image.norm_eps == EPS, "model.image.norm_eps", image.norm_eps, f"open_clip's pooler has {EPS:g}")
+    remedy = "open_clip masks padding beside a class token one token too far, and can't do otherwise: train with True"
+    require(text.pool != "cls" or text.legacy_mask, "model.text.legacy_mask", False, remedy)
+    if model.decoder is not None:
+        _refuse_decoder(model, model.decoder)
+
+
+def _refuse_decoder(model: Model, head: Decoder) -> None:
+    image, text = model.image, model.text
+    require(image.pool != "map", "model.image.pool", image.pool, "a tower of timm's gives open_clip's CoCa no tokens: use single")
+    require(text.pool == "cls", "model.text.pool", text.pool, "open_clip's CoCa has a class token after the text: use cls")
+    width, remedy = image.seen[1], "must be as wide as what model.decoder sees of a picture: open_clip's decoder maps"
+    require(width == text.width, "model.text.width", text.width, f"{remedy} keys from its own width, and that is {width}")
+    remedy = "open_clip's decoder has gelu, or quick_gelu where both towers have it"
+    require(text.activation != "gelu_tanh", "model.text.activation", text.activation, remedy)
+    require(text.norm_eps == EPS, "model.text.norm_eps", text.norm_eps, f"open_clip's decoder has {EPS:g}")
+    require(head.mlps == 2, "model.decoder.mlps", head.mlps, "open_clip's decoder has 2 in a layer")
+    four = 4 * text.width
+    require(head.mlp_dim == four, "model.decoder.mlp_dim", head.mlp_dim, f"open_clip's is 4 model.text.width = {four}")
+    require(not head.tied, "model.decoder.tied", True, "open_clip's decoder has an output projection of its own")
+    require(not head.parallel, "model.decoder.parallel", head.parallel, "open_clip's decoder has no mask tokens")
+
+
+def custom(model: Model) -> bool:
+    """Whether open_clip keeps the text tower apart, under names of its own: as a CustomTextCLIP or a CoCa."""
+    return model.image.pool == "map" or model.text.pool == "cls"
 
 
 def trunk(image: ImageTower) -> str | None:
@@ -52,7 +82,8 @@ def _shape(image: ImageTower) -> str:
 
 def table(model: Model) -> Table:
     """Every tensor of the model, in open_clip's names."""
-    return Table((*_scalars(model), *_image(model.image), *_text(model.text, "text." if model.image.pool == "map" else "")))
+    text = _text(model.text, "text." if custom(model) else "")
+    return Table((*_scalars(model), *_image(model.image), *text, *(_decoder() if model.decoder is not None else [])))
 
 
 def _scalars(model: Model) -> list[Row]:
@@ -84,9 +115,32 @@ def _image(image: ImageTower) -> list[Row]:
         row("visual.positional_embedding", "image/positions", "n d -> n d"),
         *(norm("visual.ln_pre.{w}", "image/pre_norm") if image.pre_norm else []),
         *blocks(NATIVE, "visual.transformer.resblocks.{i}.", "image/blocks"),
+        *(_pooler("visual.attn_pool.", "image/pooler", joint=image.width == image.embed_dim) if image.pool == "single" else []),
         *norm("visual.ln_post.{w}", "image/norm"),
         row("visual.proj", "image/projection/kernel", "d e -> d e"),
     ]
+
+
+def _pooler(theirs: str, ours: str, joint: bool) -> list[Row]:
+    return [
+        row(theirs + "query", f"{ours}/queries", "q d -> q d"),
+        *norm(theirs + "ln_q.{w}", f"{ours}/norm_query"),
+        *norm(theirs + "ln_k.{w}", f"{ours}/norm_context"),
+        *_cross_attention(theirs + "attn.", f"{ours}/attention", joint),
+    ]
+
+
+def _cross_attention(theirs: str, ours: str, joint: bool) -> list[Row]:
+    """`joint`: whether keys are made from as wide a sequence as queries. torch then has one matrix for both and the values, else
+    three; and one bias in any case.
+    """
+    query, key_value = (f"{ours}/query", "d h k -> (h k) d"), (f"{ours}/key_value", "d s h k -> (s h k) d")
+    weight, bias = joined((theirs + "in_proj_{w}",), (query, key_value))
+    apart = [
+        *linear(theirs + "q_proj_{w}", *query, bias=False),
+        *joined((theirs + "k_proj_{w}", theirs + "v_proj_{w}"), (key_value,), bias=False),
+    ]
+    return [*([weight] if joint else apart), bias, *linear(theirs + "out_proj.{w}", f"{ours}/out", "h k d -> d (h k)")]
 
 
 def _text(text: TextTower, prefix: str) -> list[Row]:
@@ -102,6 +156,22 @@ def _text(text: TextTower, prefix: str) -> list[Row]:
         *blocks(NATIVE, prefix + "transformer.resblocks.{i}.", "text/blocks"),
         *norm(prefix + "ln_final.{w}", "text/norm"),
         *project,
+        *([row(prefix + "cls_emb", "text/class_token", "d -> d")] if text.pool == "cls" else []),
+    ]
+
+
+def _decoder() -> list[Row]:
+    cross, ours = "text_decoder.cross_attn.{i}.", "decoder/blocks/cross"
+    return [
+        *blocks(NATIVE, "text_decoder.resblocks.{i}.", "decoder/blocks"),
+        *norm(cross + "ln_1.{w}", f"{ours}/norm1"),
+        *norm(cross + "ln_1_kv.{w}", f"{ours}/norm_context"),
+        *_cross_attention(cross + "attn.", f"{ours}/attention", joint=True),
+        *norm(cross + "ln_2.{w}", f"{ours}/norm2"),
+        *linear(cross + "mlp.c_fc.{w}", f"{ours}/mlp/up", "d f -> f d"),
+        *linear(cross + "mlp.c_proj.{w}", f"{ours}/mlp/down", "f d -> d f"),
+        *norm("text_decoder.ln_final.{w}", "decoder/norm"),
+        row("text_decoder.text_projection", "decoder/output", "v d -> d v"),
     ]
 
 
@@ -114,18 +184,28 @@ def configs(model: Model, special: dict[str, int | None], resize: str) -> dict[s
     else:
         shape = dict(layers=image.depth, width=image.width, head_width=image.width // image.heads, patch_size=image.patch_size)
         vision = dict(**shape, **_kwargs(image), no_ln_pre=not image.pre_norm)
+        if image.pool == "single":
+            vision |= dict(attentional_pool=True, attn_pooler_queries=image.queries, attn_pooler_heads=image.pool_heads)
     words = dict(
         **dict(context_length=text.length, vocab_size=text.vocab_size, hf_tokenizer_name="in-this-folder"),
         **dict(width=text.width, heads=text.heads, layers=text.depth, no_causal_mask=not text.causal, **_kwargs(text)),
         **dict(pool_type="argmax" if text.pool == "eot" else "last", pad_id=special["pad"], eos_id=special["eos"]),
         **dict(proj_type="none" if text.embed_dim is None else "linear", proj_bias=text.projection_bias),
     )
+    if text.pool == "cls":  # the mask knows padding by this id
+        words |= dict(embed_cls=True, pad_id=0)
     vision["image_size"] = image.image_size
     config: dict[str, Any] = dict(embed_dim=model.embed_dim, vision_cfg=vision, text_cfg=words)
     if text.activation == "quick_gelu":
         config["quick_gelu"] = True
-    if image.pool == "map":
+    if custom(model):
         config["custom_text"] = True
+    if (head := model.decoder) is not None:
+        vision["output_tokens"] = words["output_tokens"] = True
+        same = {name: words[name] for name in ("context_length", "vocab_size", "width")}
+        config["multimodal_cfg"] = dict(
+            **same, heads=head.heads, layers=head.depth, attn_pooler_heads=image.pool_heads, mlp_ratio=4
+        )
     if model.init_bias is not None:
         config["init_logit_bias"] = model.init_bias
     mode = {"squash": "squash", "crop": "shortest"}[resize]

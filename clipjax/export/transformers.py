@@ -14,6 +14,9 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "
 def refuse(model: Model) -> None:
     """Raises ConfigError where neither CLIPModel nor SiglipModel is the model, with the reason."""
     image, text = model.image, model.text
+    require(model.decoder is None, "model.decoder", model.decoder, "transformers has no CoCa; use --to open_clip")
+    remedy = "neither CLIPModel nor SiglipModel has CoCa's poolers; use --to open_clip"
+    require(not image.attentional, "model.image.pool", image.pool, remedy)
     require(image.pool != "mean", "model.image.pool", image.pool, "neither CLIPModel nor SiglipModel averages the patches")
     siglip = image.pool == "map"
     name = "SiglipModel" if siglip else "CLIPModel"

@@ -32,7 +32,7 @@ class Report:
 
     `image` and `text` start from the same pixels and the same token ids, so they measure the weights and the arithmetic;
     `picture` and `caption` start from PIL pictures and strings, through each side's own preprocessing and tokenizer.
-    `logits` is relative to the largest.
+    `logits` and a captioning head's, `words`, are relative to the largest.
 
     Two things no export can mend, so they are told and not judged. open_clip cleans strings before it encodes them (curly
     quotes become straight, HTML entities characters): `caption` compares with what we make of the cleaned string, `cleaned`
@@ -48,11 +48,13 @@ class Report:
     caption: float
     cleaned: int
     crops_otherwise: bool
+    words: float | None = None  # where there is a captioning head
 
     @property
     def failures(self) -> list[str]:
         """What is above LIMIT; empty when the export is faithful."""
         judged = ["image", "text", "logits", "caption"] + ["picture"] * (not self.crops_otherwise)
+        judged += ["words"] * (self.words is not None)
         far = {name: getattr(self, name) for name in judged if not getattr(self, name) <= LIMIT}
         return [f"{name} differs by {figure:.1e}, more than {LIMIT:.0e}" for name, figure in far.items()]
 
@@ -65,11 +67,12 @@ class Report:
 
 
 class Encoded(NamedTuple):
-    """Unit vectors [n, e] and logits [n, n], float32."""
+    """Unit vectors [n, e], logits [n, n], and a captioning head's [n, t-1, v]; float32."""
 
     image: np.ndarray
     text: np.ndarray
     logits: np.ndarray
+    words: np.ndarray | None = None
 
 
 class Reference(NamedTuple):
@@ -77,7 +80,7 @@ class Reference(NamedTuple):
 
     pixels: Callable[[Sequence[Image.Image]], Any]  # -> float tensor [n, 3, s, s], normalised
     ids: Callable[[Sequence[str]], Any]  # -> integer tensor [n, t]
-    encode: Callable[[Any, Any], tuple[Any, Any, Any]]  # pixels, ids -> Encoded, as tensors
+    encode: Callable[[Any, Any], tuple[Any, ...]]  # pixels, ids -> Encoded, as tensors
     clean: Callable[[str], str]  # what it does to a string before its tokenizer sees it
     crops_otherwise: bool
 
@@ -112,11 +115,12 @@ def verify(
         examples=len(pictures),
         image=_difference(ours.image, same.image),
         text=_difference(ours.text, same.text),
-        logits=float(np.abs(ours.logits - same.logits).max() / np.abs(ours.logits).max()),
+        logits=_of_largest(ours.logits, same.logits),
         picture=_difference(ours.image, own.image),
         caption=_difference(ours_clean.text, own.text),
         cleaned=int((tokens != clean).any(axis=1).sum()),
         crops_otherwise=theirs.crops_otherwise,
+        words=None if model.decoder is None else _of_largest(ours.words, same.words),
     )
 
 
@@ -130,9 +134,13 @@ def encode(model: Model, params: Mapping[str, Any], images: np.ndarray, tokens: 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(model: Model, params: Mapping[str, Any], images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
     m = bind(model, params)
-    image, text = m.encode_image(images), m.encode_text(tokens)
+    if m.decoder is None:
+        image, text, words = m.encode_image(images), m.encode_text(tokens), ()
+    else:
+        image, text, states = m.encode_pairs(images, tokens)
+        words = (states @ m.words.T,)
     logits = jnp.exp(m.log_scale[...]) * (image @ text.T)
-    return image, text, logits if m.bias is None else logits + m.bias[...]
+    return image, text, logits if m.bias is None else logits + m.bias[...], *words
 
 
 def load(out: Path, to: Format) -> Reference:
@@ -153,7 +161,11 @@ def _load_open_clip(out: Path) -> Reference:
         return torch.stack([preprocess(picture) for picture in pictures])
 
     def run(pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        image, text, scale, *bias = model(pixels, ids)
+        out = model(pixels, ids)
+        if isinstance(out, dict):  # CoCa's
+            image, text, scale = (out[name] for name in ("image_features", "text_features", "logit_scale"))
+            return image, text, scale * image @ text.T + out.get("logit_bias", 0), out["logits"]
+        image, text, scale, *bias = out
         return image, text, scale * image @ text.T + sum(bias)
 
     model.eval()
@@ -194,3 +206,8 @@ def require_packages(to: Format) -> None:
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest distance between two rows, relative to theirs."""
     return float((np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max())
+
+
+def _of_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference of two numbers, relative to the largest number."""
+    return float(np.abs(ours - theirs).max() / np.abs(ours).max())
