@@ -311,7 +311,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.activation": "quick_gelu", "model.text.activation": "quick_gelu", "model.text.pool": "last",
     "model.dtype": "float32", "model.remat": "full", "optim.kind": "lion", "optim.mu_dtype": "bfloat16",
     "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5), "objective.0.label_smoothing": 0.5,
-    "objective.0.reduction": "sum", "objective.0.prefixes": (64,), "model.decoder": config.Decoder(),
+    "objective.0.reduction": "sum", "objective.0.prefixes": (64,),
 }  # fmt: skip
 BASE = Run(
     model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768, pool="cls")),
@@ -328,10 +328,10 @@ def changed(run: object, path: str, value: object) -> object:
 
 
 def leaves():
-    """Every field of a run, except the kinds: those are not changed without changing the class."""
+    """Every field of a run, except the kinds, which are not changed without changing the class, and parts that are absent."""
     for line in config.lines(BASE):
         name, _, text = line.partition(" = ")
-        if not name.endswith(("objective.0.kind", "tokenizer.kind", "schedule.kind", "evals.0.kind")):
+        if not name.endswith(("objective.0.kind", "tokenizer.kind", "schedule.kind", "evals.0.kind", "model.decoder")):
             yield name, text
 
 
@@ -354,6 +354,14 @@ def test_every_field_is_identity_unless_it_is_marked_free(name):
         assert differences == []
     else:
         assert differences == [f"{name}: {before} -> {value!r}"]
+
+
+def test_a_part_that_was_absent_differs_by_itself_and_every_field():
+    now = changed(BASE, "model.decoder", config.Decoder(depth=3))
+    found = dict(line.split(": ", 1) for line in config.identity_differences(BASE, now))
+    assert found["model.decoder"] == "None -> 'absent'"
+    assert found["model.decoder.depth"] == "'absent' -> 3"
+    assert len(found) == 1 + len(dataclasses.fields(config.Decoder))
 
 
 def test_another_kind_differs_by_every_field_that_only_one_has():

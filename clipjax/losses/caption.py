@@ -41,7 +41,7 @@ def token_nll(
     the axes' order, and states and targets, ids of the whole vocabulary, are the same on all of them. Over any other axis each
     device has tokens of its own. Operands are multiplied in the dtype of `states`, and added up in float32.
     """
-    sizes = min(tile[0], len(states)), min(tile[1], len(table))
+    sizes = _even(len(states), tile[0]), _even(len(table), tile[1])
     own = 0 if axis is None else jax.lax.axis_index(axis) * len(table)
     return _token_nll(states, table, targets - own, axis, sizes)
 
@@ -94,13 +94,14 @@ def _backward(axis: Axis, tile: tuple[int, int], kept: tuple[Array, ...], ct: Fl
             g = (jnp.exp(logits - z[:, None]) - hit) * jnp.where(fresh, weight, 0)[:, None]
             g = g.astype(h.dtype)
             of_word = found[1] + einsum("nv,nd->vd", g, h, preferred_element_type=jnp.float32)
-            w = _take(table, at_word, tile[1]).astype(h.dtype)
+            w = _words(table, at_word, tile[1], h.dtype)
             of_row = _take(found[0], at, tile[0]) + einsum("nv,vd->nd", g, w, preferred_element_type=jnp.float32)
             return (jax.lax.dynamic_update_slice(found[0], of_row, (at, 0)), of_word), None
 
         start = found[0], vary(jnp.zeros((tile[1], table.shape[1]), jnp.float32), axes)
         (of_states, of_words), _ = jax.lax.scan(rows, start, _numbers(len(states), tile[0]))
-        of_words = jax.lax.psum(of_words, shared) + _take(found[1], at_word, tile[1])  # the last tile overlaps the one before
+        # The barrier: XLA would sum the whole table after the loop, in a second one. The last tile overlaps the one before.
+        of_words = jax.lax.optimization_barrier(jax.lax.psum(of_words, shared)) + _take(found[1], at_word, tile[1])
         return (of_states, jax.lax.dynamic_update_slice(found[1], of_words, (at_word, 0))), None
 
     room = vary(jnp.zeros(states.shape, jnp.float32), axes), vary(jnp.zeros(table.shape, jnp.float32), _varying(table))
@@ -116,8 +117,22 @@ _token_nll.defvjp(_forward, _backward)
 def _tile(h: Array, y: Array, table: Array, c: Array, words: int) -> tuple[Float[Array, "r c"], Array]:
     """The logits of some tokens and the c-th tile of words, and which are the targets'. Words of an earlier tile are left out."""
     at, fresh = _part(c, len(table), words)
-    logits = einsum("nd,vd->nv", h, _take(table, at, words).astype(h.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(fresh, logits, -jnp.inf), (y[:, None] == at + jnp.arange(words)) & fresh
+    logits = einsum("nd,vd->nv", h, _words(table, at, words, h.dtype), preferred_element_type=jnp.float32)
+    return jnp.where(fresh[None], logits, -jnp.inf), (y[:, None] == at + jnp.arange(words)[None]) & fresh[None]
+
+
+def _words(table: Array, at: Array, count: int, dtype: jnp.dtype) -> Float[Array, "c d"]:
+    """Some rows of the table as they are multiplied. Rounded first: a conversion alone XLA would make of the whole table, ahead
+    of the loop, and keep.
+    """
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(_take(table, at, count), info.nexp, info.nmant).astype(dtype)
+
+
+def _even(length: int, most: int) -> int:
+    """The size of equal tiles, of at most so many and of whole registers, that leaves little for the last to do again."""
+    share = -(-length // -(-length // most))
+    return min(length, most, -(-share // 128) * 128)
 
 
 def _part(i: Array, length: int, size: int) -> tuple[Array, Array]:
