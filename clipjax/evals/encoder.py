@@ -4,6 +4,7 @@ import collections
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,8 @@ class Rereadable:
             self._kept = seen
 
 
-class Encoder:
-    """Both towers, compiled for global batches on a mesh. The weights are an argument, so that training compiles them once."""
+class Batched:
+    """A model at work on one global batch of a source after the other."""
 
     def __init__(self, model: config.Model, mesh: Mesh, batch_size: int) -> None:
         """`batch_size` is over all devices, and rounded up to a multiple of them."""
@@ -80,14 +81,6 @@ class Encoder:
         self.model = model
         self.mesh = mesh
         self.batch_size = -(-batch_size // devices) * devices
-        rows, place = over_rows(mesh), placement(mesh, model.dtype)
-        self._towers = {
-            "image": jax.jit(lambda params, x: bind(model, params).encode_image(x, place=place), out_shardings=rows),
-            "text": jax.jit(lambda params, x: bind(model, params).encode_text(x, place), out_shardings=rows),
-        }
-        stacked = NamedSharding(mesh, P(None, BATCH))
-        self._room = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
-        self._put = jax.jit(_put, donate_argnums=0, out_shardings=stacked)
 
     def batches(self, total: int) -> int:
         """How many batches `total` examples fill, the last perhaps in part."""
@@ -100,20 +93,44 @@ class Encoder:
             numbers = np.arange(start, start + n)
             yield np.minimum(numbers, total - 1), numbers < total
 
-    def stream(self, params: Params, batches: Rereadable) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
-        """The unit vectors, float32, of one batch after another, each with the rest of its batch, as global arrays. Raises
-        Preempted during a training run that is told to stop: it waits for no evaluation."""
-        running: collections.deque[Array] = collections.deque()
+    def work(self, batches: Rereadable, fn: Callable[[dict[str, Array]], Any]) -> Iterator[tuple[Any, dict[str, Array]]]:
+        """What `fn` makes of one global batch after another, each with the batch. Raises Preempted during a training run that is
+        told to stop: it waits for no evaluation.
+        """
+        running: collections.deque[Any] = collections.deque()
         for batch in progress(batches, self.batch_size):
             preemption.check()
             distributed.alive()
-            rest = to_global(batch, self.mesh)
-            (kind,) = self._towers.keys() & rest.keys()
-            z = self._towers[kind](params, rest.pop(kind))
-            running.append(z)
+            given = to_global(batch, self.mesh)
+            made = fn(given)
+            running.append(made)
             if len(running) > IN_FLIGHT:
-                running.popleft().block_until_ready()
-            yield z, rest
+                jax.block_until_ready(running.popleft())
+            yield made, given
+
+
+class Encoder(Batched):
+    """Both towers, compiled for global batches on a mesh. The weights are an argument, so that training compiles them once."""
+
+    def __init__(self, model: config.Model, mesh: Mesh, batch_size: int) -> None:
+        super().__init__(model, mesh, batch_size)
+        rows, place = over_rows(mesh), placement(mesh, model.dtype)
+        self._towers = {
+            "image": jax.jit(lambda params, x: bind(model, params).encode_image(x, place=place), out_shardings=rows),
+            "text": jax.jit(lambda params, x: bind(model, params).encode_text(x, place), out_shardings=rows),
+        }
+        stacked = NamedSharding(mesh, P(None, BATCH))
+        self._room = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
+        self._put = jax.jit(_put, donate_argnums=0, out_shardings=stacked)
+
+    def stream(self, params: Params, batches: Rereadable) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
+        """The unit vectors, float32, of one batch after another, each with the rest of its batch, as global arrays."""
+
+        def encode(batch: dict[str, Array]) -> Array:
+            (kind,) = self._towers.keys() & batch.keys()
+            return self._towers[kind](params, batch.pop(kind))
+
+        yield from self.work(batches, encode)
 
     def embed(self, params: Params, batches: Rereadable) -> Embeddings:
         """All of them, sharded over the devices; each batch is written into its place as it comes."""

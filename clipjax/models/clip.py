@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,19 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from clipjax.config import Model
 from clipjax.models.decoder import Decoder
-from clipjax.models.layers import WHEREVER, How, Placement, Scope, unit
+from clipjax.models.layers import WHEREVER, Cache, How, Placement, Scope, unit
 from clipjax.models.text import TextTransformer
 from clipjax.models.vit import ViT
 
 Params = dict[str, Any]  # nested by the parts of a path: params["image"]["blocks"]["norm1"]["scale"]
+
+
+class Written(NamedTuple):
+    """Keys and values of every layer: of n captions a picture as far as they are written, and of the pictures."""
+
+    text: Cache
+    decoder: Cache
+    picture: tuple[Float[Array, "L b h m k"], Float[Array, "L b h m k"]]
 
 
 class CLIP(nnx.Module):
@@ -56,6 +64,27 @@ class CLIP(nnx.Module):
         text, states = self.text(tokens, how, states=True)
         seen, parallel = (x if x is None or each == 1 else jnp.repeat(x, each, axis=0) for x in (seen, parallel))
         return unit(image), unit(text), self.decoder(states, seen, how, parallel)
+
+    def begin(self, images: UInt8[Array, "b s s 3"], beams: int, place: Placement = WHEREVER) -> Written:
+        """Nothing written yet of `beams` captions for each picture; what every layer sees of the picture is made here, once."""
+        _, seen = self.image(images, None, self._how(place), seen=True)
+
+        def room(depth: int, heads: int) -> Cache:
+            shape = depth, len(images), beams, heads, self.cfg.text.length - 1, self.cfg.text.width // heads
+            return jnp.zeros(shape, seen.dtype), jnp.zeros(shape, seen.dtype)
+
+        text, decoder = self.cfg.text, self.cfg.decoder
+        return Written(room(text.depth, text.heads), room(decoder.depth, decoder.heads), self.decoder.keys(seen))
+
+    def step(self, tokens: Int[Array, "b n t"], at: Array, so_far: Written) -> tuple[Float[Array, "b n v"], Written]:
+        """The logits, float32, of what follows position `at`. All before it have been given in the same way: `tokens` are needed
+        up to this one alone. `encode_pairs` and `words` give the same of whole captions.
+        """
+        how = self._how(WHEREVER)
+        x, text, mask = self.text.step(tokens, at, so_far.text, how)
+        x, decoder = self.decoder.step(x, so_far.decoder, at, mask, so_far.picture, how)
+        logits = jnp.einsum("bnd,vd->bnv", x, self.words.astype(x.dtype), preferred_element_type=jnp.float32)
+        return logits, Written(text, decoder, so_far.picture)
 
     @property
     def words(self) -> Float[Array, "v d"]:

@@ -1,12 +1,13 @@
 """CoCa's captioning head (2205.01917): layers on top of the text tower's that also attend to a picture's tokens."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation, Model
-from clipjax.models.layers import MLP, CrossAttention, How, LayerNorm, Scope, SelfAttention, normal
+from clipjax.models.layers import MLP, Cache, CrossAttention, How, LayerNorm, Scope, SelfAttention, normal
 
 
 class CrossBlock(nnx.Module):
@@ -63,6 +64,16 @@ class DecoderBlock(nnx.Module):
             x = x + self.mlp(self.norm2(x))
         return self.cross(x, context)
 
+    def step(
+        self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "r 1 1 t"], key: Array, value: Array
+    ) -> tuple[Float[Array, "b n d"], Cache]:
+        """The same for the tokens at position `at` of n captions, which see their picture's `cross.keys` together."""
+        seen, new = self.attention.step(self.norm1(x), cache, at, mask)
+        x = x + seen
+        if self.mlp is not None:
+            x = x + self.mlp(self.norm2(x))
+        return self.cross.see(x, key, value), new
+
 
 class Decoder(nnx.Module):
     def __init__(self, cfg: Model, scope: Scope) -> None:
@@ -85,6 +96,18 @@ class Decoder(nnx.Module):
         x, mask = states[:, :-1], None
         if parallel is not None:
             x = jnp.where(parallel[:, None, None], self.masks[...].astype(x.dtype), x)
-            mask = np.tri(x.shape[1], dtype=bool) | parallel[:, None, None]
+            mask = np.tri(x.shape[1], dtype=bool)[None] | parallel[:, None, None]
         x, context, mask = (a if a is None else how.split(a, self.rows) for a in (x, context, mask))
         return how.join(how.each(self.norm, how.layers(self.blocks, x, context, mask)))
+
+    def keys(self, context: Float[Array, "b m c"]) -> tuple[Float[Array, "L b h m k"], Float[Array, "L b h m k"]]:
+        """What every layer needs to know of the pictures."""
+        graphdef, stacked = nnx.split(self.blocks)
+        return jax.lax.map(lambda weights: nnx.merge(graphdef, weights).cross.keys(context), stacked)
+
+    def step(
+        self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "1 1 1 t"], keys: tuple[Array, Array], how: How
+    ) -> tuple[Float[Array, "b n d"], Cache]:
+        """From the text tower's states at position `at` those from which the next tokens are foreseen."""
+        x, cache = how.step(self.blocks, x, cache, at, mask, *keys)
+        return self.norm(x), cache

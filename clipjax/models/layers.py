@@ -119,6 +119,9 @@ def attend(
     return jnp.einsum("bhts,bhsk->bthk", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
+Cache = tuple[Float[Array, "b n h t k"], Float[Array, "b n h t k"]]  # keys and values of n captions a picture, as far as written
+
+
 class SelfAttention(nnx.Module):
     def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
         self.causal = causal
@@ -139,6 +142,13 @@ class SelfAttention(nnx.Module):
         # again, which cost a tenth of the whole step on a CPU.
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
         return tuple(jnp.einsum("btd,dhk->bhtk", x, kernel[:, i]) + bias[i][None, :, None] for i in range(3))
+
+    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "r 1 1 t"]) -> tuple[Array, Cache]:
+        """For the tokens at position `at` of n captions a picture, what they see of those before; and their keys and values."""
+        q, *new = (einops.rearrange(y, "b h n k -> b n h 1 k") for y in self.heads(x))
+        whole = (jax.lax.dynamic_update_slice_in_dim(old, y, at, axis=3) for old, y in zip(cache, new, strict=True))
+        seen = attend(*(einops.rearrange(y, "b n h t k -> (b n) h t k") for y in (q, *whole)), mask)
+        return self.out(einops.rearrange(seen, "(b n) 1 h k -> b n h k", n=x.shape[1])), tuple(new)
 
 
 class CrossAttention(nnx.Module):
@@ -178,6 +188,12 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"], mask: Bool[Array, "b t t"] | None = None) -> Float[Array, "b t d"]:
         x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
+
+    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "r 1 1 t"]) -> tuple[Array, Cache]:
+        """The same for the tokens at position `at`; and their keys and values."""
+        seen, new = self.attention.step(self.norm1(x), cache, at, mask)
+        x = x + seen
+        return x + self.mlp(self.norm2(x)), new
 
 
 Gather = Callable[[nnx.State], nnx.State] | None  # one layer's weights, whole where they were divided; None: they are whole
@@ -252,6 +268,22 @@ class How:
             return x
 
         return self.place.run(body, stacked, x, seen)
+
+    def step(
+        self, blocks: nnx.Module, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Array, *seen: Array
+    ) -> tuple[Float[Array, "b n d"], Cache]:
+        """The tokens at position `at` through every layer, each with its part of a stacked cache, to which they are added, and of
+        `seen`. Layers only read their cache: what is new of all of them is written at once.
+        """
+        graphdef, stacked = nnx.split(blocks)
+
+        def layer(x: Array, own: tuple[nnx.State, Cache, tuple[Array, ...]]) -> tuple[Array, Cache]:
+            weights, cache, seen = own
+            return nnx.merge(graphdef, weights).step(x, cache, at, mask, *seen)
+
+        depth = len(cache[0])
+        x, new = jax.lax.scan(layer, x, (stacked, cache, seen), unroll=min(self.unroll, depth))
+        return x, tuple(jax.lax.dynamic_update_slice_in_dim(old, y, at, axis=4) for old, y in zip(cache, new, strict=True))
 
 
 def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:

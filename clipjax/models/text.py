@@ -1,6 +1,7 @@
 """The text tower: a transformer that can be CLIP's (causal, pooled at the end token), SigLIP's (bidirectional, last token) or
 CoCa's (causal, pooled at a class token of its own, which comes last, so that it sees all the others and none sees it)."""
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import TextTower
-from clipjax.models.layers import Block, How, LayerNorm, Linear, Scope, normal
+from clipjax.models.layers import Block, Cache, How, LayerNorm, Linear, Scope, normal
 
 
 class TextTransformer(nnx.Module):
@@ -45,6 +46,20 @@ class TextTransformer(nnx.Module):
         positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, tokens.shape[1])
         return (jnp.take(self.tokens[...], tokens, axis=0) + positions[None]).astype(self.dtype)
 
+    def step(
+        self, tokens: Int[Array, "b n t"], at: Array, cache: Cache, how: How
+    ) -> tuple[Float[Array, "b n d"], Cache, Bool[Array, "1 1 1 s"]]:
+        """The states of the tokens at position `at` of n captions a picture, and which positions are not later, of those that
+        `cache` holds. All of them are real: a caption is written from left to right.
+        """
+        one = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=2)
+        x = self.embed(one.reshape(-1, 1), at).reshape(*one.shape[:2], self.cfg.width)
+        mask = before = (jnp.arange(cache[0].shape[4]) <= at)[None, None, None]
+        if self.cfg.legacy_mask:
+            real = jnp.roll(tokens != 0, 1, axis=2).at[..., 0].set(True)[..., : before.shape[-1]]
+            mask = before & einops.rearrange(real, "b n s -> (b n) 1 1 s")
+        return *how.step(self.blocks, x, cache, at, mask), before
+
     def visible(self, tokens: Int[Array, "b t"]) -> Bool[Array, "b t+1 t+1"]:
         """What each position, the class token's with them, may attend to: itself and those before it, without padding.
 
@@ -55,8 +70,8 @@ class TextTransformer(nnx.Module):
         if self.cfg.legacy_mask:
             real = jnp.concatenate([first, tokens != 0], axis=1)
         else:
-            real = jnp.concatenate([np.arange(tokens.shape[1]) < lengths(tokens)[:, None], first], axis=1)
-        return np.tri(self.cfg.positions, dtype=bool) & real[:, None]
+            real = jnp.concatenate([np.arange(tokens.shape[1])[None] < lengths(tokens)[:, None], first], axis=1)
+        return np.tri(self.cfg.positions, dtype=bool)[None] & real[:, None]
 
     def pool(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
         if self.cfg.pool == "eot":  # what follows it is hidden by the causal mask
