@@ -33,7 +33,7 @@ def test_products(fn, shapes, products):
     found = cost(fn, *shapes)
     assert found.flops == 2 * products
     assert found.collectives == {}
-    assert (found.permutes, found.overlapped, found.uncounted) == (0, 0, ())
+    assert (found.started, found.overlapped, found.uncounted) == (0, 0, ())
 
 
 def test_the_gradient_of_a_dense_softmax_costs_three_products():
@@ -182,7 +182,7 @@ def test_a_tpu_program():
     found = hlo.cost(TPU)
     assert found.flops == 3 * 4 * (2 * 8 * 8 * 4)  # 1, 3, 5, 7 < 8: four turns of the inner loop
     assert found.collectives == {"collective-permute": Collective(6, 6 * 128)}
-    assert (found.permutes, found.overlapped, found.uncounted) == (2, 1, ())
+    assert (found.started, found.overlapped, found.uncounted) == (2, 1, ())
 
 
 PIECES = """HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -198,6 +198,12 @@ PIECES = """HloModule jit_f, is_scheduled=true, num_partitions=8
   %q.1 = f32[8,8]{1,0} parameter(1)
   %gather.2 = f32[64,4]{1,0} all-gather(%q), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
   ROOT %dot.1 = f32[8,8]{1,0} dot(%q.1, %q.1), lhs_contracting_dims={1}, operand_precision={highest,highest}
+}
+
+%end (w: f32[8,4]) -> f32[64,4] {
+  %w = f32[8,4]{1,0} parameter(0)
+  %gather.3 = f32[64,4]{1,0} all-gather(%w), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %ended = f32[64,4]{1,0} custom-call(%gather.3), custom_call_target="AsyncCollectiveDone"
 }
 
 %body (r: (s32[], f32[8,4], f32[8,8])) -> (s32[], f32[8,4], f32[8,8]) {
@@ -231,6 +237,7 @@ ENTRY %main (x: f32[8,4], y: f32[8,8], z: f32[5,8,8], n: s32[]) -> f32[] {
   %started = (f32[8,4]{1,0}, f32[64,4]{1,0}) fusion(%x), kind=kCustom, calls=%start
   %into = (s32[], f32[8,4]{1,0}, f32[8,8]{1,0}) tuple(%n, %x, %y)
   %loop = (s32[], f32[8,4]{1,0}, f32[8,8]{1,0}) while(%into), body=%body, condition=%more, "known_trip_count":{"n":"5"}
+  %gathered = f32[64,4]{1,0} fusion(%x), kind=kCustom, calls=%end
   %near = f32[8,8]{1,0} all-reduce(%y), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %far = f32[8,8]{1,0} all-reduce(%near), channel_id=3, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   ROOT %moved = f32[5,8,8]{2,1,0} fusion(%z, %n, %z), kind=kLoop, calls=%cut
@@ -243,6 +250,9 @@ def test_a_transfer_in_pieces_counts_once():
     gathered, square = 64 * 4 * 4, 8 * 8 * 4
     assert found.collectives == {"all-gather": Collective(1, gathered), "all-reduce": Collective(2, 2 * square)}
     assert (found.sent_bytes, found.sent_across) == (gathered + 2 * 2 * square, 0)
+    assert (found.started, found.overlapped) == (1, 1)  # by the product that it is carried on with
+    idle = hlo.cost(PIECES.replace("dot(%q.1, %q.1)", "add(%q.1, %q.1)"))
+    assert (idle.started, idle.overlapped) == (1, 0)
 
 
 def test_what_goes_between_slices_is_told_apart():
@@ -279,10 +289,10 @@ def test_memory_is_read_and_written_at_the_ends_of_a_fusion():
     square, row = 8 * 8 * 4, 8 * 4 * 4
     reduced = 2 * 2 * square
     gathered = 64 * 4 * 4
-    start, piece = row + row + gathered, row + square + square
+    start, piece, done = row + row + gathered, row + square + square, row + gathered
     cut = 2 * square + 4  # a slice out of one array and into another, not the arrays; and where
     found = hlo.cost(PIECES)
-    assert found.memory_bytes == start + 5 * piece + reduced + cut
+    assert found.memory_bytes == start + 5 * piece + done + reduced + cut
     fast = PIECES.replace("%worked = f32[8,8]{1,0}", "%worked = f32[8,8]{1,0:T(8,128)S(1)}")  # in a TPU's vector memory
     assert hlo.cost(fast).memory_bytes == found.memory_bytes - 5 * square
 

@@ -167,7 +167,7 @@ class Device:
 
 
 def cost(**changes):
-    made = dict(flops=10**12, collectives={"all-reduce": Collective(1, 10**6)}, permutes=0, overlapped=0, uncounted=())
+    made = dict(flops=10**12, collectives={"all-reduce": Collective(1, 10**6)}, started=0, overlapped=0, uncounted=())
     made |= dict(tpu_flops=10**12, memory_bytes=10**6, sent_bytes=10**6, sent_across=0)
     return Cost(**(made | changes))
 
@@ -288,11 +288,12 @@ def test_a_plan_to_read_and_in_json(tmp_path, capsys):
     assert result["estimate"].keys() >= {"step_seconds", "images_per_second", "mfu"}
     assert all(figures.keys() == {"count", "bytes"} for figures in result["collectives"].values())
     assert (result["topology"], result["chips"], result["batch_size"], result["fits"]) == ("cpu:4", 4, 32, True)
-    assert result["largest_batch"] is None
+    assert (result["largest_batch"], result["remat"]) == (None, "none")
     assert result["flops_per_step"] == sum(result["flops"].values())
     for part in (
         "4 chips",
         "data 2, fsdp 2",
+        "model.remat: none",
         "parameters",
         "temporaries",
         "fits",

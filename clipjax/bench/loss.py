@@ -42,7 +42,7 @@ class Figures:
     argument_bytes: int | None = None
     flops: float | None = None  # of products, of all devices together, in units of batch^2 width
     collectives: dict[str, dict[str, int]] | None = None  # kind -> count and bytes
-    permutes: int | None = None  # started and awaited, in the program's text
+    started: int | None = None  # collectives, awaited later in the program's text
     overlapped: int | None = None  # those of them with a product in between
     compile_seconds: float | None = None
     estimated_seconds: float | None = None  # of a run, from its products
@@ -198,7 +198,7 @@ def _compiled(
         argument_bytes=compiled.argument_bytes,
         flops=cost.flops * len(setting.devices) / (batch**2 * setting.width),
         collectives={kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()},
-        permutes=cost.permutes,
+        started=cost.started,
         overlapped=cost.overlapped,
         compile_seconds=compiled.seconds,
         estimated_seconds=None if setting.topology else _estimate(cost.flops, setting.devices),
@@ -249,8 +249,8 @@ def lines(pair: Sequence[Figures]) -> Iterator[str]:
     for x, median in zip(pair, medians, strict=True):
         sizes = (size and f"{size / 2**20:,.1f}" for size in (x.peak_bytes, x.argument_bytes))
         sent = ", ".join(f"{c['count']:,} {kind} {_mib(c['bytes'])}" for kind, c in (x.collectives or {}).items())
-        if x.permutes:
-            sent += f"; {x.overlapped} of {x.permutes} started permutes overlap a product"
+        if x.started:
+            sent += f"; {x.overlapped} of {x.started} started collectives overlap a product"
         if median is not None:
             took = f"{median:.3f}"
         else:

@@ -48,7 +48,7 @@ class Cost:
 
     flops: int  # 2 m n k for every product; of a convolution, where its window meets the picture
     collectives: dict[str, Collective]  # by kind; those within a slice, and as `all-gather between slices` the others
-    permutes: int  # pairs of collective-permute-start and -done in the text
+    started: int  # collectives that the text starts and awaits apart, each once
     overlapped: int  # those of them with a product in between
     uncounted: tuple[str, ...]  # loops whose turns could not be told; their bodies are counted once
     tpu_flops: int  # times the passes that a TPU makes for float32 operands: 6 at the highest precision
@@ -131,11 +131,22 @@ class _Program:
         return max(byte_count(i.shape), sum(byte_count(computation.body[name].shape) for name in start.operands))
 
     def pairs(self, computation: Computation) -> list[bool]:
-        """For every collective-permute that is started: whether a product runs before it is done."""
-        order = list(computation.body.values())
-        at = {i.name: n for n, i in enumerate(order)}
-        done = [i for i in order if i.opcode == "collective-permute-done"]
-        return [any(self.has_product(computation, j) for j in order[at[i.operands[0]] : at[i.name]]) for i in done]
+        """For every collective that is started and awaited apart: whether a product runs before it is done."""
+        order, at, found = list(computation.body.values()), {}, []
+        for n, i in enumerate(order):
+            begun, done = self.marks(i)
+            found += [any(self.has_product(computation, j) for j in order[at.pop(key) : n + 1]) for key in done if key in at]
+            at |= dict.fromkeys(begun, n)
+        return found
+
+    def marks(self, i: Instruction) -> tuple[list[str], list[str]]:
+        """Which collectives an instruction starts, and which it awaits: itself, or a fusion that carries a piece of one."""
+        if i.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+            return [i.name] * i.opcode.endswith("-start"), [*i.operands[:1]] * i.opcode.endswith("-done")
+        inside = [j for name in self.called(i) for j in self.computations[name].body.values()] if i.opcode == "fusion" else []
+        calls = "".join(j.attributes for j in inside if j.opcode == "custom-call")
+        channels = [channel for j in inside if j.opcode in COLLECTIVES for channel in j.attribute("channel_id")]
+        return channels * ('"AsyncCollectiveStart"' in calls), channels * ('"AsyncCollectiveDone"' in calls)
 
     def has_product(self, computation: Computation, i: Instruction) -> bool:
         below = [*self.called(i), *i.attribute("body")] if i.opcode in (*CALLS, "conditional", "while") else []
