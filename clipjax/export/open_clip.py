@@ -171,7 +171,7 @@ def _decoder() -> list[Row]:
         *linear(cross + "mlp.c_fc.{w}", f"{ours}/mlp/up", "d f -> f d"),
         *linear(cross + "mlp.c_proj.{w}", f"{ours}/mlp/down", "f d -> d f"),
         *norm("text_decoder.ln_final.{w}", "decoder/norm"),
-        row("text_decoder.text_projection", "decoder/output", "v d -> d v"),
+        row("text_decoder.text_projection", "decoder/output/kernel", "v d -> d v"),
     ]
 
 

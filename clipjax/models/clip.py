@@ -89,7 +89,7 @@ class CLIP(nnx.Module):
     @property
     def words(self) -> Float[Array, "v d"]:
         """The vectors that a token's last state is met with."""
-        return (self.text.tokens if self.decoder.output is None else self.decoder.output)[...]
+        return (self.text.tokens if self.decoder.output is None else self.decoder.output.kernel)[...]
 
     def _how(self, place: Placement) -> How:
         remat = "none" if self.cfg.remat == "auto" else self.cfg.remat  # train.remat decides where there is a backward pass

@@ -75,14 +75,20 @@ class DecoderBlock(nnx.Module):
         return self.cross.see(x, key, value), new
 
 
+class Words(nnx.Module):
+    """What a token's last state is met with: a row for each word, as in a table of tokens; else open_clip's initialisation."""
+
+    def __init__(self, scope: Scope, count: int, width: int) -> None:
+        self.kernel = scope.param("kernel", normal(width**-0.5), count, width)
+
+
 class Decoder(nnx.Module):
     def __init__(self, cfg: Model, scope: Scope) -> None:
         head, d = cfg.decoder, cfg.text.width
         self.rows = cfg.text.length + cfg.image.seen[0]  # that a layer works on for each caption
         self.blocks = DecoderBlock((scope / "blocks").stacked(head.depth), cfg)
         self.norm = LayerNorm(scope / "norm", d, cfg.text.norm_eps)
-        # A row for each word, as in a table of tokens: open_clip's initialisation, transposed.
-        self.output = None if head.tied else (scope / "output").param("kernel", normal(d**-0.5), cfg.text.vocab_size, d)
+        self.output = None if head.tied else Words(scope / "output", cfg.text.vocab_size, d)
         self.masks = scope.param("masks", normal(0.01), cfg.text.length - 1, d) if head.parallel else None
 
     def __call__(
