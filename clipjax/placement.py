@@ -33,13 +33,18 @@ def towers(mesh: Mesh, dtype: str) -> Towers:
     """
     if not divides_weights(mesh):
         return Towers(WHEREVER, BATCH)
+    return Towers(placement(mesh, dtype), token_nll=token_nll_on(mesh))
+
+
+def token_nll_on(mesh: Mesh) -> Callable[..., jax.Array]:
+    """`token_nll` of global arrays on a mesh: states and targets over the devices of the batch, words over `tensor`."""
 
     def of_global(states: jax.Array, words: jax.Array, targets: jax.Array) -> jax.Array:
         axis = "tensor" if len(words) % mesh.shape["tensor"] == 0 else None  # else every device has all of them
         fn = functools.partial(token_nll, axis=axis)
         return jax.shard_map(fn, mesh=mesh, in_specs=(P(BATCH), P(axis), P(BATCH)), out_specs=P(BATCH))(states, words, targets)
 
-    return Towers(placement(mesh, dtype), token_nll=of_global)
+    return of_global
 
 
 def divides_weights(mesh: Mesh) -> bool:

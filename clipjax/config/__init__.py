@@ -35,6 +35,7 @@ from clipjax.config.objective import (
 )
 from clipjax.config.train import (
     RULES,
+    Captioning,
     Constant,
     Cosine,
     Evaluation,
@@ -50,11 +51,11 @@ from clipjax.config.train import (
 )
 
 __all__ = [
-    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "ConfigError", "Constant", "Cosine",
-    "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Evaluation", "Geometry", "HardNegative",
-    "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid",
-    "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train", "Uniformity", "Zeroshot", "from_json",
-    "identity_differences", "lines", "require", "size", "to_json",
+    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "ConfigError",
+    "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Evaluation",
+    "Geometry", "HardNegative", "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt",
+    "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train", "Uniformity",
+    "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip
 
 

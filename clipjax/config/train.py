@@ -164,7 +164,24 @@ class Geometry(Strict):
         require(self.every > 0, "evals.every", self.every, "must be positive")
 
 
-Evaluation = Annotated[Zeroshot | Retrieval | Geometry, TAGGED]
+@dataclass(frozen=True, kw_only=True)
+class Captioning(Strict):
+    """Captions during training, of a model with a decoder: how good they are, and some of them with their pictures each time."""
+
+    task: ClassVar = "captioning"
+    metrics: ClassVar = ("exact_match", "bleu", "chrf", "cider")  # for train.best: of perplexity, more is not better
+    kind: Literal["captioning"] = "captioning"
+    data: str = free("emoji")
+    split: str = free("test")
+    every: int = free(1000)  # steps; it also runs at the end
+    samples: int = free(8)  # pictures that are shown with their captions: in the log, as a PNG and in TensorBoard
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "evals.every", self.every, "must be positive")
+        require(self.samples >= 0, "evals.samples", self.samples, "must not be negative; 0 shows none")
+
+
+Evaluation = Annotated[Zeroshot | Retrieval | Geometry | Captioning, TAGGED]
 
 
 def check_best(best: str | None, evals: tuple[Evaluation, ...]) -> None:

@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from clipjax import config
 from clipjax.data.captions import caption_id
 from clipjax.data.image import decode
+from clipjax.data.sheet import Cell, contact_sheet
 from clipjax.data.sources import Record, Source, open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.files import write_whole
 
 SAMPLE = 10_000  # examples looked at; of a larger dataset that many, evenly spread
 VOCABULARY = 8192  # of the tokenizer trained where none is given
-GRID, CELL, LINES = 8, 148, 3  # pictures a side, pixels a cell, lines of a caption
-MARGIN = 8
+GRID = 8  # pictures a side of the sheet
 
 
 def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, length: int = 77) -> dict[str, Any]:
@@ -101,41 +101,5 @@ def _spread(values: list[int]) -> dict[str, float]:
 def _contact_sheet(source: Source, readable: list[int], title: str) -> Image.Image:
     """The same random pictures every time, so that two sheets can be compared."""
     chosen = np.random.default_rng(0).permutation(readable)[: GRID * GRID].tolist()
-    font, heading = ImageFont.load_default(13), ImageFont.load_default(20)
-    line = sum(font.getmetrics()) + 1
-    width, height = GRID * (CELL + MARGIN) + MARGIN, CELL + LINES * line + 2 * MARGIN
-    rows = -(-max(len(chosen), 1) // GRID)
-    top = 30 + 2 * MARGIN
-    sheet = Image.new("RGB", (width, top + rows * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, "black", heading)
-    for place, i in enumerate(chosen):
-        example = source[i]
-        x, y = MARGIN + place % GRID * (CELL + MARGIN), top + place // GRID * height
-        draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), outline="#dddddd")
-        sheet.paste(ImageOps.pad(example.picture, (CELL, CELL), color="white"), (x, y))
-        for n, text in enumerate(_wrap(example.captions[0], font)):
-            draw.text((x, y + CELL + 3 + n * line), text, "#333333", font)
-    return sheet
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """At most LINES lines that fit a cell; what is left out ends in an ellipsis."""
-    lines, words = [""], text.split()
-    for word in words:
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= CELL or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > LINES:
-        lines = [*lines[: LINES - 1], lines[LINES - 1] + " ..."]
-    return [_cut(line, font) for line in lines]
-
-
-def _cut(line: str, font: ImageFont.FreeTypeFont) -> str:
-    if font.getlength(line) <= CELL:
-        return line
-    while line and font.getlength(f"{line}...") > CELL:
-        line = line[:-1]
-    return f"{line.rstrip(' .')}..."
+    examples = [source[i] for i in chosen]
+    return contact_sheet(title, [Cell(e.picture, [(e.captions[0], "#333333")]) for e in examples], GRID)

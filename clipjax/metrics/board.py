@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -26,6 +27,15 @@ class Board:
         """Points of curves, each named `group/name` or `name`."""
         for name, value in values.items():
             self._add(step, summary=summary.scalar(name, value))
+        self._pulse()
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Pictures, uint8 [h, w, 3], each named as a curve is."""
+        for name, picture in pictures.items():
+            self._add(step, summary=summary.image(name, picture, dataformats="HWC"))
+        self._pulse()
+
+    def _pulse(self) -> None:
         if time.monotonic() - self._flushed > self.EVERY:
             self.flush()
 

@@ -6,14 +6,14 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+import numpy as np
 
 from clipjax.files import Mirror, scheme, write_whole
 
-if TYPE_CHECKING:
-    pass
+Found = Mapping[str, float | np.ndarray]  # by an evaluation: metrics, and pictures
 
 
 class NonFiniteError(FloatingPointError):
@@ -72,11 +72,17 @@ class Writer:
         self._upload()
         return line
 
-    def evaluation(self, step: int, task: str, metrics: Mapping[str, float], **more: str) -> None:
-        """Writes an evaluator's line: `step`, `task`, `metrics` and what `more` names, as the dataset."""
-        values = {name: float(value) for name, value in metrics.items()}
-        self._write({"step": step, "task": task, **more, "metrics": values}, "/".join([task, *more.values(), ""]), values)
+    def evaluation(self, step: int, task: str, found: Found, **more: str) -> dict[str, float]:
+        """Writes an evaluator's line: `step`, `task`, `metrics` and what `more` names, as the dataset. Pictures, arrays uint8
+        [h, w, 3] among what was found, go to TensorBoard alone. Returns the others: the metrics."""
+        pictures = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+        values = {name: float(value) for name, value in found.items() if name not in pictures}
+        prefix = "/".join([task, *more.values(), ""])
+        self._write({"step": step, "task": task, **more, "metrics": values}, prefix, values)
+        if self._board is not None:
+            self._board.images(step, {prefix + name: picture for name, picture in pictures.items()})
         self._upload()  # a checkpoint may follow, and whoever resumes from it does not evaluate again
+        return values
 
     def close(self) -> None:
         """Ends the files. What was pushed since the last flush is dropped."""

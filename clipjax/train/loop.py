@@ -16,7 +16,7 @@ from clipjax import config, distributed, preemption, sharding
 from clipjax.checkpoint import FULL, Checkpoints
 from clipjax.metrics.clock import Clock, Tally
 from clipjax.metrics.flops import mfu, model_flops
-from clipjax.metrics.writer import NonFiniteError, Writer
+from clipjax.metrics.writer import Found, NonFiniteError, Writer
 from clipjax.models import clip
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
@@ -39,7 +39,7 @@ class Evaluator(Protocol):
 
     def due(self, step: int) -> bool: ...
 
-    def run(self, params: clip.Params, step: int) -> dict[str, float]: ...
+    def run(self, params: clip.Params, step: int) -> Found: ...
 
 
 def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
@@ -165,8 +165,8 @@ def _evaluate(due: Sequence[Evaluator], step: int, state: TrainState, writer: Wr
     """Runs evaluators and writes their lines; all values as `task/metric` and `task/dataset/metric`."""
     results = {}
     for evaluator in due:
-        metrics = evaluator.run(state.evaluated, step)
-        writer.evaluation(step, evaluator.task, metrics, dataset=evaluator.dataset)
+        found = evaluator.run(state.evaluated, step)
+        metrics = writer.evaluation(step, evaluator.task, found, dataset=evaluator.dataset)
         say(f"step {step:,}  {evaluator.task} on {evaluator.dataset}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         for prefix in (evaluator.task, f"{evaluator.task}/{evaluator.dataset}"):
             results |= {f"{prefix}/{name}": value for name, value in metrics.items()}

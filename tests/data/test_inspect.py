@@ -5,6 +5,7 @@ from PIL import Image
 
 from clipjax.config import Data
 from clipjax.data import inspect as module
+from clipjax.data import sheet as sheets
 from clipjax.data.inspect import describe, inspect
 from clipjax.data.tokenizer import Tokenizer
 from tests.data.conftest import PICTURES, write_tsv
@@ -81,22 +82,22 @@ def test_contact_sheet_shows_the_pictures(emoji_here, tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "one.png").convert("RGB"))
     assert sheet.shape[1] > 1000
     # In every cell there are colours of its picture, and below it dark text on white.
-    pitch, top = module.CELL + module.MARGIN, 46
+    pitch, top = sheets.CELL + sheets.MARGIN, 46
     height = (sheet.shape[0] - top) // module.GRID
     for row in range(module.GRID):
         for column in range(module.GRID):
-            x, y = module.MARGIN + column * pitch, top + row * height
-            picture = sheet[y : y + module.CELL, x : x + module.CELL]
-            text = sheet[y + module.CELL + 3 : y + height, x : x + module.CELL]
+            x, y = sheets.MARGIN + column * pitch, top + row * height
+            picture = sheet[y : y + sheets.CELL, x : x + sheets.CELL]
+            text = sheet[y + sheets.CELL + 3 : y + height, x : x + sheets.CELL]
             assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
             assert text.min() < 120
             assert np.median(text) == 255
 
 
 def test_long_captions_are_cut():
-    font = module.ImageFont.load_default(13)
-    lines = module._wrap("a very long caption " * 20, font)
-    assert len(lines) == module.LINES
+    font = sheets.ImageFont.load_default(13)
+    lines = sheets._wrap("a very long caption " * 20, font)
+    assert len(lines) == sheets.LINES
     assert lines[-1].endswith("...")
-    assert all(font.getlength(line) <= module.CELL for line in [*lines, *module._wrap("w" * 100, font)])
-    assert module._wrap("short", font) == ["short"]
+    assert all(font.getlength(line) <= sheets.CELL for line in [*lines, *sheets._wrap("w" * 100, font)])
+    assert sheets._wrap("short", font) == ["short"]

@@ -1,0 +1,228 @@
+"""Captions of a dataset against its own: metrics by hand, perplexity in float64, and the same figures on every mesh."""
+
+import dataclasses
+import io
+import logging
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipjax import config
+from clipjax.config import ConfigError, Data
+from clipjax.data.sources import Record, Source
+from clipjax.evals import caption_metrics as metrics
+from clipjax.evals.captioning import Captioning, sheet
+from clipjax.evals.encoder import Encoder
+from clipjax.evals.training import make_evaluators
+from clipjax.models import clip
+from tests.evals.tiny import LENGTH, MODEL, TOKENIZER, WORDS, mesh_of
+
+COCA = dataclasses.replace(
+    MODEL,
+    image=dataclasses.replace(MODEL.image, pool="cascade", queries=3, pool_heads=2),
+    text=dataclasses.replace(MODEL.text, pool="cls"),
+    decoder=config.Decoder(depth=1, heads=2, mlp_dim=32),
+)
+READABLE = [0, 1, 2, 3, 5, 6, 7, 8, 9]
+
+
+class Pictures(Source):
+    """Pictures in memory, with any captions; None instead of a picture is one that can't be read."""
+
+    name, fields = "toy/test", {}
+
+    def __init__(self, pictures, captions):
+        super().__init__()
+        self.pictures, self.several = pictures, captions
+
+    def __len__(self):
+        return len(self.several)
+
+    def _record(self, i):
+        file = io.BytesIO()
+        Image.fromarray(self.pictures[i]).save(file, "png")
+        return Record(b"none" if i == 4 else file.getvalue(), tuple(self.several[i]), f"key {i}")
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger weights than an initialisation's, so that every picture has words of its own.
+    return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, clip.init(COCA, 0))
+
+
+@pytest.fixture(scope="module")
+def toy(pictures):
+    """Ten pictures: of the fifth there is no file, the third has two captions."""
+    return Pictures(pictures, [[w] + ["a photo"] * (i == 2) for i, w in enumerate(WORDS[:10])])
+
+
+@pytest.fixture(scope="module")
+def on_one(toy):
+    return Captioning(Encoder(COCA, mesh_of("1"), 4), TOKENIZER, toy, Data(workers=1))
+
+
+@pytest.fixture(scope="module")
+def found(on_one, params):
+    return on_one.measure(params)
+
+
+def of(evaluation, captions):
+    """The same evaluation, and its compiled programs, against other references."""
+    other = Captioning(evaluation.encoder, TOKENIZER, Pictures(evaluation._source.pictures, captions), Data(workers=1))
+    other._captioner, other._score = evaluation._captioner, evaluation._score
+    return other
+
+
+def test_pictures_that_can_be_read_have_captions_of_their_own(found):
+    assert list(found.captions) == READABLE
+    assert len(set(found.captions.values())) > 4
+    assert found.metrics.keys() == {"exact_match", "perplexity", "bleu", "chrf", "cider"}
+    assert found.metrics["exact_match"] == 0
+    assert 0 < found.metrics["chrf"] < 100
+
+
+@pytest.mark.parametrize(("mesh", "batch"), [("8", 16), ("2x2x2", 4)])
+def test_neither_devices_nor_batches_nor_padding_change_the_figures(toy, params, found, mesh, batch):
+    other = Captioning(Encoder(COCA, mesh_of(mesh), batch), TOKENIZER, toy, Data(workers=1)).measure(params)
+    assert other.captions == found.captions
+    assert other.metrics == pytest.approx(found.metrics, rel=1e-6)
+
+
+def test_perplexity_in_float64(pictures, params, found):
+    tokens = TOKENIZER.encode(WORDS[:10])[0][READABLE]
+
+    @jax.jit
+    def seen(params):
+        model = clip.bind(COCA, params)
+        return model.encode_pairs(pictures[READABLE], tokens)[2], model.words
+
+    states, words = map(np.float64, seen(params))
+    logits = states @ words.T
+    logp = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    nll = []
+    for row, ids in zip(logp, tokens, strict=True):
+        ids = ids.tolist()
+        nll += [-row[t - 1, ids[t]] for t in range(1, ids.index(TOKENIZER.end_id) + 1)]
+    assert len(nll) < len(READABLE) * (LENGTH - 1)  # there is padding to leave out
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(math.fsum(nll) / len(nll)), rel=1e-5)
+
+
+def test_uniform_logits_have_the_perplexity_of_the_vocabulary(on_one, params):
+    even = params | {"decoder": params["decoder"] | {"output": jax.tree.map(jnp.zeros_like, params["decoder"]["output"])}}
+    assert on_one.run(even)["perplexity"] == pytest.approx(COCA.text.vocab_size, rel=1e-6)
+
+
+def test_what_the_model_writes_is_right_where_it_is_the_reference(on_one, params, found):
+    own = [[found.captions.get(i, "none")] for i in range(10)]
+    assert of(on_one, own).run(params) | {"perplexity": None, "cider": None} == pytest.approx(
+        {"exact_match": 1, "perplexity": None, "bleu": 100, "chrf": 100, "cider": None}
+    )
+    second = [["a fox", *one] if i % 2 else one for i, one in enumerate(own)]  # any reference will do
+    assert of(on_one, second).run(params)["exact_match"] == 1
+    half = [["a fox"] if i < 5 else one for i, one in enumerate(own)]  # one of these can't be read
+    assert of(on_one, half).run(params)["exact_match"] == pytest.approx(5 / 9)
+
+
+def test_a_reference_counts_as_the_tokenizer_gives_it_back(on_one):
+    long = "fox " * 40
+    accepted = of(on_one, [["One oʼclock"], [long]] + [["x"]] * 8)._accepted
+    assert accepted[0] == ["One oʼclock", "one o'clock"]
+    assert metrics.exact_match(["one o'clock"], [["One oʼclock"]]) == 0
+    assert accepted[1] == [long]  # one that is cut can't be met by what is left of it
+    assert TOKENIZER.encode([long])[1].all()
+
+
+def test_exact_match_looks_past_case_and_punctuation():
+    wanted = [["Man: dark skin tone", "a man"], ["keycap #"], ["x"]]
+    assert metrics.exact_match(["man dark  skin tone", "keycap *", "x"], wanted) == pytest.approx(2 / 3)
+    assert metrics.exact_match(["A man!", "Keycap: #", ""], wanted) == pytest.approx(2 / 3)
+
+
+def test_bleu_by_hand():
+    assert metrics.bleu(["a b c d"], [["A b c d e"]]) == pytest.approx(100 * math.exp(1 - 5 / 4))  # short
+    assert metrics.bleu(["a b c d", "e f g h i"], [["z", "a b c d"], ["e f g h i"]]) == pytest.approx(100)
+    six = ["a b c d e f"], [["a b c d x y"]]  # of 6, 5, 4, 3 n-grams 4, 3, 2, 1 are right
+    assert metrics.bleu(*six) == pytest.approx(100 * (4 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+
+
+def test_chrf_by_hand():
+    assert metrics.chrf(["abc"], [["ABD"]]) == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+    assert metrics.chrf(["abc", "xyz"], [["abc"], ["q", "xyz"]]) == pytest.approx(100)
+
+
+def test_cider_by_hand():
+    wanted = [["a b c d e"], ["f g h i"]]
+    assert metrics.cider(["A b, c d e!", "f g h i"], wanted) == pytest.approx(10)
+    assert metrics.cider(["a b c d e", "z"], wanted) == pytest.approx(5)
+    assert metrics.cider(["a b c d e"], wanted[:1]) is None
+    # No n-gram is of both pictures, so all weigh alike; a word less costs a Gaussian of width 6.
+    cosines = [4 / (4 * 5) ** 0.5, 3 / (3 * 4) ** 0.5, 2 / (2 * 3) ** 0.5, 1 / (1 * 2) ** 0.5]
+    first = 10 * np.mean(cosines) * math.exp(-1 / 72)
+    assert metrics.cider(["a b c d", "f g h i"], wanted) == pytest.approx((first + 10) / 2)
+    assert metrics.cider(["a b", "a c"], [["a b"], ["a c"]]) == pytest.approx(10 * 2 / 4)  # `a` is of both and weighs nothing
+
+
+def test_what_is_not_installed_is_null(on_one, params, found, toy, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    with caplog.at_level(logging.WARNING):
+        bare = of(on_one, toy.several).run(params)
+    want = "captioning: without sacrebleu and pycocoevalcap some metrics are null: pip install 'clipjax[captions]'"
+    assert want in caplog.messages
+    assert bare == found.metrics | {"bleu": None, "chrf": None, "cider": None}
+
+
+def test_a_sheet_shows_every_sample(on_one, found):
+    few, all_of_them = (on_one.samples(found, n) for n in (3, 100))
+    assert len(all_of_them) == len(READABLE)
+    assert [s.key for s in few] == [s.key for s in all_of_them[:3]]
+    assert {s.key: s.caption for s in all_of_them} == {f"key {i}": c for i, c in found.captions.items()}
+    wide, narrow = (np.asarray(sheet(samples, "a title")) for samples in (few * 6, few))
+    assert wide.shape[1] > 1.9 * narrow.shape[1]
+    left = np.asarray(few[0].picture.resize((148, 148), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(narrow[46:194, 8:156], left)
+    assert (narrow[200:] != 255).any()  # the text
+
+
+def run_of(tsv, model=COCA, **changes):
+    spec = f"tsv:{tsv}/pairs.tsv"
+    wanted = config.Captioning(data=spec, every=10, samples=2)
+    train = config.Train(steps=5000, eval_batch_size=4, **changes)
+    return config.Run(model=model, data=Data(spec=spec, workers=1), train=train, evals=(wanted,))
+
+
+def test_in_training(tsv, params, tmp_path, capsys):
+    run = run_of(tsv, best="captioning/exact_match")
+    assert config.from_json(config.to_json(run)) == run
+    (evaluator,) = make_evaluators(run, mesh_of("1"), TOKENIZER, tmp_path)
+    found = evaluator.run(params, 20)
+    shown = capsys.readouterr().err.splitlines()
+    assert evaluator.task == config.Captioning.task == "captioning"
+    assert found.keys() == {"exact_match", "perplexity", "bleu", "chrf", "cider", "samples"}
+    assert set(config.Captioning.metrics) < found.keys()
+    assert {name: value for name, value in found.items() if name != "samples"} == evaluator.evaluation.run(params)
+    samples = evaluator.evaluation.samples(evaluator.evaluation.measure(params), 2)
+    assert shown == [
+        f"step 20  {evaluator.dataset}  {s.key}: {s.caption!r}, where the reference is {s.reference!r}" for s in samples
+    ]
+    (file,) = (tmp_path / "captioning").iterdir()
+    assert file.name.endswith("pairs.tsv-000020.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(file)), found["samples"])
+
+
+def test_what_can_not_be_is_refused_before_training(tsv, monkeypatch):
+    with pytest.raises(ConfigError, match=r"model\.decoder = None: only a model with a captioning head"):
+        make_evaluators(run_of(tsv, MODEL), mesh_of("1"), TOKENIZER)
+    with pytest.raises(ConfigError, match=r"evals\.samples = -1"):
+        config.Captioning(samples=-1)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    make_evaluators(run_of(tsv, best="captioning/exact_match"), mesh_of("1"), TOKENIZER)
+    with pytest.raises(ConfigError, match=r"train\.best = 'captioning/bleu': needs sacrebleu: pip install 'clipjax\[captions\]'"):
+        make_evaluators(run_of(tsv, best="captioning/bleu"), mesh_of("1"), TOKENIZER)
+    with pytest.raises(ConfigError, match="no evaluation of this run gives it"):
+        run_of(tsv, best="captioning/perplexity")
