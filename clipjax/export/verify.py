@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from clipjax.config import ConfigError, Model
+from clipjax.config import ConfigError, Mesh, Model
 from clipjax.data.image import fit
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.export import open_clip_generate
 from clipjax.export.folder import Format, Resize
+from clipjax.generate import Captioner
 from clipjax.models.clip import bind
+from clipjax.sharding import make_mesh
 
 LIMIT = 1e-4  # of an embedding's norm
 PACKAGES = {
@@ -32,7 +35,8 @@ class Report:
 
     `image` and `text` start from the same pixels and the same token ids, so they measure the weights and the arithmetic;
     `picture` and `caption` start from PIL pictures and strings, through each side's own preprocessing and tokenizer.
-    `logits` and a captioning head's, `words`, are relative to the largest.
+    `logits` and a captioning head's, `words`, are relative to the largest; `written` counts the pictures for which greedy
+    captions differ.
 
     Two things no export can mend, so they are told and not judged. open_clip cleans strings before it encodes them (curly
     quotes become straight, HTML entities characters): `caption` compares with what we make of the cleaned string, `cleaned`
@@ -49,6 +53,7 @@ class Report:
     cleaned: int
     crops_otherwise: bool
     words: float | None = None  # where there is a captioning head
+    written: int | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -56,7 +61,20 @@ class Report:
         judged = ["image", "text", "logits", "caption"] + ["picture"] * (not self.crops_otherwise)
         judged += ["words"] * (self.words is not None)
         far = {name: getattr(self, name) for name in judged if not getattr(self, name) <= LIMIT}
-        return [f"{name} differs by {figure:.1e}, more than {LIMIT:.0e}" for name, figure in far.items()]
+        told = [f"{name} differs by {figure:.1e}, more than {LIMIT:.0e}" for name, figure in far.items()]
+        return told + [f"greedy captions of {self.written} of {self.examples} pictures differ"] * bool(self.written)
+
+    @property
+    def figures(self) -> list[str]:
+        """All that was compared, a line for each kind."""
+        lines = [
+            f"same pixels and ids: image {self.image:.1e}, text {self.text:.1e}; logits {self.logits:.1e}",
+            f"from picture and string: image {self.picture:.1e}, text {self.caption:.1e}",
+        ]
+        if self.words is None:
+            return lines
+        same = self.examples - self.written
+        return [*lines, f"captioning head: logits {self.words:.1e}; equal greedy captions {same} of {self.examples}"]
 
     @property
     def notes(self) -> list[str]:
@@ -81,6 +99,7 @@ class Reference(NamedTuple):
     pixels: Callable[[Sequence[Image.Image]], Any]  # -> float tensor [n, 3, s, s], normalised
     ids: Callable[[Sequence[str]], Any]  # -> integer tensor [n, t]
     encode: Callable[[Any, Any], tuple[Any, ...]]  # pixels, ids -> Encoded, as tensors
+    write: Callable[[Any, Tokenizer], np.ndarray]  # pixels, and the special tokens -> greedy captions, ids [n, t]
     clean: Callable[[str], str]  # what it does to a string before its tokenizer sees it
     crops_otherwise: bool
 
@@ -111,6 +130,11 @@ def verify(
     with torch.inference_mode():
         same = Encoded(*(x.numpy() for x in theirs.encode(pixels, torch.from_numpy(tokens).long())))
         own = Encoded(*(x.numpy() for x in theirs.encode(theirs.pixels(pictures), theirs.ids(texts))))
+    heard = {}
+    if model.decoder is not None:
+        captions = zip(write(model, params, images, words), theirs.write(pixels, words), strict=True)
+        written = sum(_until_end(a, words) != _until_end(b, words) for a, b in captions)
+        heard = dict(words=_of_largest(ours.words, same.words), written=written)
     return Report(
         examples=len(pictures),
         image=_difference(ours.image, same.image),
@@ -120,7 +144,7 @@ def verify(
         caption=_difference(ours_clean.text, own.text),
         cleaned=int((tokens != clean).any(axis=1).sum()),
         crops_otherwise=theirs.crops_otherwise,
-        words=None if model.decoder is None else _of_largest(ours.words, same.words),
+        **heard,
     )
 
 
@@ -141,6 +165,20 @@ def _encode(model: Model, params: Mapping[str, Any], images: jax.Array, tokens: 
         words = (states @ m.words.T,)
     logits = jnp.exp(m.log_scale[...]) * (image @ text.T)
     return image, text, logits if m.bias is None else logits + m.bias[...], *words
+
+
+def write(model: Model, params: Mapping[str, Any], images: np.ndarray, words: Tokenizer) -> np.ndarray:
+    """Our greedy captions, ids [n, t], in float32 whatever `model.dtype`."""
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    captioner = Captioner(replace(model, dtype="float32"), mesh, len(images), words)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(captioner.write(jax.device_get(params), images, np.arange(len(images), dtype=np.int32)).tokens)
+
+
+def _until_end(ids: np.ndarray, words: Tokenizer) -> list[int]:
+    """Without what follows the end, or a padding that was written in its place: open_clip's `generate` stops there too."""
+    stops = np.isin(ids, [words.end_id, words.pad_id]).nonzero()[0]
+    return ids[: stops[0]].tolist() if len(stops) else ids.tolist()
 
 
 def load(out: Path, to: Format) -> Reference:
@@ -169,7 +207,8 @@ def _load_open_clip(out: Path) -> Reference:
         return image, text, scale * image @ text.T + sum(bias)
 
     model.eval()
-    return Reference(pixels, lambda texts: tokenizer(list(texts)), run, tokenizer.clean_fn, crops_otherwise=False)
+    write = functools.partial(open_clip_generate.greedy, model)
+    return Reference(pixels, lambda texts: tokenizer(list(texts)), run, write, tokenizer.clean_fn, crops_otherwise=False)
 
 
 def _load_transformers(out: Path) -> Reference:
@@ -191,7 +230,10 @@ def _load_transformers(out: Path) -> Reference:
         output = model(input_ids=ids, pixel_values=pixels)
         return output.image_embeds, output.text_embeds, output.logits_per_image
 
-    return Reference(pixels, ids, run, lambda text: text, crops_otherwise=bool(processor.do_center_crop))
+    def write(pixels: torch.Tensor, words: Tokenizer) -> np.ndarray:
+        raise NotImplementedError("transformers has no CoCa, and `export` refuses one")
+
+    return Reference(pixels, ids, run, write, lambda text: text, crops_otherwise=bool(processor.do_center_crop))
 
 
 def require_packages(to: Format) -> None:

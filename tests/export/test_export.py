@@ -7,74 +7,16 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
 
 from clipjax.config import ConfigError, ImageTower, Model, TextTower
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export.folder import export
-from clipjax.export.table import flatten, unflatten
 from clipjax.export.verify import load, verify
 from clipjax.models.clip import init
 from tests import torch_reference
+from tests.export.models import CAPTIONS, LENGTH, TEXT, check, clip, parameters, siglip
 
 torch_reference.load()
-
-WORDS = "woman man astronaut firefighter light dark medium skin tone waving hand red heart family: flag"
-CAPTIONS = [
-    "woman astronaut: dark skin tone",
-    "A  Man waving\this hand",
-    "flag",
-    "family: man, woman, and a heart that is red, with a firefighter behind and more words than fit into the row",
-    "œuvre d’été 🎈",
-]
-LENGTH = 16
-TEXT = dict(width=32, depth=2, heads=2, mlp_dim=100, length=LENGTH, vocab_size=400)
-IMAGE = dict(image_size=32, patch_size=8, width=48, depth=2, heads=3, mlp_dim=144)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run") / "tokenizer.json"
-    Tokenizer.train(WORDS.split() * 3 + CAPTIONS, TEXT["vocab_size"], True, LENGTH).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    """Smooth pictures of several shapes, larger and smaller than the towers' input."""
-    rng = np.random.default_rng(0)
-    shapes = [(136, 128), (128, 136), (50, 90), (64, 64), (21, 30)]
-    coarse = [Image.fromarray(rng.integers(0, 256, (h // 8 + 2, w // 8 + 2, 3), np.uint8)) for w, h in shapes]
-    return [c.resize(shape, Image.Resampling.BICUBIC) for c, shape in zip(coarse, shapes, strict=True)]
-
-
-def clip(image=None, text=None, **model) -> Model:
-    words = TextTower(**TEXT | dict(embed_dim=24) | (text or {}))
-    return Model(image=ImageTower(**IMAGE | dict(embed_dim=24) | (image or {})), text=words, **model)
-
-
-def siglip(image=None, text=None, **model) -> Model:
-    words = TextTower.siglip("B", **TEXT | dict(embed_dim=48) | (text or {}))
-    return Model(image=ImageTower.siglip("B/16", **IMAGE | (image or {})), text=words, **dict(init_bias=-10.0) | model)
-
-
-def parameters(model: Model) -> dict:
-    """Drawn afresh: as after training, no bias is zero and no gain is one."""
-    rng = np.random.default_rng(0)
-    centre = {"scale": 1.0, "log_scale": 2.0}
-
-    def draw(path, leaf):
-        std = model.image.width**-0.5 if "kernel" in path else 0.1
-        return centre.get(path.split("/")[-1], 0.0) + std * rng.standard_normal(leaf.shape, np.float32)
-
-    return unflatten({path: draw(path, leaf) for path, leaf in flatten(jax.eval_shape(lambda: init(model, 0)))})
-
-
-def check(folder, to, model, params, tokenizer, pictures, resize="squash"):
-    _, truncated = Tokenizer.load(tokenizer, LENGTH).encode(CAPTIONS)
-    assert truncated.tolist() == [False, False, False, True, False]
-    return verify(folder, to, model, params, tokenizer, resize, pictures, CAPTIONS)
-
 
 CASES = {
     "clip": (clip(), "open_clip", "squash"),

@@ -1,0 +1,31 @@
+"""Captions by open_clip's own `CoCa.generate`."""
+
+from typing import Any
+
+import numpy as np
+
+from clipjax.data.tokenizer import Tokenizer
+
+
+def greedy(model: Any, pixels: Any, words: Tokenizer) -> np.ndarray:
+    """Ids [n, t] for pixels [n, 3, s, s], float32 and normalised: start, text, end, padding."""
+    from open_clip import coca_model
+
+    if not coca_model._has_transformers:
+        _restore(coca_model)
+    special = dict(sot_token_id=words.start_id, eos_token_id=words.end_id, pad_token_id=words.pad_id)
+    length = dict(seq_len=words.length, max_seq_len=words.length, min_seq_len=0, fixed_output_length=True)
+    return model.generate(pixels, generation_type="top_k", top_k=1, **length, **special).numpy()
+
+
+def _restore(coca_model: Any) -> None:
+    """open_clip 3.3 does without all of transformers' generation where there is no BeamSearchScorer, which transformers 5 has
+    not. Only its beam search needs that."""
+    from transformers import generation
+
+    names = ("LogitsProcessorList", "TopPLogitsWarper", "TopKLogitsWarper", "RepetitionPenaltyLogitsProcessor")
+    names += ("MinLengthLogitsProcessor", "MaxLengthCriteria", "StoppingCriteriaList")
+    for name in names:
+        setattr(coca_model, name, getattr(generation, name))
+    coca_model.GENERATION_TYPES.update(top_k=generation.TopKLogitsWarper, top_p=generation.TopPLogitsWarper)
+    coca_model._has_transformers = True
