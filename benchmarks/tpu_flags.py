@@ -1,0 +1,68 @@
+"""What options of the TPU compiler change in a compiled train step, without a TPU.
+
+    python benchmarks/tpu_flags.py configs/siglip_b16.py --topology v5e:16x16 [--options "--xla_enable_async_all_gather=true"]
+
+The step is compiled with libtpu's defaults and with the options, those of launch/tpu_flags.sh where none are given. libtpu reads
+LIBTPU_INIT_ARGS once, so each is a process of its own. Collectives "under way" are started and awaited apart; "overlapped" are
+those of them with a product in between.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from clipjax import aot, plan
+from clipjax.config.load import load_config
+from clipjax.plan.estimate import estimate
+
+FLAGS = Path(__file__).parents[1] / "launch" / "tpu_flags.sh"
+
+
+def figures(config: str, topology: str) -> dict[str, str]:
+    """Of this process's compiler."""
+    run, devices = load_config(config), aot.tpu_devices(topology)
+    compiled = plan.compile_step(run, devices)
+    cost = compiled.cost
+    seconds = estimate(cost, devices, run.train.batch_size, 0.0).seconds
+    return {
+        "peak, GiB a chip": f"{compiled.peak_bytes / 2**30:.2f}",
+        "collectives, MB": f"{sum(c.bytes for c in cost.collectives.values()) / 1e6:,.0f}",
+        "under way": str(cost.started),
+        "overlapped": str(cost.overlapped),
+        "memory traffic, GB": f"{cost.memory_bytes / 1e9:.1f}",
+        "estimate, s": f"{max(seconds.values()):.3f}",
+        "compiled in, s": f"{compiled.seconds:.0f}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a file of configs/")
+    parser.add_argument("--topology", required=True, help="as v5e:16x16")
+    parser.add_argument("--options", help="what to put into LIBTPU_INIT_ARGS; those of launch/tpu_flags.sh where not given")
+    parser.add_argument("--here", action="store_true", help="compile in this process and print JSON")
+    args = parser.parse_args()
+    if args.here:
+        print(json.dumps(figures(args.config, args.topology)))
+        return
+    environment = os.environ | {"LIBTPU_INIT_ARGS": ""}
+    options = args.options
+    if options is None:
+        options = subprocess.run([FLAGS], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, __file__, args.config, "--topology", args.topology, "--here"]
+    found = []
+    for given in ("", options):
+        done = subprocess.run(
+            command, env=environment | {"LIBTPU_INIT_ARGS": given}, stdout=subprocess.PIPE, text=True, check=True
+        )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{args.config}, {args.topology}; defaults, and with {options}")
+    for name, plain in found[0].items():
+        print(f"  {name:<20} {plain:>10} {found[1][name]:>10}")
+
+
+if __name__ == "__main__":
+    main()
