@@ -131,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     picture = "both clouds and their spectra; else beside --json, or geometry-SPEC-SPLIT.png in this folder"
     p.add_argument("--png", type=writable_file, metavar="OUT", help=picture)
 
+    text = "captions written greedily, against those of the dataset: exact match, perplexity, BLEU, chrF, CIDEr"
+    p = command(evals, "captioning", commands.eval_captioning, text)
+    of_run(p)
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write the result here")
+    picture = "some pictures with their captions; else beside --json, or captioning-SPEC-SPLIT.png in this folder"
+    p.add_argument("--png", type=writable_file, metavar="OUT", help=picture)
+    p.add_argument("--samples", type=positive, default=32, metavar="N", help="how many pictures")
+
     p = command(top, "embed", commands.embed, "write a dataset's embeddings: arrays image, text and key, float32 unit vectors")
     of_run(p)
     p.add_argument("--out", type=writable_file, required=True, metavar="FILE.npz", help="where to write")
@@ -141,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=local_folder, required=True, metavar="DIR", help="a new folder, or that of an earlier export")
     p.add_argument("--verify", action="store_true", help="load it in PyTorch and compare embeddings of the run's own examples")
     p.add_argument("--examples", type=positive, default=32, help="how many --verify compares")
+
+    p = command(top, "import", commands.import_run, "make a workdir of another library's model, to evaluate, embed, caption or export")
+    p.add_argument("source", type=Path, metavar="SRC", help="a folder with open_clip_config.json, .safetensors and tokenizer.json")
+    p.add_argument("--from", dest="origin", required=True, choices=("open_clip",), help="the library that wrote it")
+    p.add_argument("--out", type=writable_folder, required=True, metavar="RUN", help="a new workdir, local or on gs:// or s3://")
 
     data = group("data", "prepare or look at a dataset")
     p = command(data, "prepare", commands.data_prepare, "build a dataset that clipjax makes itself, in TFDS's folder")

@@ -15,11 +15,14 @@ from clipjax.arguments import writable_file
 from clipjax.config.load import load_config, override
 
 if TYPE_CHECKING:
+    from clipjax.evals.captioning import Captioning
     from clipjax.evals.encoder import Metrics
     from clipjax.evals.geometry import Geometry
     from clipjax.evals.loaded import Loaded
     from clipjax.evals.retrieval import Retrieval
     from clipjax.evals.zeroshot import Zeroshot
+
+    Evaluation = Zeroshot | Retrieval | Geometry | Captioning
 
 
 def _configured(args: argparse.Namespace, needed: str) -> config.Run | None:
@@ -68,10 +71,15 @@ def _load(args: argparse.Namespace) -> "Loaded":
 
 def _say(text: str, file: TextIO | None = None) -> None:
     """From one process only."""
+    if _first():
+        print(text, file=file)
+
+
+def _first() -> bool:
+    """Whether this is the first process."""
     import jax
 
-    if jax.process_index() == 0:
-        print(text, file=file)
+    return jax.process_index() == 0
 
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
@@ -111,7 +119,25 @@ def eval_geometry(args: argparse.Namespace) -> None:
     _say(f"picture: {picture}", sys.stderr)
 
 
-def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Zeroshot | Retrieval | Geometry", metrics: "Metrics") -> None:
+def eval_captioning(args: argparse.Namespace) -> None:
+    """`clipjax eval captioning`: what a run writes of pictures, in figures and in a picture."""
+    from clipjax.evals.captioning import Captioning, save_png, sheet
+    from clipjax.evals.geometry_plot import file_name
+    from clipjax.evals.inputs import eval_data
+
+    beside = args.json.with_suffix(".png") if args.json else "captioning-" + file_name(f"{args.data}-{args.split}")
+    picture = args.png or writable_file(str(beside))
+    model = _load(args)
+    evaluation = Captioning.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
+    found = evaluation.measure(model.params)
+    _report(args, model, evaluation, found.metrics)
+    if _first():
+        title = f"{model.name}, step {model.step}, on {evaluation.dataset}"
+        save_png(picture, sheet(evaluation.samples(found, args.samples), title))
+        print(f"picture: {picture}", file=sys.stderr)
+
+
+def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Evaluation", metrics: "Metrics") -> None:
     from clipjax.evals.report import report, write_json
 
     result = report(evaluation.dataset, model.name, f"step {model.step}", evaluation.task, metrics)
@@ -156,13 +182,23 @@ def export(args: argparse.Namespace) -> int:
     pictures, texts = [Image.fromarray(x.image) for x in examples], [x.captions[0] for x in examples]
     report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, pictures, texts)
     print(f"verified in PyTorch on {report.examples} examples; largest differences, of an embedding's norm:")
-    print(f"  same pixels and ids: image {report.image:.1e}, text {report.text:.1e}; logits {report.logits:.1e}")
-    print(f"  from picture and string: image {report.picture:.1e}, text {report.caption:.1e}")
+    for figures in report.figures:
+        print(f"  {figures}")
     for note in report.notes:
         print(f"  not judged: {note}")
     for failure in report.failures:
         print(f"clipjax: {failure}", file=sys.stderr)
     return 1 if report.failures else 0
+
+
+def import_run(args: argparse.Namespace) -> None:
+    """`clipjax import`: another library's model as a run."""
+    from clipjax.export.imported import import_open_clip
+
+    _, notes = import_open_clip(args.source, args.out)
+    print(f"{args.out}: step 0, from {args.source}")
+    for note in notes:
+        print(f"  not taken over: {note}")
 
 
 def plan(args: argparse.Namespace) -> int:

@@ -34,10 +34,11 @@ COMMANDS = {
     "plan": ["CONFIG.py", "--topology", "--slices N", "--find-batch", "--json OUT"],
     "train": ["--workdir RUN", "CONFIG.py"],
     f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
-    "eval": ["zeroshot", "retrieval", "geometry"],
+    "eval": ["zeroshot", "retrieval", "geometry", "captioning"],
     "eval zeroshot": ["--data SPEC", "--split", "--classnames FILE", "--templates NAME|FILE", "--json OUT", "default: simple"],
     "eval retrieval": ["--data SPEC", "--split", "--json OUT", "(default: test)"],
     "eval geometry": ["--data SPEC", "--split", "--json OUT", "--png OUT", "geometry-SPEC-SPLIT.png"],
+    "eval captioning": ["--data SPEC", "--split", "--json OUT", "--png OUT", "captioning-SPEC-SPLIT.png", "(default: 32)"],
     "embed": ["--data SPEC", "--out FILE.npz"],
     "export": ["--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
     "bench": ["loss"],
@@ -445,6 +446,13 @@ def test_geometry(workdir, embedded, tmp_path, capsys, monkeypatch):
         assert picture.format == "PNG"
     assert run("eval", "geometry", workdir, "--data", "emoji", "--json", "g.json", "--png", "mine.png") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["g.json", "geometry-emoji-test.png", "mine.png", "new"]
+
+
+def test_captioning_needs_a_captioning_head(workdir, capsys):
+    assert run("eval", "captioning", workdir, "--data", "emoji") == 2
+    said = capsys.readouterr()
+    assert said.err == "clipjax: model.decoder = None: only a model with a captioning head writes captions\n"
+    assert said.out == ""
 
 
 def test_the_result_names_the_folder_and_is_printed_before_it_is_written(workdir, capsys, monkeypatch):

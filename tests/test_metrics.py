@@ -1,6 +1,7 @@
 """Clock, FLOPs against the traced program, writers through kill and resume."""
 
 import contextlib
+import io
 import json
 import math
 import struct
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from clipjax.config import ImageTower, Model, Rule, TextTower
@@ -183,6 +185,21 @@ def test_lines_are_an_interval_late_and_complete(tmp_path):
         {"step": 6, "task": "zeroshot_retrieval", "dataset": "emoji", "metrics": {"image_retrieval_recall@1": 0.5, "x": None}},
         {"step": 6, "loss": 0.6, "lr": 0.001, "examples_per_second": 60, "mfu": None},
     ]
+
+
+def test_pictures_go_to_tensorboard_alone(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    writer = Writer(tmp_path)
+    assert writer.evaluation(3, "captioning", {"bleu": 2.5, "samples": picture}, dataset="emoji/test") == {"bleu": 2.5}
+    writer.close()
+    assert records(tmp_path) == [{"step": 3, "task": "captioning", "dataset": "emoji/test", "metrics": {"bleu": 2.5}}]
+    ((_, tags),) = events(tmp_path)
+    assert tags == {"captioning/emoji/test/bleu": (3, 2.5), "captioning/emoji/test/samples": (3, 0)}
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data = file.read_bytes()
+    start = data.index(b"\x89PNG")
+    with Image.open(io.BytesIO(data[start:])) as shown:
+        np.testing.assert_array_equal(np.asarray(shown), picture)
 
 
 def test_written_float32_is_exact(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import logging
 import math
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax import config
+from clipjax import cli, config
 from clipjax.config import ConfigError, Data
 from clipjax.data.sources import Record, Source
 from clipjax.evals import caption_metrics as metrics
@@ -226,3 +227,53 @@ def test_what_can_not_be_is_refused_before_training(tsv, monkeypatch):
         make_evaluators(run_of(tsv, best="captioning/bleu"), mesh_of("1"), TOKENIZER)
     with pytest.raises(ConfigError, match="no evaluation of this run gives it"):
         run_of(tsv, best="captioning/perplexity")
+
+
+CONFIG = """
+from clipjax.config import *
+
+def config():
+    shape = dict(width=16, depth=1, heads=2, mlp_dim=32, embed_dim=8)
+    data = "tsv:pairs.tsv"
+    return Run(
+        data=Data(spec=data, workers=1),
+        model=Model(
+            image=ImageTower(image_size=8, patch_size=4, **shape),
+            text=TextTower(length=12, vocab_size=300, **shape),
+            decoder=Decoder(depth=1, heads=2, mlp_dim=32),
+            dtype="float32",
+        ),
+        objective=(Softmax(), Caption()),
+        optim=Optim(schedule=Constant(warmup=0)),
+        train=Train(steps=2, batch_size=8, log_every=1, eval_batch_size=16),
+        evals=(Captioning(data=data, every=100, samples=3),),
+    )
+"""
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_what_the_command_line_finds(tsv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tsv)
+    (tmp_path / "mine.py").write_text(CONFIG)
+    assert cli.main(["train", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("step 2  tsv:pairs.tsv  ") == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line.get("task") == "captioning"]
+    assert line["step"] == 2
+    assert [p.name for p in (tmp_path / "run" / "captioning").iterdir()] == ["tsv-pairs.tsv-000002.png"]
+    assert b"captioning/tsv_pairs.tsv/samples" in b"".join(p.read_bytes() for p in (tmp_path / "run" / "tensorboard").iterdir())
+
+    command = ["eval", "captioning", str(tmp_path / "run"), "--data", "tsv:pairs.tsv", "--samples", "9"]
+    assert cli.main([*command, "--json", str(tmp_path / "c.json")]) == 0
+    said = capsys.readouterr()
+    result = json.loads((tmp_path / "c.json").read_text())
+    assert result == json.loads(said.out)
+    metrics = result.pop("metrics")
+    assert metrics == pytest.approx(line["metrics"], rel=1e-6)
+    assert result == {
+        "dataset": "tsv:pairs.tsv", "model": "run", "pretrained": "step 2", "task": "captioning", "language": "en",
+    }  # fmt: skip
+    assert f"picture: {tmp_path / 'c.png'}" in said.err
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size[1] > 3 * 148  # three rows of four
