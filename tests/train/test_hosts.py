@@ -150,3 +150,24 @@ def test_evaluations_and_embeddings_of_two_processes_are_those_of_one(data, tmp_
                 assert two[name] is None
             else:
                 np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_captions_of_two_processes_are_those_of_one(data, tmp_path, monkeypatch):
+    config, run, spec = tmp_path / "coca.py", tmp_path / "run", f"tsv:{data}/pairs.tsv"
+    config.write_text("from tests.train.tiny_hosts import coca as config  # noqa: F401\n")
+    monkeypatch.setattr("tests.train.test_hosts.CONFIG", str(config))
+    made = train(2, 1, data, run, "--train.steps", "5", "--evals.0.data", spec)
+    assert made[0].complained.count(f"step 5  {spec}  ") == 2
+    assert spec not in made[1].complained
+    assert len(list((run / "captioning").iterdir())) == 1
+    (line,) = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if '"captioning"' in x]
+    for n, devices in ((1, 1), (2, 2)):
+        out = tmp_path / f"out{n}"
+        out.mkdir()
+        commands = [["eval", "captioning", str(run), "--data", spec, "--json", f"{out}/captioning.json"]]
+        made = hosts.run(n, ["-c", EVALS, json.dumps(commands)], out, devices, **QUICK)
+        assert made[0].said.count('"task"') == 1
+        assert all(not host.said for host in made[1:])
+        assert json.loads((out / "captioning.json").read_text())["metrics"] == pytest.approx(line["metrics"], rel=1e-5)
+        assert (out / "captioning.png").stat().st_size > 10_000

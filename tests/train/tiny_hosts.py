@@ -2,7 +2,22 @@
 
 import dataclasses
 
-from clipjax.config import Augment, Constant, Data, ImageTower, Model, Optim, Run, Sigmoid, TextTower, Train
+from clipjax.config import (
+    Augment,
+    Caption,
+    Captioning,
+    Constant,
+    Data,
+    Decoder,
+    ImageTower,
+    Model,
+    Optim,
+    Run,
+    Sigmoid,
+    Softmax,
+    TextTower,
+    Train,
+)
 
 SHAPE = dict(width=16, depth=1, heads=2, mlp_dim=32)
 
@@ -27,3 +42,11 @@ def siglip() -> Run:
     text = TextTower.siglip("B", length=8, vocab_size=300, embed_dim=16, **shape)
     model = dataclasses.replace(run.model, image=image, text=text, init_bias=-10.0, init_scale=10.0, max_scale=None)
     return dataclasses.replace(run, model=model, objective=(Sigmoid(),))
+
+
+def coca() -> Run:
+    """The same with a captioning head, whose captions are read at the end; `--evals.0.data` names them."""
+    run = config()
+    model = dataclasses.replace(run.model, decoder=Decoder(depth=1, heads=2, mlp_dim=32))
+    evals = (Captioning(data=run.data.spec, samples=2),)
+    return dataclasses.replace(run, model=model, objective=(Softmax(), Caption()), evals=evals)
