@@ -94,11 +94,11 @@ def test_what_goes_through_the_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "pairs"), [("none", 32), ("dots", 64), ("mlp", 64), ("full", 256)])
+@pytest.mark.parametrize(("policy", "pairs"), [("none", 32), ("dots", 64), ("mlp", 128), ("full", 128)])
 def test_the_estimate_is_what_is_compiled_or_a_little_more(policy, pairs):
+    """MiB compiled: 9,529, 5,814, 5,843 and, at v5e:16x16, 3,448."""
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
-    run = recipe("siglip_b16", pairs, policy)
-    mesh = sharding.make_mesh(run.mesh, aot.tpu_devices("v5e:2x2"))
-    state = state_of(run, mesh)
-    peak = plan.compile_step(run, mesh.devices.flat).peak_bytes
-    assert peak <= remat.needed(run, mesh, state, policy) <= 1.25 * peak
+    run, devices = recipe("siglip_b16", pairs, policy), aot.tpu_devices("v5e:2x2")
+    mesh = sharding.make_mesh(run.mesh, devices)
+    peak = plan.compile_step(run, devices).peak_bytes
+    assert peak <= remat.needed(run, mesh, state_of(run, mesh), policy) <= 1.25 * peak
