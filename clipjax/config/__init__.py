@@ -88,6 +88,17 @@ class Run(Strict):
             require(enough, "optim.schedule.cooldown", schedule.cooldown, remedy)
 
 
+    @property
+    def captioning(self) -> bool:
+        """Whether a term of the objective asks for captions."""
+        return any(isinstance(term, Caption) and term.weight for term in self.objective)
+
+    @property
+    def model_at_work(self) -> Model:
+        """The model as the train step runs it: without a captioning head that no term asks for."""
+        return self.model if self.captioning else dataclasses.replace(self.model, decoder=None)
+
+
 def to_json(run: Run) -> str:
     """The run as JSON, one field a line."""
     return json.dumps(dataclasses.asdict(run), indent=2) + "\n"

@@ -1,12 +1,13 @@
 """How a picture's tokens become one: SigLIP's attention-pooling head, and CoCa's attentional poolers."""
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from clipjax.config import ImageTower
-from clipjax.models.layers import MLP, CrossAttention, LayerNorm, Linear, Scope, normal
+from clipjax.models.layers import MLP, CrossAttention, LayerNorm, Linear, Scope, attend, normal
 
 
 class AttentionPooling(nnx.Module):
@@ -39,5 +40,6 @@ class AttentionalPooler(nnx.Module):
         self.attention = CrossAttention(scope / "attention", width, context, heads, std=width**-0.5, out_std=width**-0.5)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b q d"]:
-        queries = self.norm_query(self.queries[...].astype(x.dtype))
-        return self.attention(jnp.broadcast_to(queries, (len(x), *queries.shape)), self.norm_context(x))
+        query = self.attention.query(self.norm_query(self.queries[...].astype(x.dtype))[None])  # the same for every picture
+        query = einops.repeat(query, "1 q h k -> b h q k", b=len(x))
+        return self.attention.out(attend(query, *self.attention.keys(self.norm_context(x))))

@@ -13,7 +13,7 @@ def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = 
     micro-batches isn't counted.
     """
     size, captions = run.train.batch_size, run.data.captions_per_image
-    towers = {f"{tower} tower": size * n for tower, n in tower_flops(run.model, trained, captions).items()}
+    towers = {tower if tower == "decoder" else f"{tower} tower": size * n for tower, n in tower_flops(run.model_at_work, trained, captions).items()}
     terms = [(i, term) for i, term in enumerate(run.objective) if term.weight]
     kinds = [term.kind for _, term in terms]
     names = [f"{term.kind} loss" + (f" {i}" if kinds.count(term.kind) > 1 else "") for i, term in terms]
@@ -47,5 +47,5 @@ def term_flops(term: config.Term, size: int, captions: int, width: int, teacher:
             return (1 + captions) * 0.75 * every  # one gradient is both sides'
         case config.CrossUniformity():
             return captions * every
-        case config.Alignment():
-            return 0.0
+        case config.Alignment() | config.Caption():
+            return 0.0  # words are the decoder's

@@ -82,7 +82,7 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
         writer = stack.enter_context(contextlib.closing(Writer(workdir, start)))
         progress = stack.enter_context(Progress(cfg.steps))
         clock, tally, running = Clock(), Tally(), deque(maxlen=AHEAD)
-        flops = model_flops(run.model, trained_names(run.optim.rules, params), run.data.captions_per_image)
+        flops = model_flops(run.model_at_work, trained_names(run.optim.rules, params), run.data.captions_per_image)
         for step in range(start, cfg.steps + 1):
             # Here `state` and `data` both describe exactly `step` finished steps. Keep this order.
             last, told = step == cfg.steps, preemption.told()

@@ -44,13 +44,11 @@ def make_train_step(
 
     towers = placement.towers(mesh, run.model.dtype)
 
-    captioning = any(isinstance(term, config.Caption) and term.weight for term in run.objective)
-
     def encode(tuned: Tuned, rows: Batch) -> tuple[jax.Array, ...]:
         model = clip.bind(run.model, stop_frozen(run.optim.rules, tuned[0]))
         *captions, length = rows["text"].shape
         tokens = rows["text"].reshape(-1, length)
-        if not captioning:
+        if not run.captioning:
             ztxt = model.encode_text(tokens, towers.place)
             return model.encode_image(rows["image"], rows["keys"], towers.place), ztxt.reshape(*captions, -1)
         share = run.model.decoder.parallel
@@ -66,7 +64,7 @@ def make_train_step(
         teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
         zimg, ztxt, *nll = z
         foreseen = lengths(rows["text"]).reshape(len(zimg), -1) - 1  # tokens of each caption
-        caption = (*nll, foreseen.sum(1)) if captioning else None
+        caption = (*nll, foreseen.sum(1)) if run.captioning else None
         seen = losses.Rows(zimg, ztxt, rows.get("id"), teacher, rows["memory"] | temperatures, caption)
         loss, *found = loss_of(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
         return loss, tuple(found)

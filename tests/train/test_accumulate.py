@@ -14,7 +14,7 @@ import pytest
 
 from clipjax import config, hlo, sharding
 from clipjax.config import ConfigError
-from clipjax.metrics import model_flops
+from clipjax.metrics.flops import model_flops
 from clipjax.models import clip
 from clipjax.train.loop import train
 from clipjax.train.optimizer import trained_names
@@ -32,7 +32,7 @@ def dropping(model):
     return dataclasses.replace(model, image=dataclasses.replace(model.image, image_size=32, patch_dropout=0.5))
 
 
-CLIP, SIGLIP = dropping(tiny.CLIP), dropping(tiny.SIGLIP)
+CLIP, SIGLIP, COCA = map(dropping, (tiny.CLIP, tiny.SIGLIP, tiny.COCA))
 ONE, EIGHT, MIXED = (1,), (8,), (2, 2, 2)
 
 
@@ -106,6 +106,8 @@ CASES = {
     "8, sigmoid": (run_of(8, SIGLIP), EIGHT),
     "4, CUAXU": (run_of(4, objective=config.CUAXU), EIGHT),
     "4, captions, ids and a teacher": (run_of(4, objective=TERMS, data=SEVERAL), EIGHT),
+    "4, captioning": (run_of(4, COCA), EIGHT),
+    "2, captioning, words divided": (run_of(2, COCA, data=config.Data(captions_per_image=2)), MIXED),
 }
 
 

@@ -33,6 +33,41 @@ def test_every_mesh_gives_the_losses_of_one_device(model, shape):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 1, 2)], ids=str)
+def test_every_mesh_gives_the_captioning_losses_of_one_device(shape):
+    """The last divides the words, the first two do not; half of the captions are foreseen in parallel."""
+    run = tiny.run(tiny.COCA)
+    _, want, _ = tiny.train(run, tiny.mesh_of(), 20)
+    _, got, _ = tiny.train(run, jax.make_mesh(shape, sharding.AXES, axis_types=sharding.AUTO), 20)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_captioning_weight_of_0_is_a_model_without_a_head():
+    """Weight decay aside, which shrinks whatever no gradient reaches."""
+    off = (config.Softmax(), config.Caption(weight=0.0))
+    bare = dataclasses.replace(tiny.COCA, decoder=None)
+    with_head, losses_with, step = tiny.train(tiny.run(tiny.COCA, objective=off), tiny.mesh_of(2), 20)
+    without, losses_without, _ = tiny.train(tiny.run(bare), tiny.mesh_of(2), 20)
+    np.testing.assert_allclose(losses_with, losses_without, rtol=1e-6)
+    shared = {name: x for name, x in named(with_head.params).items() if not name.startswith("decoder/")}
+    assert shared.keys() == named(without.params).keys()
+    for name, x in named(without.params).items():
+        np.testing.assert_allclose(shared[name], x, rtol=0, atol=1e-6 * max(1, np.abs(x).max()), err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_contrastive_weight_of_0_trains_a_captioner():
+    one = (config.Softmax(weight=0.0), config.Caption(weight=1.0))
+    run = tiny.run(dataclasses.replace(tiny.COCA, decoder=dataclasses.replace(tiny.COCA.decoder, parallel=0.0)), objective=one)
+    params = clip.init(run.model, run.seed)
+    state, found, _ = tiny.train(run, tiny.mesh_of(2), 20)
+    assert found[0] == pytest.approx(np.log(run.model.text.vocab_size), rel=0.1)
+    assert found[-1] < found[0] - 0.1
+    assert float(state.params["log_scale"]) == float(params["log_scale"])  # nothing moves it
+
+
 PARTED = [pytest.param((4, 1, 1), marks=SLOW), (1, 4, 1), pytest.param((1, 2, 2), marks=SLOW)]
 
 

@@ -27,6 +27,12 @@ SIGLIP = dataclasses.replace(
     init_scale=10.0,
     max_scale=None,
 )
+COCA = dataclasses.replace(
+    CLIP,
+    image=dataclasses.replace(CLIP.image, pool="cascade", queries=4, pool_heads=2),
+    text=dataclasses.replace(CLIP.text, pool="cls"),
+    decoder=config.Decoder(depth=2, heads=4, mlp_dim=64, parallel=0.5),
+)
 TRAIN = config.Train(steps=20, batch_size=16, log_every=1, checkpoint_every=5)
 OPTIM = config.Optim(lr=1e-3, clip_norm=1.0, schedule=config.Cosine(warmup=3))
 
@@ -34,6 +40,7 @@ OPTIM = config.Optim(lr=1e-3, clip_norm=1.0, schedule=config.Cosine(warmup=3))
 def run(model: config.Model = CLIP, **changes: Any) -> config.Run:
     """A run of a few seconds."""
     terms = (config.Softmax() if model.init_bias is None else config.Sigmoid(),)
+    terms += () if model.decoder is None else (config.Caption(),)
     return config.Run(**(dict(model=model, objective=terms, train=TRAIN, optim=OPTIM) | changes))
 
 
