@@ -90,6 +90,8 @@ PUBLISHED = {
     "siglip_l16": (652.15, 201.62),
     "siglip_so400m": (877.36, 233.54),
     "clipa_h14": (968.24 - 0.36, 354.02 - 334.59 / 257),
+    "coca_b32": (253.56, 33.34),
+    "coca_l14": (638.45, 214.52),
 }
 
 
@@ -99,10 +101,11 @@ def test_the_model_has_its_published_size_and_cost(name):
     full = ("--model.image.image_size", "224", "--model.text.length", "32") if name == "clipa_h14" else ()
     run = load(name)
     assert sum(x.size for x in jax.tree.leaves(parameters(run))) / 1e6 == pytest.approx(millions, abs=0.006)
-    assert model_flops(load(name, *full).model) / 3e9 == pytest.approx(gflops, rel=2e-3)
+    # Of a CoCa open_clip's profile also counts the poolers' queries for every picture, and the last token, which foresees none.
+    assert model_flops(load(name, *full).model) / 3e9 == pytest.approx(gflops, rel=1.2e-2 if "coca" in name else 2e-3)
 
 
-# Pairs seen: CLIP 32 epochs of 400 M; SigLIP 2; CLIPA 10,000 times ImageNet's. Peak of the learning rate, and the share of a
+# Pairs seen: CLIP 32 epochs of 400 M; SigLIP 2; CLIPA 10,000 times ImageNet's; open_clip's CoCa 13 billion, in its name. Peak of the learning rate, and the share of a
 # kernel that an update takes off there: lr x decay, for big_vision's decay is not multiplied by lr.
 RECIPES = {
     "clip_b32": (12.8e9, 5e-4, 5e-4 * 0.2),
@@ -111,6 +114,8 @@ RECIPES = {
     "siglip_l16": (40e9, 1e-3, 1e-4),
     "siglip_so400m": (40e9, 1e-3, 1e-4),
     "clipa_h14": (12_811_670_000, 2.048e-3, 2.048e-3 * 0.2),
+    "coca_b32": (13e9, 1e-3, 1e-3 * 0.2),
+    "coca_l14": (13e9, 1e-3, 1e-3 * 0.2),
 }
 
 
@@ -128,7 +133,9 @@ def test_the_schedule_is_the_paper_s(name):
 def test_kernels_decay_and_nothing_else_but_clip_s_tokens(name):
     rules = match_rules(load(name).optim.rules, parameters(load(name)))
     decaying = {path for path, rule in rules.items() if rule.decay}
-    assert decaying - {path for path in rules if path.endswith("/kernel")} == ({"text/tokens"} if "clip_b" in name else set())
+    assert decaying - {path for path in rules if path.endswith("/kernel")} == (
+        {"text/tokens"} if "clip_b" in name or "coca" in name else set()
+    )
     assert all(path in decaying for path in rules if path.endswith("/kernel"))
     assert all(rule.lr == 1 for rule in rules.values())
 
@@ -173,6 +180,9 @@ def small(name: str, **changes: object) -> list[str]:
     options = SMALL | {"model.image.image_size": 2 * run.model.image.patch_size} | changes
     if run.model.image.embed_dim is not None:
         options["model.image.embed_dim"] = 32
+    if run.model.decoder is not None:
+        options |= {f"model.decoder.{field}": n for field, n in (("depth", 2), ("heads", 2), ("mlp_dim", 64))}
+        options |= {"model.image.queries": 5, "model.image.pool_heads": 2}
     if run.mesh.fsdp > 1:
         options |= {"mesh.fsdp": 4}
     return [word for field, value in options.items() for word in (f"--{field}", str(value))]

@@ -13,7 +13,8 @@ def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = 
     micro-batches isn't counted.
     """
     size, captions = run.train.batch_size, run.data.captions_per_image
-    towers = {tower if tower == "decoder" else f"{tower} tower": size * n for tower, n in tower_flops(run.model_at_work, trained, captions).items()}
+    parts = tower_flops(run.model_at_work, trained, captions)
+    towers = {part if part == "decoder" else f"{part} tower": size * n for part, n in parts.items()}
     terms = [(i, term) for i, term in enumerate(run.objective) if term.weight]
     kinds = [term.kind for _, term in terms]
     names = [f"{term.kind} loss" + (f" {i}" if kinds.count(term.kind) > 1 else "") for i, term in terms]
