@@ -143,6 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     of_run(p)
     p.add_argument("--out", type=writable_file, required=True, metavar="FILE.npz", help="where to write")
 
+    p = command(top, "caption", commands.caption, "write captions of pictures, greedily unless told otherwise")
+    p.add_argument("workdir", metavar="RUN", help=RUN)
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="files of pictures")
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write image, caption and logprob (nats) of each")
+    p.add_argument("--beams", type=positive, metavar="N", help="beam search: the best of N captions written side by side")
+    p.add_argument("--alpha", type=float, metavar="A", help="it ranks by log-probability / tokens ** A; 1 with --beams")
+    p.add_argument("--temperature", type=float, metavar="T", help="draw each token from softmax(logits / T); 1 where drawn")
+    p.add_argument("--top-k", type=positive, metavar="K", help="draw among the K likeliest tokens; all of them where drawn")
+    p.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that together have P; 1 where drawn")
+    p.add_argument("--seed", type=int, metavar="N", help="of what is drawn; 0 where drawn")
+
     p = command(top, "export", commands.export, "write a folder that open_clip or transformers loads as it is")
     p.add_argument("workdir", metavar="RUN", help=RUN)
     p.add_argument("--to", required=True, choices=("open_clip", "transformers"), help="the library that shall load it")
@@ -150,8 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--verify", action="store_true", help="load it in PyTorch and compare embeddings of the run's own examples")
     p.add_argument("--examples", type=positive, default=32, help="how many --verify compares")
 
-    p = command(top, "import", commands.import_run, "make a workdir of another library's model, to evaluate, embed, caption or export")
-    p.add_argument("source", type=Path, metavar="SRC", help="a folder with open_clip_config.json, .safetensors and tokenizer.json")
+    text = "make a run's workdir of another library's model, to evaluate, embed, caption or export it"
+    p = command(top, "import", commands.import_run, text)
+    p.add_argument("source", type=Path, metavar="SRC", help="a folder: open_clip_config.json, .safetensors and tokenizer.json")
     p.add_argument("--from", dest="origin", required=True, choices=("open_clip",), help="the library that wrote it")
     p.add_argument("--out", type=writable_folder, required=True, metavar="RUN", help="a new workdir, local or on gs:// or s3://")
 

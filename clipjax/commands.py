@@ -158,6 +158,28 @@ def embed(args: argparse.Namespace) -> None:
     _say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 
 
+def caption(args: argparse.Namespace) -> None:
+    """`clipjax caption`: what a run writes of pictures."""
+    from clipjax.evals.report import write_json
+    from clipjax.generate import GREEDY, Beam, Sample
+
+    def given(*names: str) -> dict[str, float]:
+        return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+    drawn, searched = given("temperature", "top_k", "top_p", "seed"), given("beams", "alpha")
+    if drawn and searched:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in drawn)
+        args.parser.error(f"{names}: of captions that are drawn; --beams and --alpha, of those that are searched for")
+    how = Sample(**drawn) if drawn else Beam(**searched) if searched else GREEDY
+    model = _load(args)
+    pairs = zip(args.images, model.captions(args.images, how), strict=True)
+    written = [dict(image=image, caption=text, logprob=logprob) for image, (text, logprob) in pairs]
+    for row in written:
+        _say(f"{row['image']}: {row['caption']}")
+    if args.json:
+        write_json(args.json, written)
+
+
 def export(args: argparse.Namespace) -> int:
     """`clipjax export`: a run as a folder of open_clip's or transformers', and whether it does the same there."""
     from clipjax.checkpoint import TOKENIZER

@@ -67,6 +67,7 @@ class Beam:
 
 
 How = Greedy | Sample | Beam
+GREEDY = Greedy()
 
 
 class Captions(NamedTuple):
@@ -91,7 +92,7 @@ class Captioner(Batched):
         mesh: Mesh,
         batch_size: int,
         tokenizer: Tokenizer,
-        how: How = Greedy(),
+        how: How = GREEDY,
     ) -> None:
         """Raises ConfigError for a model that has no captioning head."""
         super().__init__(model, mesh, batch_size)
@@ -169,7 +170,7 @@ def _light(model: config.Model, params: Params) -> Params:
     dtype = jnp.dtype(model.dtype)
 
     def one(path: tuple, x: Array) -> Array:
-        return x.astype(dtype) if keystr(path).endswith(("kernel", "output")) else x
+        return x.astype(dtype) if keystr(path).endswith("kernel") else x
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -1,9 +1,10 @@
-"""A trained run, ready to encode: what `clipjax.load` returns and what the command line's evaluations start from."""
+"""A trained run, ready to encode and to write: what `clipjax.load` returns and what the command line's evaluations start from."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from clipjax.data.image import decode, fit, rgb
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Batch, Encoder, Rereadable, to_host
 from clipjax.files import resolve
+from clipjax.generate import GREEDY, Captioner, How
 
 Picture = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
 
@@ -30,16 +32,45 @@ class Loaded:
         self.run, self.params, self.step = load_params(name, self.mesh)
         self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length)
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
+        self._captioners: dict[tuple[int, How], Captioner] = {}
 
     def encode_image(self, images: Sequence[Picture]) -> Float[np.ndarray, "n e"]:
         """Unit vectors, float32, of pictures of any size: PIL pictures, uint8 arrays [h, w, 3] or files."""
-        size, resize = self.run.model.image.image_size, self.run.data.resize
-        pixels = [fit(_open(image), size, resize) for image in _several(images)]
-        return self._encode("image", np.reshape(pixels, (len(pixels), size, size, 3)))
+        return self._encode("image", self._pixels(images))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
         """Unit vectors, float32. Texts are cut to the model's length."""
         return self._encode("text", self.tokenizer.encode(list(_several(texts)))[0])
+
+    def caption(self, images: Sequence[Picture], how: How = GREEDY) -> list[str]:
+        """What the model writes of pictures of any size. Raises ConfigError for a model without a captioning head."""
+        return [text for text, _ in self.captions(images, how)]
+
+    def captions(self, images: Sequence[Picture], how: How = GREEDY) -> list[tuple[str, float]]:
+        """The same, each with its log-probability."""
+        captioner = self._captioner(len(_several(images)), how)
+        pixels = self._pixels(images)
+
+        def read() -> Iterator[Batch]:
+            for numbers, real in captioner.rows(len(pixels)):
+                yield {"image": pixels[numbers], "index": np.where(real, numbers, -1).astype(np.int32)}
+
+        batches = Rereadable(read, captioner.batches(len(pixels)), "caption", "pictures")
+        made = [jax.tree.map(to_host, written) for written, _ in captioner.stream(self.params, batches)]
+        rows = [(row, logprob) for written in made for row, logprob in zip(*written, strict=True)]
+        return [(self.tokenizer.decode(row), float(logprob)) for row, logprob in rows[: len(pixels)]]
+
+    def _captioner(self, pictures: int, how: How) -> Captioner:
+        """For batches of the evaluation's size, or of the least power of two for fewer pictures."""
+        size = min(self.encoder.batch_size, 1 << max(pictures - 1, 0).bit_length())
+        if (size, how) not in self._captioners:
+            self._captioners[size, how] = Captioner(self.run.model, self.mesh, size, self.tokenizer, how)
+        return self._captioners[size, how]
+
+    def _pixels(self, images: Sequence[Picture]) -> np.ndarray:
+        size, resize = self.run.model.image.image_size, self.run.data.resize
+        pixels = [fit(_open(image), size, resize) for image in _several(images)]
+        return np.reshape(pixels, (len(pixels), size, size, 3))
 
     def _encode(self, kind: str, rows: np.ndarray) -> np.ndarray:
         def read() -> Iterator[Batch]:
@@ -68,4 +99,10 @@ def _several(given: Sequence) -> Sequence:
 def _open(image: Picture) -> Image.Image:
     if isinstance(image, np.ndarray):
         return rgb(Image.fromarray(image))
-    return rgb(image) if isinstance(image, Image.Image) else decode(Path(image))
+    if isinstance(image, Image.Image):
+        return rgb(image)
+    try:
+        return decode(Path(image))
+    except Exception as error:  # a decoder raises what it likes
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"is no picture that can be read: {error}"
+        raise config.ConfigError(f"{image}: {reason}") from error
