@@ -30,7 +30,7 @@ def run(*args) -> int:
 
 
 COMMANDS = {
-    "": ["train", "eval", "embed", "export", "plan", "data", "bench"],
+    "": ["train", "eval", "embed", "export", "import", "plan", "data", "bench"],
     "plan": ["CONFIG.py", "--topology", "--slices N", "--find-batch", "--json OUT"],
     "train": ["--workdir RUN", "CONFIG.py"],
     f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
@@ -41,6 +41,7 @@ COMMANDS = {
     "eval captioning": ["--data SPEC", "--split", "--json OUT", "--png OUT", "captioning-SPEC-SPLIT.png", "(default: 32)"],
     "embed": ["--data SPEC", "--out FILE.npz"],
     "export": ["--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
+    "import": ["SRC", "--from {open_clip}", "--out RUN", "open_clip_config.json"],
     "bench": ["loss"],
     "bench loss": ["--batch N", "--topology T", "--travel {ring,gather,auto}", "(default: 7)", "in pairs", "--json OUT"],
     "data": ["prepare", "inspect"],
@@ -115,6 +116,8 @@ REFUSED = {
     "no file": (["train", "nothing.py"], "CONFIG.py = 'nothing.py': is not a file"),
     "no SPEC": (["embed", "RUN", "--out", "a.npz"], "required: --data"),
     "no format": (["export", "RUN", "--to", "onnx", "--out", "a"], "invalid choice: 'onnx'"),
+    "no library": (["import", "SRC", "--from", "timm", "--out", "a"], "invalid choice: 'timm'"),
+    "no SRC": (["import", "nothing", "--from", "open_clip", "--out", "a"], "SRC = 'nothing': is not a folder"),
     "stray option": (["eval", "retrieval", "RUN", "--data", "emoji", "--batch", "4"], "unrecognized arguments: --batch 4"),
     "no example": (["export", "RUN", "--to", "open_clip", "--out", "a", "--examples", "0"], "--examples: 0 must be positive"),
     "no RUN": (["eval", "retrieval", "nothing", "--data", "emoji"], "RUN = 'nothing': is not a workdir of `clipjax train`"),

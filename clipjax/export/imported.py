@@ -1,0 +1,58 @@
+"""Makes a workdir of another library's model: what `clipjax eval`, `embed`, `caption` and `export` take is then there."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from clipjax import sharding
+from clipjax.checkpoint import TOKENIZER, Checkpoints
+from clipjax.config import Caption, Data, Mesh, Run, Sigmoid, Softmax, TokenizerFile, require
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.export import open_clip, open_clip_read
+from clipjax.export.table import to_ours
+from clipjax.models.clip import init
+from clipjax.train.optimizer import make_optimizer
+from clipjax.train.resume import save_config
+from clipjax.train.state import TrainState, abstract_state
+
+
+def import_open_clip(source: Path, out: Path) -> tuple[Run, list[str]]:
+    """Writes the workdir `out` from a folder of open_clip's, with a checkpoint of step 0, and returns its run, and what is not
+    taken over.
+
+    Raises ConfigError for a model that we have not, for weights that do not fit it, where the folder has no tokenizer, and
+    unless `out` is new or empty.
+    """
+    require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "--out", str(out), "is not empty: name a new folder")
+    found = open_clip_read.read(source)
+    model, words = found.model, _tokenizer(source, found.model)
+    shapes = jax.eval_shape(lambda: init(model, 0))
+    params = to_ours(open_clip.table(model), found.tensors, shapes)
+    terms = (Softmax() if model.init_bias is None else Sigmoid(), *([] if model.decoder is None else [Caption()]))
+    tokenizer = TokenizerFile(path=str((source / TOKENIZER).resolve()))
+    run = Run(model=model, data=Data(resize=found.resize), tokenizer=tokenizer, objective=terms)
+    tx = make_optimizer(run.optim, run.train.steps, shapes)
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, sharding.make_mesh(Mesh())))
+    placed = jax.tree.map(jax.device_put, params, where.params)
+    fresh = jax.jit(tx.init, out_shardings=where.opt_state)(placed)
+    state = TrainState(jax.device_put(np.int32(0), where.step), placed, fresh, None)
+    words.save(out / TOKENIZER)
+    with Checkpoints(out, run) as checkpoints:
+        checkpoints.save(0, state)
+    save_config(run, out)  # last: what has it is a workdir
+    return run, found.notes
+
+
+def _tokenizer(source: Path, model: open_clip.Model) -> Tokenizer:
+    remedy = "has no tokenizer.json, which open_clip does not write for its own tokenizer: put one there, as that of"
+    remedy += " openai/clip-vit-base-patch32 on the Hugging Face hub, which is CLIP's"
+    require((source / TOKENIZER).is_file(), "SRC", str(source), remedy)
+    words = Tokenizer.load(source / TOKENIZER, model.text.length)
+    remedy = f"its weights have {model.text.vocab_size} tokens, and its tokenizer.json {words.vocab_size}"
+    require(words.vocab_size <= model.text.vocab_size, "SRC", str(source), remedy)
+    highest = words.vocab_size - 1
+    by_id = model.text.pool == "eot" or model.decoder is not None
+    remedy = f"its tokenizer's end token must have the highest id, {highest}, and has {words.end_id}: texts end there"
+    require(not by_id or words.end_id == highest, "SRC", str(source), remedy)
+    return words
