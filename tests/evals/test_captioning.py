@@ -129,6 +129,11 @@ def test_what_the_model_writes_is_right_where_it_is_the_reference(on_one, params
     assert of(on_one, half).run(params)["exact_match"] == pytest.approx(5 / 9)
 
 
+def test_without_a_caption_in_the_dataset_there_is_nothing_to_measure(on_one, params):
+    with pytest.raises(ConfigError, match="toy/test: key 0 and 64 others can't be read"):
+        of(on_one, [[]] * 10).run(params)
+
+
 def test_a_reference_counts_as_the_tokenizer_gives_it_back(on_one):
     long = "fox " * 40
     accepted = of(on_one, [["One oʼclock"], [long]] + [["x"]] * 8)._accepted
