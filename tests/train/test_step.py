@@ -48,7 +48,7 @@ def test_a_captioning_weight_of_0_is_a_model_without_a_head():
     """Weight decay aside, which shrinks whatever no gradient reaches."""
     off = (config.Softmax(), config.Caption(weight=0.0))
     bare = dataclasses.replace(tiny.COCA, decoder=None)
-    with_head, losses_with, step = tiny.train(tiny.run(tiny.COCA, objective=off), tiny.mesh_of(2), 20)
+    with_head, losses_with, _ = tiny.train(tiny.run(tiny.COCA, objective=off), tiny.mesh_of(2), 20)
     without, losses_without, _ = tiny.train(tiny.run(bare), tiny.mesh_of(2), 20)
     np.testing.assert_allclose(losses_with, losses_without, rtol=1e-6)
     shared = {name: x for name, x in named(with_head.params).items() if not name.startswith("decoder/")}
