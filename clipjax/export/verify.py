@@ -124,12 +124,13 @@ def verify(
     words = Tokenizer.load(tokenizer, model.text.length)
     images = np.stack([fit(picture, model.image.image_size, resize) for picture in pictures])
     tokens, clean = (words.encode(strings)[0] for strings in (texts, [theirs.clean(text) for text in texts]))
-    ours, ours_clean = (encode(model, params, images, ids) for ids in (tokens, clean))
+    ours_clean = encode(model, params, images, clean).text  # no more than that: words' logits may take half a gigabyte
+    ours = encode(model, params, images, tokens)
     mean, std = (np.float32(c) for c in (model.image.mean, model.image.std))
     pixels = torch.from_numpy(((np.float32(images) / 255 - mean) / std).transpose(0, 3, 1, 2).copy())
     with torch.inference_mode():
         same = Encoded(*(x.numpy() for x in theirs.encode(pixels, torch.from_numpy(tokens).long())))
-        own = Encoded(*(x.numpy() for x in theirs.encode(theirs.pixels(pictures), theirs.ids(texts))))
+        own_image, own_text = (x.numpy() for x in theirs.encode(theirs.pixels(pictures), theirs.ids(texts))[:2])
     heard = {}
     if model.decoder is not None:
         captions = zip(write(model, params, images, words), theirs.write(pixels, words), strict=True)
@@ -140,8 +141,8 @@ def verify(
         image=_difference(ours.image, same.image),
         text=_difference(ours.text, same.text),
         logits=_of_largest(ours.logits, same.logits),
-        picture=_difference(ours.image, own.image),
-        caption=_difference(ours_clean.text, own.text),
+        picture=_difference(ours.image, own_image),
+        caption=_difference(ours_clean, own_text),
         cleaned=int((tokens != clean).any(axis=1).sum()),
         crops_otherwise=theirs.crops_otherwise,
         **heard,
