@@ -143,16 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     of_run(p)
     p.add_argument("--out", type=writable_file, required=True, metavar="FILE.npz", help="where to write")
 
-    p = command(top, "caption", commands.caption, "write captions of pictures, greedily unless told otherwise")
+    text = "write captions of pictures: greedily, with --beams or --alpha by beam search, else with any of the last four drawn"
+    p = command(top, "caption", commands.caption, text)
     p.add_argument("workdir", metavar="RUN", help=RUN)
     p.add_argument("images", nargs="+", metavar="IMAGE", help="files of pictures")
     p.add_argument("--json", type=writable_file, metavar="OUT", help="also write image, caption and logprob (nats) of each")
     p.add_argument("--beams", type=positive, metavar="N", help="beam search: the best of N captions written side by side")
-    p.add_argument("--alpha", type=float, metavar="A", help="it ranks by log-probability / tokens ** A; 1 with --beams")
-    p.add_argument("--temperature", type=float, metavar="T", help="draw each token from softmax(logits / T); 1 where drawn")
-    p.add_argument("--top-k", type=positive, metavar="K", help="draw among the K likeliest tokens; all of them where drawn")
-    p.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that together have P; 1 where drawn")
-    p.add_argument("--seed", type=int, metavar="N", help="of what is drawn; 0 where drawn")
+    p.add_argument("--alpha", type=float, metavar="A", help="it ranks by log-probability / tokens ** A (default: 1)")
+    p.add_argument("--temperature", type=float, metavar="T", help="draw each token from softmax(logits / T), T > 0 (default: 1)")
+    p.add_argument("--top-k", type=positive, metavar="K", help="draw among the K likeliest tokens (default: all)")
+    p.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that together make up P (default: 1)")
+    p.add_argument("--seed", type=int, metavar="N", help="of what is drawn (default: 0)")
 
     p = command(top, "export", commands.export, "write a folder that open_clip or transformers loads as it is")
     p.add_argument("workdir", metavar="RUN", help=RUN)

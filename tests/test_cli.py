@@ -40,6 +40,7 @@ COMMANDS = {
     "eval geometry": ["--data SPEC", "--split", "--json OUT", "--png OUT", "geometry-SPEC-SPLIT.png"],
     "eval captioning": ["--data SPEC", "--split", "--json OUT", "--png OUT", "captioning-SPEC-SPLIT.png", "(default: 32)"],
     "embed": ["--data SPEC", "--out FILE.npz"],
+    "caption": ["IMAGE", "--json OUT", "(nats)", "--beams N", "--temperature T", "--top-k K", "(default: all)", "--seed N"],
     "export": ["--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
     "import": ["SRC", "--from {open_clip}", "--out RUN", "open_clip_config.json"],
     "bench": ["loss"],
