@@ -5,7 +5,7 @@ mesh's batch axes, that ends when every caption has. Letters: b pictures, n capt
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,17 +131,18 @@ class Captioner(Batched):
             return (hope.max(-1) > score(state).max(-1)).any()
 
         def more(state: _State) -> _State:
-            logits, so_far = model.step(state.tokens, state.at, state.so_far)
+            logits, so_far = step(state.tokens, state.at, state.so_far)
             parent, token, logprob = choose(logits, state.logprob, state.ended, index, state.at)
             if n > 1:
                 follow = functools.partial(_follow, parent)
-                so_far = so_far._replace(**{k: jax.tree.map(jax.vmap(follow), getattr(so_far, k)) for k in ("text", "decoder")})
+                text, decoder = jax.tree.map(lambda x: follow(x, x.ndim - 5), (so_far.text, so_far.decoder))
+                so_far = so_far._replace(text=text, decoder=decoder)
                 state = state._replace(tokens=follow(state.tokens), ended=follow(state.ended))
             token = jnp.where(state.ended, pad, token)
             tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[..., None], state.at + 1, axis=2)
             return _State(state.at + 1, tokens, logprob, state.ended | (token == end), so_far)
 
-        place = placement(self.mesh, self.model.dtype)
+        step, place = model.writer(), placement(self.mesh, self.model.dtype)
         tokens = jnp.full((len(images), n, length), pad, jnp.int32).at[..., 0].set(self._tokenizer.start_id)
         first = jnp.where(jnp.arange(n) == 0, 0.0, -jnp.inf)  # all are alike until the first has been followed by several
         blank = _State(
@@ -158,11 +159,15 @@ class Captioner(Batched):
     def _lie(self, so_far: Written) -> Written:
         """Rows over the devices of the batch, heads over `tensor`, as the kernels that make them."""
 
-        def one(x: Array) -> Array:
-            axes = (None, BATCH, "tensor") if x.ndim == 5 else (None, BATCH, None, "tensor")
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
+        def at(*axes: str | tuple[str, ...] | None) -> Callable[[Array], Array]:
+            def one(x: Array) -> Array:
+                stacked = (None,) * (x.ndim - len(axes))
+                return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*stacked, *axes)))
 
-        return jax.tree.map(one, so_far)
+            return one
+
+        text, decoder = jax.tree.map(at(BATCH, None, "tensor", None, None), (so_far.text, so_far.decoder))
+        return Written(text, decoder, jax.tree.map(at(BATCH, "tensor", None, None), so_far.picture))
 
 
 def _light(model: config.Model, params: Params) -> Params:
@@ -175,9 +180,10 @@ def _light(model: config.Model, params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _follow(parent: Int[Array, "b m"], x: Array) -> Array:
-    """Of each picture's captions x [b, n, ...] those with these numbers."""
-    return jnp.take_along_axis(x, jnp.expand_dims(parent, range(2, x.ndim)), axis=1)
+def _follow(parent: Int[Array, "b m"], x: Array, lead: int = 0) -> Array:
+    """Of each picture's captions x [..., b, n, ...] those with these numbers; so many axes come first."""
+    parent = jnp.expand_dims(parent, (*range(lead), *range(lead + 2, x.ndim)))
+    return jnp.take_along_axis(x, parent, axis=lead + 1)
 
 
 def _choose(

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from clipjax.config import Model
+from clipjax.config import Decoder as Head
+from clipjax.config import Model, TextTower
 from clipjax.models.decoder import Decoder
-from clipjax.models.layers import WHEREVER, Cache, How, Placement, Scope, unit
+from clipjax.models.layers import WHEREVER, How, Placement, Scope, unit
+from clipjax.models.steps import apart, stepper
 from clipjax.models.text import TextTransformer
 from clipjax.models.vit import ViT
 
@@ -21,9 +24,12 @@ Params = dict[str, Any]  # nested by the parts of a path: params["image"]["block
 class Written(NamedTuple):
     """Keys and values of every layer: of n captions a picture as far as they are written, and of the pictures."""
 
-    text: Cache
-    decoder: Cache
-    picture: tuple[Float[Array, "L b h m k"], Float[Array, "L b h m k"]]
+    text: Any  # Cache [L, b, n, h, t, k], or a list of each layer's
+    decoder: Any
+    picture: Any  # [L, b, h, m, k]
+
+
+Writer = Callable[[Array, Array, Written], tuple[Float[Array, "b n v"], Written]]
 
 
 class CLIP(nnx.Module):
@@ -69,22 +75,27 @@ class CLIP(nnx.Module):
         """Nothing written yet of `beams` captions for each picture; what every layer sees of the picture is made here, once."""
         _, seen = self.image(images, None, self._how(place), seen=True)
 
-        def room(depth: int, heads: int) -> Cache:
-            shape = depth, len(images), beams, heads, self.cfg.text.length - 1, self.cfg.text.width // heads
-            return jnp.zeros(shape, seen.dtype), jnp.zeros(shape, seen.dtype)
+        def room(part: TextTower | Head) -> Any:
+            shape = part.depth, len(images), beams, part.heads, self.cfg.text.length - 1, self.cfg.text.width // part.heads
+            return apart((jnp.zeros(shape, seen.dtype), jnp.zeros(shape, seen.dtype)), self.cfg.unroll)
 
-        text, decoder = self.cfg.text, self.cfg.decoder
-        return Written(room(text.depth, text.heads), room(decoder.depth, decoder.heads), self.decoder.keys(seen))
+        keys = apart(self.decoder.keys(seen), self.cfg.unroll)
+        return Written(room(self.cfg.text), room(self.cfg.decoder), keys)
 
-    def step(self, tokens: Int[Array, "b n t"], at: Array, so_far: Written) -> tuple[Float[Array, "b n v"], Written]:
-        """The logits, float32, of what follows position `at`. All before it have been given in the same way: `tokens` are needed
-        up to this one alone. `encode_pairs` and `words` give the same of whole captions.
+    def writer(self) -> Writer:
+        """A function that gives the logits, float32 [b, n, v], of what follows position `at` of tokens [b, n, t], once all before
+        it have been given in the same way. `encode_pairs` and `words` give the same of whole captions.
         """
-        how = self._how(WHEREVER)
-        x, text, mask = self.text.step(tokens, at, so_far.text, how)
-        x, decoder = self.decoder.step(x, so_far.decoder, at, mask, so_far.picture, how)
-        logits = jnp.einsum("bnd,vd->bnv", x, self.words.astype(x.dtype), preferred_element_type=jnp.float32)
-        return logits, Written(text, decoder, so_far.picture)
+        text, decoder = (stepper(part.blocks, self.cfg.unroll) for part in (self.text, self.decoder))
+        words = self.words.astype(jnp.dtype(self.cfg.dtype))
+
+        def step(tokens: Int[Array, "b n t"], at: Array, so_far: Written) -> tuple[Float[Array, "b n v"], Written]:
+            x, own, mask = self.text.step(tokens, at, so_far.text, text)
+            x, more = self.decoder.step(x, at, mask, so_far.decoder, so_far.picture, decoder)
+            logits = jnp.einsum("bnd,vd->bnv", x, words, preferred_element_type=jnp.float32)
+            return logits, Written(own, more, so_far.picture)
+
+        return step
 
     @property
     def words(self) -> Float[Array, "v d"]:

@@ -1,5 +1,7 @@
 """CoCa's captioning head (2205.01917): layers on top of the text tower's that also attend to a picture's tokens."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation, Model
 from clipjax.models.layers import MLP, Cache, CrossAttention, How, LayerNorm, Scope, SelfAttention, normal
+from clipjax.models.steps import Step
 
 
 class CrossBlock(nnx.Module):
@@ -65,7 +68,7 @@ class DecoderBlock(nnx.Module):
         return self.cross(x, context)
 
     def step(
-        self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "r 1 1 t"], key: Array, value: Array
+        self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "b n 1 t"], key: Array, value: Array
     ) -> tuple[Float[Array, "b n d"], Cache]:
         """The same for the tokens at position `at` of n captions, which see their picture's `cross.keys` together."""
         seen, new = self.attention.step(self.norm1(x), cache, at, mask)
@@ -112,8 +115,8 @@ class Decoder(nnx.Module):
         return jax.lax.map(lambda weights: nnx.merge(graphdef, weights).cross.keys(context), stacked)
 
     def step(
-        self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "1 1 1 t"], keys: tuple[Array, Array], how: How
-    ) -> tuple[Float[Array, "b n d"], Cache]:
-        """From the text tower's states at position `at` those from which the next tokens are foreseen."""
-        x, cache = how.step(self.blocks, x, cache, at, mask, *keys)
-        return self.norm(x), cache
+        self, x: Float[Array, "b n d"], at: Array, mask: Bool[Array, "b n 1 t"], caches: Any, keys: Any, through: Step
+    ) -> tuple[Float[Array, "b n d"], Any]:
+        """From the text tower's states at position `at` those from which the next tokens are foreseen: `through` the blocks."""
+        x, caches = through(x, caches, at, mask, keys)
+        return self.norm(x), caches

@@ -143,12 +143,17 @@ class SelfAttention(nnx.Module):
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
         return tuple(jnp.einsum("btd,dhk->bhtk", x, kernel[:, i]) + bias[i][None, :, None] for i in range(3))
 
-    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "r 1 1 t"]) -> tuple[Array, Cache]:
-        """For the tokens at position `at` of n captions a picture, what they see of those before; and their keys and values."""
-        q, *new = (einops.rearrange(y, "b h n k -> b n h 1 k") for y in self.heads(x))
-        whole = (jax.lax.dynamic_update_slice_in_dim(old, y, at, axis=3) for old, y in zip(cache, new, strict=True))
-        seen = attend(*(einops.rearrange(y, "b n h t k -> (b n) h t k") for y in (q, *whole)), mask)
-        return self.out(einops.rearrange(seen, "(b n) 1 h k -> b n h k", n=x.shape[1])), tuple(new)
+    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "b n 1 t"]) -> tuple[Array, Cache]:
+        """For the tokens at position `at` of n captions a picture, what they see of those before and of themselves; and their
+        keys and values, which the cache does not hold yet: it is 0 there. Only read here, it need not be copied.
+        """
+        q, k, v = (einops.rearrange(y, "b h n k -> b n h k") for y in self.heads(x))
+        q, own = q * q.shape[-1] ** -0.5, (jnp.arange(mask.shape[-1]) == at)[None, None, None]
+        scores = jnp.einsum("bnhk,bnhtk->bnht", q, cache[0], preferred_element_type=jnp.float32)
+        scores = scores + own * jnp.einsum("bnhk,bnhk->bnh", q, k, preferred_element_type=jnp.float32)[..., None]
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(v.dtype)
+        seen = jnp.einsum("bnht,bnhtk->bnhk", weights, cache[1]) + (weights * own).sum(-1, keepdims=True) * v
+        return self.out(seen), (k[..., None, :], v[..., None, :])
 
 
 class CrossAttention(nnx.Module):
@@ -189,7 +194,7 @@ class Block(nnx.Module):
         x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
-    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "r 1 1 t"]) -> tuple[Array, Cache]:
+    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "b n 1 t"]) -> tuple[Array, Cache]:
         """The same for the tokens at position `at`; and their keys and values."""
         seen, new = self.attention.step(self.norm1(x), cache, at, mask)
         x = x + seen
@@ -268,22 +273,6 @@ class How:
             return x
 
         return self.place.run(body, stacked, x, seen)
-
-    def step(
-        self, blocks: nnx.Module, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Array, *seen: Array
-    ) -> tuple[Float[Array, "b n d"], Cache]:
-        """The tokens at position `at` through every layer, each with its part of a stacked cache, to which they are added, and of
-        `seen`. Layers only read their cache: what is new of all of them is written at once.
-        """
-        graphdef, stacked = nnx.split(blocks)
-
-        def layer(x: Array, own: tuple[nnx.State, Cache, tuple[Array, ...]]) -> tuple[Array, Cache]:
-            weights, cache, seen = own
-            return nnx.merge(graphdef, weights).step(x, cache, at, mask, *seen)
-
-        depth = len(cache[0])
-        x, new = jax.lax.scan(layer, x, (stacked, cache, seen), unroll=min(self.unroll, depth))
-        return x, tuple(jax.lax.dynamic_update_slice_in_dim(old, y, at, axis=4) for old, y in zip(cache, new, strict=True))
 
 
 def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:

@@ -1,7 +1,8 @@
 """The text tower: a transformer that can be CLIP's (causal, pooled at the end token), SigLIP's (bidirectional, last token) or
 CoCa's (causal, pooled at a class token of its own, which comes last, so that it sees all the others and none sees it)."""
 
-import einops
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import TextTower
-from clipjax.models.layers import Block, Cache, How, LayerNorm, Linear, Scope, normal
+from clipjax.models.layers import Block, How, LayerNorm, Linear, Scope, normal
+from clipjax.models.steps import Step
 
 
 class TextTransformer(nnx.Module):
@@ -47,18 +49,18 @@ class TextTransformer(nnx.Module):
         return (jnp.take(self.tokens[...], tokens, axis=0) + positions[None]).astype(self.dtype)
 
     def step(
-        self, tokens: Int[Array, "b n t"], at: Array, cache: Cache, how: How
-    ) -> tuple[Float[Array, "b n d"], Cache, Bool[Array, "1 1 1 s"]]:
-        """The states of the tokens at position `at` of n captions a picture, and which positions are not later, of those that
-        `cache` holds. All of them are real: a caption is written from left to right.
+        self, tokens: Int[Array, "b n t"], at: Array, caches: Any, through: Step
+    ) -> tuple[Float[Array, "b n d"], Any, Bool[Array, "1 1 1 t-1"]]:
+        """The states of the tokens at position `at` of n captions a picture, taken `through` the blocks, and which positions are
+        not later; caches hold all but the last. All of them are real: a caption is written from left to right.
         """
         one = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=2)
         x = self.embed(one.reshape(-1, 1), at).reshape(*one.shape[:2], self.cfg.width)
-        mask = before = (jnp.arange(cache[0].shape[4]) <= at)[None, None, None]
+        mask = before = (jnp.arange(tokens.shape[2] - 1) <= at)[None, None, None]
         if self.cfg.legacy_mask:
-            real = jnp.roll(tokens != 0, 1, axis=2).at[..., 0].set(True)[..., : before.shape[-1]]
-            mask = before & einops.rearrange(real, "b n s -> (b n) 1 1 s")
-        return *how.step(self.blocks, x, cache, at, mask), before
+            real = jnp.roll(tokens != 0, 1, axis=2).at[..., 0].set(True)[..., :-1]
+            mask = before & real[:, :, None]
+        return *through(x, caches, at, mask, ()), before
 
     def visible(self, tokens: Int[Array, "b t"]) -> Bool[Array, "b t+1 t+1"]:
         """What each position, the class token's with them, may attend to: itself and those before it, without padding.
