@@ -105,8 +105,9 @@ def test_the_model_has_its_published_size_and_cost(name):
     assert model_flops(load(name, *full).model) / 3e9 == pytest.approx(gflops, rel=1.2e-2 if "coca" in name else 2e-3)
 
 
-# Pairs seen: CLIP 32 epochs of 400 M; SigLIP 2; CLIPA 10,000 times ImageNet's; open_clip's CoCa 13 billion, in its name. Peak of the learning rate, and the share of a
-# kernel that an update takes off there: lr x decay, for big_vision's decay is not multiplied by lr.
+# Pairs seen: CLIP 32 epochs of 400 M; SigLIP 2; CLIPA 10,000 times ImageNet's; open_clip's CoCa 13 billion, in its name. Peak of
+# the learning rate, and the share of a kernel that an update takes off there: lr x decay, for big_vision's decay is not
+# multiplied by lr.
 RECIPES = {
     "clip_b32": (12.8e9, 5e-4, 5e-4 * 0.2),
     "clip_b16": (12.8e9, 5e-4, 5e-4 * 0.2),

@@ -87,7 +87,6 @@ class Run(Strict):
             remedy = f"with a warm-up of {schedule.warmup} steps must fit into train.steps = {self.train.steps}"
             require(enough, "optim.schedule.cooldown", schedule.cooldown, remedy)
 
-
     @property
     def captioning(self) -> bool:
         """Whether a term of the objective asks for captions."""
