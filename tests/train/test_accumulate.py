@@ -147,6 +147,7 @@ def text_and_memory(run, shape=EIGHT):
     return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_parts():
     temp = [text_and_memory(run_of(parts))[1] for parts in (1, 2, 4, 8)]
     assert temp[1] < 0.7 * temp[0]
