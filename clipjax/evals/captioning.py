@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from PIL import Image
@@ -21,6 +20,7 @@ from clipjax.evals.encoder import Batch, Encoder, Metrics, Rereadable, to_host
 from clipjax.evals.inputs import image_batches
 from clipjax.files import write_whole
 from clipjax.generate import Captioner
+from clipjax.losses import caption_nll
 from clipjax.models.clip import Params, bind
 from clipjax.models.text import lengths
 from clipjax.placement import placement, token_nll_on
@@ -126,10 +126,8 @@ class Captioning:
         """The sum of -log p over each caption's tokens, and how many these are."""
         mesh, model = self.encoder.mesh, bind(self.encoder.model, params)
         _, _, states = model.encode_pairs(images, tokens, place=placement(mesh, self.encoder.model.dtype))
-        targets = tokens[:, 1:]
-        nll = token_nll_on(mesh)(states.reshape(-1, states.shape[-1]), model.words, targets.reshape(-1))
-        real = jnp.arange(1, tokens.shape[1])[None] < lengths(tokens)[:, None]
-        return jnp.where(real, nll.reshape(targets.shape), 0).sum(1), real.sum(1)
+        real = lengths(tokens)
+        return caption_nll(states, model.words, tokens, real, token_nll_on(mesh)), real - 1
 
 
 def sheet(samples: Sequence[Sample], title: str) -> Image.Image:

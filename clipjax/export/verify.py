@@ -99,9 +99,9 @@ class Reference(NamedTuple):
     pixels: Callable[[Sequence[Image.Image]], Any]  # -> float tensor [n, 3, s, s], normalised
     ids: Callable[[Sequence[str]], Any]  # -> integer tensor [n, t]
     encode: Callable[[Any, Any], tuple[Any, ...]]  # pixels, ids -> Encoded, as tensors
-    write: Callable[[Any, Tokenizer], np.ndarray]  # pixels, and the special tokens -> greedy captions, ids [n, t]
     clean: Callable[[str], str]  # what it does to a string before its tokenizer sees it
     crops_otherwise: bool
+    write: Callable[[Any, Tokenizer], np.ndarray] | None = None  # pixels, and the special tokens -> greedy captions, ids [n, t]
 
 
 def verify(
@@ -209,7 +209,7 @@ def _load_open_clip(out: Path) -> Reference:
 
     model.eval()
     write = functools.partial(open_clip_generate.greedy, model)
-    return Reference(pixels, lambda texts: tokenizer(list(texts)), run, write, tokenizer.clean_fn, crops_otherwise=False)
+    return Reference(pixels, lambda texts: tokenizer(list(texts)), run, tokenizer.clean_fn, crops_otherwise=False, write=write)
 
 
 def _load_transformers(out: Path) -> Reference:
@@ -231,10 +231,7 @@ def _load_transformers(out: Path) -> Reference:
         output = model(input_ids=ids, pixel_values=pixels)
         return output.image_embeds, output.text_embeds, output.logits_per_image
 
-    def write(pixels: torch.Tensor, words: Tokenizer) -> np.ndarray:
-        raise NotImplementedError("transformers has no CoCa, and `export` refuses one")
-
-    return Reference(pixels, ids, run, write, lambda text: text, crops_otherwise=bool(processor.do_center_crop))
+    return Reference(pixels, ids, run, lambda text: text, crops_otherwise=bool(processor.do_center_crop))
 
 
 def require_packages(to: Format) -> None:

@@ -1,6 +1,6 @@
 """Losses over the global batch: pure functions of unit vectors, scale, bias and the mesh axes they are spread over."""
 
-from clipjax.losses.caption import caption_loss, token_nll
+from clipjax.losses.caption import caption_loss, caption_nll, token_nll
 from clipjax.losses.matryoshka import matryoshka
 from clipjax.losses.objective import Rows, objective
 from clipjax.losses.pairwise import Axis, pairwise_cross_entropy, pairwise_logsumexp, pairwise_softplus
@@ -11,7 +11,8 @@ from clipjax.losses.sogclr import sogclr_loss
 from clipjax.losses.targets import cwcl_loss, distillation_loss, multi_positive_loss
 
 __all__ = [
-    "Axis", "Rows", "alignment", "caption_loss", "clip_loss", "cross_uniformity", "cwcl_loss", "cyclip", "decoupled_loss",
-    "distillation_loss", "hard_negative_loss", "matryoshka", "multi_positive_loss", "objective", "pairwise_cross_entropy",
-    "pairwise_logsumexp", "pairwise_softplus", "siglip_loss", "sogclr_loss", "token_nll", "uniformity",
+    "Axis", "Rows", "alignment", "caption_loss", "caption_nll", "clip_loss", "cross_uniformity", "cwcl_loss", "cyclip",
+    "decoupled_loss", "distillation_loss", "hard_negative_loss", "matryoshka", "multi_positive_loss", "objective",
+    "pairwise_cross_entropy", "pairwise_logsumexp", "pairwise_softplus", "siglip_loss", "sogclr_loss", "token_nll",
+    "uniformity",
 ]  # fmt: skip

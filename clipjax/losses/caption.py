@@ -5,6 +5,7 @@ dots where a stored matrix would cost 6. n tokens, v words of the vocabulary, d 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,6 +45,22 @@ def token_nll(
     sizes = _even(len(states), tile[0]), _even(len(table), tile[1])
     own = 0 if axis is None else jax.lax.axis_index(axis) * len(table)
     return _token_nll(states, table, targets - own, axis, sizes)
+
+
+def caption_nll(
+    states: Float[Array, "n t-1 d"],
+    table: Float[Array, "v d"],
+    tokens: Int[Array, "n t"],
+    lengths: Int[Array, " n"],
+    of_tokens: Callable[[Array, Array, Array], Array] = token_nll,
+) -> Float[Array, " n"]:
+    """The sum of -log p over each caption's real tokens but the first, from the states of all but the last. `lengths`: how many
+    are real. `of_tokens`: `token_nll` of arrays as they lie.
+    """
+    targets = tokens[:, 1:]
+    nll = of_tokens(states.reshape(-1, states.shape[-1]), table, targets.reshape(-1)).reshape(targets.shape)
+    real = jnp.arange(1, tokens.shape[1])[None] < lengths[:, None]
+    return jnp.where(real, nll, 0).sum(1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -54,9 +54,8 @@ def make_train_step(
         share = run.model.decoder.parallel
         parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), share))(rows["keys"]) if share else None
         zimg, ztxt, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.place)
-        nll = towers.token_nll(states.reshape(-1, states.shape[-1]), model.words, tokens[:, 1:].reshape(-1))
-        real = jnp.arange(1, length)[None] < lengths(tokens)[:, None]
-        return zimg, ztxt.reshape(*captions, -1), jnp.where(real.reshape(-1), nll, 0).reshape(len(zimg), -1).sum(1)
+        nll = losses.caption_nll(states, model.words, tokens, lengths(tokens), towers.token_nll)
+        return zimg, ztxt.reshape(*captions, -1), nll.reshape(len(zimg), -1).sum(1)
 
     def compute_loss(tuned: Tuned, z: tuple[jax.Array, ...], rows: Batch) -> tuple[jax.Array, tuple[Metrics, Memory]]:
         params, temperatures = tuned
