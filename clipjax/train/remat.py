@@ -32,11 +32,13 @@ class Layers:
     mlp_dim: int
     activation: config.Activation
     pooled: bool = False  # by attention to all tokens
+    seen: tuple[int, int] = (0, 0)  # tokens and width of what every layer attends to beside
 
     @property
     def weights(self) -> int:
         """Numbers in the kernels of one layer."""
-        return 4 * self.width**2 + 2 * self.width * self.mlp_dim
+        crossing = 2 * self.width * (self.width + self.seen[1]) if self.seen[0] else 0
+        return 4 * self.width**2 + 2 * self.width * self.mlp_dim + crossing
 
 
 def resolved(run: config.Run, mesh: Mesh, state: TrainState) -> config.Run:
@@ -64,7 +66,7 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str) -> int:
     kept = sum(bytes_kept(tower, policy, size, tensor) for tower in towers)
     # What exists of one layer, whichever is larger: its weights, gathered, and their gradients; the activations of a part.
     weights = max(tower.weights for tower in towers) // tensor * (size + 4)
-    inner = max(bytes_kept(tower, "none", size, tensor) / tower.depth / tower.tokens for tower in towers)
+    inner = max(bytes_kept(tower, "none", size, tensor) / tower.depth / (tower.tokens + tower.seen[0]) for tower in towers)
     return math.ceil(sharding.own_bytes(state) + gradients + rows * row + at_once * kept + weights + PART * inner)
 
 
@@ -76,9 +78,9 @@ def layers(run: config.Run) -> Iterator[Layers]:
     yield Layers(image.depth, tokens, image.width, image.heads, image.mlp_dim, image.activation, pooled)
     for _ in range(run.data.captions_per_image):
         yield Layers(text.depth, text.positions, text.width, text.heads, text.mlp_dim, text.activation)
-        if decoder:  # as if what it sees of a picture went through all of its layers, and not their attention alone
-            tokens = text.length + image.seen[0]
-            yield Layers(decoder.depth, tokens, text.width, decoder.heads, decoder.mlps * decoder.mlp_dim, text.activation)
+        if decoder:
+            shape = text.width, decoder.heads, decoder.mlps * decoder.mlp_dim, text.activation
+            yield Layers(decoder.depth, text.length - 1, *shape, seen=image.seen)
 
 
 def bytes_kept(of: Layers, policy: str, size: int, tensor: int = 1) -> int:
@@ -87,22 +89,26 @@ def bytes_kept(of: Layers, policy: str, size: int, tensor: int = 1) -> int:
     Tokens are counted as a TPU lays them out, in tiles of 8 x 128 numbers of four bytes.
     """
     rows, lanes = _up(of.tokens, 32 // size), _up(of.tokens, 128)  # before the last axis, and as the last
+    seen_rows, seen_lanes = _up(of.seen[0], 32 // size), _up(of.seen[0], 128)
     d, f, heads = of.width, of.mlp_dim / tensor, of.heads / tensor
-    inputs, hidden = size * d * rows, size * f * rows
+    inputs, hidden, seen = size * d * rows, size * f * rows, size * d * seen_rows
+    crossing = int(of.seen[0] > 0)  # a second attention, of queries to keys and values of what is seen
     if policy == "full":
         kept = inputs
     elif policy == "mlp":
         kept = inputs + hidden
     elif policy == "dots":  # queries, keys, values and what attention adds
-        kept = 2 * inputs + hidden + 3 * inputs / tensor
+        kept = (2 + crossing) * inputs + hidden + ((3 + crossing) * inputs + 2 * seen) / tensor
     else:
         # In float32 both norms' steps and the scores; in `size` inputs, outputs, weights, the function between the MLP's layers.
         steps = 6 if of.activation == "gelu_tanh" else 4
-        attention = heads * rows * lanes * (4 + size) + 4 * inputs / tensor
-        kept = 6 * 4 * d * rows + 2 * inputs + attention + steps * hidden
+        attention = heads * rows * (lanes + seen_lanes) * (4 + size) + ((4 + 2 * crossing) * inputs + 2 * seen) / tensor
+        norms = 3 * 4 * (d * rows * (2 + crossing) + of.seen[1] * seen_rows)
+        kept = norms + (2 + crossing) * inputs + size * of.seen[1] * seen_rows + attention + steps * hidden
     # An attention-pooling head's norm, keys and values, which are kept where a batch isn't seen in parts.
     pooling = 24 * d * rows + 6 * inputs if of.pooled and policy not in PARTED else 0
-    return math.ceil(of.depth * kept + pooling)
+    once = size * of.seen[1] * seen_rows * 2  # what all layers see, and its gradient
+    return math.ceil(of.depth * kept + pooling + once)
 
 
 def _up(n: int, unit: int) -> int:

@@ -1,6 +1,7 @@
 """What the backward pass makes again: the choice by size, and the estimate behind it against compiled programs."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -54,6 +55,11 @@ def test_what_is_kept_follows_from_the_size(kind, pairs, policy):
     assert chosen(recipe("siglip_b16", pairs), kind) == policy
 
 
+@pytest.mark.parametrize(("pairs", "policy"), [(8, "none"), (192, "dots"), (352, "mlp"), (1024, "full")])
+def test_a_captioning_head_counts(pairs, policy):
+    assert chosen(recipe("coca_b32", pairs), "TPU v5 lite") == policy
+
+
 def test_micro_batches_make_room():
     assert chosen(recipe("siglip_b16", 1024), "TPU v5 lite") == "full"
     assert chosen(recipe("siglip_b16", 1024, micro_batches=8), "TPU v5 lite") == "dots"
@@ -72,8 +78,9 @@ def test_a_cpu_makes_nothing_again():
 
 
 def test_each_policy_keeps_less_whatever_the_shape():
-    for tower in (config.ImageTower.siglip(f"{size}/16") for size in config.model.SIZES):
-        of = remat.Layers(tower.depth, tower.patches, tower.width, tower.heads, tower.mlp_dim, tower.activation)
+    towers = [config.ImageTower.siglip(f"{size}/16") for size in config.model.SIZES]
+    for tower, seen in itertools.product(towers, [(0, 0), (255, 1024)]):
+        of = remat.Layers(tower.depth, tower.patches, tower.width, tower.heads, tower.mlp_dim, tower.activation, seen=seen)
         for size in (2, 4):
             sizes = [remat.bytes_kept(of, policy, size) for policy in remat.POLICIES]
             assert sizes == sorted(sizes, reverse=True)
@@ -90,7 +97,7 @@ def test_what_goes_through_the_layers():
     model = dataclasses.replace(tiny.CLIP, decoder=config.Decoder(depth=3, heads=4, mlp_dim=64, mlps=2))
     *_, decoder = remat.layers(tiny.run(model))
     assert (decoder.depth, decoder.mlp_dim) == (3, 128)
-    assert decoder.tokens >= tiny.CLIP.text.length - 1
+    assert (decoder.tokens, decoder.seen) == (tiny.CLIP.text.length - 1, model.image.seen)
 
 
 @pytest.mark.slow
