@@ -50,15 +50,15 @@ def check(shape, way, rows):
             ct = tuple(jnp.float32(i == k) for i in range(len(NAMES)))
             values, got = run((jnp.float32(x), jnp.float32(y)), ct)
             want = reference(x, y)
-            # In a cone a log-mean-exp is the small difference of two numbers near 2 t, and float32 knows it to its step there.
-            tolerance = 1e-5 * max(abs(want), 1e-1 if "uniformity" in name and g >= 2 else 1e-2)
+            # In a cone a log-mean-exp is the small difference of two numbers near 2 t + log B, half a step of float32 there.
+            tolerance = 1e-5 * max(abs(want), 6e-2 if "uniformity" in name and g >= 2 else 1e-2)
             assert abs(values[k] - want) <= tolerance, f"{name}, geometry {g}: {values[k]} for {want}"
             for z, a, w in zip((x, y), got, ref.gradients(reference, x, y), strict=True):
                 whole = np.abs(w).max(initial=1e-6)
                 if name in COSINES:
                     whole = np.abs(a).max(initial=1e-6)  # a gradient off the sphere is rounded as such before it is dropped
                     a, w = (ref.tangent(np.float64(v), z) for v in (a, w))
-                rtol = 1e-5 if g < 2 else 5e-5  # so it is with differences of cosines, however they are taken
+                rtol = 5e-5 if g == 3 and "modal" in name else 1e-5  # differences of nearly equal cosines, however they are taken
                 np.testing.assert_allclose(a, w, rtol=0, atol=rtol * whole, err_msg=f"{name}, geometry {g}")
 
 
