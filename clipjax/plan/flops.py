@@ -7,7 +7,8 @@ from clipjax.metrics.flops import tower_flops
 
 
 def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = None) -> dict[str, float]:
-    """By part, 2 a multiply-add, over all devices: the towers as in `metrics.model_flops`, and each term of the objective.
+    """By part, 2 a multiply-add, over all devices: the towers as in `metrics.model_flops`, and each term of the objective that
+    has products of its own.
 
     `trained`: paths of the parameters that are; `teacher`: the width of a teacher's embeddings. What is made again by remat or
     micro-batches isn't counted.
@@ -19,7 +20,7 @@ def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = 
     kinds = [term.kind for _, term in terms]
     names = [f"{term.kind} loss" + (f" {i}" if kinds.count(term.kind) > 1 else "") for i, term in terms]
     figures = [term_flops(term, size, captions, run.model.embed_dim, teacher) for _, term in terms]
-    return towers | dict(zip(names, figures, strict=True))
+    return towers | {name: flops for name, flops in zip(names, figures, strict=True) if flops}
 
 
 def term_flops(term: config.Term, size: int, captions: int, width: int, teacher: int | None = None) -> float:
