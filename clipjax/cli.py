@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     args, rest = _parser().parse_known_args(argv)
     args.rest = rest
-    if rest and args.run not in (commands.train, commands.plan):
+    if rest and "config" not in args:  # which has options of its own
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[_ToStderr()])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant so, as of a folder that is only read
@@ -96,21 +96,25 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--data", required=True, metavar="SPEC", help=SPEC)
         p.add_argument("--split", default=split, help="part of the dataset")
 
-    p = command(top, "train", commands.train, "train a model, or go on from its workdir's newest checkpoint", add_help=False)
-    p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
+    def of_config(under: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+        p = command(under, name, run, text, add_help=False)
+        p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
+        p.add_argument(
+            "-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option"
+        )
+        return p
+
+    p = of_config(top, "train", commands.train, "train a model, or go on from its workdir's newest checkpoint")
     p.add_argument("--workdir", type=writable_folder, metavar="RUN", help="folder of the run, local or on gs:// or s3://")
-    p.add_argument("-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option")
 
     text = "compile a run's train step for chips that need not be there: memory, sharding, collectives, FLOPs, estimated time"
-    p = command(top, "plan", commands.plan, text, add_help=False)
-    p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
+    p = of_config(top, "plan", commands.plan, text)
     where = "TPUs, as v5e:16x16, v5p:4x4x8 or v6e:8x8; cpu:N, simulated; else the devices that are here"
     p.add_argument("--topology", metavar="T", help=where)
     p.add_argument("--slices", type=positive, default=1, metavar="N", help="so many of them, joined by the data-centre network")
     largest = "also find the largest batch that fits, of powers of two, with the configured train.micro_batches"
     p.add_argument("--find-batch", action="store_true", help=largest)
     p.add_argument("--json", type=writable_file, metavar="OUT", help="also write all figures here")
-    p.add_argument("-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option")
 
     evals = group("eval", "evaluate a run")
     p = command(evals, "zeroshot", commands.eval_zeroshot, "zero-shot classification: acc1, acc5, mean-per-class recall")
@@ -191,6 +195,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--topology", metavar="T", help="compile for TPUs that need not be there, as v5e:16x16; times nothing")
     p.add_argument("--turns", type=positive, default=7, help="timed runs of each form, in turn")
     p.add_argument("--patience", type=positive, default=15, metavar="SECONDS", help="a batch whose turns take longer isn't timed")
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write all figures here")
+    text = "a run's train step on the devices here: seconds, images/s, memory, MFU; on noise, so without data"
+    p = of_config(benches, "step", commands.bench_step, text)
+    p.add_argument("--turns", type=positive, default=7, metavar="N", help="timed turns, of a second at least")
+    p.add_argument("--json", type=writable_file, metavar="OUT", help="also write all figures here")
+    p = of_config(benches, "input", commands.bench_input, "how fast a run's batches are read, decoded and tokenised here")
+    p.add_argument("--seconds", type=positive, default=20, metavar="N", help="how long to read")
     p.add_argument("--json", type=writable_file, metavar="OUT", help="also write all figures here")
     return parser
 

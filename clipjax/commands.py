@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Evaluation = Zeroshot | Retrieval | Geometry | Captioning
 
 
-def _configured(args: argparse.Namespace, needed: str) -> config.Run | None:
+def _configured(args: argparse.Namespace, needed: str = "") -> config.Run | None:
     """The run of CONFIG.py and the options that name its fields; None where only help was asked for."""
     if args.config is None:
         if not args.help:
@@ -33,7 +33,7 @@ def _configured(args: argparse.Namespace, needed: str) -> config.Run | None:
         args.parser.print_help()
         return None
     rest = ["--help"] if args.help else args.rest
-    return override(load_config(args.config), rest, f"{args.parser.prog} {args.config} {needed}")
+    return override(load_config(args.config), rest, f"{args.parser.prog} {args.config} {needed}".rstrip())
 
 
 def train(args: argparse.Namespace) -> None:
@@ -237,6 +237,26 @@ def bench_loss(args: argparse.Namespace) -> None:
     from clipjax.bench.loss import run
 
     run(args)
+
+
+def bench_step(args: argparse.Namespace) -> int:
+    """`clipjax bench step`: how long a run's step takes on the devices here."""
+    if (run := _configured(args)) is None:
+        return 0
+    from clipjax import distributed
+    from clipjax.bench import step
+
+    distributed.start()
+    return step.run(args, run)
+
+
+def bench_input(args: argparse.Namespace) -> None:
+    """`clipjax bench input`: how fast a run's batches are made here."""
+    if (run := _configured(args)) is None:
+        return
+    from clipjax.bench import input as reading
+
+    reading.run(args, run)
 
 
 def data_prepare(args: argparse.Namespace) -> None:
