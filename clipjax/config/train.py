@@ -118,66 +118,57 @@ class Mesh(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Zeroshot(Strict):
+class DuringTraining(Strict):
+    """An evaluation every so many steps; it also runs at the end."""
+
+    data: str = free("emoji")  # a SPEC, as on the command line
+    split: str = free("test")
+    every: int = free(1000)  # steps
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "evals.every", self.every, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeroshot(DuringTraining):
     """Zero-shot classification during training."""
 
     task: ClassVar = "zeroshot_classification"
     metrics: ClassVar = ("acc1", "acc5", "mean_per_class_recall")
     kind: Literal["zeroshot"] = "zeroshot"
-    data: str = free("emoji")  # a SPEC, as on the command line
-    split: str = free("test")
-    every: int = free(1000)  # steps; it also runs at the end
     templates: str = free("simple")  # `simple`, `imagenet`, `plain` ({c} alone) or a file with one template a line
     classnames: str | None = free(None)  # a file with one name a line; None: the dataset's own
 
-    def __post_init__(self) -> None:
-        require(self.every > 0, "evals.every", self.every, "must be positive")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Strict):
+class Retrieval(DuringTraining):
     """Image-text retrieval during training."""
 
     task: ClassVar = "zeroshot_retrieval"
     metrics: ClassVar = tuple(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10))
     kind: Literal["retrieval"] = "retrieval"
-    data: str = free("emoji")
-    split: str = free("test")
-    every: int = free(1000)  # steps; it also runs at the end
-
-    def __post_init__(self) -> None:
-        require(self.every > 0, "evals.every", self.every, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry(Strict):
+class Geometry(DuringTraining):
     """The contrastive gap and its kin during training, with a picture each time."""
 
     task: ClassVar = "geometry"
     metrics: ClassVar = ("rankme_image", "rankme_text")  # for train.best: of the others, more is not better
     kind: Literal["geometry"] = "geometry"
-    data: str = free("emoji")
-    split: str = free("test")
-    every: int = free(1000)  # steps; it also runs at the end
-
-    def __post_init__(self) -> None:
-        require(self.every > 0, "evals.every", self.every, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captioning(Strict):
+class Captioning(DuringTraining):
     """Captions during training, of a model with a decoder: how good they are, and some of them with their pictures each time."""
 
     task: ClassVar = "captioning"
     metrics: ClassVar = ("exact_match", "bleu", "chrf", "cider")  # for train.best: of perplexity, more is not better
     kind: Literal["captioning"] = "captioning"
-    data: str = free("emoji")
-    split: str = free("test")
-    every: int = free(1000)  # steps; it also runs at the end
     samples: int = free(8)  # pictures that are shown with their captions: in the log, as a PNG and in TensorBoard
 
     def __post_init__(self) -> None:
-        require(self.every > 0, "evals.every", self.every, "must be positive")
+        super().__post_init__()
         require(self.samples >= 0, "evals.samples", self.samples, "must not be negative; 0 shows none")
 
 
