@@ -35,7 +35,8 @@ def _gpu(tflops: float, memory: float, links: float, capacity: float) -> Chip:
 # v2, v3: four links of 62 and 82 GB/s (Norrie et al., IEEE Micro 41:2, 2021), v2's memory as in tpu_info.py; they don't come in
 # several slices. Then GB of memory, from the same pages.
 # GPU: NVIDIA's data sheet of each product, tensor cores without sparsity (half of a figure given "with sparsity"), the slower
-# or smaller memory where there are two; NVLink one way, half of what is given, or PCIe. What joins hosts is the cluster's.
+# or smaller memory where there are two and the name does not tell which; NVLink one way, half of what is given, or PCIe. What
+# joins hosts is the cluster's.
 _CHIPS = {
     "TPU v2": _tpu(46, 716, 248, None, 16, devices=2),
     "TPU v3": _tpu(123, 900, 328, None, 32, devices=2),
@@ -49,6 +50,8 @@ _CHIPS = {
     "TPU7x": _tpu(2307, 7380, 600, 100, 192, devices=2),
     "NVIDIA A10": _gpu(125, 600, 32, 24),
     "NVIDIA A100": _gpu(312, 1555, 300, 40),
+    "NVIDIA A100-SXM4-80GB": _gpu(312, 2039, 300, 80),
+    "NVIDIA A100 80GB PCIe": _gpu(312, 1935, 300, 80),
     "NVIDIA L4": _gpu(121, 300, 32, 24),
     "NVIDIA L40S": _gpu(362, 864, 32, 48),
     "NVIDIA H100": _gpu(989, 3350, 450, 80),

@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from clipjax.chips import chip_of
 from clipjax.config import ImageTower, Model, Rule, TextTower
 from clipjax.metrics import flops
 from clipjax.metrics.clock import Clock
@@ -148,6 +149,14 @@ def test_model_flops_of_published_sizes():
 ])  # fmt: skip
 def test_peak_of_one_device(kind, peak):
     assert peak_flops(kind) == peak
+
+
+@pytest.mark.parametrize(("kind", "gigabytes"), [
+    ("NVIDIA A100-SXM4-40GB", 40), ("NVIDIA A100-SXM4-80GB", 80), ("NVIDIA A100 80GB PCIe", 80), ("NVIDIA A100-PCIE-40GB", 40),
+    ("NVIDIA H100 80GB HBM3", 80), ("NVIDIA H100 NVL", 94), ("TPU v5 lite", 16),
+])  # fmt: skip
+def test_memory_is_that_of_the_name(kind, gigabytes):
+    assert chip_of(kind).capacity == gigabytes * 1e9
 
 
 def test_utilisation():
