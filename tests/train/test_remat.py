@@ -60,10 +60,10 @@ def test_a_captioning_head_counts(pairs, policy):
     assert chosen(recipe("coca_b32", pairs), "TPU v5 lite") == policy
 
 
-@pytest.mark.parametrize(("policy", "gib"), [("full", 5.14), ("mlp", 10.57)])
-def test_a_captioning_head_is_estimated_as_it_was_compiled(policy, gib):
-    """For v5e:16x16; a device's share is the same here."""
-    run = recipe("coca_b32", 352, policy)
+@pytest.mark.parametrize(("policy", "pairs", "gib"), [("full", 352, 5.14), ("mlp", 352, 10.57), ("dots", 64, 6.627)])
+def test_a_captioning_head_is_estimated_as_it_was_compiled(policy, pairs, gib):
+    """For v5e:16x16 and, the last, 2x2, by hand: minutes each. test_configs.py compiles the second again."""
+    run = recipe("coca_b32", pairs, policy)
     mesh = sharding.make_mesh(run.mesh, jax.devices()[:4])
     assert 1 <= remat.needed(run, mesh, state_of(run, mesh), policy) / 2**30 / gib <= 1.1
 
@@ -109,15 +109,11 @@ def test_what_goes_through_the_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "policy", "pairs"), [("siglip_b16", "none", 32), ("siglip_b16", "mlp", 128), ("coca_b32", "dots", 64)]
-)
-def test_the_estimate_is_what_is_compiled_or_a_little_more(name, policy, pairs):
-    """MiB compiled: 9,529, 5,843 and 6,786. By hand also SigLIP's `dots` with 64 pairs, 5,814, and `full` with 128 at v5e:16x16,
-    3,448.
-    """
+@pytest.mark.parametrize(("policy", "pairs"), [("none", 32), ("mlp", 128)])
+def test_the_estimate_is_what_is_compiled_or_a_little_more(policy, pairs):
+    """MiB compiled: 9,529 and 5,843. By hand also `dots` with 64 pairs, 5,814, and `full` with 128 at v5e:16x16, 3,448."""
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
-    run, devices = recipe(name, pairs, policy), aot.tpu_devices("v5e:2x2")
+    run, devices = recipe("siglip_b16", pairs, policy), aot.tpu_devices("v5e:2x2")
     mesh = sharding.make_mesh(run.mesh, devices)
     peak = plan.compile_step(run, devices).peak_bytes
     assert peak <= remat.needed(run, mesh, state_of(run, mesh), policy) <= 1.25 * peak
