@@ -9,7 +9,7 @@ import jax
 from clipjax import config, distributed
 from clipjax.checkpoint import TOKENIZER
 from clipjax.data.pipeline import check_source, train_batches
-from clipjax.data.sources import Source
+from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.train.loop import Batches

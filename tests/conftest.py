@@ -1,6 +1,7 @@
 """Every test session has eight simulated devices and strict settings, so that no test depends on the machine."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -8,6 +9,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+# A shell that starts the tests with `&` has them, and all that they start, ignore Ctrl-C, which some of them send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CACHE = Path(os.environ.get("CLIPJAX_TEST_CACHE", Path(tempfile.gettempdir()) / "clipjax-test-cache"))
 

@@ -12,7 +12,8 @@ from clipjax import config
 from clipjax.data.captions import caption_id
 from clipjax.data.image import decode
 from clipjax.data.sheet import Cell, contact_sheet
-from clipjax.data.sources import Record, Source, open_source
+from clipjax.data.source import Record, Source
+from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.files import write_whole
 

@@ -22,7 +22,7 @@ from clipjax import config
 from clipjax.config import ConfigError, require
 from clipjax.data import captions
 from clipjax.data.image import fit, least_side, transform
-from clipjax.data.sources import Source
+from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from clipjax.config import ConfigError
-from clipjax.data.sources import Source
+from clipjax.data.source import Source
 
 ARRAYS = ("image", "text", "key")
 

@@ -16,7 +16,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data.sources import Record, Source
+from clipjax.data.source import Record, Source
 
 KEYS = ("key", "file_name", "filename", "image_id", "id", "url")  # text features that tell examples apart and caption none
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from clipjax import config
 from clipjax.data.sheet import Cell, contact_sheet
-from clipjax.data.sources import Source, open_source
+from clipjax.data.source import Source
+from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import caption_metrics
 from clipjax.evals.encoder import Batch, Encoder, Metrics, Rereadable, to_host

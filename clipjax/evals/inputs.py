@@ -10,7 +10,7 @@ import numpy as np
 from clipjax import config, distributed
 from clipjax.config import ConfigError
 from clipjax.data.pipeline import eval_batches
-from clipjax.data.sources import Record, Source
+from clipjax.data.source import Record, Source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Batch, Encoder, Rereadable
 from clipjax.evals.prompts import classnames, fill

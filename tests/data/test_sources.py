@@ -13,8 +13,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import sources
-from clipjax.data.sources import TRIES, open_source
+from clipjax.data.source import TRIES
+from clipjax.data.sources import open_source
 from tests.data.conftest import PICTURES, write_tsv
 
 FEATURES = tfds.features
@@ -358,7 +358,7 @@ def test_a_bad_example_keeps_no_exception_alive(damaged, monkeypatch):
         raise OSError("torn")
 
     source = open_source(damaged)
-    monkeypatch.setattr(sources, "decode", fail)
+    monkeypatch.setattr("clipjax.data.source.decode", fail)
     with pytest.raises(ConfigError):
         source[0]
     gc.collect()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipjax import cli, config
 from clipjax.config import ConfigError, Data
-from clipjax.data.sources import Record, Source
+from clipjax.data.source import Record, Source
 from clipjax.evals import caption_metrics as metrics
 from clipjax.evals.captioning import Captioning, sheet
 from clipjax.evals.encoder import Encoder
