@@ -1,9 +1,9 @@
 """`clipjax bench step` and `clipjax bench input`: what is timed is the run's own step and its own batches."""
 
-import dataclasses
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from clipjax.bench import input as reading
 from clipjax.bench import step
 from clipjax.metrics.flops import model_flops
 from clipjax.models.text import lengths
+from clipjax.plan.program import compile_lowered
 from tests.train import tiny, tiny_emoji
 
 CONFIG = str(Path(tiny_emoji.__file__))
@@ -28,24 +29,28 @@ def command(*args):
 
 
 def test_a_step_is_the_one_that_trains(tmp_path, capsys, monkeypatch):
+    compiled = []
+
+    def spied(lowered, mesh):
+        compiled.append(compile_lowered(lowered, mesh))
+        return compiled[0]
+
+    monkeypatch.setattr(step, "compile_lowered", spied)
     monkeypatch.setattr(step, "TURN", 0.01)
     out = tmp_path / "step.json"
-    options = ("--mesh.fsdp", 4, "--train.micro_batches", 2)
-    assert command("step", CONFIG, "--turns", 3, "--json", out, *options) == 0
+    assert command("step", CONFIG, "--turns", 3, "--json", out, "--mesh.data", 2, "--mesh.fsdp", 4) == 0
     found, said = json.loads(out.read_text()), capsys.readouterr().out
     run = tiny_emoji.config()
-    train = dataclasses.replace(run.train, micro_batches=2)
-    same = plan.compile_step(dataclasses.replace(run, train=train, mesh=config.Mesh(fsdp=4)), jax.devices())
-    assert found["peak_bytes"] == same.peak_bytes
+    assert found["peak_bytes"] == compiled[0].peak_bytes
     assert found["flops_per_step"] == 16 * model_flops(run.model)
     assert found["mesh"] == {"slice": 1, "data": 2, "fsdp": 4, "tensor": 1}
-    assert (found["devices"], found["batch_size"], found["micro_batches"], found["remat"]) == (8, 16, 2, "none")
+    assert (found["devices"], found["batch_size"], found["micro_batches"], found["remat"]) == (8, 16, 1, "none")
     assert len(found["seconds"]) == 3
     assert found["step_seconds"] == statistics.median(found["seconds"]) > 0
     assert found["images_per_second"] == pytest.approx(16 / found["step_seconds"])
     assert found["mfu"] is None
     assert "mesh: data 2, fsdp 4" in said
-    assert "16 pairs, in 2 micro-batches" in said
+    assert "batch: 16 pairs; model.remat: none" in said
     assert "the chips' peak is not known" in said
 
 
@@ -105,9 +110,10 @@ def test_memory_that_ends_while_it_runs_is_told(monkeypatch, capsys):
     def fails(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
 
+    monkeypatch.setattr(step, "compile_lowered", lambda *_: SimpleNamespace(program=None, peak_bytes=3 * 2**30))
     monkeypatch.setattr(step, "_timed", fails)
-    assert command("step", CONFIG, "--train.batch_size", 8) == 1
-    assert "out of memory: the step needs 0.00 GiB of " in capsys.readouterr().err
+    assert command("step", CONFIG) == 1
+    assert "out of memory: the step needs 3.00 GiB of " in capsys.readouterr().err
 
 
 def test_batches_are_read_for_as_long_as_asked(tmp_path, capsys):

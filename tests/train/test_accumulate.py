@@ -167,6 +167,7 @@ def test_no_picture_leaves_its_device(parts, shape):
         assert not [line for line in moved if "s32[" in line]  # nor a caption
 
 
+@pytest.mark.slow
 def test_parts_cost_one_forward_pass_and_nothing_on_the_way():
     one, *more = (hlo.cost(text_and_memory(run_of(parts))[0]) for parts in (1, 2, 8))
     forward = model_flops(CLIP) / 3 * BATCH / 8
