@@ -109,11 +109,10 @@ def test_what_goes_through_the_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "pairs"), [("none", 32), ("mlp", 128)])
-def test_the_estimate_is_what_is_compiled_or_a_little_more(policy, pairs):
-    """MiB compiled: 9,529 and 5,843. By hand also `dots` with 64 pairs, 5,814, and `full` with 128 at v5e:16x16, 3,448."""
+def test_the_estimate_is_what_is_compiled_or_a_little_more():
+    """For `none`; tests/test_configs.py has the others. By hand, in MiB: `mlp` with 128 pairs 5,843, `dots` with 64 5,814."""
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
-    run, devices = recipe("siglip_b16", pairs, policy), aot.tpu_devices("v5e:2x2")
+    run, devices = recipe("siglip_b16", 32, "none"), aot.tpu_devices("v5e:2x2")
     mesh = sharding.make_mesh(run.mesh, devices)
     peak = plan.compile_step(run, devices).peak_bytes
-    assert peak <= remat.needed(run, mesh, state_of(run, mesh), policy) <= 1.25 * peak
+    assert peak <= remat.needed(run, mesh, state_of(run, mesh), "none") <= 1.25 * peak
