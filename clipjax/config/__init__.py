@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clipjax.config.data import BPE, Augment, Data, Tokenizer, TokenizerFile
+from clipjax.config.evals import Captioning, Evaluation, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.model import SIZES, Activation, Decoder, ImageTower, Model, TextTower, size
 from clipjax.config.objective import (
@@ -33,29 +34,14 @@ from clipjax.config.objective import (
     Uniformity,
     check_objective,
 )
-from clipjax.config.train import (
-    RULES,
-    Captioning,
-    Constant,
-    Cosine,
-    Evaluation,
-    Geometry,
-    Mesh,
-    Optim,
-    Retrieval,
-    Rsqrt,
-    Rule,
-    Train,
-    Zeroshot,
-    check_best,
-)
+from clipjax.config.train import RULES, Constant, Cosine, Mesh, Optim, Rsqrt, Rule, Train
 
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "ConfigError",
     "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Evaluation",
     "Geometry", "HardNegative", "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt",
-    "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train", "Uniformity",
-    "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
+    "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
+    "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip
 
 

@@ -1,10 +1,8 @@
-"""The training's part of a configuration: optimizer, schedule, evaluations, mesh, cadences."""
+"""The training's part of a configuration: optimizer, schedule, mesh, cadences."""
 
-import difflib
 import re
-from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from clipjax.config.fields import TAGGED, ConfigError, Strict, free, require
 
@@ -115,80 +113,6 @@ class Mesh(Strict):
             require(n == -1 or n > 0, f"mesh.{name}", n, "must be positive, or -1 for all devices that are left")
         rest = sum(n == -1 for n in (self.data, self.fsdp, self.tensor))
         require(rest <= 1, "mesh", self, "only one axis can be -1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DuringTraining(Strict):
-    """An evaluation every so many steps; it also runs at the end."""
-
-    data: str = free("emoji")  # a SPEC, as on the command line
-    split: str = free("test")
-    every: int = free(1000)  # steps
-
-    def __post_init__(self) -> None:
-        require(self.every > 0, "evals.every", self.every, "must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Zeroshot(DuringTraining):
-    """Zero-shot classification during training."""
-
-    task: ClassVar = "zeroshot_classification"
-    metrics: ClassVar = ("acc1", "acc5", "mean_per_class_recall")
-    kind: Literal["zeroshot"] = "zeroshot"
-    templates: str = free("simple")  # `simple`, `imagenet`, `plain` ({c} alone) or a file with one template a line
-    classnames: str | None = free(None)  # a file with one name a line; None: the dataset's own
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retrieval(DuringTraining):
-    """Image-text retrieval during training."""
-
-    task: ClassVar = "zeroshot_retrieval"
-    metrics: ClassVar = tuple(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10))
-    kind: Literal["retrieval"] = "retrieval"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Geometry(DuringTraining):
-    """The contrastive gap and its kin during training, with a picture each time."""
-
-    task: ClassVar = "geometry"
-    metrics: ClassVar = ("rankme_image", "rankme_text")  # for train.best: of the others, more is not better
-    kind: Literal["geometry"] = "geometry"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Captioning(DuringTraining):
-    """Captions during training, of a model with a decoder: how good they are, and some of them with their pictures each time."""
-
-    task: ClassVar = "captioning"
-    metrics: ClassVar = ("exact_match", "bleu", "chrf", "cider")  # for train.best: of perplexity, more is not better
-    kind: Literal["captioning"] = "captioning"
-    samples: int = free(8)  # pictures that are shown with their captions: in the log, as a PNG and in TensorBoard
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.samples >= 0, "evals.samples", self.samples, "must not be negative; 0 shows none")
-
-
-Evaluation = Annotated[Zeroshot | Retrieval | Geometry | Captioning, TAGGED]
-
-
-def check_best(best: str | None, evals: tuple[Evaluation, ...]) -> None:
-    """Raises ConfigError unless `best` is what exactly one evaluation gives: `task/metric` or `task/dataset/metric`, where the
-    dataset is named as in metrics.jsonl: SPEC/SPLIT, or the SPEC alone of a tsv, which has no splits.
-    """
-    given = Counter()
-    for e in evals:
-        dataset = e.data if e.data.startswith("tsv:") else f"{e.data}/{e.split}"
-        given.update(f"{prefix}/{metric}" for prefix in (e.task, f"{e.task}/{dataset}") for metric in e.metrics)
-    if best is None or given[best] == 1:
-        return
-    wrong = "several evaluations give it" if given[best] else "no evaluation of this run gives it"
-    nearest = difflib.get_close_matches(best, [name for name, n in given.items() if n == 1], 1, cutoff=0)
-    remedy = f"the nearest is {nearest[0]}" if nearest else "evals needs one, on data and split of its own"
-    raise ConfigError(f"train.best = {best!r}: {wrong}; {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)

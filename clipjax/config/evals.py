@@ -1,0 +1,87 @@
+"""The evaluations that a run does while it trains."""
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from clipjax.config.fields import TAGGED, ConfigError, Strict, free, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEvaluation(Strict):
+    """An evaluation that runs every `every` steps and at the end of training."""
+
+    task: ClassVar[str]  # its name in metrics.jsonl
+    metrics: ClassVar[tuple[str, ...]]  # the names that train.best can take: of these, more is better
+
+    data: str = free("emoji")  # a SPEC, as on the command line
+    split: str = free("test")
+    every: int = free(1000)  # steps
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "evals.every", self.every, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeroshot(TrainingEvaluation):
+    """Zero-shot classification."""
+
+    task: ClassVar = "zeroshot_classification"
+    metrics: ClassVar = ("acc1", "acc5", "mean_per_class_recall")
+    kind: Literal["zeroshot"] = "zeroshot"
+    templates: str = free("simple")  # `simple`, `imagenet`, `plain` ({c} alone) or a file with one template a line
+    classnames: str | None = free(None)  # a file with one name a line; None: the dataset's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(TrainingEvaluation):
+    """Image-text retrieval in both directions."""
+
+    task: ClassVar = "zeroshot_retrieval"
+    metrics: ClassVar = tuple(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10))
+    kind: Literal["retrieval"] = "retrieval"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry(TrainingEvaluation):
+    """The contrastive gap and related measures of the embeddings, with a plot each time."""
+
+    task: ClassVar = "geometry"
+    metrics: ClassVar = ("rankme_image", "rankme_text")  # of the other measures, more is not better
+    kind: Literal["geometry"] = "geometry"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioning(TrainingEvaluation):
+    """The quality of generated captions, for a model with a decoder. Some images and their captions are shown each time."""
+
+    task: ClassVar = "captioning"
+    metrics: ClassVar = ("exact_match", "bleu", "chrf", "cider")  # not perplexity, of which less is better
+    kind: Literal["captioning"] = "captioning"
+    samples: int = free(8)  # images that are shown with their captions: in the log, as a PNG and in TensorBoard
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.samples >= 0, "evals.samples", self.samples, "must not be negative; 0 shows none")
+
+
+Evaluation = Annotated[Zeroshot | Retrieval | Geometry | Captioning, TAGGED]
+
+
+def check_best(best: str | None, evals: tuple[Evaluation, ...]) -> None:
+    """Raises ConfigError unless exactly one evaluation gives the metric `best`.
+
+    `best` is `task/metric` or `task/dataset/metric`. The dataset is named as in metrics.jsonl: SPEC/SPLIT, or the SPEC alone
+    for a tsv, which has no splits.
+    """
+    given = Counter()
+    for e in evals:
+        dataset = e.data if e.data.startswith("tsv:") else f"{e.data}/{e.split}"
+        given.update(f"{prefix}/{metric}" for prefix in (e.task, f"{e.task}/{dataset}") for metric in e.metrics)
+    if best is None or given[best] == 1:
+        return
+    wrong = "several evaluations give it" if given[best] else "no evaluation of this run gives it"
+    nearest = difflib.get_close_matches(best, [name for name, n in given.items() if n == 1], 1, cutoff=0)
+    remedy = f"the nearest is {nearest[0]}" if nearest else "evals needs one, on data and split of its own"
+    raise ConfigError(f"train.best = {best!r}: {wrong}; {remedy}")
