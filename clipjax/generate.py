@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clipjax import config
 from clipjax.config import require
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Batched, Rereadable
+from clipjax.evals.encoder import BatchedModel, CachedBatches
 from clipjax.models.clip import Params, Written, bind
 from clipjax.placement import placement
 from clipjax.sharding import BATCH, keystr, on_shards, over_rows
@@ -83,7 +83,7 @@ class _State(NamedTuple):
     so_far: Written
 
 
-class Captioner(Batched):
+class Captioner(BatchedModel):
     """A CoCa that writes, compiled for a mesh; the weights are an argument, so that training compiles it once."""
 
     def __init__(
@@ -107,9 +107,9 @@ class Captioner(Batched):
         """
         return self._write(params, images, index)
 
-    def stream(self, params: Params, batches: Rereadable) -> Iterator[tuple[Captions, dict[str, Array]]]:
+    def stream(self, params: Params, batches: CachedBatches) -> Iterator[tuple[Captions, dict[str, Array]]]:
         """The captions of one batch with `image` and `index` after another, each with its batch, as global arrays."""
-        return self.work(batches, lambda batch: self.write(params, batch["image"], batch["index"]))
+        return self.map_batches(batches, lambda batch: self.write(params, batch["image"], batch["index"]))
 
     def text(self, tokens: Int[Array, " t"]) -> str:
         return self._tokenizer.decode(tokens)

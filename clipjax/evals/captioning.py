@@ -17,7 +17,7 @@ from clipjax.data.source import Source
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import caption_metrics
-from clipjax.evals.encoder import Batch, Encoder, Metrics, Rereadable, to_host
+from clipjax.evals.encoder import Batch, CachedBatches, Encoder, Metrics, to_host
 from clipjax.evals.inputs import image_batches
 from clipjax.files import write_whole
 from clipjax.generate import Captioner
@@ -100,7 +100,7 @@ class Captioning:
             written = self._captioner.write(params, rows["image"], rows["index"])
             return rows["index"], written.tokens, *self._score(params, rows["image"], rows["text"])
 
-        parts = zip(*(made for made, _ in self.encoder.work(self._pairs, both)), strict=True)
+        parts = zip(*(made for made, _ in self.encoder.map_batches(self._pairs, both)), strict=True)
         index, tokens, nll, count = (np.concatenate([to_host(x) for x in part]) for part in parts)
         order = np.argsort(index)[(index < 0).sum() :]
         captions = {int(index[i]): self._tokenizer.decode(tokens[i]) for i in order}
@@ -159,7 +159,7 @@ def _with_round_trips(references: Sequence[Sequence[str]], tokenizer: Tokenizer)
 
 def _pair_batches(
     encoder: Encoder, tokenizer: Tokenizer, source: Source, data: config.Data, captions: Sequence[str]
-) -> Rereadable:
+) -> CachedBatches:
     """Every picture with the tokens of its one caption, as `text`."""
     tokens, truncated = tokenizer.encode(captions)
     if truncated.any() and jax.process_index() == 0:
@@ -171,4 +171,4 @@ def _pair_batches(
         for batch in pictures:
             yield batch | {"text": tokens[np.maximum(batch["index"], 0)]}
 
-    return Rereadable(read, len(pictures), source.name, pictures.unit)
+    return CachedBatches(read, len(pictures), source.name, pictures.unit)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from clipjax import config
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Encoder, Rereadable, to_host
+from clipjax.evals.encoder import CachedBatches, Encoder, to_host
 from clipjax.evals.inputs import caption_batches, image_batches
 from clipjax.files import write_whole
 from clipjax.models.clip import Params
@@ -31,7 +31,7 @@ def embed(encoder: Encoder, params: Params, tokenizer: Tokenizer, data: config.D
 
 
 def by_index(
-    encoder: Encoder, params: Params, batches: Rereadable, n: int
+    encoder: Encoder, params: Params, batches: CachedBatches, n: int
 ) -> tuple[Float[np.ndarray, "n e"], Bool[np.ndarray, " n"]]:
     """On every host, the vector of each example, and whether it has one."""
     z, there = np.zeros((n, encoder.model.embed_dim), np.float32), np.zeros(n, bool)

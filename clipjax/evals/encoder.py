@@ -1,10 +1,10 @@
-"""Embeddings of a whole source, computed on all devices batch by batch and left where they were computed."""
+"""Embeddings of a whole dataset, computed on all devices batch by batch. They stay on the devices that computed them."""
 
 import collections
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,18 @@ from clipjax.placement import placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
 Batch = dict[str, np.ndarray]  # this process's rows
-Metrics = dict[str, float | list[float] | None]  # None where a metric does not exist; a list is a curve
-KEEP = 256 * 2**20  # bytes of batches that are worth keeping in host memory between two evaluations
-PATIENCE = 5.0  # seconds before a progress line is shown
+Metrics = dict[str, float | list[float] | None]  # None: the metric is not defined here; a list is a curve
+CACHE_BYTES = 256 * 2**20  # a dataset whose batches are at most so large stays in host memory between two evaluations
+PROGRESS_DELAY = 5.0  # seconds before a progress line is shown
 IN_FLIGHT = 2  # batches given to the devices before the first must be done: bounds memory, keeps the devices busy
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Embeddings:
-    """Unit vectors of n batches of b, and what each is of. On a mesh, b is divided over the devices and nothing moves."""
+    """Unit vectors of n batches of b rows, and the example of each. On a mesh, axis b is sharded over the devices."""
 
     z: Float[Array, "n b e"]
     index: Int[Array, "n b"]  # of the example in its source; -1: padding
@@ -39,77 +41,80 @@ class Embeddings:
         return self.z.reshape(-1, self.z.shape[-1]), self.index.reshape(-1)
 
 
-class Rereadable:
-    """Equal batches that can be gone through again and again; kept in memory where they are small.
+class CachedBatches:
+    """Batches of equal shape that can be iterated over several times. Small datasets are read once and kept in memory.
 
-    Each holds `image` uint8 [b, s, s, 3] or `text` int32 [b, t], and of `index` and `label` (int32 [b], -1 for padding) what
-    its user needs: the number of the example in the source, and its class.
+    Each batch holds `image` uint8 [b, s, s, 3] or `text` int32 [b, t]. It also holds `index`, the number of the example in the
+    source, or `label`, its class, or both, as its user needs: int32 [b], -1 for padding.
     """
 
-    def __init__(self, read: Callable[[], Iterable[Batch]], count: int, name: str, unit: str, keep: int = KEEP) -> None:
-        """`read` gives `count` batches anew each time; they hold the `unit` (pictures, captions) of `name`, a dataset."""
-        self._read, self._count, self._keep = read, count, keep
-        self._kept: list[Batch] | None = None
+    def __init__(
+        self, read: Callable[[], Iterable[Batch]], count: int, name: str, unit: str, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        """`read` reads the `count` batches anew each time. `name` is the dataset's, `unit` what it counts: images, captions."""
+        self._read, self._count, self._cache_bytes = read, count, cache_bytes
+        self._cache: list[Batch] | None = None
         self.name, self.unit = name, unit
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._kept is not None:
-            yield from self._kept
+        if self._cache is not None:
+            yield from self._cache
             return
         seen: list[Batch] = []
         size = 0
         for batch in self._read():
             size += sum(x.nbytes for x in batch.values())
-            if size <= self._keep:
+            if size <= self._cache_bytes:
                 seen.append(batch)
             else:
                 seen.clear()
             yield batch
-        if size <= self._keep:
-            self._kept = seen
+        if size <= self._cache_bytes:
+            self._cache = seen
 
 
-class Batched:
-    """A model at work on one global batch of a source after the other."""
+class BatchedModel:
+    """A model that works on one global batch after another."""
 
     def __init__(self, model: config.Model, mesh: Mesh, batch_size: int) -> None:
-        """`batch_size` is over all devices, and rounded up to a multiple of them."""
+        """`batch_size` is over all devices. It is rounded up to a multiple of their number."""
         devices = batch_devices(mesh)
         self.model = model
         self.mesh = mesh
         self.batch_size = -(-batch_size // devices) * devices
 
-    def batches(self, total: int) -> int:
-        """How many batches `total` examples fill, the last perhaps in part."""
+    def batch_count(self, total: int) -> int:
+        """How many batches `total` examples fill. The last may be filled in part."""
         return -(-total // self.batch_size)
 
     def rows(self, total: int) -> Iterator[tuple[Int[np.ndarray, " b"], Bool[np.ndarray, " b"]]]:
-        """Of each batch of `total` examples this process's share: their numbers, and which are real. Padding repeats the last."""
+        """This process's share of each batch of `total` examples: their numbers, and which are real. Padding repeats the last."""
         n = self.batch_size // jax.process_count()
-        for start in range(jax.process_index() * n, self.batches(total) * self.batch_size, self.batch_size):
+        for start in range(jax.process_index() * n, self.batch_count(total) * self.batch_size, self.batch_size):
             numbers = np.arange(start, start + n)
             yield np.minimum(numbers, total - 1), numbers < total
 
-    def work(self, batches: Rereadable, fn: Callable[[dict[str, Array]], Any]) -> Iterator[tuple[Any, dict[str, Array]]]:
-        """What `fn` makes of one global batch after another, each with the batch. Raises Preempted during a training run that is
-        told to stop: it waits for no evaluation.
+    def map_batches(self, batches: CachedBatches, fn: Callable[[dict[str, Array]], T]) -> Iterator[tuple[T, dict[str, Array]]]:
+        """`fn(batch)` of every global batch, each with its batch.
+
+        Raises Preempted in a training run that is requested to stop: it does not wait for an evaluation.
         """
-        running: collections.deque[Any] = collections.deque()
+        running: collections.deque[T] = collections.deque()
         for batch in progress(batches, self.batch_size):
             preemption.check()
             distributed.alive()
-            given = to_global(batch, self.mesh)
-            made = fn(given)
-            running.append(made)
+            rows = to_global(batch, self.mesh)
+            result = fn(rows)
+            running.append(result)
             if len(running) > IN_FLIGHT:
                 jax.block_until_ready(running.popleft())
-            yield made, given
+            yield result, rows
 
 
-class Encoder(Batched):
+class Encoder(BatchedModel):
     """Both towers, compiled for global batches on a mesh. The weights are an argument, so that training compiles them once."""
 
     def __init__(self, model: config.Model, mesh: Mesh, batch_size: int) -> None:
@@ -120,41 +125,41 @@ class Encoder(Batched):
             "text": jax.jit(lambda params, x: bind(model, params).encode_text(x, place), out_shardings=rows),
         }
         stacked = NamedSharding(mesh, P(None, BATCH))
-        self._room = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
-        self._put = jax.jit(_put, donate_argnums=0, out_shardings=stacked)
+        self._allocate = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
+        self._write = jax.jit(_write, donate_argnums=0, out_shardings=stacked)
 
-    def stream(self, params: Params, batches: Rereadable) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
-        """The unit vectors, float32, of one batch after another, each with the rest of its batch, as global arrays."""
+    def stream(self, params: Params, batches: CachedBatches) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
+        """The unit vectors, float32, of one batch after another, each with the other arrays of its batch, all global."""
 
         def encode(batch: dict[str, Array]) -> Array:
             (kind,) = self._towers.keys() & batch.keys()
             return self._towers[kind](params, batch.pop(kind))
 
-        yield from self.work(batches, encode)
+        yield from self.map_batches(batches, encode)
 
-    def embed(self, params: Params, batches: Rereadable) -> Embeddings:
-        """All of them, sharded over the devices; each batch is written into its place as it comes."""
-        whole = self._room(len(batches))
+    def embed(self, params: Params, batches: CachedBatches) -> Embeddings:
+        """The unit vectors of all batches, sharded over the devices. Each batch is written in place as it is computed."""
+        result = self._allocate(len(batches))
         for i, (z, rest) in enumerate(self.stream(params, batches)):
-            whole = self._put(whole, Embeddings(z, rest["index"]), i)
-        return whole
+            result = self._write(result, Embeddings(z, rest["index"]), i)
+        return result
 
     def _empty(self, n: int) -> Embeddings:
         shape = n, self.batch_size
         return Embeddings(jnp.zeros((*shape, self.model.embed_dim)), jnp.full(shape, -1, jnp.int32))
 
 
-def _put(whole: Embeddings, batch: Embeddings, i: int) -> Embeddings:
-    return jax.tree.map(lambda all_of_them, x: all_of_them.at[i].set(x), whole, batch)
+def _write(into: Embeddings, batch: Embeddings, i: int) -> Embeddings:
+    return jax.tree.map(lambda stacked, x: stacked.at[i].set(x), into, batch)
 
 
-def progress(batches: Rereadable, batch_size: int) -> Iterator[Batch]:
-    """A line on stderr with rate and time left, from the first process, once it has taken some seconds."""
+def progress(batches: CachedBatches, batch_size: int) -> Iterator[Batch]:
+    """Yields the batches. After some seconds, the first process shows a line on stderr with the rate and the time left."""
     live = sys.stderr.isatty()
-    quiet = jax.process_index() != 0
-    pace = dict(delay=PATIENCE, mininterval=0.5 if live else 30, leave=not live, disable=quiet)
+    pace: dict[str, Any] = dict(delay=PROGRESS_DELAY, mininterval=0.5 if live else 30, leave=not live)
     total, unit = len(batches) * batch_size, f" {batches.unit}"
-    with tqdm(desc=batches.name, total=total, unit=unit, unit_scale=True, **pace) as bar:
+    quiet = jax.process_index() != 0
+    with tqdm(desc=batches.name, total=total, unit=unit, unit_scale=True, disable=quiet, **pace) as bar:
         for batch in batches:
             yield batch
             bar.update(batch_size)

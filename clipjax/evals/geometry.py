@@ -15,7 +15,7 @@ from clipjax.data.pipeline import eval_captions
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.embed import by_index
-from clipjax.evals.encoder import Encoder, Metrics, Rereadable, to_host
+from clipjax.evals.encoder import CachedBatches, Encoder, Metrics, to_host
 from clipjax.evals.inputs import caption_batches, image_batches
 from clipjax.models.clip import Params
 
@@ -42,7 +42,7 @@ class Geometry:
 
     task: ClassVar[str] = "geometry"
 
-    def __init__(self, encoder: Encoder, images: Rereadable, captions: Rereadable, examples: int) -> None:
+    def __init__(self, encoder: Encoder, images: CachedBatches, captions: CachedBatches, examples: int) -> None:
         """`index` of both is the number of the example, less than `examples`; a caption an example, or none."""
         self.encoder, self.images, self.captions, self.examples = encoder, images, captions, examples
 

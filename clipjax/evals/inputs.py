@@ -12,7 +12,7 @@ from clipjax.config import ConfigError
 from clipjax.data.pipeline import eval_batches
 from clipjax.data.source import Record, Source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Batch, Encoder, Rereadable
+from clipjax.evals.encoder import Batch, CachedBatches, Encoder
 from clipjax.evals.prompts import classnames, fill
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def eval_data(run: config.Run, spec: str, split: str) -> config.Data:
     return data if spec == run.data.spec else dataclasses.replace(data, image_field=None, text_field=None)
 
 
-def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Rereadable:
+def image_batches(encoder: Encoder, source: Source, data: config.Data) -> CachedBatches:
     """Every picture, with `index` and `label`. One that can't be read is left out, with a warning: no other stands in for it."""
     size = encoder.model.image.image_size
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -39,17 +39,17 @@ def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Reread
         if (unreadable := distributed.total(unreadable)) and jax.process_index() == 0:
             log.warning("%s: %d of %d pictures can't be read and are left out", source.name, unreadable, len(source))
 
-    return Rereadable(read, encoder.batches(len(source)), source.name, "pictures")
+    return CachedBatches(read, encoder.batch_count(len(source)), source.name, "pictures")
 
 
 def caption_batches(
     encoder: Encoder, tokenizer: Tokenizer, captions: Sequence[str], owner: Sequence[int], name: str
-) -> Rereadable:
+) -> CachedBatches:
     """Tokens of captions; `index` is `owner`, the example that each belongs to."""
     return _text_batches(encoder, tokenizer, captions, {"index": np.asarray(owner, np.int32)}, name, "captions")
 
 
-def prompt_batches(encoder: Encoder, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]) -> Rereadable:
+def prompt_batches(encoder: Encoder, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]) -> CachedBatches:
     """Tokens of every name in every template, class by class; `label` is the class."""
     labels = np.repeat(np.arange(len(names), dtype=np.int32), len(templates))
     return _text_batches(encoder, tokenizer, _Prompts(names, templates), {"label": labels}, "classes", "prompts")
@@ -71,7 +71,7 @@ class _Prompts(Sequence[str]):
 
 def _text_batches(
     encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], columns: dict[str, np.ndarray], name: str, unit: str
-) -> Rereadable:
+) -> CachedBatches:
     def read() -> Iterator[Batch]:
         cut = 0
         for rows, real in encoder.rows(len(texts)):
@@ -81,7 +81,7 @@ def _text_batches(
         if (cut := distributed.total(cut)) and jax.process_index() == 0:
             log.warning("%s: %d of %d %s were cut to %d tokens", name, cut, len(texts), unit, tokenizer.length)
 
-    return Rereadable(read, encoder.batches(len(texts)), name, unit)
+    return CachedBatches(read, encoder.batch_count(len(texts)), name, unit)
 
 
 def with_classes(source: Source, file: str | None) -> tuple[Source, tuple[str, ...]]:

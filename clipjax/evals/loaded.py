@@ -14,7 +14,7 @@ from clipjax import config, sharding
 from clipjax.checkpoint import TOKENIZER, load_params, split_name
 from clipjax.data.image import decode, fit, rgb
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Batch, Encoder, Rereadable, to_host
+from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
 from clipjax.files import resolve
 from clipjax.generate import GREEDY, Captioner, How
 
@@ -55,7 +55,7 @@ class Loaded:
             for numbers, real in captioner.rows(len(pixels)):
                 yield {"image": pixels[numbers], "index": np.where(real, numbers, -1).astype(np.int32)}
 
-        batches = Rereadable(read, captioner.batches(len(pixels)), "caption", "pictures")
+        batches = CachedBatches(read, captioner.batch_count(len(pixels)), "caption", "pictures")
         made = [jax.tree.map(to_host, written) for written, _ in captioner.stream(self.params, batches)]
         rows = [(row, logprob) for written in made for row, logprob in zip(*written, strict=True)]
         return [(self.tokenizer.decode(row), float(logprob)) for row, logprob in rows[: len(pixels)]]
@@ -76,7 +76,7 @@ class Loaded:
         def read() -> Iterator[Batch]:
             return ({kind: rows[numbers]} for numbers, _ in self.encoder.rows(len(rows)))
 
-        batches = Rereadable(read, self.encoder.batches(len(rows)), kind, f"{kind}s")
+        batches = CachedBatches(read, self.encoder.batch_count(len(rows)), kind, f"{kind}s")
         made = [to_host(z) for z, _ in self.encoder.stream(self.params, batches)]
         return np.concatenate([np.empty((0, self.run.model.embed_dim), np.float32), *made])[: len(rows)]
 

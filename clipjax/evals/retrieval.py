@@ -18,7 +18,7 @@ from clipjax import config
 from clipjax.data.pipeline import eval_captions
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Embeddings, Encoder, Metrics, Rereadable
+from clipjax.evals.encoder import CachedBatches, Embeddings, Encoder, Metrics
 from clipjax.evals.inputs import caption_batches, image_batches
 from clipjax.models.clip import Params
 from clipjax.sharding import BATCH
@@ -36,7 +36,7 @@ class Retrieval:
 
     task: ClassVar[str] = "zeroshot_retrieval"
 
-    def __init__(self, encoder: Encoder, images: Rereadable, captions: Rereadable) -> None:
+    def __init__(self, encoder: Encoder, images: CachedBatches, captions: CachedBatches) -> None:
         """The `index` of a caption is that of its picture."""
         self.encoder, self.images, self.captions = encoder, images, captions
 

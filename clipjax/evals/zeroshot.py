@@ -11,7 +11,7 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Encoder, Metrics, Rereadable
+from clipjax.evals.encoder import CachedBatches, Encoder, Metrics
 from clipjax.evals.inputs import image_batches, prompt_batches, with_classes
 from clipjax.evals.prompts import templates
 from clipjax.evals.retrieval import ahead
@@ -25,7 +25,7 @@ class Zeroshot:
 
     task: ClassVar[str] = "zeroshot_classification"
 
-    def __init__(self, encoder: Encoder, images: Rereadable, prompts: Rereadable, classes: int) -> None:
+    def __init__(self, encoder: Encoder, images: CachedBatches, prompts: CachedBatches, classes: int) -> None:
         """`prompts` has as many of each class, see `prompt_batches`."""
         self.encoder, self.images, self.prompts, self.classes = encoder, images, prompts, classes
         whole = replicated(encoder.mesh)

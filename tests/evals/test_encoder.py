@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clipjax.evals import encoder as module
-from clipjax.evals.encoder import Encoder, Rereadable
+from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.sharding import batch_devices
 from tests.evals.tiny import MODEL, image_batches, mesh_of, tokenize
 
@@ -24,7 +24,7 @@ def test_embeds_a_whole_source_in_place(encoder, model, params, pictures):
 
 def test_embeds_text(encoder, model, params):
     tokens = tokenize([f"a {'x' * i}" for i in range(encoder.batch_size)])
-    batches = Rereadable(lambda: [{"text": tokens, "index": np.arange(len(tokens), dtype=np.int32)}], 1, "toy", "captions")
+    batches = CachedBatches(lambda: [{"text": tokens, "index": np.arange(len(tokens), dtype=np.int32)}], 1, "toy", "captions")
     np.testing.assert_allclose(encoder.embed(params, batches).z[0], model.encode_text(jnp.asarray(tokens)), atol=1e-6)
 
 
@@ -39,14 +39,14 @@ def test_any_number_of_batches_takes_one_small_program(params):
     """300 batches: a program with an argument for each would have 600, and compile for minutes."""
     encoder, n = Encoder(MODEL, mesh_of("8"), 8), 300
     tokens = tokenize(["a fox"] * 8)
-    before = encoder._put._cache_size()  # all encoders of a process share it
+    before = encoder._write._cache_size()  # all encoders of a process share it
     read = ({"text": tokens, "index": np.arange(8 * i, 8 * i + 8, dtype=np.int32)} for i in range(n))
-    got = encoder.embed(params, Rereadable(lambda: read, n, "toy", "captions"))
+    got = encoder.embed(params, CachedBatches(lambda: read, n, "toy", "captions"))
     np.testing.assert_array_equal(got.rows()[1], np.arange(8 * n))
     assert not np.ptp(got.z, axis=0).any()
-    assert encoder._put._cache_size() <= before + 1
+    assert encoder._write._cache_size() <= before + 1
     one = jax.tree.map(lambda x: x[0], got)
-    in_place = encoder._put.lower(got, one, 0).compile().memory_analysis().alias_size_in_bytes
+    in_place = encoder._write.lower(got, one, 0).compile().memory_analysis().alias_size_in_bytes
     assert in_place == (got.z.nbytes + got.index.nbytes) / 8
 
 
@@ -54,7 +54,7 @@ def test_any_number_of_batches_takes_one_small_program(params):
 def test_batch_is_rounded_up_to_the_devices(wanted, devices, got):
     encoder = Encoder(MODEL, mesh_of(devices), wanted)
     assert encoder.batch_size == got
-    assert [encoder.batches(n) for n in (0, 1, got, got + 1)] == [0, 1, 1, 2]
+    assert [encoder.batch_count(n) for n in (0, 1, got, got + 1)] == [0, 1, 1, 2]
 
 
 def test_rows_repeat_the_last(monkeypatch):
@@ -69,35 +69,35 @@ def test_rows_repeat_the_last(monkeypatch):
     assert [n.tolist() for n, _ in encoder.rows(6)] == [[2, 3], [5, 5]]
 
 
-@pytest.mark.parametrize(("keep", "reads"), [(32, 1), (31, 3)])
-def test_small_sources_are_read_once_and_large_ones_again(keep, reads):
+@pytest.mark.parametrize(("cache_bytes", "reads"), [(32, 1), (31, 3)])
+def test_small_sources_are_read_once_and_large_ones_again(cache_bytes, reads):
     read = []
 
     def batches():
         read.append(1)
         yield from ({"label": np.full(4, i, np.int32)} for i in range(2))
 
-    again = Rereadable(batches, 2, "toy", "labels", keep)
+    again = CachedBatches(batches, 2, "toy", "labels", cache_bytes)
     for _ in range(3):
         assert [b["label"][0] for b in again] == [0, 1]
     assert len(read) == reads
 
 
-def test_what_was_left_early_is_not_kept():
-    again = Rereadable(lambda: ({"label": np.full(4, i)} for i in range(3)), 3, "toy", "labels")
+def test_an_iteration_that_was_cut_short_is_not_cached():
+    again = CachedBatches(lambda: ({"label": np.full(4, i)} for i in range(3)), 3, "toy", "labels")
     next(iter(again))
     assert [b["label"][0] for b in again] == [0, 1, 2]
 
 
 def test_progress_names_rate_and_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 0.0)
-    list(module.progress(Rereadable(lambda: [{}] * 3, 3, "emoji/test", "pictures"), 256))
+    monkeypatch.setattr(module, "PROGRESS_DELAY", 0.0)
+    list(module.progress(CachedBatches(lambda: [{}] * 3, 3, "emoji/test", "images"), 256))
     line = capsys.readouterr().err
     assert "emoji/test: 100%" in line
     assert "768/768" in line
-    assert " pictures/s]" in line
+    assert " images/s]" in line
 
 
 def test_short_work_is_quiet(capsys):
-    list(module.progress(Rereadable(lambda: [{}] * 3, 3, "emoji/test", "pictures"), 256))
+    list(module.progress(CachedBatches(lambda: [{}] * 3, 3, "emoji/test", "images"), 256))
     assert capsys.readouterr().err == ""

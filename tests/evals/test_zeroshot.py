@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clipjax.evals import zeroshot
-from clipjax.evals.encoder import Encoder, Rereadable
+from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.evals.inputs import prompt_batches
 from clipjax.evals.prompts import fill, templates
 from clipjax.evals.zeroshot import Zeroshot
@@ -35,7 +35,7 @@ def dense_metrics(images, weights, labels):
 @pytest.mark.parametrize("prompts", ["plain", "simple"])
 def test_class_embeddings_are_ensembled(encoder, model, params, prompts):
     prompts = templates(prompts)
-    evaluation = Zeroshot(encoder, Rereadable(list, 0, "", ""), prompt_batches(encoder, TOKENIZER, WORDS, prompts), len(WORDS))
+    evaluation = Zeroshot(encoder, CachedBatches(list, 0, "", ""), prompt_batches(encoder, TOKENIZER, WORDS, prompts), len(WORDS))
     got = evaluation.class_embeddings(params)
     assert got.sharding.is_fully_replicated
     np.testing.assert_allclose(got, dense_weights(model, WORDS, prompts), atol=1e-6)
@@ -85,7 +85,7 @@ def test_recall_weighs_classes_and_accuracy_pictures(params):
     """METHODS D.10: nine of A, one of B, all are taken for A."""
     encoder = Encoder(MODEL, mesh_of("1"), 10)
     images = image_batches(np.zeros((10, 8, 8, 3), np.uint8), encoder, label=np.array([0] * 9 + [1], np.int32))
-    evaluation = Zeroshot(encoder, images, Rereadable(list, 0, "", ""), 2)
+    evaluation = Zeroshot(encoder, images, CachedBatches(list, 0, "", ""), 2)
     z = next(encoder.stream(params, images))[0][0]
     evaluation.class_embeddings = lambda _: jnp.stack([z, -z])
     assert evaluation.run(params) == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5}
@@ -105,7 +105,7 @@ def test_order_of_the_classes_does_not_matter(params, pictures):
 def test_a_device_holds_only_its_pictures_cosines():
     mesh = mesh_of("8")
     encoder = Encoder(MODEL, mesh, 1024)
-    evaluation = Zeroshot(encoder, Rereadable(list, 0, "", ""), Rereadable(list, 0, "", ""), 4096)
+    evaluation = Zeroshot(encoder, CachedBatches(list, 0, "", ""), CachedBatches(list, 0, "", ""), 4096)
 
     def shape(*shape, dtype=jnp.float32, rows=False):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=(over_rows if rows else replicated)(mesh))

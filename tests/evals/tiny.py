@@ -5,7 +5,7 @@ import numpy as np
 
 from clipjax import config
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Rereadable
+from clipjax.evals.encoder import CachedBatches
 from clipjax.sharding import make_mesh
 
 SIZE, LENGTH, VOCAB = 8, 24, 300
@@ -35,7 +35,7 @@ def mesh_of(name):
 
 
 def image_batches(images, encoder, **columns):
-    """Rereadable of the encoder's size, the last padded with black pictures."""
+    """CachedBatches of the encoder's size, the last padded with black pictures."""
     size = encoder.batch_size
 
     def read():
@@ -44,4 +44,4 @@ def image_batches(images, encoder, **columns):
             batch = {"image": np.pad(images[start : start + size], ((0, pad), (0, 0), (0, 0), (0, 0)))}
             yield batch | {k: np.pad(v[start : start + size], (0, pad), constant_values=-1) for k, v in columns.items()}
 
-    return Rereadable(read, -(-len(images) // size), "toy", "pictures")
+    return CachedBatches(read, -(-len(images) // size), "toy", "pictures")
