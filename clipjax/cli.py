@@ -98,14 +98,18 @@ def _parser() -> argparse.ArgumentParser:
 
     def of_config(under: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
         p = command(under, name, run, text, add_help=False)
-        p.add_argument("config", nargs="?", metavar="CONFIG.py", help="a Python file with config() -> clipjax.config.Run")
+        what = "a Python file with config() -> clipjax.config.Run, or a name that `clipjax configs` lists"
+        p.add_argument("config", nargs="?", metavar="CONFIG.py|NAME", help=what)
         p.add_argument(
-            "-h", "--help", action="store_true", help="this; after CONFIG.py all its fields, each of which is an option"
+            "-h", "--help", action="store_true", help="this; after CONFIG.py|NAME all its fields, each of which is an option"
         )
         return p
 
     p = of_config(top, "train", commands.train, "train a model, or go on from its workdir's newest checkpoint")
     p.add_argument("--workdir", type=writable_folder, metavar="RUN", help="folder of the run, local or on gs:// or s3://")
+
+    p = command(top, "configs", commands.configs, "list the configs that come with clipjax, or print one to start from")
+    p.add_argument("name", nargs="?", metavar="NAME", help="print this one")
 
     text = "compile a run's train step for chips that need not be there: memory, sharding, collectives, FLOPs, estimated time"
     p = of_config(top, "plan", commands.plan, text)

@@ -13,6 +13,7 @@ import clipjax
 from clipjax import config
 from clipjax.arguments import writable_file
 from clipjax.config.load import load_config, override
+from clipjax.config.packaged import packaged_config, packaged_configs, summary
 
 if TYPE_CHECKING:
     from clipjax.evals.captioning import Captioning
@@ -26,14 +27,25 @@ if TYPE_CHECKING:
 
 
 def _configured(args: argparse.Namespace, needed: str = "") -> config.Run | None:
-    """The run of CONFIG.py and the options that name its fields; None where only help was asked for."""
+    """The run of CONFIG.py|NAME and the options that name its fields; None where only help was asked for."""
     if args.config is None:
         if not args.help:
-            args.parser.error("CONFIG.py is needed")
+            args.parser.error("CONFIG.py is needed, or a NAME that `clipjax configs` lists")
         args.parser.print_help()
         return None
     rest = ["--help"] if args.help else args.rest
     return override(load_config(args.config), rest, f"{args.parser.prog} {args.config} {needed}".rstrip())
+
+
+def configs(args: argparse.Namespace) -> None:
+    """`clipjax configs`: the packaged configs, one line each, or the text of one."""
+    if args.name is not None:
+        print(packaged_config(args.name).read_text(encoding="utf-8"), end="")
+        return
+    files = packaged_configs()
+    width = max(map(len, files))
+    for name, path in files.items():
+        print(f"{name:{width}}  {summary(path)}")
 
 
 def train(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """CLIP ViT-B/32 at 224 px (2103.00020): 32 epochs of 400 million pairs, 12.8 billion in all.
 
-Run:      clipjax train configs/clip_b32.py --workdir RUN --tokenizer.path FILE
+Run:      clipjax train clip_b32 --workdir RUN --tokenizer.path FILE
 Needs:    a tokenizer.json of at most 49,408 tokens (CLIP's own: openai/clip-vit-base-patch32 on Hugging Face), and LAION-400M,
           prepared by `tfds build laion400m/images --file_format=array_record`; for other pairs --data.spec
 Topology: v5e:8x8

@@ -1,6 +1,6 @@
 """CLIPA-v2 ViT-H/14 (2305.07017, 2306.15658): the pre-training stage, 12.8 billion pairs at 84 px with 8 text tokens.
 
-Run:      clipjax train configs/clipa_h14.py --workdir RUN --tokenizer.path FILE
+Run:      clipjax train clipa_h14 --workdir RUN --tokenizer.path FILE
 Needs:    a tokenizer.json of at most 32,000 tokens (CLIPA's own: bert-base-uncased on Hugging Face), and LAION-400M, prepared by
           `tfds build laion400m/images --file_format=array_record`; for other pairs --data.spec
 Topology: v5e:16x16

@@ -1,6 +1,6 @@
 """CoCa of ViT-L/14 at 224 px in open_clip's form (2205.01917; open_clip's coca_ViT-L-14): 13 billion pairs in batches of 90,112.
 
-Run:      clipjax train configs/coca_l14.py --workdir RUN --tokenizer.path FILE
+Run:      clipjax train coca_l14 --workdir RUN --tokenizer.path FILE
 Needs:    a tokenizer.json of at most 49,408 tokens with a start token and an end token of the highest id (CLIP's own:
           openai/clip-vit-base-patch32 on Hugging Face), and pairs: open_clip's, LAION-2B, are not public any more; LAION-400M is
           prepared by `tfds build laion400m/images --file_format=array_record`; for others --data.spec

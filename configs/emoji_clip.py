@@ -1,6 +1,6 @@
 """A small CLIP on colour emoji and their English names; it has not seen the combinations it is tested on.
 
-Run:      clipjax train configs/emoji_clip.py --workdir runs/emoji
+Run:      clipjax train emoji_clip --workdir runs/emoji
 Cost:     about four minutes on two CPU cores
 Expected: R@1 0.80 text to image, 0.77 image to text on the 363 held-out combinations; three seeds are in the README
 """

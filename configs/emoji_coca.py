@@ -1,6 +1,6 @@
 """A small CoCa on colour emoji: it finds names for pictures, and writes them. Its form is open_clip's, so it exports there.
 
-Run:      clipjax train configs/emoji_coca.py --workdir runs/emoji_coca
+Run:      clipjax train emoji_coca --workdir runs/emoji_coca
 Cost:     eight minutes on two CPU cores
 Expected: exact match 0.58 of greedy captions, R@1 0.88 text to image and 0.89 image to text, on the 363 held-out combinations; by
           `clipjax eval captioning RUN --data emoji`

@@ -1,6 +1,6 @@
 """`emoji_clip` with the regularizers that close the contrastive gap (2405.18570): uniformity, alignment, cross-uniformity.
 
-Run:      clipjax train configs/emoji_cuaxu.py --workdir runs/emoji_cuaxu
+Run:      clipjax train emoji_cuaxu --workdir runs/emoji_cuaxu
           with --objective.3.weight 0 it is CUA
 Cost:     about five minutes on two CPU cores
 Expected: R@1 0.87 text to image, 0.83 image to text on the held-out combinations; three seeds and the gap are in the README

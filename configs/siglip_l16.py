@@ -1,6 +1,6 @@
 """SigLIP ViT-L/16 at 256 px (2303.15343): 40 billion examples.
 
-Run:      clipjax train configs/siglip_l16.py --workdir RUN --tokenizer.path FILE
+Run:      clipjax train siglip_l16 --workdir RUN --tokenizer.path FILE
 Needs:    a tokenizer.json of at most 32,000 tokens (SigLIP's own is of C4: timm/ViT-B-16-SigLIP on Hugging Face), and pairs:
           SigLIP's, WebLI, are not public; LAION-400M is prepared by `tfds build laion400m/images --file_format=array_record`; for
           others --data.spec

@@ -30,9 +30,10 @@ def run(*args) -> int:
 
 
 COMMANDS = {
-    "": ["train", "eval", "embed", "export", "import", "plan", "data", "bench"],
-    "plan": ["CONFIG.py", "--topology", "--slices N", "--find-batch", "--json OUT"],
-    "train": ["--workdir RUN", "CONFIG.py"],
+    "": ["train", "configs", "eval", "embed", "export", "import", "plan", "data", "bench"],
+    "configs": ["NAME", "print this one"],
+    "plan": ["CONFIG.py|NAME", "--topology", "--slices N", "--find-batch", "--json OUT"],
+    "train": ["--workdir RUN", "CONFIG.py|NAME"],
     f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
     "eval": ["zeroshot", "retrieval", "geometry", "captioning"],
     "eval zeroshot": ["--data SPEC", "--split", "--classnames FILE", "--templates NAME|FILE", "--json OUT", "default: simple"],
@@ -115,6 +116,7 @@ REFUSED = {
     "no config": (["train"], "CONFIG.py is needed"),
     "no workdir": (["train", CONFIG], "--workdir RUN is needed"),
     "no file": (["train", "nothing.py"], "CONFIG.py = 'nothing.py': is not a file"),
+    "no packaged config": (["train", "nothing"], "NAME = 'nothing': there is no packaged config of this name"),
     "no SPEC": (["embed", "RUN", "--out", "a.npz"], "required: --data"),
     "no format": (["export", "RUN", "--to", "onnx", "--out", "a"], "invalid choice: 'onnx'"),
     "no library": (["import", "SRC", "--from", "timm", "--out", "a"], "invalid choice: 'timm'"),

@@ -76,7 +76,7 @@ def test_every_text_has_its_config():
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_says_how_it_is_run_what_it_costs_and_gives(name):
     parts = said(name)
-    assert parts["Run"].startswith(f"clipjax train configs/{name}.py --workdir ")
+    assert parts["Run"].startswith(f"clipjax train {name} --workdir ")
     assert parts["Cost"]
     assert parts["Expected"]
     if name in PODS:

@@ -6,33 +6,83 @@ import importlib.util
 import io
 import sys
 import traceback
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from clipjax.config import ConfigError, Run, lines, require
+from clipjax.config.packaged import config_path
+
+_neighbours: set[str] = set()  # names of the modules that the latest config file imported from its own folder
 
 
 def load_config(path: str) -> Run:
-    """What the `config()` of a Python file returns. Raises ConfigError where there is no such thing, or the file fails."""
-    require(Path(path).is_file(), "CONFIG.py", path, "is not a file; those of clipjax are in configs/")
-    spec = importlib.util.spec_from_file_location("clipjax_config", path)
-    require(spec is not None and spec.loader is not None, "CONFIG.py", path, "is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    """What the `config()` of a Python file returns. `path` may also be the NAME of a packaged config.
+
+    The file can import its neighbours: its folder is first on sys.path while it is loaded. Raises ConfigError where there is no
+    such file, or it fails.
+    """
+    file = config_path(path).absolute()  # as tracebacks name it
+    require(file.is_file(), "CONFIG.py", path, "is not a file; `clipjax configs` lists those that come with clipjax")
     try:
-        spec.loader.exec_module(module)
-        require(hasattr(module, "config"), "CONFIG.py", path, "has no function config() that returns a clipjax.config.Run")
-        run = module.config()
+        with _neighbours_of(file):
+            module = _execute(file)
+            require(hasattr(module, "config"), "CONFIG.py", path, "has no function config() that returns a clipjax.config.Run")
+            run = module.config()
     except ConfigError:
         raise
     except Exception as error:  # whatever the file may raise
-        numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        if isinstance(error, SyntaxError) and error.filename == spec.origin:
+        numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        if isinstance(error, SyntaxError) and error.filename == str(file):
             numbers.append(error.lineno)
         where = f"{path}, line {numbers[-1]}" if numbers else path
         raise ConfigError(f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}") from error
     require(isinstance(run, Run), f"config() of {path}", type(run).__name__, "must return a clipjax.config.Run")
     return run
+
+
+def _execute(file: Path) -> ModuleType:
+    """The module of a config file. It stays in sys.modules, where pydantic and `inspect` look up a class that it defines."""
+    name = _module_name(file)
+    spec = importlib.util.spec_from_file_location(name, file)
+    require(spec is not None and spec.loader is not None, "CONFIG.py", str(file), "is not a Python file")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _module_name(file: Path) -> str:
+    """One name a file, also where two files in two folders are called the same."""
+    return f"config_{file.stem}_{zlib.crc32(bytes(file.resolve())):08x}"
+
+
+@contextlib.contextmanager
+def _neighbours_of(file: Path) -> Iterator[None]:
+    """Lets a config file import what lies in its folder.
+
+    The next config file starts without these modules: its own folder may hold others of the same names.
+    """
+    for name in _neighbours:
+        sys.modules.pop(name, None)
+    _neighbours.clear()
+    folder, before = file.resolve().parent, {*sys.modules, _module_name(file)}
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()  # a neighbour may be newer than what Python remembers of the folder
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        new = {name: module for name, module in sys.modules.items() if name.partition(".")[0] not in before}
+        local = {name for name, module in new.items() if "." not in name and _lies_in(module, folder)}
+        _neighbours.update(name for name in new if name.partition(".")[0] in local)
+
+
+def _lies_in(module: ModuleType, folder: Path) -> bool:
+    """Whether a top-level module is a file or a package of `folder`."""
+    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
+    return any(Path(place).parent == folder for place in places if place)
 
 
 def override(run: Run, args: Sequence[str], prog: str) -> Run:
