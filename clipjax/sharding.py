@@ -61,7 +61,7 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
         remedy = f"must be a multiple of the {slices} slices, as neither mesh.fsdp nor mesh.tensor can reach beyond one"
         config.require(devices[0].platform != "tpu", "mesh.data", data, remedy)
         # A slice of GPUs is a host, or what NVLink joins, and all may talk to all.
-        return Mesh(np.reshape(devices, (1, data, fsdp, tensor)), AXES, axis_types=AUTO)
+        return Mesh(np.asarray(devices).reshape(1, data, fsdp, tensor), AXES, axis_types=AUTO)
     placed = mesh_utils.create_hybrid_device_mesh((1, data // slices, fsdp, tensor), (slices, 1, 1, 1), devices)
     return Mesh(placed, AXES, axis_types=AUTO)
 
