@@ -29,7 +29,7 @@ def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
         if isinstance(term, config.Sogclr | config.Isogclr):
             remedy = f"must be the number of examples of {source.name}, {len(source)}"
             config.require(term.examples == len(source), f"objective.{i}.examples", term.examples, remedy)
-    with distributed.in_turn("tokenizer"):  # the first trains it and saves it, the others load it
+    with distributed.first_process_first("tokenizer"):  # the first trains it and saves it, the others load it
         return _tokenizer(run, workdir, source, resumes)
 
 

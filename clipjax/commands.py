@@ -64,7 +64,7 @@ def train(args: argparse.Namespace) -> None:
     mesh = sharding.make_mesh(run.mesh)
     saved = resume.check(run, args.workdir, mesh)
     distributed.agree("the newest checkpoint's step", saved.step if saved else "none")
-    with distributed.in_turn("dataset"):  # the first builds it, if need be
+    with distributed.first_process_first("dataset"):  # the first builds it, if need be
         source = open_source(run.data)
     distributed.agree("the number of examples", len(source))
     taught = build.teacher(run, source)

@@ -1,4 +1,4 @@
-"""Told to stop: by SIGTERM, by Ctrl-C or, on a TPU, by a maintenance notice; all processes notice it at the same point."""
+"""Requests to stop: SIGTERM, Ctrl-C or, on a TPU, a maintenance notice. All processes of a run see a request at the same step."""
 
 import contextlib
 import itertools
@@ -9,41 +9,42 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-STATUS = 75  # EX_TEMPFAIL of sysexits.h: stopped in good order, start it again
-INTERRUPTED = 130  # by Ctrl-C, as shells tell it: the person who stopped it will start it, no launcher
+RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the run stopped after saving; start it again
+INTERRUPTED_STATUS = 130  # what shells give for Ctrl-C: a person stopped the run, so no launcher should start it again
 
 
 class Preempted(Exception):
-    """Stopped in good order because it was told to. `status`: what the program ends with."""
+    """The run was asked to stop, and has saved its state. `status`: the exit status of the program."""
 
     def __init__(self, what: str = "") -> None:
-        self.status = INTERRUPTED if _heard.ctrl_c else STATUS
-        super().__init__(f"{'interrupted' if _heard.ctrl_c else 'preempted'}{what}")
+        self.status = INTERRUPTED_STATUS if _signals.ctrl_c else RESTART_STATUS
+        super().__init__(f"{'interrupted' if _signals.ctrl_c else 'preempted'}{what}")
 
 
-class _Heard:
-    """What the signal handlers leave, and whether it has been told."""
+class _Signals:
+    """What the signal handlers have noted, and what `requested` has answered."""
 
     def __init__(self) -> None:
-        self.listening = self.signalled = self.ctrl_c = self.told = False
+        self.listening = self.signalled = self.ctrl_c = self.requested = False
 
 
-_heard = _Heard()
-_calls = itertools.count(1)  # never anew in one process: JAX finds the moment by it
+_signals = _Signals()
+_calls = itertools.count(1)  # one count for the life of the process: JAX finds the common step by it
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Until the block is left, SIGTERM and a first Ctrl-C do not end the process; `told` tells of them. A second Ctrl-C raises
-    KeyboardInterrupt. Of several processes, JAX's coordination service listens to SIGTERM from then on, and to what else
-    the platform sends. Does nothing outside the main thread, where Python has no signals.
+    """For `with`: inside, SIGTERM and a first Ctrl-C do not end the process; `requested` reports them.
+
+    A second Ctrl-C raises KeyboardInterrupt. Where there are several processes, JAX's coordination service handles SIGTERM, and
+    the platform's notices, from here until the process ends. Does nothing outside the main thread, where Python has no signals.
     """
-    global _heard
-    _heard = _Heard()
+    global _signals
+    _signals = _Signals()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _heard.listening = True
+    _signals.listening = True
     before = {signal.SIGINT: signal.signal(signal.SIGINT, _on_ctrl_c)}
     if _joined():
         _listen_together()
@@ -52,39 +53,42 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _heard.listening = False
+        _signals.listening = False
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def told() -> bool:
-    """Whether to stop now. Of several processes all must ask as often and in the same order; all get the same answer, a second
-    or two after the first of them was told. Costs under a microsecond, and no collective.
+def requested() -> bool:
+    """Whether the run should stop now.
+
+    Where there are several processes, all must call this equally often and in the same order. All get the same answer, one or
+    two seconds after the first of them got a signal. A call takes under a microsecond and no collective.
     """
-    if _heard.listening and not _heard.told:
+    if _signals.listening and not _signals.requested:
         if _joined():
             from jax.experimental import multihost_utils
 
-            _heard.told = multihost_utils.reached_preemption_sync_point(next(_calls))
+            _signals.requested = multihost_utils.reached_preemption_sync_point(next(_calls))
         else:
-            _heard.told = _heard.signalled
-    return _heard.listening and _heard.told
+            _signals.requested = _signals.signalled
+    return _signals.listening and _signals.requested
 
 
 def check() -> None:
-    """Raises Preempted if told to stop; for work that may be dropped, as an evaluation between two batches. As `told`."""
-    if told():
+    """Raises Preempted if a stop is requested. For work that may be dropped, as an evaluation, between two batches. See
+    `requested` for several processes."""
+    if requested():
         raise Preempted
 
 
 def _joined() -> bool:
-    import jax  # here: the command line names this module's statuses and starts without JAX
+    import jax  # not above: the command line reads the statuses above, and starts without JAX
 
     return jax.process_count() > 1
 
 
 def _listen_together() -> None:
-    """JAX's service hears SIGTERM and notices of maintenance from now on, in place of the process."""
+    """From now on JAX's service handles SIGTERM and maintenance notices, instead of this process."""
     import jax
     from jax._src.distributed import global_state
 
@@ -94,22 +98,23 @@ def _listen_together() -> None:
 
 
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    if not _heard.signalled:
-        _tell("told to stop: saving at the next step")
-    _heard.signalled = True
+    if not _signals.signalled:
+        _print("stop requested: saving at the next step")
+    _signals.signalled = True
 
 
 def _on_ctrl_c(_number: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _heard.ctrl_c = True
-    _tell("saving at the next step; Ctrl-C again stops at once")
+    _signals.ctrl_c = True
+    _print("saving at the next step; Ctrl-C again stops at once")
     if _joined():
-        os.kill(os.getpid(), signal.SIGTERM)  # JAX's handler tells the others
+        os.kill(os.getpid(), signal.SIGTERM)  # JAX's handler passes it on to the other processes
     else:
-        _heard.signalled = True
+        _signals.signalled = True
 
 
-def _tell(text: str) -> None:
-    """A handler may run while a stream is being written to, so it goes to the file itself."""
+def _print(text: str) -> None:
+    """Writes to stderr's file descriptor: a handler may run while the stream is in use."""
     with contextlib.suppress(OSError, ValueError):
-        os.write(sys.__stderr__.fileno(), f"\nclipjax: {text}\n".encode())
+        if sys.__stderr__ is not None:  # None: a program without a console
+            os.write(sys.__stderr__.fileno(), f"\nclipjax: {text}\n".encode())

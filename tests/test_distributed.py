@@ -9,8 +9,8 @@ import pytest
 
 from clipjax.config import ConfigError
 from clipjax.distributed import _without_proxies, watch
-from clipjax.distributed.cluster import found
-from clipjax.distributed.watch import Beat, judge
+from clipjax.distributed.cluster import detect
+from clipjax.distributed.watch import Beat, diagnose
 from tests import hosts
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "h0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -51,7 +51,7 @@ SLURM = dict(cluster_detection_method="slurm", num_processes=4)
     ],
 )
 def test_what_the_environment_says(env, tpu, how):
-    assert found(env, tpu) == how
+    assert detect(env, tpu) == how
 
 
 @pytest.mark.parametrize(
@@ -65,17 +65,17 @@ def test_what_the_environment_says(env, tpu, how):
         (EXPLICIT | {"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID = 'missing': must be a whole number: set JAX_COORDINATOR_ADDRESS"),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES = 'four': must be a whole number"),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES = 0: must be positive"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE = '2': this Open MPI does not tell where to meet: set JAX_COOR"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE = '2': this Open MPI does not give the address of process 0: set"),
     ],
 )
 def test_a_contradiction_is_named(env, message):
     with pytest.raises(ConfigError) as caught:
-        found(env, False)
+        detect(env, False)
     assert str(caught.value).startswith(message)
 
 
 def test_slurm_without_srun_is_said(caplog):
-    assert found({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False) is None
+    assert detect({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False) is None
     assert "srun did not start this process" in caplog.text
 
 
@@ -121,7 +121,7 @@ def beats(**changes):
     ],
 )
 def test_who_is_to_blame(of, silent, said):
-    got = judge(of, dict.fromkeys(of, 0.0) | silent, 60)
+    got = diagnose(of, dict.fromkeys(of, 0.0) | silent, 60)
     assert (got is None) == (said is None)
     assert got is None or got.startswith(said)
 
@@ -147,7 +147,7 @@ def work(args):
     distributed.start()
     me = jax.process_index()
     distributed.agree("the weather", "rain" if does == "disagree" and me == who else "sun")
-    with distributed.in_turn("file"):
+    with distributed.first_process_first("file"):
         assert me == 0 or os.path.exists("made")
         time.sleep(0.2 * (me == 0))
         open("made", "w").close()
@@ -156,10 +156,10 @@ def work(args):
     mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     add = jax.jit(lambda x: x.sum(), out_shardings=jax.NamedSharding(mesh, jax.P()))
     for step in range(30):
-        distributed.at(step, "reading data")
+        distributed.enter_stage(step, "reading data")
         if does == "hang" and me == who and step == 5:
             time.sleep(1000)
-        distributed.at(step, "training")
+        distributed.enter_stage(step, "training")
         rows = jax.make_array_from_process_local_data(jax.NamedSharding(mesh, jax.P("d")), np.ones(1, np.float32))
         assert add(rows) == jax.process_count() == 2
         print("step", step, file=sys.stderr, flush=True)
@@ -191,7 +191,7 @@ def ends(tmp_path, does, seconds=60, tell=None, whom=(), **env):
         return both, [host.status for host in both], time.monotonic() - start
 
 
-def told(host):
+def messages(host):
     return [line for line in host.complained.splitlines() if line.startswith("clipjax: ")]
 
 
@@ -207,7 +207,7 @@ def told(host):
 def test_a_process_that_is_gone_ends_the_other_with_its_name(number, who, tmp_path):
     both, statuses, seconds = ends(tmp_path, "", tell=number, whom=[who])
     assert statuses[1 - who] == 75, hosts.report(both)
-    (line,) = told(both[1 - who])
+    (line,) = messages(both[1 - who])
     assert line.startswith(f"clipjax: process {who} ({os.uname().nodename}) of 2 died or hangs")
     assert seconds < 30  # 3 until it counts as dead, up to a beat and another until that is known, and a busy machine's delays
 
@@ -217,7 +217,7 @@ def test_a_process_that_is_alive_and_stuck_is_named(tmp_path):
     both, statuses, _ = ends(tmp_path, "hang", CLIPJAX_HEARTBEAT_SECONDS="2")
     assert statuses == [75, 75], hosts.report(both)
     for host in both:
-        (line,) = told(host)
+        (line,) = messages(host)
         assert line.startswith(f"clipjax: process 1 ({os.uname().nodename}) of 2: no progress for 2")
         assert line.endswith("s at step 5, reading data")
 
@@ -231,10 +231,10 @@ def test_a_process_that_is_alive_and_stuck_is_named(tmp_path):
         pytest.param("nan", 1, "train/loss is nan at step 5", marks=pytest.mark.slow),
     ],
 )
-def test_one_that_fails_ends_all_and_it_is_told_once(does, status, message, tmp_path):
+def test_one_that_fails_ends_all_and_is_reported_once(does, status, message, tmp_path):
     both, statuses, seconds = ends(tmp_path, does)
     assert statuses == [status, status], hosts.report(both)
-    (line,) = [line for host in both for line in told(host)]
+    (line,) = [line for host in both for line in messages(host)]
     assert message in line
     assert does == "nan" or line.startswith("clipjax: process 1 (")
     assert seconds < 60
@@ -245,7 +245,7 @@ def test_a_good_end_waits_for_the_last_and_stdout_is_the_results(tmp_path):
     both, statuses, _ = ends(tmp_path, "late", http_proxy="http://localhost:9", https_proxy="http://localhost:9")
     assert statuses == [0, 0], hosts.report(both)
     assert [host.said for host in both] == ['{"result": 1}\n'] * 2  # nothing of Gloo's
-    assert not told(both[0]) + told(both[1])
+    assert not messages(both[0]) + messages(both[1])
 
 
 @pytest.mark.slow
@@ -261,6 +261,7 @@ def test_one_that_does_not_come_is_not_waited_for_for_ever(who, tmp_path):
 
 
 def test_all_stages_of_a_step_have_a_place():
-    assert Beat(0, "", 3, "reading data", 0).place < Beat(0, "", 3, "compiling", 0).place < Beat(0, "", 4, "preparing", 0).place
-    assert watch.STALL < watch.PAUSE
+    assert Beat(0, "", 3, "reading data", 0).position < Beat(0, "", 3, "compiling", 0).position
+    assert Beat(0, "", 3, "training", 0).position < Beat(0, "", 4, "preparing", 0).position
+    assert watch.STEP_BEATS < watch.LONG_STAGE_BEATS
     assert sys.platform != "linux" or signal.SIGABRT == 6  # seconds that an abort waits: see _delay_aborts

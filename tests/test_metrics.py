@@ -19,7 +19,7 @@ from clipjax.config import ImageTower, Model, Rule, TextTower
 from clipjax.metrics import flops
 from clipjax.metrics.clock import Clock
 from clipjax.metrics.flops import mfu, model_flops, peak_flops
-from clipjax.metrics.writer import NonFiniteError, Writer
+from clipjax.metrics.writer import MetricsWriter, NonFiniteError
 from clipjax.models import clip
 from clipjax.train.optimizer import stop_frozen, trained_names
 
@@ -176,7 +176,7 @@ def scalars(*values, name="loss"):
 
 
 def test_lines_are_an_interval_late_and_complete(tmp_path):
-    writer = Writer(tmp_path)
+    writer = MetricsWriter(tmp_path)
     lines = []
     for step in range(1, 7):
         host = {"examples_per_second": 10.0 * step, "mfu": None} if step % 2 == 0 else None
@@ -196,9 +196,9 @@ def test_lines_are_an_interval_late_and_complete(tmp_path):
     ]
 
 
-def test_pictures_go_to_tensorboard_alone(tmp_path):
+def test_images_go_to_tensorboard_alone(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    writer = Writer(tmp_path)
+    writer = MetricsWriter(tmp_path)
     assert writer.evaluation(3, "captioning", {"bleu": 2.5, "samples": picture}, dataset="emoji/test") == {"bleu": 2.5}
     writer.close()
     assert records(tmp_path) == [{"step": 3, "task": "captioning", "dataset": "emoji/test", "metrics": {"bleu": 2.5}}]
@@ -213,7 +213,7 @@ def test_pictures_go_to_tensorboard_alone(tmp_path):
 
 def test_written_float32_is_exact(tmp_path):
     values = np.random.default_rng(0).normal(size=200).astype(np.float32)
-    writer = Writer(tmp_path)
+    writer = MetricsWriter(tmp_path)
     for step, value in enumerate(values, 1):
         writer.push(step, {"loss": jnp.asarray(value)}, {})
     writer.flush()
@@ -221,9 +221,9 @@ def test_written_float32_is_exact(tmp_path):
     assert np.array_equal(np.float32([r["loss"] for r in records(tmp_path)]), values)
 
 
-@pytest.mark.parametrize("name", Writer.CHECKED)
+@pytest.mark.parametrize("name", MetricsWriter.CHECKED)
 def test_the_first_bad_step_is_named_though_no_line_was_due(name, tmp_path):
-    writer = Writer(tmp_path)
+    writer = MetricsWriter(tmp_path)
     for step, values in enumerate(scalars(1, 2, 3, math.inf, math.nan, math.nan, name=name), 1):
         writer.push(step, values)
     writer.push(7, *scalars(1, name=name), {})
@@ -235,7 +235,7 @@ def test_the_first_bad_step_is_named_though_no_line_was_due(name, tmp_path):
 
 
 def test_flush_checks_what_no_line_has_covered_yet(tmp_path):
-    writer = Writer(tmp_path)
+    writer = MetricsWriter(tmp_path)
     writer.push(1, *scalars(1), {})
     writer.push(2, *scalars(math.nan))
     with pytest.raises(FloatingPointError, match="loss = nan at step 2"):
@@ -260,7 +260,7 @@ def events(workdir):
 
 
 def test_resume_removes_torn_lines_and_all_past_the_restored_step(tmp_path):
-    writer = Writer(tmp_path)
+    writer = MetricsWriter(tmp_path)
     for step, values in enumerate(scalars(5, 4, 3, 2), 1):
         writer.push(step, values, {})
         writer.evaluation(step, "zeroshot_classification", {"acc1": step / 10})
@@ -270,7 +270,7 @@ def test_resume_removes_torn_lines_and_all_past_the_restored_step(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"step": 2, "loss": 0.1')  # killed in the middle of a line
 
-    writer = Writer(tmp_path, step=2)
+    writer = MetricsWriter(tmp_path, step=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
     assert [(r["step"], r.get("loss")) for r in records(tmp_path)] == [(1, None), (1, 5), (2, None), (2, 4)]
     writer.push(3, *scalars(3), {})
@@ -283,15 +283,15 @@ def test_resume_removes_torn_lines_and_all_past_the_restored_step(tmp_path):
     assert (purge, second) == (3, {"loss": (4, 2.0)})
 
     before = path.stat().st_mtime_ns
-    Writer(tmp_path, step=4).close()
+    MetricsWriter(tmp_path, step=4).close()
     assert path.stat().st_mtime_ns == before  # nothing to remove: not written again
-    Writer(tmp_path).close()
+    MetricsWriter(tmp_path).close()
     assert records(tmp_path) == []  # from the start
 
 
 def test_other_processes_check_but_do_not_write(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    writer = Writer(tmp_path / "run")
+    writer = MetricsWriter(tmp_path / "run")
     writer.push(1, *scalars(1), {})
     assert writer.flush() == {"step": 1, "loss": 1.0}
     writer.evaluation(1, "t", {"acc1": 1.0})

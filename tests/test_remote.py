@@ -19,7 +19,7 @@ import tensorstore
 import clipjax
 from clipjax import checkpoint, cli, config, files, s3
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.metrics.writer import Writer
+from clipjax.metrics.writer import MetricsWriter
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import abstract_state
@@ -152,7 +152,7 @@ def lines(workdir):
 def test_metrics_of_a_store(store, watched):
     """Complete at each flush and evaluation, in the background in between; past the restored step, removed."""
     workdir = files.place(f"{store}://{stores.BUCKET}/metrics")
-    writer = Writer(workdir)
+    writer = MetricsWriter(workdir)
     for step in (1, 2, 3):
         writer.push(step, {"loss": np.float32(step)}, {})
     assert not (workdir / "metrics.jsonl").exists()
@@ -169,7 +169,7 @@ def test_metrics_of_a_store(store, watched):
         time.sleep(0.1)
     assert [line["step"] for line in lines(workdir)] == [1, 2, 3, 3, 4]
 
-    resumed = Writer(workdir, 2)  # as if the process had died
+    resumed = MetricsWriter(workdir, 2)  # as if the process had died
     resumed.push(3, {"loss": np.float32(30)}, {})
     resumed.flush()
     resumed.evaluation(3, "zeroshot", {"acc1": 0.5}, dataset="emoji")

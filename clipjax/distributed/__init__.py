@@ -1,6 +1,6 @@
-"""Several processes, one a host, as one run: their start, what they tell each other on the way, and their common end.
+"""Several processes, one on each host, as one run: how they start, agree with each other, and end together.
 
-For a process that is alone all of this does nothing.
+In a process that is alone, all of this does nothing.
 """
 
 import contextlib
@@ -15,45 +15,46 @@ from jax._src.distributed import global_state
 
 from clipjax.config import ConfigError, require
 from clipjax.distributed import watch
-from clipjax.distributed.cluster import found
-from clipjax.distributed.watch import AGAIN
-
-__all__ = ["AGAIN", "agree", "alive", "at", "in_turn", "joined", "leave", "require_joined", "start", "total"]
+from clipjax.distributed.cluster import detect
+from clipjax.preemption import RESTART_STATUS
 
 PROXIES = {"http_proxy", "https_proxy", "grpc_proxy", "all_proxy"}
 _watch: watch.Watch | None = None
 
 
 def start() -> None:
-    """Joins this process to the others that its environment tells of (see `cluster.found`). Before anything asks JAX for devices.
+    """Joins this process to the others of its run, which `cluster.detect` finds in the environment. Call it before anything asks
+    JAX for devices.
 
-    From then on a process that dies, or is silent for CLIPJAX_HEARTBEAT_SECONDS (60), ends the others with status 75 and its
-    name; so does one that makes no progress for 10 times as long in a step, or 60 times while it compiles, evaluates or saves.
-    All must come within 5 times.
+    From then on, a process that dies, or is silent for CLIPJAX_HEARTBEAT_SECONDS (60), ends the others with status 75 and a
+    message that names it. So does a process that makes no progress for 10 times as long in a step, or for 60 times as long while
+    it compiles, evaluates or saves. All processes must join within 5 times as long.
 
     Raises ConfigError where the environment contradicts itself.
     """
     global _watch
-    how = None if jax.distributed.is_initialized() else found(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm)
-    if how is None:
+    arguments = None if jax.distributed.is_initialized() else detect(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm)
+    if arguments is None:
         return
     seconds = watch.heartbeat()
-    jax.config.update("jax_enable_preemption_service", False)  # till `preemption.listening`: now it would only swallow SIGTERM
-    with watch.joining(how.get("coordinator_address"), how.get("num_processes")), _without_proxies():
+    # Off until `preemption.listening` turns it on: before, it would ignore SIGTERM.
+    jax.config.update("jax_enable_preemption_service", False)
+    with watch.joining(arguments.get("coordinator_address"), arguments.get("num_processes")), _without_proxies():
         jax.distributed.initialize(
-            **how,
-            initialization_timeout=int(2 * watch.JOIN * seconds),
-            heartbeat_timeout_seconds=int(5 * seconds) + 30,  # JAX names nobody and aborts: it comes second
+            **arguments,
+            initialization_timeout=int(2 * watch.JOIN_BEATS * seconds),
+            heartbeat_timeout_seconds=int(5 * seconds) + 30,  # later than the watch: JAX aborts and names nobody
             shutdown_timeout_seconds=int(seconds) + 30,
         )
         _keep_stdout()
-        if global_state.num_processes > 1:  # jax.process_count() would make the devices, which waits for all without a watch
+        # Not jax.process_count(): that makes the devices, which waits for all processes, and no watch runs yet.
+        if global_state.num_processes > 1:
             _watch = watch.Watch()
 
 
 def require_joined() -> None:
-    """Raises ConfigError in one of several processes that JAX has not joined: each would train alone, all in one workdir."""
-    if not jax.distributed.is_initialized() and found(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm):
+    """Raises ConfigError in one of several processes that JAX has not joined. Each would train alone, all in one workdir."""
+    if not jax.distributed.is_initialized() and detect(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm):
         raise ConfigError("this is one of several processes: call clipjax.distributed.start() before anything asks for devices")
 
 
@@ -62,54 +63,58 @@ def joined() -> bool:
     return _watch is not None
 
 
-def at(step: int, stage: str) -> None:
-    """This process has `step` finished steps and begins a stage of the next, one of `watch.STAGES`."""
+def enter_stage(step: int, stage: str) -> None:
+    """This process has finished `step` steps, and begins a stage of the next one: one of `watch.STAGES`."""
     if _watch:
-        _watch.at(step, stage)
+        _watch.enter_stage(step, stage)
 
 
-def alive() -> None:
-    """The stage makes progress: a further batch of an evaluation is done."""
+def report_progress() -> None:
+    """The stage makes progress, as when one more batch of an evaluation is done. Its time limit starts again."""
     if _watch:
-        _watch.alive()
+        _watch.report_progress()
 
 
 def leave(status: int, message: object, unforeseen: bool = False) -> object:
-    """The end of this process's work with a status and something to print (or None). A good one (0, or 75 where all stop to be
-    started again) waits for the others; a bad one is theirs too, and does not return. Returns what this process shall print.
+    """Ends this process's work with an exit status and a message to print, or None. Returns the message that it must print.
 
-    `unforeseen`: of an error that may only say that another process is gone; then it is that one's end.
+    A good status (0, or 75 where all processes stop to be started again) waits for the others. A bad one ends the others with
+    the same status, and does not return. `unforeseen`: the error may be the effect of another process's death; then this process
+    ends as for that.
     """
     if _watch is None:
         return message
-    if status in (0, AGAIN):
-        _watch.meet()
+    if status in (0, RESTART_STATUS):
+        _watch.finish()
         return message if global_state.process_id == 0 else None
     if unforeseen:
-        _watch.blame()
+        _watch.end_if_another_died()
     _watch.fail(status, message)
 
 
 @contextlib.contextmanager
-def in_turn(what: str) -> Iterator[None]:
-    """The first process goes through the block before the others: what it makes there (files on a shared disk) they find."""
+def first_process_first(name: str) -> Iterator[None]:
+    """For `with`: the first process runs the block before the others, which find what it made there, such as shared files."""
     if _watch and global_state.process_id > 0:
-        _watch.wait(what)
+        _watch.wait(name)
     yield
     if _watch and global_state.process_id == 0:
-        _watch.wait(what)
+        _watch.wait(name)
 
 
-def agree(what: str, value: str | int) -> None:
-    """Raises ConfigError in a process whose value is not the first one's: they would go on as one run and compute nonsense."""
+def agree(name: str, value: str | int) -> None:
+    """Raises ConfigError in a process whose value differs from the first process's. Called `name` in the message.
+
+    Processes that differ would go on as one run and compute nonsense.
+    """
     if _watch:
-        theirs = _watch.of_the_first(what, str(value))
+        expected = _watch.value_of_first(name, str(value))
         remedy = "all processes need the same command, configuration and data, and one --workdir that they share"
-        require(theirs == str(value), what, value, f"process 0 has {theirs}: {remedy}")
+        require(expected == str(value), name, value, f"process 0 has {expected}: {remedy}")
 
 
 def total(count: int) -> int:
-    """The sum over all processes, each of which must ask."""
+    """The sum of `count` over all processes. All of them must call this."""
     if jax.process_count() == 1:
         return count
     from jax.experimental import multihost_utils
@@ -119,7 +124,7 @@ def total(count: int) -> int:
 
 @contextlib.contextmanager
 def _without_proxies() -> Iterator[None]:
-    """JAX's service is one of the run's own hosts, but gRPC asks a proxy for it, and waits (jax issue 16788)."""
+    """Hides proxy settings: JAX's service runs on one of the run's hosts, but gRPC would ask a proxy for it (jax issue 16788)."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in PROXIES}
     try:
         yield
@@ -128,7 +133,7 @@ def _without_proxies() -> Iterator[None]:
 
 
 def _keep_stdout() -> None:
-    """Gloo and NCCL print to standard output from C, amid a result that another program reads: what they print goes to stderr."""
+    """Keeps stdout for results, which other programs read: what Gloo and NCCL print there from C goes to stderr."""
     if sys.stdout is sys.__stdout__ and sys.stdout.fileno() == 1:
         sys.stdout.flush()
         own = os.dup(1)

@@ -105,7 +105,7 @@ class BatchedModel:
         running: collections.deque[T] = collections.deque()
         for batch in progress(batches, self.batch_size):
             preemption.check()
-            distributed.alive()
+            distributed.report_progress()
             rows = to_global(batch, self.mesh)
             result = fn(rows)
             running.append(result)

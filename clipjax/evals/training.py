@@ -17,7 +17,7 @@ from clipjax.evals.geometry_plot import file_name, plot
 from clipjax.evals.inputs import eval_data
 from clipjax.evals.retrieval import Retrieval
 from clipjax.evals.zeroshot import Zeroshot
-from clipjax.metrics.writer import Found
+from clipjax.metrics.writer import EvaluationResults
 from clipjax.models.clip import Params
 from clipjax.train.loop import say
 
@@ -42,7 +42,7 @@ class Evaluator:
     def due(self, step: int) -> bool:
         return step % self.every == 0
 
-    def run(self, params: Params, step: int) -> Found:
+    def run(self, params: Params, step: int) -> EvaluationResults:
         """The metrics that are a number: of acc5 with fewer than 5 classes there is no curve to draw, nor one of curves.
 
         Draws geometry, and captions with their pictures, to `pictures`; a run that is resumed does it again, into the same files.

@@ -1,5 +1,7 @@
-"""TensorBoard's event files, by tensorboardX's record writer and without its threads: an error, as of a full disk, comes to who
-writes and not to a thread that nobody asks."""
+"""TensorBoard's event files, written by tensorboardX's record writer without its threads.
+
+So the caller gets an error of a write, as that of a full disk. In a thread it would be lost.
+"""
 
 import time
 from collections.abc import Mapping
@@ -8,34 +10,36 @@ from pathlib import Path
 import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+# protobuf makes these classes at run time, where a type checker does not see them
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Board:
-    """The events of a run from one start on, in a file of their own."""
+    """One event file: the events from one start of a run on."""
 
-    EVERY = 30.0  # seconds between two flushes, so that they can be looked at meanwhile
+    EVERY = 30.0  # seconds between two flushes: TensorBoard shows the values while the run goes on
 
     def __init__(self, folder: Path, step: int) -> None:
-        """What earlier files say of steps after `step` finished ones is hidden by TensorBoard."""
+        """TensorBoard hides the values that earlier files hold of steps after `step`, the number of finished steps."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file = EventsWriter(str(folder / "events"), f".{step}")
         self._flushed = time.monotonic()
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Points of curves, each named `group/name` or `name`."""
+        """Adds a point to each curve. A curve is named `group/name` or `name`."""
         for name, value in values.items():
             self._add(step, summary=summary.scalar(name, value))
-        self._pulse()
+        self._flush_now_and_then()
 
-    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Pictures, uint8 [h, w, 3], each named as a curve is."""
-        for name, picture in pictures.items():
-            self._add(step, summary=summary.image(name, picture, dataformats="HWC"))
-        self._pulse()
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Adds images, uint8 [h, w, 3], named as curves are."""
+        for name, image in images.items():
+            self._add(step, summary=summary.image(name, image, dataformats="HWC"))
+        self._flush_now_and_then()
 
-    def _pulse(self) -> None:
+    def _flush_now_and_then(self) -> None:
         if time.monotonic() - self._flushed > self.EVERY:
             self.flush()
 

@@ -1,4 +1,4 @@
-"""What a run writes to its workdir: metrics.jsonl and TensorBoard's events."""
+"""The metrics that a run writes to its workdir: metrics.jsonl and TensorBoard's event files."""
 
 import contextlib
 import json
@@ -13,33 +13,37 @@ import numpy as np
 
 from clipjax.files import Mirror, scheme, write_whole
 
-Found = Mapping[str, float | np.ndarray]  # by an evaluation: metrics, and pictures
+EvaluationResults = Mapping[str, float | np.ndarray]  # what an evaluation returns: metrics, and images uint8 [h, w, 3]
+
+
+_Pushed = tuple[int, dict[str, jax.Array], dict[str, Any] | None]  # step, scalars on the devices, numbers of the host
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or norm that is NaN or infinite, and the finished steps when it was."""
+    """A loss or norm is NaN or infinite. `step` is the number of finished steps at that point."""
 
     def __init__(self, name: str, value: float, step: int) -> None:
         super().__init__(f"{name} = {value} at step {step}")
         self.step = step
 
 
-class Writer:
-    """metrics.jsonl and tensorboard/ of a workdir. Every process reads values and checks them; process 0 writes. A remote workdir
-    has copies: of metrics.jsonl at every checkpoint and evaluation, of all at the end and Mirror.EVERY seconds late in between.
+class MetricsWriter:
+    """Writes metrics.jsonl and tensorboard/ of a workdir. Every process reads and checks the values; process 0 writes them.
 
-    Device values are read one interval late, so that the host never waits for the newest step.
+    Values are read from the devices one log interval late, so that the host never waits for the newest step. For a remote
+    workdir the files are local, and are copied there at every checkpoint, every evaluation and at the end, and in between at
+    most Mirror.EVERY seconds late.
     """
 
     CHECKED = ("loss", "grad_norm", "param_norm", "update_norm")  # must be finite in every step
 
     def __init__(self, workdir: Path, step: int = 0) -> None:
-        """`step`: finished steps of the state that the run goes on from; what the files say of later ones is removed."""
-        self._before: list[tuple] = []  # from the last line on
-        self._since: list[tuple] = []  # after it
+        """`step`: finished steps of the state that the run starts from. Lines of later steps are removed from the file."""
+        self._before: list[_Pushed] = []  # the last interval, up to and with the last step that becomes a line
+        self._since: list[_Pushed] = []  # the steps after it
         self._file = self._board = self._mirror = None
         if jax.process_index() == 0:
-            from clipjax.metrics.board import Board  # here: the step benchmark runs where tensorboardX is not
+            from clipjax.metrics.board import Board  # not above: the step benchmark runs without tensorboardX
 
             if scheme(workdir):
                 self._mirror = Mirror(workdir)
@@ -51,11 +55,11 @@ class Writer:
             self._board = Board(workdir / "tensorboard", step)
 
     def push(self, step: int, values: Mapping[str, jax.Array], host: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """Hands over the scalars of a step, `step` being the number of finished ones.
+        """Takes the scalars of a step; `step` is the number of finished steps.
 
-        With `host`, numbers (or None) such as Clock.read(), the step becomes a line; without, it is checked only. Returns the
-        line that was written, which is that of an interval ago, or None. Raises NonFiniteError for the first step whose values
-        are not finite.
+        With `host`, numbers (or None) such as those of Clock.read(), the step becomes a line. Without it, the step's values are
+        only checked. Returns the line that was written now, which is that of the last interval, or None. Raises NonFiniteError
+        for the first step whose values are not finite.
         """
         if host is None:
             self._since.append((step, {k: values[k] for k in self.CHECKED if k in values}, None))
@@ -64,40 +68,44 @@ class Writer:
         return self._read(ready)
 
     def flush(self) -> dict[str, Any] | None:
-        """Reads all that was pushed, waiting for the newest step: before each checkpoint, so that none holds a state gone bad and
-        a run that resumes from it misses no line.
+        """Reads and checks all that was pushed, and writes its lines. Waits for the newest step.
+
+        Called before each checkpoint: so no checkpoint holds a state that is not finite, and a run that resumes from it misses
+        no line.
         """
         ready, self._before, self._since = self._before + self._since, [], []
         line = self._read(ready)
         self._upload()
         return line
 
-    def evaluation(self, step: int, task: str, found: Found, **more: str) -> dict[str, float]:
-        """Writes an evaluator's line: `step`, `task`, `metrics` and what `more` names, as the dataset. Pictures, arrays uint8
-        [h, w, 3] among what was found, go to TensorBoard alone. Returns the others: the metrics."""
-        pictures = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
-        values = {name: float(value) for name, value in found.items() if name not in pictures}
+    def evaluation(self, step: int, task: str, results: EvaluationResults, **more: str) -> dict[str, float]:
+        """Writes the line of an evaluation: `step`, `task`, `metrics` and what `more` names, as the dataset. Returns the metrics.
+
+        Images among the results, uint8 [h, w, 3], are written to TensorBoard only.
+        """
+        images = {name: value for name, value in results.items() if isinstance(value, np.ndarray)}
+        values = {name: float(value) for name, value in results.items() if not isinstance(value, np.ndarray)}
         prefix = "/".join([task, *more.values(), ""])
         self._write({"step": step, "task": task, **more, "metrics": values}, prefix, values)
         if self._board is not None:
-            self._board.images(step, {prefix + name: picture for name, picture in pictures.items()})
-        self._upload()  # a checkpoint may follow, and whoever resumes from it does not evaluate again
+            self._board.images(step, {prefix + name: image for name, image in images.items()})
+        self._upload()  # a checkpoint may follow, and a run that resumes from it does not evaluate again
         return values
 
     def close(self) -> None:
-        """Ends the files. What was pushed since the last flush is dropped."""
-        with contextlib.ExitStack() as stack:  # each is closed, though another can't be, as on a full disk
+        """Closes the files. What was pushed since the last flush is dropped."""
+        with contextlib.ExitStack() as stack:  # all are closed, also where closing one fails, as on a full disk
             for part in (self._mirror, self._board, self._file):
                 if part is not None:
                     stack.callback(part.close)
 
     def _upload(self) -> None:
-        """Everything so far, where the workdir is remote."""
+        """Copies everything to the workdir, where that is remote."""
         if self._mirror is not None and self._board is not None:
             self._board.flush()
             self._mirror.push()
 
-    def _read(self, steps: list[tuple]) -> dict[str, Any] | None:
+    def _read(self, steps: list[_Pushed]) -> dict[str, Any] | None:
         line = None
         fetched = jax.device_get([values for _, values, _ in steps])
         for (step, _, host), values in zip(steps, fetched, strict=True):
@@ -105,7 +113,7 @@ class Writer:
                 if name in values and not math.isfinite(values[name]):
                     raise NonFiniteError(name, float(values[name]), step)
             if host is not None:
-                # str: a float32 in as few digits as tell it from its neighbours, 0.2 and not 0.20000000298
+                # str(): the shortest text that gives the same float32, so 0.2 and not 0.20000000298
                 line = {"step": step} | {k: float(str(v)) for k, v in values.items()} | host
                 self._write(line, "", {k: v for k, v in line.items() if k != "step"})
         return line
@@ -115,30 +123,30 @@ class Writer:
             return
         self._file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
         self._file.flush()
-        known = {prefix + name: value for name, value in scalars.items() if value is not None}  # mfu may not be
+        known = {prefix + name: value for name, value in scalars.items() if value is not None}  # mfu is None on unknown chips
         self._board.scalars(line["step"], known)
         if self._mirror is not None:
             self._mirror.pulse()
 
 
 def _strict(value: Any) -> Any:
-    """For JSON, which has no NaN and no infinity: null in their place."""
+    """The value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {k: _strict(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Removes lines past `step` and torn ones, at once or not at all."""
+    """Removes the lines of steps after `step`, and torn lines. The file is replaced in one operation, or stays as it was."""
 
-    def holds(line: bytes) -> bool:
+    def is_valid(line: bytes) -> bool:
         try:
             return line.endswith(b"\n") and json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
             return False
 
     before = path.read_bytes() if path.exists() else b""
-    after = b"".join(line for line in before.splitlines(keepends=True) if holds(line))
+    after = b"".join(line for line in before.splitlines(keepends=True) if is_valid(line))
     if after != before:
         with write_whole(path) as part, part.open("wb") as f:
             f.write(after)

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from clipjax import config, distributed, preemption, sharding
 from clipjax.checkpoint import FULL, Checkpoints
-from clipjax.metrics.clock import Clock, Tally
+from clipjax.metrics.clock import Clock, DataCounts
 from clipjax.metrics.flops import mfu, model_flops
-from clipjax.metrics.writer import Found, NonFiniteError, Writer
+from clipjax.metrics.writer import EvaluationResults, MetricsWriter, NonFiniteError
 from clipjax.models import clip
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
@@ -39,15 +39,15 @@ class Evaluator(Protocol):
 
     def due(self, step: int) -> bool: ...
 
-    def run(self, params: clip.Params, step: int) -> Found: ...
+    def run(self, params: clip.Params, step: int) -> EvaluationResults: ...
 
 
 def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
     """Trains to `train.steps` finished steps, from the newest checkpoint if the workdir has one.
 
     Raises ConfigError where this can't be trained here (as `resume.check`) or the checkpoint belongs to another run,
-    FloatingPointError where a loss is not finite, OSError where the disk is full, and Preempted once the run has been told to
-    stop and its state is on disk.
+    FloatingPointError where a loss is not finite, OSError where the disk is full, and Preempted once a stop was
+    requested and the state is on disk.
     """
     cfg = run.train
     saved = check(run, workdir, mesh)
@@ -63,11 +63,11 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
         else:
             state = initial_state(run, tx, mesh)
         start = saved.step if saved else 0
-        # An evaluation that failed or was cut short, as the last one of a preempted run, is owed.
-        owed = [e for e in evaluators if start and (start >= cfg.steps or e.due(start))]
-        done = evaluated(workdir, start, [(e.task, e.dataset) for e in owed])
-        owed = [e for e, it_is in zip(owed, done, strict=True) if not it_is]
-        if start >= cfg.steps and not owed:
+        # An evaluation that failed or was cut short, as the last one of a preempted run, is missed.
+        missed = [e for e in evaluators if start and (start >= cfg.steps or e.due(start))]
+        done = evaluated(workdir, start, [(e.task, e.dataset) for e in missed])
+        missed = [e for e, it_is in zip(missed, done, strict=True) if not it_is]
+        if start >= cfg.steps and not missed:
             say(f"{workdir}: finished, with all its {cfg.steps:,} steps; raise train.steps or choose a new --workdir")
             return state
         if saved:
@@ -79,41 +79,41 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
         step_fn = compile_step(make_train_step(decided, tx, mesh), state, mesh)
         data = stack.enter_context(batches(start))
         save_config(run, workdir)
-        writer = stack.enter_context(contextlib.closing(Writer(workdir, start)))
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
         progress = stack.enter_context(Progress(cfg.steps))
-        clock, tally, running = Clock(), Tally(), deque(maxlen=AHEAD)
+        clock, counts, running = Clock(), DataCounts(), deque(maxlen=AHEAD)
         flops = model_flops(run.model_at_work, trained_names(run.optim.rules, params), run.data.captions_per_image)
         for step in range(start, cfg.steps + 1):
             # Here `state` and `data` both describe exactly `step` finished steps. Keep this order.
-            last, told = step == cfg.steps, preemption.told()
-            due = owed if step == start else [e for e in evaluators if last or e.due(step)]
-            save = told or last or step % cfg.checkpoint_every == 0
+            last, stop = step == cfg.steps, preemption.requested()
+            due = missed if step == start else [e for e in evaluators if last or e.due(step)]
+            save = stop or last or step % cfg.checkpoint_every == 0
             if due or (save and step > start):
-                distributed.at(step, "evaluating or saving")
+                distributed.enter_stage(step, "evaluating or saving")
                 with clock.paused(state):
                     progress.update(step, writer.flush())  # a state gone bad is found before it is evaluated or saved
                     best = None
                     try:
-                        results = _evaluate([] if told else due, step, state, writer)
+                        results = _evaluate([] if stop else due, step, state, writer)
                         best = results if cfg.best in results else None
                     except preemption.Preempted:  # in the midst of it
-                        told = save = True
+                        stop = save = True
                     finally:  # an evaluation that fails does not cost the steps since the last checkpoint
                         if save or best:
                             checkpoints.save(step, state, best)
-            if told:
+            if stop:
                 checkpoints.wait()
                 raise preemption.Preempted(f" at step {step:,}: saved; the same command goes on")
             if last:
                 break
             if len(running) == AHEAD:
                 running[0].block_until_ready()
-            distributed.at(step, "reading data")
+            distributed.enter_stage(step, "reading data")
             with clock.waiting(running[-1] if running else None):
                 batch = next(data)
-            tally.count(batch)
+            counts.count(batch)
             rows = sharding.to_global({k: batch[k] for k in ON_DEVICE if k in batch}, mesh)
-            distributed.at(step, "compiling" if step == start else "training")
+            distributed.enter_stage(step, "compiling" if step == start else "training")
             if step == start:  # the compilation, and with it the first step, is no part of the rate
                 with clock.paused(), jax.transfer_guard("disallow"):
                     state, metrics = jax.block_until_ready(step_fn(state, rows))
@@ -124,9 +124,9 @@ def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence
                 clock.count(cfg.batch_size)
             running.append(metrics["loss"])
             log = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
-            host = _rates(clock, flops, mesh) | tally.read() if log else None
+            host = _rates(clock, flops, mesh) | counts.read() if log else None
             progress.update(step + 1, writer.push(step + 1, metrics, host))
-    _say_what_was_mended(tally.total, (cfg.steps - start) * cfg.batch_size, run)
+    _say_what_was_mended(counts.total, (cfg.steps - start) * cfg.batch_size, run)
     return state
 
 
@@ -161,7 +161,7 @@ def _naming_the_last_good(checkpoints: Checkpoints, workdir: Path) -> Iterator[N
         raise OSError(f"{workdir}: {error.strerror}; {checkpoints.last_good()}. Remedy: {remedy}") from error
 
 
-def _evaluate(due: Sequence[Evaluator], step: int, state: TrainState, writer: Writer) -> dict[str, float]:
+def _evaluate(due: Sequence[Evaluator], step: int, state: TrainState, writer: MetricsWriter) -> dict[str, float]:
     """Runs evaluators and writes their lines; all values as `task/metric` and `task/dataset/metric`."""
     results = {}
     for evaluator in due:

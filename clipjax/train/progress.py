@@ -1,4 +1,4 @@
-"""The live line of a training run on stderr: redrawn in place on a terminal, a plain line a log elsewhere."""
+"""The progress line of a training run on stderr. A terminal shows one line that is redrawn; elsewhere each log is a line."""
 
 import os
 import sys
@@ -11,24 +11,26 @@ import jax
 
 
 class Progress:
-    """Rate, loss, time left and share of time waiting for data.
+    """Shows the rate, the loss, the time left and the share of time spent waiting for data.
 
-    A context manager: on a terminal it stands in for sys.stderr, so that a warning erases the live line before it prints.
+    A context manager: on a terminal it takes the place of sys.stderr, so that the live line is erased before others print.
     """
 
     def __init__(self, steps: int, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self._steps, self._stream, self._now = steps, stream or sys.stderr, now
-        self._quiet = jax.process_index() > 0  # the first speaks for all
+        self._quiet = jax.process_index() > 0  # only the first process prints
         self._live = self._stream.isatty()
         self._line: Mapping[str, Any] = {}
-        self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
+        self._first: tuple[int, float] | None = None  # step and time of the first update, which comes after compilation
         self._drawn_at = -1.0
         self._on_screen = False
-        self._foreign = ""  # the last text that others wrote
+        self._foreign = ""  # the last text that was written by others
 
     def update(self, step: int, line: Mapping[str, Any] | None = None) -> None:
-        """`step` steps are finished; `line` is a new line of Writer.push, which is that of an interval ago: off a terminal, where
-        it is printed once, it is told by its own step."""
+        """Shows that `step` steps are finished. `line`: a new line of metrics, if there is one (see MetricsWriter.push).
+
+        Off a terminal each line is printed once, with its own step, which is one log interval behind.
+        """
         if self._quiet:
             return
         now = self._now()
@@ -44,8 +46,9 @@ class Progress:
             self._stream.flush()
             self._drawn_at, self._on_screen = now, True
 
-    def _text(self, step: int, now: float, told: int) -> str:
-        parts = [f"step {told:,}/{self._steps:,}"]
+    def _text(self, step: int, now: float, shown: int) -> str:
+        """`shown`: the step to print."""
+        parts = [f"step {shown:,}/{self._steps:,}"]
         if "loss" in self._line:
             parts.append(f"loss {self._line['loss']:.4g}")
         if "examples_per_second" in self._line:
@@ -54,7 +57,7 @@ class Progress:
         if "data_wait" in self._line:
             parts.append(f"data wait {self._line['data_wait']:.0%}")
         start, since = self._first or (step, now)
-        if step > start:  # by all the time that has passed, so evaluations and checkpoints to come are in it
+        if step > start:  # from all the time so far, so that evaluations and checkpoints are included
             parts.append(f"{duration((now - since) / (step - start) * (self._steps - step))} left")
         return "  ".join(parts)
 
@@ -64,7 +67,7 @@ class Progress:
         except (OSError, ValueError, AttributeError):
             return 80
 
-    # What others see in place of sys.stderr.
+    # The methods of sys.stderr that others call.
 
     def write(self, text: str) -> int:
         if self._on_screen and text:

@@ -77,7 +77,7 @@ def test_the_step_is_compiled_once_also_after_a_restore(tmp_path, caplog):
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), state, whole))
 
 
-def test_lines_are_told_once_and_by_their_own_step(tmp_path, capsys):
+def test_lines_are_printed_once_and_with_their_own_step(tmp_path, capsys):
     run_it(RUN, tmp_path)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     losses = {r["step"]: f"loss {r['loss']:.4g}" for r in records(tmp_path)}

@@ -1,4 +1,4 @@
-"""Told to stop, a run saves at the next step and the same command goes on: real signals, damaged files and full disks."""
+"""Asked to stop, a run saves at the next step and the same command goes on: real signals, damaged files and full disks."""
 
 import contextlib
 import dataclasses
@@ -55,7 +55,7 @@ def run_it(workdir, at=None, do=None, evaluators=(), run=RUN):
     return train(run, workdir, batches(at, do, run), list(evaluators), tiny.mesh_of(2))
 
 
-def told(*numbers):
+def send(*numbers):
     """This process gets signals."""
     return lambda: [os.kill(os.getpid(), number) for number in numbers]
 
@@ -117,7 +117,7 @@ def whole(tmp_path_factory):
 def test_a_signal_saves_at_the_next_step(tmp_path, whole, numbers, status, word):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(preemption.Preempted, match=f"^{word} at step 7: saved; the same command goes on$") as stopped:
-        run_it(tmp_path, 6, told(*numbers))
+        run_it(tmp_path, 6, send(*numbers))
     assert stopped.value.status == status
     assert steps_on_disk(tmp_path) == [4, 7]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
@@ -128,7 +128,7 @@ def test_a_signal_saves_at_the_next_step(tmp_path, whole, numbers, status, word)
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run_it(tmp_path, 6, told(signal.SIGINT, signal.SIGINT))
+        run_it(tmp_path, 6, send(signal.SIGINT, signal.SIGINT))
     assert steps_on_disk(tmp_path) == [4]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -142,14 +142,14 @@ def test_before_the_first_step_there_is_nothing_to_wait_for(tmp_path):
 
 def test_a_step_that_is_saved_anyway_is_saved_once(tmp_path):
     with pytest.raises(preemption.Preempted, match="at step 8: saved"):
-        run_it(tmp_path, 7, told(signal.SIGTERM))
+        run_it(tmp_path, 7, send(signal.SIGTERM))
     assert steps_on_disk(tmp_path) == [4, 8]
 
 
 @pytest.mark.parametrize("step", [6, 12])
 def test_no_evaluation_is_waited_for_and_none_is_lost(tmp_path, whole, step):
     """Step 12 is the last: all is trained, and still the run has not finished."""
-    during = told(signal.SIGTERM)
+    during = send(signal.SIGTERM)
     first, second = Evaluator(), Evaluator(dataset="emoji/train", during=lambda: during() if second.runs[-1] == step else None)
     third = Evaluator(task="geometry")
     with pytest.raises(preemption.Preempted, match=f"at step {step}: saved"):
@@ -164,10 +164,10 @@ def test_no_evaluation_is_waited_for_and_none_is_lost(tmp_path, whole, step):
     assert [x for x in written(tmp_path) if x.get("task") != "geometry"] == written(whole[1])
 
 
-def test_told_while_due_to_evaluate_starts_none(tmp_path):
+def test_no_evaluation_starts_after_a_signal(tmp_path):
     evaluator = Evaluator()
     with pytest.raises(preemption.Preempted, match="at step 6"):
-        run_it(tmp_path, 5, told(signal.SIGTERM), [evaluator])
+        run_it(tmp_path, 5, send(signal.SIGTERM), [evaluator])
     assert evaluator.runs == []
 
 
@@ -178,7 +178,7 @@ def test_a_thread_has_no_signals_and_trains_all_the_same(tmp_path, whole):
     thread.start()
     thread.join()
     assert same(results[0], whole[0])
-    assert not preemption.told()
+    assert not preemption.requested()
 
 
 def cut(path):
@@ -208,7 +208,7 @@ def stopped(tmp_path_factory):
     """The workdir of a run that was stopped at step 9."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.raises(preemption.Preempted, match="at step 9"):
-        run_it(workdir, 8, told(signal.SIGTERM))
+        run_it(workdir, 8, send(signal.SIGTERM))
     return workdir
 
 
@@ -339,7 +339,7 @@ def test_metrics_on_a_full_disk(small_disk):
     workdir, run = folder / "run", dataclasses.replace(RUN, train=dataclasses.replace(TRAIN, steps=40, checkpoint_every=5))
     stopper = dataclasses.replace(run, train=dataclasses.replace(run.train, checkpoint_every=1000))
     with pytest.raises(preemption.Preempted):
-        run_it(workdir, 4, told(signal.SIGTERM), run=run)
+        run_it(workdir, 4, send(signal.SIGTERM), run=run)
     with pytest.raises(OSError, match="; the last good checkpoint is") as full:
         run_it(workdir, 7, lambda: resize(used(folder)), run=stopper)
     assert full.value.errno is None  # else the command line would take it for a file that the user named

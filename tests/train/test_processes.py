@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from clipjax import config, sharding
 from clipjax.distributed import require_joined
-from clipjax.metrics.clock import Tally
+from clipjax.metrics.clock import DataCounts
 
 jax.config.update("jax_num_cpu_devices", 2)
 me = int(sys.argv[2])
@@ -30,12 +30,12 @@ try:
     sharding.to_global({"text": mine}, sharding.make_mesh(config.Mesh(data=1, tensor=4)))
 except config.ConfigError as error:
     print("refused:", error)
-tally = Tally()
+counts = DataCounts()
 for _ in range(3):
-    tally.count({"replaced": np.array([True, me == 1]), "truncated": np.array([False, False])})
-assert tally.read() == {"replaced": 9, "truncated": 0}
-assert tally.read() == {"replaced": 0, "truncated": 0}
-assert tally.total == {"replaced": 9, "truncated": 0}
+    counts.count({"replaced": np.array([True, me == 1]), "truncated": np.array([False, False])})
+assert counts.read() == {"replaced": 9, "truncated": 0}
+assert counts.read() == {"replaced": 0, "truncated": 0}
+assert counts.total == {"replaced": 9, "truncated": 0}
 print("done")
 """
 
