@@ -77,8 +77,15 @@ def _load(args: argparse.Namespace) -> "Loaded":
     """The run to evaluate, on the devices of all processes."""
     from clipjax import distributed
 
+    _register(args)
     distributed.start()
     return clipjax.load(args.workdir)
+
+
+def _register(args: argparse.Namespace) -> None:
+    """Executes the file of --config, for what it registers: losses that clipjax lacks and the run has."""
+    if args.config:
+        load_config(args.config)
 
 
 def _say(text: str, file: TextIO | None = None) -> None:
@@ -200,6 +207,7 @@ def export(args: argparse.Namespace) -> int:
 
     if args.verify:
         require_packages(args.to)
+    _register(args)
     model = clipjax.load(args.workdir)
     run, tokenizer = model.run, model.workdir / TOKENIZER
     export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to)

@@ -42,7 +42,7 @@ COMMANDS = {
     "eval captioning": ["--data SPEC", "--split", "--json OUT", "--png OUT", "captioning-SPEC-SPLIT.png", "(default: 32)"],
     "embed": ["--data SPEC", "--out FILE.npz"],
     "caption": ["IMAGE", "--json OUT", "(nats)", "--beams N", "--temperature T", "--top-k K", "(default: all)", "--seed N"],
-    "export": ["--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
+    "export": ["--config CONFIG.py", "--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
     "import": ["SRC", "--from {open_clip}", "--out RUN", "open_clip_config.json"],
     "bench": ["loss"],
     "bench loss": ["--batch N", "--topology T", "--travel {ring,gather,auto}", "(default: 7)", "in pairs", "--json OUT"],
@@ -311,6 +311,25 @@ def test_a_file_that_is_no_config_is_refused(text, message, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text(text)
     assert run("train", tmp_path / "mine.txt", "--workdir", tmp_path / "run") == 2
     assert "mine.txt': is not a Python file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"eval {task} RUN --data emoji" for task in ("zeroshot", "retrieval", "geometry", "captioning")),
+        *("embed RUN --data emoji --out a.npz", "caption RUN a.png", "export RUN --to open_clip --out out"),
+    ],
+)
+def test_config_is_loaded_before_the_run(command, tmp_path, capsys, monkeypatch):
+    """It may register what the run's config.json names."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("from clipjax.config import Run\nprint('loaded')\nconfig = Run\n")
+    assert run(*command.split(), "--config", "mine.py") == 2
+    said = capsys.readouterr()
+    assert said.out == "loaded\n"
+    assert "RUN = 'RUN': is not a workdir" in said.err
+    assert run(*command.split(), "--config", "none.py") == 2
+    assert "CONFIG.py = 'none.py': is not a file" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ ROOMS = (  # a module may import from its own group and from those before it
     },
     {"build", "train", "checkpoint", "metrics"},
     {"evals", "generate", "export", "plan", "bench"},
-    {"arguments", "commands", "cli"},
+    {"arguments", "commands", "options", "cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc", "tools", "base", "core"}

@@ -17,7 +17,7 @@ EVALS = """
 import json, sys
 from clipjax import cli, distributed
 for command in json.loads(sys.argv[1]):
-    args = cli._parser().parse_args(command)
+    args = cli.make_parser().parse_args(command)
     args.run(args)
 distributed.leave(0, None)
 """

@@ -1,0 +1,238 @@
+"""The commands of the command line and their options, as data. cli.py makes a parser of them, commands.py holds what they do."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipjax import commands
+from clipjax.arguments import local_folder, positive, writable_file, writable_folder
+from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument or an option, and the keywords of `ArgumentParser.add_argument` for it."""
+
+    name: str
+    keywords: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command. A name of two words is one of a group, as `eval zeroshot`."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int | None]  # returns the exit status; None is 0
+    help: str
+    arguments: tuple[Argument | tuple[Argument, ...], ...]  # those in a tuple of their own exclude each other
+    fields: bool  # whether it takes CONFIG.py|NAME, and every field of that configuration as an option
+
+
+def _command(
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    text: str,
+    *arguments: Argument | tuple[Argument, ...],
+    fields: bool = False,
+) -> Command:
+    return Command(name, run, text, arguments, fields)
+
+
+def _argument(name: str, metavar: str | None, text: str, kind: Callable[[str], object] | None = None, **more: object) -> Argument:
+    keywords = {"metavar": metavar, "type": kind, "help": text}
+    return Argument(name, {key: value for key, value in keywords.items() if value is not None} | more)
+
+
+def _json(what: str) -> Argument:
+    return _argument("--json", "OUT", f"also write {what} to this file", writable_file)
+
+
+SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], or tsv:FILE with columns filepath and title"
+RUN = (
+    _argument("workdir", "RUN", "a workdir of `clipjax train`, local or on gs:// or s3://: its newest checkpoint, or RUN@STEP"),
+    _argument("--config", "CONFIG.py", "load this file first: it registers the losses that the run's own config file brought"),
+)
+DATA = (
+    *RUN,
+    _argument("--data", "SPEC", SPEC, required=True),
+    _argument("--split", None, "split of the dataset", default="test"),
+)
+
+GROUPS = {
+    "eval": "evaluate a run",
+    "data": "prepare a dataset, or look at one",
+    "bench": "measure time, memory and throughput",
+}
+COMMANDS = (
+    _command(
+        "train",
+        commands.train,
+        "train a model, or resume it from the newest checkpoint of its workdir",
+        _argument("--workdir", "RUN", "folder of the run, local or on gs:// or s3://", writable_folder),
+        fields=True,
+    ),
+    _command(
+        "configs",
+        commands.configs,
+        "list the configs that come with clipjax, or print one to start from",
+        _argument("name", "NAME", "print this one", nargs="?"),
+    ),
+    _command(
+        "plan",
+        commands.plan,
+        "compile a run's train step for devices that need not be present: memory, sharding, collectives, FLOPs, estimated time",
+        _argument("--topology", "T", "TPUs, as v5e:16x16, v5p:4x4x8 or v6e:8x8; cpu:N, simulated; else this machine's devices"),
+        _argument("--slices", "N", "number of such slices, joined by the data-centre network", positive, default=1),
+        _argument(
+            "--find-batch",
+            None,
+            "also find the largest batch that fits, a power of two, with the configured train.micro_batches",
+            action="store_true",
+        ),
+        _json("all figures"),
+        fields=True,
+    ),
+    _command(
+        "eval zeroshot",
+        commands.eval_zeroshot,
+        "zero-shot classification: acc1, acc5, mean-per-class recall",
+        *DATA,
+        _argument("--classnames", "FILE", "one name a line, in the order of the labels; else the dataset's own names"),
+        _argument(
+            "--templates",
+            "NAME|FILE",
+            "simple (7 prompts a class), imagenet (80), plain (the name alone), or a file with one {c} a line",
+            default="simple",
+        ),
+        _json("the result"),
+    ),
+    _command(
+        "eval retrieval",
+        commands.eval_retrieval,
+        "image-text retrieval: recall at 1, 5 and 10 in both directions",
+        *DATA,
+        _json("the result"),
+    ),
+    _command(
+        "eval geometry",
+        commands.eval_geometry,
+        "the contrastive gap: distances, separability, uniformity, alignment, RankMe",
+        *DATA,
+        _json("the result, with curves of explained variance,"),
+        _argument(
+            "--png",
+            "OUT",
+            "plot of the embeddings and their spectra; else beside --json, or geometry-SPEC-SPLIT.png in this folder",
+            writable_file,
+        ),
+    ),
+    _command(
+        "eval captioning",
+        commands.eval_captioning,
+        "greedy captions against those of the dataset: exact match, perplexity, BLEU, chrF, CIDEr",
+        *DATA,
+        _json("the result"),
+        _argument(
+            "--png",
+            "OUT",
+            "some images with their captions; else beside --json, or captioning-SPEC-SPLIT.png in this folder",
+            writable_file,
+        ),
+        _argument("--samples", "N", "number of images in --png", positive, default=32),
+    ),
+    _command(
+        "embed",
+        commands.embed,
+        "write a dataset's embeddings: arrays image, text and key; float32 unit vectors",
+        *DATA,
+        _argument("--out", "FILE.npz", "file to write", writable_file, required=True),
+    ),
+    _command(
+        "caption",
+        commands.caption,
+        "generate captions of images: greedily, by beam search (--beams, --alpha), or by sampling (any of the last four options)",
+        *RUN,
+        _argument("images", "IMAGE", "image files", nargs="+"),
+        _json("image, caption and logprob (nats) of each"),
+        _argument("--beams", "N", "beam search: keep the N best captions at each token", positive),
+        _argument("--alpha", "A", "beam search: rank by log-probability / tokens ** A (default: 1)", float),
+        _argument("--temperature", "T", "sample each token from softmax(logits / T), T > 0 (default: 1)", float),
+        _argument("--top-k", "K", "sample among the K likeliest tokens (default: all)", positive),
+        _argument("--top-p", "P", "sample among the likeliest tokens whose probabilities add up to P (default: 1)", float),
+        _argument("--seed", "N", "seed of the sampling (default: 0)", int),
+    ),
+    _command(
+        "export",
+        commands.export,
+        "write a folder that open_clip or transformers loads as it is",
+        *RUN,
+        _argument("--to", None, "the library that will load it", required=True, choices=("open_clip", "transformers")),
+        _argument("--out", "DIR", "a new folder, or that of an earlier export", local_folder, required=True),
+        _argument("--verify", None, "load it in PyTorch and compare embeddings of the run's own examples", action="store_true"),
+        _argument("--examples", None, "number of examples that --verify compares", positive, default=32),
+    ),
+    _command(
+        "import",
+        commands.import_run,
+        "make a workdir from another library's model, to evaluate, embed, caption or export it",
+        _argument("source", "SRC", "a folder: open_clip_config.json, .safetensors and tokenizer.json", Path),
+        _argument("--from", None, "the library that wrote it", dest="origin", required=True, choices=("open_clip",)),
+        _argument("--out", "RUN", "a new workdir, local or on gs:// or s3://", writable_folder, required=True),
+    ),
+    _command(
+        "data prepare",
+        commands.data_prepare,
+        "build a dataset that clipjax makes itself, in the folder of TFDS",
+        _argument("name", None, "emoji: from the system's colour-emoji font", choices=("emoji",)),
+    ),
+    _command(
+        "data inspect",
+        commands.data_inspect,
+        "count, image sizes, captions, truncation, and a contact sheet",
+        _argument("spec", "SPEC", SPEC),
+        _argument("--split", None, "split of the dataset", default="train"),
+        _argument("--tokenizer", "FILE", "a tokenizer.json; else a BPE is trained on the captions", Path),
+        _argument("--length", None, "tokens a caption may have, for the truncation statistics", positive, default=77),
+        _argument("--png", "OUT", "the contact sheet; else SPEC-SPLIT.png in this folder", writable_file),
+    ),
+    _command(
+        "bench loss",
+        commands.bench_loss,
+        "the streamed losses beside dense ones: memory, FLOPs, collectives and time",
+        _argument("--loss", None, "losses to measure", nargs="+", choices=LOSSES, default=LOSSES),
+        _argument("--batch", "N", "global batch sizes, in pairs", positive, nargs="+", default=BATCHES),
+        _argument("--width", None, "width of the embeddings", positive, default=512),
+        _argument(
+            "--travel",
+            None,
+            "how columns reach the other devices; auto: by size",
+            choices=("ring", "gather", "auto"),
+            default="auto",
+        ),
+        (
+            _argument("--devices", "N", f"use N devices; else all, or {CPU_DEVICES} simulated on a CPU", positive),
+            _argument("--topology", "T", "compile for TPUs that need not be present, as v5e:16x16; measures no time"),
+        ),
+        _argument("--turns", None, "timed runs of each form, in alternation", positive, default=7),
+        _argument("--patience", "SECONDS", "a batch whose turns take longer is not timed", positive, default=15),
+        _json("all figures"),
+    ),
+    _command(
+        "bench step",
+        commands.bench_step,
+        "a run's train step on this machine's devices: seconds, images/s, memory, MFU; on random input, so it needs no data",
+        _argument("--turns", "N", "timed turns, each of at least a second", positive, default=7),
+        _json("all figures"),
+        fields=True,
+    ),
+    _command(
+        "bench input",
+        commands.bench_input,
+        "how fast this machine reads, decodes and tokenises a run's batches",
+        _argument("--seconds", "N", "how long to read", positive, default=20),
+        _json("all figures"),
+        fields=True,
+    ),
+)
