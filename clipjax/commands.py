@@ -16,14 +16,7 @@ from clipjax.config.load import load_config, override
 from clipjax.config.packaged import packaged_config, packaged_configs, summary
 
 if TYPE_CHECKING:
-    from clipjax.evals.captioning import Captioning
-    from clipjax.evals.encoder import Metrics
-    from clipjax.evals.geometry import Geometry
     from clipjax.evals.loaded import Loaded
-    from clipjax.evals.retrieval import Retrieval
-    from clipjax.evals.zeroshot import Zeroshot
-
-    Evaluation = Zeroshot | Retrieval | Geometry | Captioning
 
 
 def _configured(args: argparse.Namespace, needed: str = "") -> config.Run | None:
@@ -103,67 +96,43 @@ def _first() -> bool:
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
     """`clipjax eval zeroshot`: accuracies of a run as a classifier."""
-    from clipjax.evals.inputs import eval_data
-    from clipjax.evals.zeroshot import Zeroshot
-
-    model = _load(args)
-    data = eval_data(model.run, args.data, args.split)
-    evaluation = Zeroshot.prepare(model.encoder, model.tokenizer, data, args.templates, args.classnames)
-    _report(args, model, evaluation, evaluation.run(model.params))
+    dataset = dict(data=args.data, split=args.split)
+    _evaluate(args, config.Zeroshot(**dataset, templates=args.templates, classnames=args.classnames))
 
 
 def eval_retrieval(args: argparse.Namespace) -> None:
     """`clipjax eval retrieval`: recalls of a run in both directions."""
-    from clipjax.evals.inputs import eval_data
-    from clipjax.evals.retrieval import Retrieval
-
-    model = _load(args)
-    evaluation = Retrieval.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
-    _report(args, model, evaluation, evaluation.run(model.params))
+    _evaluate(args, config.Retrieval(data=args.data, split=args.split))
 
 
 def eval_geometry(args: argparse.Namespace) -> None:
-    """`clipjax eval geometry`: the gap between a run's pictures and texts, in figures and in a picture."""
-    from clipjax.evals.geometry import Geometry
-    from clipjax.evals.geometry_plot import file_name, plot
-    from clipjax.evals.inputs import eval_data
-
-    beside = args.json.with_suffix(".png") if args.json else "geometry-" + file_name(f"{args.data}-{args.split}")
-    picture = args.png or writable_file(str(beside))
-    model = _load(args)
-    evaluation = Geometry.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
-    found = evaluation.measure(model.params)
-    _report(args, model, evaluation, found.metrics)
-    plot(picture, found, f"{model.name}, step {model.step}, on {evaluation.dataset}")
-    _say(f"picture: {picture}", sys.stderr)
+    """`clipjax eval geometry`: the gap between a run's images and texts, as metrics and as a plot."""
+    _evaluate(args, config.Geometry(data=args.data, split=args.split))
 
 
 def eval_captioning(args: argparse.Namespace) -> None:
-    """`clipjax eval captioning`: what a run writes of pictures, in figures and in a picture."""
-    from clipjax.evals.captioning import Captioning, save_png, sheet
-    from clipjax.evals.geometry_plot import file_name
-    from clipjax.evals.inputs import eval_data
+    """`clipjax eval captioning`: the captions that a run generates, as metrics and with some of the images."""
+    _evaluate(args, config.Captioning(data=args.data, split=args.split, samples=args.samples))
 
-    beside = args.json.with_suffix(".png") if args.json else "captioning-" + file_name(f"{args.data}-{args.split}")
-    picture = args.png or writable_file(str(beside))
+
+def _evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
+    """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png."""
+    from clipjax.evals.report import png_name, report, save_png, write_json
+    from clipjax.evals.training import prepare
+
+    default = args.json.with_suffix(".png") if args.json else f"{wanted.task}-" + png_name(f"{args.data}-{args.split}")
+    png = (args.png or writable_file(str(default))) if "png" in args else None
     model = _load(args)
-    evaluation = Captioning.prepare(model.encoder, model.tokenizer, eval_data(model.run, args.data, args.split))
-    found = evaluation.measure(model.params)
-    _report(args, model, evaluation, found.metrics)
-    if _first():
-        title = f"{model.name}, step {model.step}, on {evaluation.dataset}"
-        save_png(picture, sheet(evaluation.samples(found, args.samples), title))
-        print(f"picture: {picture}", file=sys.stderr)
-
-
-def _report(args: argparse.Namespace, model: "Loaded", evaluation: "Evaluation", metrics: "Metrics") -> None:
-    from clipjax.evals.report import report, write_json
-
-    result = report(evaluation.dataset, model.name, f"step {model.step}", evaluation.task, metrics)
-    figures = {name: value for name, value in metrics.items() if not isinstance(value, list)}  # a curve is for the file
-    _say(json.dumps(result | {"metrics": figures}, indent=2, ensure_ascii=False))
+    evaluation = prepare(wanted, model.encoder, model.tokenizer, model.run)
+    results = evaluation.run(model.params)
+    result = report(evaluation.dataset, model.name, f"step {model.step}", wanted.task, results.metrics)
+    numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # a curve is for the file
+    _say(json.dumps(result | {"metrics": numbers}, indent=2, ensure_ascii=False))
     if args.json:
         write_json(args.json, result)
+    if png and _first() and (image := results.draw(f"{model.name}, step {model.step}, on {evaluation.dataset}")):
+        save_png(png, image)
+        print(f"image: {png}", file=sys.stderr)
 
 
 def embed(args: argparse.Namespace) -> None:

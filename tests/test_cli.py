@@ -449,7 +449,7 @@ def test_geometry(workdir, embedded, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("eval", "geometry", workdir, "--data", "emoji", "--json", tmp_path / "new" / "g.json") == 0
     said = capsys.readouterr()
-    assert "picture: " in said.err
+    assert "image: " in said.err
     result = json.loads((tmp_path / "new" / "g.json").read_text())
     printed = json.loads(said.out)
     metrics = result.pop("metrics")

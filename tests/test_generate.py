@@ -340,8 +340,8 @@ def test_beams_from_the_command_line(run, files, capsys):
     ("args", "message"),
     [
         (["missing.png"], "missing.png: No such file or directory"),
-        (["torn.png"], "torn.png: is no picture that can be read: "),
-        (["0.png", "text.png"], "text.png: is no picture that can be read: cannot identify"),
+        (["torn.png"], "torn.png: is no image that can be read: "),
+        (["0.png", "text.png"], "text.png: is no image that can be read: cannot identify"),
         (["0.png", "--top-p", "2"], "top_p = 2.0: must lie in (0, 1]"),
         (["0.png", "--beams", "2", "--top-k", "3"], "--top-k: of captions that are drawn; --beams and --alpha"),
         (["0.png", "--beams", "0"], "--beams: 0 must be positive"),

@@ -108,7 +108,7 @@ class Tokenizer:
         """How many tokens a text has, special ones included, if none are cut off."""
         return len(self.prefix) + len(self.backend.encode(text, add_special_tokens=False).ids) + len(self.suffix)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to its end token."""
         ids = [int(i) for i in ids][len(self.prefix) :]
         ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids

@@ -1,9 +1,10 @@
-"""What a model writes of a dataset's pictures, greedily, against what people wrote; and how well it foresees the latter."""
+"""The captions that a model generates for the images of a dataset, greedily, compared with the dataset's own; and the perplexity
+of the latter.
+"""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -18,8 +19,8 @@ from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import caption_metrics
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder, Metrics, to_host
+from clipjax.evals.evaluation import Evaluation, Results
 from clipjax.evals.inputs import image_batches
-from clipjax.files import write_whole
 from clipjax.generate import Captioner
 from clipjax.losses import caption_nll
 from clipjax.models.clip import Params, bind
@@ -27,104 +28,115 @@ from clipjax.models.text import lengths
 from clipjax.placement import placement, token_nll_on
 from clipjax.sharding import over_rows
 
-WIDE = 16  # pictures of a sheet, from which on it has 8 a row and not 4
-RIGHT, WRONG, REFERENCE = "#000000", "#D55E00", "#777777"
+WIDE_SHEET = 16  # a sheet of at least so many images has 8 in a row, a smaller one 4
+CORRECT, WRONG, REFERENCE = "#000000", "#D55E00", "#777777"  # colours of a caption and of a reference
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Captioned:
-    """What a model wrote of each picture that can be read, by the picture's number, and how good that is."""
-
-    captions: dict[int, str]
-    metrics: Metrics
-
-
-@dataclass(frozen=True)
 class Sample:
-    """A picture, what was written of it, and what should have been."""
+    """An image, its generated caption, and the caption that was expected."""
 
-    picture: Image.Image
+    image: Image.Image
     key: str
     caption: str
     reference: str  # the main one
-    right: bool  # it is one of the references
+    correct: bool  # the caption is one of the references
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.caption!r}" + ("" if self.right else f", where the reference is {self.reference!r}")
+        return f"{self.key}: {self.caption!r}" + ("" if self.correct else f", where the reference is {self.reference!r}")
 
 
-class Captioning:
-    """An evaluation that is prepared once and run with any weights."""
+@dataclass(frozen=True)
+class CaptioningResults(Results):
+    """The metrics, and the generated caption of each image that can be read, by the image's number."""
 
-    task: ClassVar[str] = "captioning"
+    captions: Mapping[int, str]
+    samples: Sequence[Sample]
+    image_name: ClassVar = "samples"
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, source: Source, data: config.Data) -> None:
-        """Raises ConfigError for a model without a captioning head. A picture that can't be read is left out."""
-        self.encoder, self._tokenizer, self._source = encoder, tokenizer, source
+    def lines(self) -> Sequence[str]:
+        return [str(sample) for sample in self.samples]
+
+    def draw(self, title: str) -> Image.Image | None:
+        return sheet(self.samples, title) if self.samples else None
+
+
+class Captioning(Evaluation):
+    """Every image of a dataset. All its captions are references."""
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, source: Source, data: config.Data, samples: int = 0) -> None:
+        """`samples`: how many images the results show. An image that can't be read is left out.
+
+        Raises ConfigError for a model without a captioning head.
+        """
+        self.encoder, self._tokenizer, self._source, self._samples = encoder, tokenizer, source, samples
         self._captioner = Captioner(encoder.model, encoder.mesh, encoder.batch_size, tokenizer)
         self._score = jax.jit(self._nll, out_shardings=over_rows(encoder.mesh))
         self.references = [source.record(i).captions for i in range(len(source))]
         self._accepted = _with_round_trips(self.references, tokenizer)
         main = [several[0] if several else "" for several in self.references]
         self._pairs = _pair_batches(encoder, tokenizer, source, data, main)
+        self.dataset = source.name
         if (missing := caption_metrics.missing()) and jax.process_index() == 0:
-            log.warning("captioning: without %s some metrics are null: %s", " and ".join(missing), caption_metrics.INSTALL)
+            packages = " and ".join(dict.fromkeys(missing.values()))
+            log.warning("captioning: without %s some metrics are null: %s", packages, caption_metrics.INSTALL)
 
     @classmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data) -> "Captioning":
-        """Of every picture of a dataset, with all its captions as references."""
-        return cls(encoder, tokenizer, open_source(data), data)
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Captioning) -> "Captioning":
+        return cls(encoder, tokenizer, open_source(data), data, cfg.samples)
 
-    @property
-    def dataset(self) -> str:
-        """SPEC/SPLIT, or the SPEC alone of what has no splits."""
-        return self._pairs.name
+    @classmethod
+    def unavailable(cls) -> Mapping[str, str]:
+        missing = caption_metrics.missing()
+        return {metric: f"needs {package}: {caption_metrics.INSTALL}" for metric, package in missing.items()}
 
-    def run(self, params: Params) -> Metrics:
-        return self.measure(params).metrics
+    def run(self, params: Params) -> CaptioningResults:
+        """Metrics:
 
-    def measure(self, params: Params) -> Captioned:
-        """With the metrics
-
-        - `exact_match`, in [0, 1]: share of captions equal to one of their picture's references, as that is written or as the
-          tokenizer gives it back (lower-cased, perhaps), but for what `caption_metrics.exact_match` looks past. A reference
-          longer than the model's texts can't be met;
-        - `perplexity`, from 1: exp of the mean of -log p over the tokens of every picture's main reference, the end's with them,
-          each foreseen from the picture and the true tokens before it. A mean over tokens, not over captions;
+        - `exact_match`, in [0, 1]: share of captions that equal one of their image's references, as the reference is written
+          or as the tokenizer decodes it (perhaps in lower case). `caption_metrics.exact_match` says what is not compared. A
+          reference longer than the model's texts can't be matched;
+        - `perplexity`, from 1: exp of the mean of -log p over the tokens of every image's main reference, including the end
+          token. Each is predicted from the image and the true tokens before it. The mean is over tokens, not over captions;
         - `bleu` and `chrf` in [0, 100] and `cider` in [0, 10], see `caption_metrics`; None where their packages are missing.
         """
 
-        def both(rows: dict[str, Array]) -> tuple[Array, ...]:
-            written = self._captioner.write(params, rows["image"], rows["index"])
-            return rows["index"], written.tokens, *self._score(params, rows["image"], rows["text"])
+        def generate_and_score(rows: dict[str, Array]) -> tuple[Array, ...]:
+            generated = self._captioner.write(params, rows["image"], rows["index"])
+            return rows["index"], generated.tokens, *self._score(params, rows["image"], rows["text"])
 
-        parts = zip(*(made for made, _ in self.encoder.map_batches(self._pairs, both)), strict=True)
-        index, tokens, nll, count = (np.concatenate([to_host(x) for x in part]) for part in parts)
-        order = np.argsort(index)[(index < 0).sum() :]
+        results = (result for result, _ in self.encoder.map_batches(self._pairs, generate_and_score))
+        columns = zip(*results, strict=True)
+        index, tokens, nll, count = (np.concatenate([to_host(x) for x in column]) for column in columns)
+        order = np.argsort(index)[(index < 0).sum() :]  # by image, without padding
         captions = {int(index[i]): self._tokenizer.decode(tokens[i]) for i in order}
-        said, wanted = list(captions.values()), [self.references[i] for i in captions]
-        metrics = {
-            "exact_match": caption_metrics.exact_match(said, [self._accepted[i] for i in captions]),
-            "perplexity": float(np.exp(nll[order].sum(dtype=np.float64) / count[order].sum())),
-        }
-        for metric in (caption_metrics.bleu, caption_metrics.chrf, caption_metrics.cider):
-            metrics[metric.__name__] = metric(said, wanted)
-        return Captioned(captions, metrics)
+        perplexity = float(np.exp(nll[order].sum(dtype=np.float64) / count[order].sum()))
+        return CaptioningResults(self._metrics(captions, perplexity), captions, self.samples(captions, self._samples))
 
-    def samples(self, found: Captioned, n: int) -> list[Sample]:
-        """Of at most n pictures: the same ones every time, so that two steps can be compared."""
-        chosen = np.random.default_rng(0).permutation(list(found.captions))[:n].tolist()
-        return [self._sample(i, found.captions[i]) for i in chosen]
+    def _metrics(self, captions: Mapping[int, str], perplexity: float) -> Metrics:
+        generated, references = list(captions.values()), [self.references[i] for i in captions]
+        return {
+            "exact_match": caption_metrics.exact_match(generated, [self._accepted[i] for i in captions]),
+            "perplexity": perplexity,
+            "bleu": caption_metrics.bleu(generated, references),
+            "chrf": caption_metrics.chrf(generated, references),
+            "cider": caption_metrics.cider(generated, references),
+        }
+
+    def samples(self, captions: Mapping[int, str], n: int) -> list[Sample]:
+        """At most n images with these captions. They are the same images every time, so that two steps can be compared."""
+        chosen = np.random.default_rng(0).permutation(list(captions))[:n].tolist()
+        return [self._sample(i, captions[i]) for i in chosen]
 
     def _sample(self, i: int, caption: str) -> Sample:
         example = self._source[i]
-        right = caption_metrics.exact_match([caption], [self._accepted[i]]) == 1
-        return Sample(example.picture, example.key, caption, example.captions[0], right)
+        correct = caption_metrics.exact_match([caption], [self._accepted[i]]) == 1
+        return Sample(example.picture, example.key, caption, example.captions[0], correct)
 
     def _nll(self, params: Params, images: Array, tokens: Int[Array, "b t"]) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
-        """The sum of -log p over each caption's tokens, and how many these are."""
+        """The sum of -log p over each caption's tokens, and their number."""
         mesh, model = self.encoder.mesh, bind(self.encoder.model, params)
         _, _, states = model.encode_pairs(images, tokens, place=placement(mesh, self.encoder.model.dtype))
         real = lengths(tokens)
@@ -132,43 +144,37 @@ class Captioning:
 
 
 def sheet(samples: Sequence[Sample], title: str) -> Image.Image:
-    """Pictures with what was written of them, in black; in vermilion, above the main reference, where that is no reference."""
-
-    def texts(sample: Sample) -> list[tuple[str, str]]:
-        if sample.right:
-            return [(sample.caption, RIGHT)]
-        return [(sample.caption or "(nothing)", WRONG), (f"({sample.reference})", REFERENCE)]
-
-    cells = [Cell(sample.picture, texts(sample)) for sample in samples]
-    return contact_sheet(title, cells, 4 if len(cells) < WIDE else 8)
+    """Images with their captions: black if correct, else vermilion above the main reference in grey."""
+    cells = [Cell(sample.image, _texts(sample)) for sample in samples]
+    return contact_sheet(title, cells, 4 if len(cells) < WIDE_SHEET else 8)
 
 
-def save_png(path: str | Path, picture: Image.Image) -> None:
-    """Whole or not at all."""
-    with write_whole(path) as part:
-        picture.save(part, "png")
+def _texts(sample: Sample) -> list[tuple[str, str]]:
+    if sample.correct:
+        return [(sample.caption, CORRECT)]
+    return [(sample.caption or "(nothing)", WRONG), (f"({sample.reference})", REFERENCE)]
 
 
 def _with_round_trips(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> list[list[str]]:
-    """Each picture's references, and what the tokenizer makes of those that it does not cut."""
+    """Each image's references, and the text that the tokenizer decodes from the tokens of each that it does not truncate."""
     flat = [text for several in references for text in several]
     ids, truncated = tokenizer.encode(flat)
-    again = iter([None if cut else tokenizer.decode(row) for row, cut in zip(ids, truncated, strict=True)])
-    return [[*several, *(text for _ in several if (text := next(again)) is not None)] for several in references]
+    decoded = iter([None if lost else tokenizer.decode(row) for row, lost in zip(ids, truncated, strict=True)])
+    return [[*several, *(text for _ in several if (text := next(decoded)) is not None)] for several in references]
 
 
 def _pair_batches(
     encoder: Encoder, tokenizer: Tokenizer, source: Source, data: config.Data, captions: Sequence[str]
 ) -> CachedBatches:
-    """Every picture with the tokens of its one caption, as `text`."""
+    """Every image with the tokens of its one caption, as `text`."""
     tokens, truncated = tokenizer.encode(captions)
     if truncated.any() and jax.process_index() == 0:
         what = "%s: %d of %d main captions were cut to %d tokens, and perplexity is of what is left"
         log.warning(what, source.name, truncated.sum(), len(truncated), tokenizer.length)
-    pictures = image_batches(encoder, source, data)
+    images = image_batches(encoder, source, data)
 
     def read() -> Iterator[Batch]:
-        for batch in pictures:
+        for batch in images:
             yield batch | {"text": tokens[np.maximum(batch["index"], 0)]}
 
-    return CachedBatches(read, len(pictures), source.name, pictures.unit)
+    return CachedBatches(read, len(images), source.name, images.unit)

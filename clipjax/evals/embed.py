@@ -1,10 +1,10 @@
-"""Embeddings of a dataset as a file, for use outside of clipjax."""
+"""Embeddings of a dataset on the host: every image with its main caption. `clipjax embed` writes them to a file."""
 
 from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from clipjax import config
 from clipjax.data.sources import open_source
@@ -15,35 +15,55 @@ from clipjax.files import write_whole
 from clipjax.models.clip import Params
 
 
+class MainPairs:
+    """The pairs of a dataset: each image with its main caption, which is its first."""
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, data: config.Data) -> None:
+        """Reads all captions, and no image yet. Raises ConfigError as `open_source` does."""
+        source = open_source(data)
+        records = [(record.key, record.captions[:1]) for record in map(source.record, range(len(source)))]
+        captioned = [i for i, (_, main) in enumerate(records) if main]
+        self.name = source.name
+        self.captioned = len(captioned)  # how many examples have a caption
+        self.keys = [key for key, _ in records]  # of all examples
+        self._encoder = encoder
+        self._images = image_batches(encoder, source, data)
+        self._captions = caption_batches(encoder, tokenizer, [records[i][1][0] for i in captioned], captioned, source.name)
+
+    def embed(self, params: Params) -> tuple[Float[np.ndarray, "n e"], Float[np.ndarray, "n e"], Int[np.ndarray, " n"]]:
+        """Unit vectors of images and captions, float32, and the number of each pair's example, in the dataset's order.
+
+        Every process gets all of them. An example without a caption, or whose image can't be read, is left out.
+        """
+        text, has_text = self._by_index(params, self._captions)
+        image, has_image = self._by_index(params, self._images)
+        index = np.flatnonzero(has_image & has_text)
+        return image[index], text[index], index
+
+    def _by_index(self, params: Params, batches: CachedBatches) -> tuple[Float[np.ndarray, "n e"], Bool[np.ndarray, " n"]]:
+        """The vector of each example, and whether it has one."""
+        n = len(self.keys)
+        z, found = np.zeros((n, self._encoder.model.embed_dim), np.float32), np.zeros(n, bool)
+        for rows, rest in self._encoder.stream(params, batches):
+            index = to_host(rest["index"])
+            real = index >= 0
+            z[index[real]] = to_host(rows)[real]
+            found[index[real]] = True
+        return z, found
+
+
 def embed(encoder: Encoder, params: Params, tokenizer: Tokenizer, data: config.Data) -> dict[str, np.ndarray]:
     """`image` and `text` (of the main caption) float32 [n, e], unit vectors, and `key` str [n], in the dataset's order.
 
-    Examples whose picture can't be read are left out. Raises ConfigError as `open_source` does.
+    Examples whose image can't be read are left out. Raises ConfigError as `open_source` does.
     """
-    source = open_source(data)
-    keys, captions = zip(*((r.key, r.captions) for r in map(source.record, range(len(source)))), strict=True)
-    owner = [i for i, several in enumerate(captions) if several]
-    texts = caption_batches(encoder, tokenizer, [captions[i][0] for i in owner], owner, source.name)
-    text, named = by_index(encoder, params, texts, len(source))
-    image, seen = by_index(encoder, params, image_batches(encoder, source, data), len(source))
-    there = seen & named
-    return {"image": image[there], "text": text[there], "key": np.array(keys)[there]}
-
-
-def by_index(
-    encoder: Encoder, params: Params, batches: CachedBatches, n: int
-) -> tuple[Float[np.ndarray, "n e"], Bool[np.ndarray, " n"]]:
-    """On every host, the vector of each example, and whether it has one."""
-    z, there = np.zeros((n, encoder.model.embed_dim), np.float32), np.zeros(n, bool)
-    for rows, rest in encoder.stream(params, batches):
-        index = to_host(rest["index"])
-        z[index[index >= 0]] = to_host(rows)[index >= 0]
-        there[index[index >= 0]] = True
-    return z, there
+    pairs = MainPairs(encoder, tokenizer, data)
+    image, text, index = pairs.embed(params)
+    return {"image": image, "text": text, "key": np.array(pairs.keys)[index]}
 
 
 def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes whole or not at all, from the first process, under exactly this name."""
+    """Writes the whole file or nothing, from the first process, under exactly this name."""
     if jax.process_index() == 0:
         with write_whole(path) as part, part.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)

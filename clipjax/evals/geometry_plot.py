@@ -1,28 +1,30 @@
-"""The picture of a run's geometry: both clouds in the plane in which they differ most, and both spectra."""
+"""The plot of a run's geometry: both clouds in the plane in which they vary most, and both spectra."""
 
-from pathlib import Path
+import io
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
+from PIL import Image
 
-from clipjax.evals.geometry import Measured, Rows, singular_values
-from clipjax.files import write_whole
+from clipjax.evals.geometry import GeometryResults, Rows, singular_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 1500  # of a cloud; more are a blot
+POINTS = 1500  # of a cloud that are drawn; more would overlap
 LINES = 40  # pairs that are joined
-FLOOR = 1e-6  # of a spectrum, which begins at 1 at most: below is float32's rounding
-# Blue and vermilion of Okabe and Ito's palette: as far apart for colour-blind eyes; in grey, marks and dashes tell.
-LOOKS = {"image": ("#0072B2", "o", "-"), "text": ("#D55E00", "^", "--")}
+FLOOR = 1e-6  # of the axis of a spectrum, whose largest value is at most 1: below is float32's rounding
+# Blue and vermilion of Okabe and Ito's palette, which colour-blind readers tell apart; in grey, marks and dashes differ.
+STYLES = {"image": ("#0072B2", "o", "-"), "text": ("#D55E00", "^", "--")}
+HEADINGS = {
+    "centroid distance": "centroid_distance",
+    "linear separability": "linear_separability",
+    "relative gap": "relative_modality_gap",
+}
 
 
-def plot(path: str | Path, found: Measured, title: str) -> None:
-    """Writes a PNG, whole or not at all, from the first process."""
-    if jax.process_index() != 0:
-        return
+def plot(found: GeometryResults, title: str) -> Image.Image:
+    """1440 x 768 pixels."""
     from matplotlib.figure import Figure  # not pyplot: it needs no display and keeps no figure
 
     figure = Figure(figsize=(12, 6.4), dpi=120, layout="constrained")
@@ -31,18 +33,14 @@ def plot(path: str | Path, found: Measured, title: str) -> None:
     _clouds(panels["clouds"], found)
     _spectra(panels["spectra"], found)
     _explained(panels["explained"], found)
-    with write_whole(path) as part:
-        figure.savefig(part, format="png")
-
-
-def file_name(what: str) -> str:
-    """`emoji/test-000120` as the name of a PNG; of a tsv, whose name is a path, the end."""
-    return what.replace(":", "-").replace("/", "-")[-100:].lstrip("-") + ".png"
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file)
 
 
 def plane(x: Rows, y: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both clouds [n, 2] along the first two principal components of both together, and the shares of the variance [2] these
-    hold. The texts' centroid is never left of nor below the images', so that two pictures of a run can be compared.
+    """Both clouds [n, 2] along the first two principal components of both together, and these components' shares of the
+    variance [2]. The texts' centroid is never left of nor below the images', so that two plots of a run can be compared.
     """
     both = np.concatenate([x, y])
     variance, axes = np.linalg.eigh(np.cov(both.T))
@@ -52,11 +50,11 @@ def plane(x: Rows, y: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (x - centre) @ first, (y - centre) @ first, variance[:-3:-1] / max(variance.sum(), np.finfo(float).tiny)
 
 
-def _clouds(axes: "Axes", found: Measured) -> None:
+def _clouds(axes: "Axes", found: GeometryResults) -> None:
     *clouds, shares = plane(found.image, found.text)
     n = len(found.image)
     shown = np.random.default_rng(0).permutation(n)[:POINTS]
-    for (name, (colour, mark, _)), z in zip(LOOKS.items(), clouds, strict=True):
+    for (name, (colour, mark, _)), z in zip(STYLES.items(), clouds, strict=True):
         dots = dict(s=14, alpha=0.45, linewidths=0, zorder=2)
         axes.scatter(*z[shown].T, color=colour, marker=mark, label=name, **dots)
         axes.scatter(*z.mean(0), s=170, color=colour, marker=mark, edgecolors="black", linewidths=1.5, zorder=4)
@@ -67,25 +65,18 @@ def _clouds(axes: "Axes", found: Measured) -> None:
     axes.plot(*np.stack([image.mean(0), text.mean(0)], 1), color="black", linewidth=2, zorder=3.5, label="centroids")
     axes.set(xlabel=f"component 1 of both ({shares[0]:.0%} of the variance)", ylabel=f"component 2 ({shares[1]:.0%})")
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set_title("   ".join(_figure(found, name, key) for name, key in _HEADINGS), fontsize=10)
+    axes.set_title("   ".join(_metric(found, name, key) for name, key in HEADINGS.items()), fontsize=10)
     axes.legend(loc="best")
 
 
-_HEADINGS = (
-    ("centroid distance", "centroid_distance"),
-    ("linear separability", "linear_separability"),
-    ("relative gap", "relative_modality_gap"),
-)
-
-
-def _figure(found: Measured, name: str, key: str) -> str:
+def _metric(found: GeometryResults, name: str, key: str) -> str:
     value = found.metrics[key]
-    return f"{name} -" if value is None else f"{name} {value:.3f}"
+    return f"{name} {value:.3f}" if isinstance(value, float) else f"{name} -"
 
 
-def _spectra(axes: "Axes", found: Measured) -> None:
-    """Of the vectors as they are: a cloud off the centre has a first value far above the rest."""
-    for (name, (colour, mark, dashes)), z in zip(LOOKS.items(), (found.image, found.text), strict=True):
+def _spectra(axes: "Axes", found: GeometryResults) -> None:
+    """Of the vectors as they are: a cloud with an offset has a first value far above the others."""
+    for (name, (colour, mark, dashes)), z in zip(STYLES.items(), (found.image, found.text), strict=True):
         values = singular_values(z)
         rank = found.metrics[f"rankme_{name}"]
         style = _line(colour, mark, dashes)
@@ -97,10 +88,10 @@ def _spectra(axes: "Axes", found: Measured) -> None:
     axes.legend()
 
 
-def _explained(axes: "Axes", found: Measured) -> None:
-    for name, (colour, mark, dashes) in LOOKS.items():
+def _explained(axes: "Axes", found: GeometryResults) -> None:
+    for name, (colour, mark, dashes) in STYLES.items():
         curve = found.metrics[f"explained_variance_{name}"]
-        if curve is None:  # all vectors are one
+        if not isinstance(curve, list):  # all vectors are equal
             continue
         axes.plot(np.arange(1, len(curve) + 1), curve, label=name, **_line(colour, mark, dashes))
     axes.set(xlabel="principal components", ylabel="variance explained", ylim=(0, 1.03), xscale="log")

@@ -1,4 +1,4 @@
-"""What evaluations put through the towers: a source's pictures, its captions, and the prompts for its classes."""
+"""What evaluations give to the towers: the images of a source, its captions, and the prompts of its classes."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ def eval_data(run: config.Run, spec: str, split: str) -> config.Data:
 
 
 def image_batches(encoder: Encoder, source: Source, data: config.Data) -> CachedBatches:
-    """Every picture, with `index` and `label`. One that can't be read is left out, with a warning: no other stands in for it."""
+    """Every image, with `index` and `label`. One that can't be read is left out, with a warning; no other replaces it."""
     size = encoder.model.image.image_size
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
 
@@ -34,29 +34,29 @@ def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Cached
         with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, **hosts) as batches:
             for batch in batches:
                 unreadable += int(batch["replaced"].sum())
-                counts = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
-                yield {"image": batch["image"], **counts}
+                counted = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
+                yield {"image": batch["image"], **counted}
         if (unreadable := distributed.total(unreadable)) and jax.process_index() == 0:
-            log.warning("%s: %d of %d pictures can't be read and are left out", source.name, unreadable, len(source))
+            log.warning("%s: %d of %d images can't be read and are left out", source.name, unreadable, len(source))
 
-    return CachedBatches(read, encoder.batch_count(len(source)), source.name, "pictures")
+    return CachedBatches(read, encoder.batch_count(len(source)), source.name, "images")
 
 
 def caption_batches(
-    encoder: Encoder, tokenizer: Tokenizer, captions: Sequence[str], owner: Sequence[int], name: str
+    encoder: Encoder, tokenizer: Tokenizer, captions: Sequence[str], owner: Sequence[int] | np.ndarray, name: str
 ) -> CachedBatches:
-    """Tokens of captions; `index` is `owner`, the example that each belongs to."""
+    """Tokens of captions. `index` is `owner`, the example that each caption belongs to."""
     return _text_batches(encoder, tokenizer, captions, {"index": np.asarray(owner, np.int32)}, name, "captions")
 
 
 def prompt_batches(encoder: Encoder, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]) -> CachedBatches:
-    """Tokens of every name in every template, class by class; `label` is the class."""
+    """Tokens of every name in every template, class by class. `label` is the class."""
     labels = np.repeat(np.arange(len(names), dtype=np.int32), len(templates))
     return _text_batches(encoder, tokenizer, _Prompts(names, templates), {"label": labels}, "classes", "prompts")
 
 
-class _Prompts(Sequence[str]):
-    """Made when asked for: 21,000 classes in 80 templates are many strings."""
+class _Prompts:
+    """The prompts as a sequence that makes each when it is asked for: 21,000 classes in 80 templates are many strings."""
 
     def __init__(self, names: Sequence[str], templates: Sequence[str]) -> None:
         self._names, self._templates = names, templates
@@ -70,25 +70,32 @@ class _Prompts(Sequence[str]):
 
 
 def _text_batches(
-    encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], columns: dict[str, np.ndarray], name: str, unit: str
+    encoder: Encoder,
+    tokenizer: Tokenizer,
+    texts: Sequence[str] | _Prompts,
+    columns: dict[str, np.ndarray],
+    name: str,
+    unit: str,
 ) -> CachedBatches:
+    """Tokens of texts as `text`, with a row of each column. Warns once all are read if some texts were truncated."""
+
     def read() -> Iterator[Batch]:
-        cut = 0
+        count = 0
         for rows, real in encoder.rows(len(texts)):
-            tokens, truncated = tokenizer.encode([texts[i] for i in rows])
-            cut += int((truncated & real).sum())
+            tokens, truncated = tokenizer.encode([texts[int(i)] for i in rows])
+            count += int((truncated & real).sum())
             yield {"text": tokens, **{k: np.where(real, v[rows], np.int32(-1)) for k, v in columns.items()}}
-        if (cut := distributed.total(cut)) and jax.process_index() == 0:
-            log.warning("%s: %d of %d %s were cut to %d tokens", name, cut, len(texts), unit, tokenizer.length)
+        if (count := distributed.total(count)) and jax.process_index() == 0:
+            log.warning("%s: %d of %d %s were cut to %d tokens", name, count, len(texts), unit, tokenizer.length)
 
     return CachedBatches(read, encoder.batch_count(len(texts)), name, unit)
 
 
 def with_classes(source: Source, file: str | None) -> tuple[Source, tuple[str, ...]]:
-    """The source with labels, and the name of each: those of `file`, else the dataset's own.
+    """The source with labels, and the name of each label: the lines of `file`, else the dataset's own names.
 
-    A dataset without labels (a tsv) has the class whose name is an example's main caption. Raises ConfigError where there
-    are no names, where a file does not name as many classes as the dataset has, or where a caption is no class name.
+    In a dataset without labels (a tsv), an example's class is the one whose name is its main caption. Raises ConfigError where
+    there are no names, where a file does not name as many classes as the dataset has, or where a caption is no class name.
     """
     own = source.classnames
     if file is None:
@@ -110,9 +117,9 @@ class _ByCaption(Source):
         super().__init__()
         self.name, self.fields, self.classnames, self._source = source.name, source.fields, names, source
         labels = {name: i for i, name in enumerate(names)}
-        captions = [source.record(i).captions for i in range(len(source))]
-        self._labels = [labels.get(several[0], -1) if several else -1 for several in captions]
-        unknown = sorted({several[0] for several, i in zip(captions, self._labels, strict=True) if several and i < 0})
+        main = [source.record(i).captions[:1] for i in range(len(source))]
+        self._labels = [labels.get(caption[0], -1) if caption else -1 for caption in main]
+        unknown = sorted({caption[0] for caption, label in zip(main, self._labels, strict=True) if caption and label < 0})
         remedy = f"{len(unknown)} captions of {source.name} are no class name: add {', '.join(map(repr, unknown[:5]))}"
         config.require(not unknown, "classnames", file, remedy + (", ..." if len(unknown) > 5 else ""))
 

@@ -1,4 +1,4 @@
-"""A trained run, ready to encode and to write: what `clipjax.load` returns and what the command line's evaluations start from."""
+"""A trained run, ready to encode and to generate captions: what `clipjax.load` returns."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,11 +18,11 @@ from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
 from clipjax.files import resolve
 from clipjax.generate import GREEDY, Captioner, How
 
-Picture = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
+ImageLike = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
 
 
 class Loaded:
-    """A run's weights, tokenizer and preprocessing on all devices, the weights divided as in training where that fits."""
+    """A run's weights, tokenizer and preprocessing on all devices. The weights are sharded as in training where that fits."""
 
     def __init__(self, name: str) -> None:
         """`name` is `RUN` or `RUN@STEP`. Raises ConfigError where there is no such run or checkpoint."""
@@ -34,42 +34,42 @@ class Loaded:
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
         self._captioners: dict[tuple[int, How], Captioner] = {}
 
-    def encode_image(self, images: Sequence[Picture]) -> Float[np.ndarray, "n e"]:
-        """Unit vectors, float32, of pictures of any size: PIL pictures, uint8 arrays [h, w, 3] or files."""
+    def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "n e"]:
+        """Unit vectors, float32, of images of any size: PIL images, uint8 arrays [h, w, 3] or files."""
         return self._encode("image", self._pixels(images))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
-        """Unit vectors, float32. Texts are cut to the model's length."""
-        return self._encode("text", self.tokenizer.encode(list(_several(texts)))[0])
+        """Unit vectors, float32. Texts are truncated to the model's length."""
+        return self._encode("text", self.tokenizer.encode(list(_checked_list(texts)))[0])
 
-    def caption(self, images: Sequence[Picture], how: How = GREEDY) -> list[str]:
-        """What the model writes of pictures of any size. Raises ConfigError for a model without a captioning head."""
+    def caption(self, images: Sequence[ImageLike], how: How = GREEDY) -> list[str]:
+        """Generated captions of images of any size. Raises ConfigError for a model without a captioning head."""
         return [text for text, _ in self.captions(images, how)]
 
-    def captions(self, images: Sequence[Picture], how: How = GREEDY) -> list[tuple[str, float]]:
+    def captions(self, images: Sequence[ImageLike], how: How = GREEDY) -> list[tuple[str, float]]:
         """The same, each with its log-probability."""
-        captioner = self._captioner(len(_several(images)), how)
+        captioner = self._captioner(len(_checked_list(images)), how)
         pixels = self._pixels(images)
 
         def read() -> Iterator[Batch]:
             for numbers, real in captioner.rows(len(pixels)):
                 yield {"image": pixels[numbers], "index": np.where(real, numbers, -1).astype(np.int32)}
 
-        batches = CachedBatches(read, captioner.batch_count(len(pixels)), "caption", "pictures")
-        made = [jax.tree.map(to_host, written) for written, _ in captioner.stream(self.params, batches)]
-        rows = [(row, logprob) for written in made for row, logprob in zip(*written, strict=True)]
+        batches = CachedBatches(read, captioner.batch_count(len(pixels)), "caption", "images")
+        results = [jax.tree.map(to_host, generated) for generated, _ in captioner.stream(self.params, batches)]
+        rows = [(row, logprob) for generated in results for row, logprob in zip(*generated, strict=True)]
         return [(self.tokenizer.decode(row), float(logprob)) for row, logprob in rows[: len(pixels)]]
 
-    def _captioner(self, pictures: int, how: How) -> Captioner:
-        """For batches of the evaluation's size, or of the least power of two for fewer pictures."""
-        size = min(self.encoder.batch_size, 1 << max(pictures - 1, 0).bit_length())
+    def _captioner(self, images: int, how: How) -> Captioner:
+        """For batches of the evaluation's size, or of the next power of two for fewer images."""
+        size = min(self.encoder.batch_size, 1 << max(images - 1, 0).bit_length())
         if (size, how) not in self._captioners:
             self._captioners[size, how] = Captioner(self.run.model, self.mesh, size, self.tokenizer, how)
         return self._captioners[size, how]
 
-    def _pixels(self, images: Sequence[Picture]) -> np.ndarray:
+    def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
         size, resize = self.run.model.image.image_size, self.run.data.resize
-        pixels = [fit(_open(image), size, resize) for image in _several(images)]
+        pixels = [fit(_open(image), size, resize) for image in _checked_list(images)]
         return np.reshape(pixels, (len(pixels), size, size, 3))
 
     def _encode(self, kind: str, rows: np.ndarray) -> np.ndarray:
@@ -77,12 +77,12 @@ class Loaded:
             return ({kind: rows[numbers]} for numbers, _ in self.encoder.rows(len(rows)))
 
         batches = CachedBatches(read, self.encoder.batch_count(len(rows)), kind, f"{kind}s")
-        made = [to_host(z) for z, _ in self.encoder.stream(self.params, batches)]
-        return np.concatenate([np.empty((0, self.run.model.embed_dim), np.float32), *made])[: len(rows)]
+        results = [to_host(z) for z, _ in self.encoder.stream(self.params, batches)]
+        return np.concatenate([np.empty((0, self.run.model.embed_dim), np.float32), *results])[: len(rows)]
 
 
 def mesh_for(trained: config.Mesh) -> Mesh:
-    """As a run was trained, over the devices that are here; over `data` alone where its other axes do not fit them."""
+    """The mesh of training over the devices of this machine; over `data` alone where its other axes do not fit them."""
     data = trained.data if -1 in (trained.fsdp, trained.tensor) else -1
     try:
         return sharding.make_mesh(replace(trained, data=data))
@@ -90,19 +90,19 @@ def mesh_for(trained: config.Mesh) -> Mesh:
         return sharding.make_mesh(config.Mesh())
 
 
-def _several(given: Sequence) -> Sequence:
-    if isinstance(given, str | Path):
-        raise TypeError(f"{str(given)!r} is one: give a list")  # not a string's letters one by one
-    return given
+def _checked_list(items: Sequence) -> Sequence:
+    if isinstance(items, str | Path):
+        raise TypeError(f"{str(items)!r} is one: give a list")  # and do not take a string's letters one by one
+    return items
 
 
-def _open(image: Picture) -> Image.Image:
+def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, np.ndarray):
         return rgb(Image.fromarray(image))
     if isinstance(image, Image.Image):
         return rgb(image)
     try:
         return decode(Path(image))
-    except Exception as error:  # a decoder raises what it likes
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"is no picture that can be read: {error}"
+    except Exception as error:  # a decoder may raise anything
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"is no image that can be read: {error}"
         raise config.ConfigError(f"{image}: {reason}") from error

@@ -32,16 +32,16 @@ SIMPLE = (
     "art of the {c}.", "a photo of the small {c}.",
 )
 # fmt: on
-NAMED = {"imagenet": IMAGENET, "simple": SIMPLE, "plain": ("{c}",)}
+TEMPLATES = {"imagenet": IMAGENET, "simple": SIMPLE, "plain": ("{c}",)}
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """The prompts called `imagenet` (80), `simple` (7) or `plain` (the class name alone), or those of a file, one a line.
+    """The templates called `imagenet` (80), `simple` (7) or `plain` (the class name alone), or those of a file, one a line.
 
-    Each holds `{c}` where the class name goes. Raises ConfigError for a file that can't be read or a line without `{c}`.
+    Each holds `{c}` in the place of the class name. Raises ConfigError for a file that can't be read or a line without `{c}`.
     """
-    if name in NAMED:
-        return NAMED[name]
+    if name in TEMPLATES:
+        return TEMPLATES[name]
     lines = _lines("templates", name, "use imagenet, simple, plain, or a file with one template a line")
     for number, line in enumerate(lines, 1):
         if "{c}" not in line:
@@ -59,7 +59,7 @@ def classnames(file: str) -> tuple[str, ...]:
 
 
 def fill(template: str, name: str) -> str:
-    """The prompt for a class. Other braces stand for themselves."""
+    """The prompt for a class. Other braces are kept."""
     return template.replace("{c}", name)
 
 

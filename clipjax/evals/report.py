@@ -1,23 +1,35 @@
-"""The result of an evaluation as CLIP_benchmark writes it, so that its tables and scripts read ours."""
+"""The results of an evaluation as files: a PNG, and JSON as CLIP_benchmark writes it, so that its scripts read ours."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
+from PIL import Image
 
 from clipjax.evals.encoder import Metrics
 from clipjax.files import write_whole
 
 
 def report(dataset: str, model: str, pretrained: str, task: str, metrics: Metrics, language: str = "en") -> dict[str, Any]:
-    """What `eval --json` holds; `task` is the evaluation's, a metric that does not exist is None."""
+    """What `eval --json` holds. `task` is the evaluation's; a metric that is not defined is None."""
     return dict(dataset=dataset, model=model, pretrained=pretrained, task=task, metrics=metrics, language=language)
 
 
 def write_json(path: str | Path, result: Any) -> None:
-    """Writes whole or not at all, from the first process. None is null; NaN, which JSON lacks, is a ValueError."""
+    """Writes the whole file or nothing, from the first process. None becomes null; NaN, which JSON lacks, is a ValueError."""
     text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if jax.process_index() == 0:
         with write_whole(path) as part:
             part.write_text(text, encoding="utf-8")
+
+
+def save_png(path: str | Path, image: Image.Image) -> None:
+    """Writes the whole file or nothing."""
+    with write_whole(path) as part:
+        image.save(part, "png")
+
+
+def png_name(name: str) -> str:
+    """`emoji/test-000120` as the name of a PNG. Of a tsv, whose name is a path, the last 100 characters."""
+    return name.replace(":", "-").replace("/", "-")[-100:].lstrip("-") + ".png"

@@ -9,14 +9,11 @@ from jax.sharding import Mesh
 
 from clipjax import config
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals import caption_metrics
-from clipjax.evals.captioning import Captioned, Captioning, save_png, sheet
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.geometry import Geometry
-from clipjax.evals.geometry_plot import file_name, plot
+from clipjax.evals.evaluation import Evaluation, Results
 from clipjax.evals.inputs import eval_data
-from clipjax.evals.retrieval import Retrieval
-from clipjax.evals.zeroshot import Zeroshot
+from clipjax.evals.report import png_name, save_png
+from clipjax.evals.table import EVALUATIONS
 from clipjax.metrics.writer import EvaluationResults
 from clipjax.models.clip import Params
 from clipjax.train.loop import say
@@ -24,16 +21,12 @@ from clipjax.train.loop import say
 
 @dataclass(frozen=True)
 class Evaluator:
-    """An evaluation and its cadence. The loop also runs each at the end."""
+    """An evaluation, when it runs, and where its images go. The loop also runs every evaluator at the end."""
 
-    evaluation: Zeroshot | Retrieval | Geometry | Captioning
+    evaluation: Evaluation
+    task: str  # its name in metrics.jsonl
     every: int  # steps
-    pictures: Path | None = None  # folder for what an evaluation draws; None: nothing is drawn
-    samples: int = 0  # captions that are shown
-
-    @property
-    def task(self) -> str:
-        return self.evaluation.task
+    folder: Path | None = None  # for images; None: they are not written
 
     @property
     def dataset(self) -> str:
@@ -43,61 +36,50 @@ class Evaluator:
         return step % self.every == 0
 
     def run(self, params: Params, step: int) -> EvaluationResults:
-        """The metrics that are a number: of acc5 with fewer than 5 classes there is no curve to draw, nor one of curves.
+        """The metrics that are a number, and the image that TensorBoard shows.
 
-        Draws geometry, and captions with their pictures, to `pictures`; a run that is resumed does it again, into the same files.
-        The latter is also among what is found.
+        Metrics that are None or a curve are left out: TensorBoard can't draw them over steps.
         """
-        if isinstance(self.evaluation, Geometry):
-            found = self.evaluation.measure(params)
-            metrics = found.metrics
-            if self.pictures:
-                plot(self.pictures / file_name(f"{self.dataset}-{step:06}"), found, f"step {step:,}, on {self.dataset}")
-        elif isinstance(self.evaluation, Captioning):
-            found = self.evaluation.measure(params)
-            metrics = found.metrics
-        else:
-            metrics = self.evaluation.run(params)
-        figures = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        return figures | (self._show(found, step) if self.samples else {})
+        results = self.evaluation.run(params)
+        numbers = {name: value for name, value in results.metrics.items() if isinstance(value, int | float)}
+        return numbers | self._show(results, step)
 
-    def _show(self, found: Captioned, step: int) -> dict[str, np.ndarray]:
-        """Captions as lines and as a sheet, from the first process."""
+    def _show(self, results: Results, step: int) -> dict[str, np.ndarray]:
+        """Prints the lines and writes the image, in the first process. A resumed run writes the same files again."""
         if jax.process_index() > 0:
             return {}
-        samples = self.evaluation.samples(found, self.samples)
-        for sample in samples:
-            say(f"step {step:,}  {self.dataset}  {sample}")
-        picture = sheet(samples, f"step {step:,}, on {self.dataset}")
-        if self.pictures:
-            save_png(self.pictures / file_name(f"{self.dataset}-{step:06}"), picture)
-        return {"samples": np.asarray(picture)}
+        for line in results.lines():
+            say(f"step {step:,}  {self.dataset}  {line}")
+        image = results.draw(f"step {step:,}, on {self.dataset}")
+        if image is None:
+            return {}
+        if self.folder:
+            save_png(self.folder / png_name(f"{self.dataset}-{step:06}"), image)
+        return {} if results.image_name is None else {results.image_name: np.asarray(image)}
 
 
 def make_evaluators(run: config.Run, mesh: Mesh, tokenizer: Tokenizer, workdir: Path | None = None) -> list[Evaluator]:
-    """The evaluations of `run.evals`, prepared once: they share two compiled towers, and small datasets are read once. What
-    they draw goes to `workdir`/geometry and `workdir`/captioning.
+    """The evaluations of `run.evals`, prepared once. They share two compiled towers, and small datasets are read once.
 
-    Raises ConfigError for a dataset, class names or templates that can't be had, a caption's metrics as train.best
-    whose packages are missing, and captions of a model without a decoder, before any training."""
+    Images go to `workdir`/TASK. Raises ConfigError, before any training, for a dataset, class names or templates that can't be
+    read, for captions of a model without a decoder, and where train.best is a metric that can't be computed on this machine.
+    """
     encoder = Encoder(run.model, mesh, run.train.eval_batch_size)
+    _check_best(run)
+    return [
+        Evaluator(prepare(wanted, encoder, tokenizer, run), wanted.task, wanted.every, workdir / wanted.task if workdir else None)
+        for wanted in run.evals
+    ]
 
-    def prepare(wanted: config.Evaluation) -> Evaluator:
-        data, samples = eval_data(run, wanted.data, wanted.split), 0
-        match wanted:
-            case config.Zeroshot(templates=templates, classnames=names):
-                evaluation = Zeroshot.prepare(encoder, tokenizer, data, templates, names)
-            case config.Retrieval():
-                evaluation = Retrieval.prepare(encoder, tokenizer, data)
-            case config.Geometry():
-                evaluation = Geometry.prepare(encoder, tokenizer, data)
-            case config.Captioning(samples=samples):
-                evaluation = Captioning.prepare(encoder, tokenizer, data)
-        return Evaluator(evaluation, wanted.every, workdir / wanted.task if workdir else None, samples)
 
+def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer, run: config.Run) -> Evaluation:
+    """The evaluation that `wanted` describes, on its dataset."""
+    return EVALUATIONS[type(wanted)].prepare(encoder, tokenizer, eval_data(run, wanted.data, wanted.split), wanted)
+
+
+def _check_best(run: config.Run) -> None:
     best = run.train.best or ""
-    if best.startswith(config.Captioning.task) and not best.endswith("exact_match"):
-        remedy = f"needs {' and '.join(caption_metrics.missing())}: {caption_metrics.INSTALL}"
-        config.require(not caption_metrics.missing(), "train.best", best, remedy)
-
-    return [prepare(wanted) for wanted in run.evals]
+    for wanted in run.evals:
+        for metric, remedy in EVALUATIONS[type(wanted)].unavailable().items():
+            needed = best.startswith(f"{wanted.task}/") and best.endswith(f"/{metric}")
+            config.require(not needed, "train.best", best, remedy)

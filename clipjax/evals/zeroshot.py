@@ -1,7 +1,5 @@
 """Zero-shot classification: class embeddings from ensembled prompts; acc1, acc5 and mean-per-class recall."""
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,53 +9,46 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import CachedBatches, Encoder, Metrics
+from clipjax.evals.encoder import CachedBatches, Encoder
+from clipjax.evals.evaluation import Evaluation, Results
 from clipjax.evals.inputs import image_batches, prompt_batches, with_classes
 from clipjax.evals.prompts import templates
-from clipjax.evals.retrieval import ahead
+from clipjax.evals.retrieval import half_ranks
 from clipjax.models.clip import Params
 from clipjax.models.layers import unit
 from clipjax.sharding import replicated
 
 
-class Zeroshot:
-    """An evaluation that is prepared once and run with any weights."""
-
-    task: ClassVar[str] = "zeroshot_classification"
+class Zeroshot(Evaluation):
+    """The images of a dataset, each assigned to the class with the nearest embedding."""
 
     def __init__(self, encoder: Encoder, images: CachedBatches, prompts: CachedBatches, classes: int) -> None:
-        """`prompts` has as many of each class, see `prompt_batches`."""
+        """`prompts` has the same number of prompts for each class, see `prompt_batches`."""
         self.encoder, self.images, self.prompts, self.classes = encoder, images, prompts, classes
-        whole = replicated(encoder.mesh)
-        self._add = jax.jit(_add, out_shardings=whole, donate_argnums=0)
+        self.dataset = images.name
+        full = replicated(encoder.mesh)
+        self._add = jax.jit(_add, out_shardings=full, donate_argnums=0)
         self._unit = jax.jit(unit)
-        self._count = jax.jit(_count, out_shardings=whole, donate_argnums=0)
+        self._count = jax.jit(_count, out_shardings=full, donate_argnums=0)
 
     @classmethod
-    def prepare(
-        cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, prompts: str = "simple", names: str | None = None
-    ) -> "Zeroshot":
-        """Of a dataset, with templates and class names as `prompts.templates` and `inputs.with_classes` take them."""
-        source, classes = with_classes(open_source(data), names)
-        texts = prompt_batches(encoder, tokenizer, classes, templates(prompts))
-        return cls(encoder, image_batches(encoder, source, data), texts, len(classes))
-
-    @property
-    def dataset(self) -> str:
-        """SPEC/SPLIT, or the SPEC alone of what has no splits."""
-        return self.images.name
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Zeroshot) -> "Zeroshot":
+        """Templates are as in `prompts.templates`, class names as in `inputs.with_classes`."""
+        source, classes = with_classes(open_source(data), cfg.classnames)
+        prompts = prompt_batches(encoder, tokenizer, classes, templates(cfg.templates))
+        return cls(encoder, image_batches(encoder, source, data), prompts, len(classes))
 
     def class_embeddings(self, params: Params) -> Float[Array, "c e"]:
-        """unit(mean over templates of unit(text)) of every class (METHODS D.10), float32, on every device."""
+        """unit(mean over templates of unit(text)) of every class (2103.00020, section 3.1.4), float32, replicated."""
         total = self._zeros(self.encoder.model.embed_dim, jnp.float32)
         for z, rest in self.encoder.stream(params, self.prompts):
             total = self._add(total, z, rest["label"])
-        return self._unit(total)  # the mean's length is lost anyway
+        return self._unit(total)  # a sum and not a mean: its length does not matter
 
-    def run(self, params: Params) -> Metrics:
+    def run(self, params: Params) -> Results:
         """`acc1`, `acc5` (None with fewer than 5 classes) and `mean_per_class_recall` (over the classes that occur), in [0, 1].
 
-        A picture is right at k when the rank of its class is at most k: 1 + #{greater} + #{equal} / 2, as in retrieval.
+        An image is correct at k when the rank of its class is at most k: 1 + #{greater} + #{equal} / 2, as in retrieval.
         """
         weights = self.class_embeddings(params)
         counts = self._zeros(3, jnp.int32)
@@ -67,32 +58,33 @@ class Zeroshot:
         if not seen.any():
             raise ConfigError(f"data.spec: {self.images.name}: none has a label; use a split with labels")
         recalls = top1[seen > 0] / seen[seen > 0]
-        return {
+        metrics = {
             "acc1": float(top1.sum() / seen.sum()),
             "acc5": float(top5.sum() / seen.sum()) if self.classes >= 5 else None,
             "mean_per_class_recall": float(recalls.mean()),
         }
+        return Results(metrics)
 
     def _zeros(self, columns: int, dtype: jnp.dtype) -> Array:
         return jnp.zeros((self.classes, columns), dtype, device=replicated(self.encoder.mesh))
 
 
 def _add(total: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]) -> Float[Array, "c e"]:
-    return total.at[_known(labels, len(total))].add(z, mode="drop")
+    return total.at[_drop_padding(labels, len(total))].add(z, mode="drop")
 
 
 def _count(
     counts: Int[Array, "c 3"], weights: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]
 ) -> Int[Array, "c 3"]:
-    """Adds a batch to each class's number of pictures that are right at 1, right at 5, and there at all."""
+    """Adds a batch to each class's counts: images that are correct at 1, that are correct at 5, and all images."""
     cosines = jnp.matmul(z, weights.T, precision=jax.lax.Precision.HIGHEST)
     own = labels[:, None] == jnp.arange(len(weights))[None, :]
-    right = jnp.where(own, cosines, 0).sum(1, keepdims=True)
-    halves = jnp.where(own, 0, ahead(cosines, right)).sum(1)
+    own_cosine = jnp.where(own, cosines, 0).sum(1, keepdims=True)
+    halves = jnp.where(own, 0, half_ranks(cosines, own_cosine)).sum(1)
     hits = jnp.stack([*(halves <= 2 * (k - 1) for k in (1, 5)), jnp.ones_like(own[:, 0])], axis=1)
-    return counts.at[_known(labels, len(counts))].add(hits.astype(jnp.int32), mode="drop")
+    return counts.at[_drop_padding(labels, len(counts))].add(hits.astype(jnp.int32), mode="drop")
 
 
-def _known(labels: Int[Array, " b"], classes: int) -> Int[Array, " b"]:
-    """Padding, -1, becomes an index that a scatter drops; a negative one would count from the end."""
+def _drop_padding(labels: Int[Array, " b"], classes: int) -> Int[Array, " b"]:
+    """Padding, -1, becomes an index that a scatter drops. A negative index would count from the end."""
     return jnp.where(labels < 0, classes, labels)

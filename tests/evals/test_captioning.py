@@ -69,7 +69,7 @@ def on_one(toy):
 
 @pytest.fixture(scope="module")
 def found(on_one, params):
-    return on_one.measure(params)
+    return on_one.run(params)
 
 
 def of(evaluation, captions):
@@ -89,7 +89,7 @@ def test_pictures_that_can_be_read_have_captions_of_their_own(found):
 
 @pytest.mark.parametrize(("mesh", "batch"), [("8", 16), ("2x2x2", 4)])
 def test_neither_devices_nor_batches_nor_padding_change_the_figures(toy, params, found, mesh, batch):
-    other = Captioning(Encoder(COCA, mesh_of(mesh), batch), TOKENIZER, toy, Data(workers=1)).measure(params)
+    other = Captioning(Encoder(COCA, mesh_of(mesh), batch), TOKENIZER, toy, Data(workers=1)).run(params)
     assert other.captions == found.captions
     assert other.metrics == pytest.approx(found.metrics, rel=1e-6)
 
@@ -115,18 +115,18 @@ def test_perplexity_in_float64(pictures, params, found):
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary(on_one, params):
     even = params | {"decoder": params["decoder"] | {"output": jax.tree.map(jnp.zeros_like, params["decoder"]["output"])}}
-    assert on_one.run(even)["perplexity"] == pytest.approx(COCA.text.vocab_size, rel=1e-6)
+    assert on_one.run(even).metrics["perplexity"] == pytest.approx(COCA.text.vocab_size, rel=1e-6)
 
 
 def test_what_the_model_writes_is_right_where_it_is_the_reference(on_one, params, found):
     own = [[found.captions.get(i, "none")] for i in range(10)]
-    assert of(on_one, own).run(params) | {"perplexity": None, "cider": None} == pytest.approx(
+    assert of(on_one, own).run(params).metrics | {"perplexity": None, "cider": None} == pytest.approx(
         {"exact_match": 1, "perplexity": None, "bleu": 100, "chrf": 100, "cider": None}
     )
     second = [["a fox", *one] if i % 2 else one for i, one in enumerate(own)]  # any reference will do
-    assert of(on_one, second).run(params)["exact_match"] == 1
+    assert of(on_one, second).run(params).metrics["exact_match"] == 1
     half = [["a fox"] if i < 5 else one for i, one in enumerate(own)]  # one of these can't be read
-    assert of(on_one, half).run(params)["exact_match"] == pytest.approx(5 / 9)
+    assert of(on_one, half).run(params).metrics["exact_match"] == pytest.approx(5 / 9)
 
 
 def test_without_a_caption_in_the_dataset_there_is_nothing_to_measure(on_one, params):
@@ -177,20 +177,20 @@ def test_what_is_not_installed_is_null(on_one, params, found, toy, monkeypatch, 
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     with caplog.at_level(logging.WARNING):
-        bare = of(on_one, toy.several).run(params)
+        bare = of(on_one, toy.several).run(params).metrics
     want = "captioning: without sacrebleu and pycocoevalcap some metrics are null: pip install 'clipjax[captions]'"
     assert want in caplog.messages
     assert bare == found.metrics | {"bleu": None, "chrf": None, "cider": None}
 
 
 def test_a_sheet_shows_every_sample(on_one, found):
-    few, all_of_them = (on_one.samples(found, n) for n in (3, 100))
+    few, all_of_them = (on_one.samples(found.captions, n) for n in (3, 100))
     assert len(all_of_them) == len(READABLE)
     assert [s.key for s in few] == [s.key for s in all_of_them[:3]]
     assert {s.key: s.caption for s in all_of_them} == {f"key {i}": c for i, c in found.captions.items()}
     wide, narrow = (np.asarray(sheet(samples, "a title")) for samples in (few * 6, few))
     assert wide.shape[1] > 1.9 * narrow.shape[1]
-    left = np.asarray(few[0].picture.resize((148, 148), Image.Resampling.BICUBIC))
+    left = np.asarray(few[0].image.resize((148, 148), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal(narrow[46:194, 8:156], left)
     assert (narrow[200:] != 255).any()  # the text
 
@@ -208,14 +208,15 @@ def test_in_training(tsv, params, tmp_path, capsys):
     (evaluator,) = make_evaluators(run, mesh_of("1"), TOKENIZER, tmp_path)
     found = evaluator.run(params, 20)
     shown = capsys.readouterr().err.splitlines()
-    assert evaluator.task == config.Captioning.task == "captioning"
+    results = evaluator.evaluation.run(params)
+    assert evaluator.task == "captioning"
     assert found.keys() == {"exact_match", "perplexity", "bleu", "chrf", "cider", "samples"}
     assert set(config.Captioning.metrics) < found.keys()
-    assert {name: value for name, value in found.items() if name != "samples"} == evaluator.evaluation.run(params)
-    samples = evaluator.evaluation.samples(evaluator.evaluation.measure(params), 2)
+    assert {name: value for name, value in found.items() if name != "samples"} == results.metrics
     assert shown == [
-        f"step 20  {evaluator.dataset}  {s.key}: {s.caption!r}, where the reference is {s.reference!r}" for s in samples
+        f"step 20  {evaluator.dataset}  {s.key}: {s.caption!r}, where the reference is {s.reference!r}" for s in results.samples
     ]
+    assert len(shown) == 2
     (file,) = (tmp_path / "captioning").iterdir()
     assert file.name.endswith("pairs.tsv-000020.png")
     np.testing.assert_array_equal(np.asarray(Image.open(file)), found["samples"])
@@ -279,6 +280,6 @@ def test_a_run_ends_with_what_the_command_line_finds(tsv, tmp_path, monkeypatch,
     assert result == {
         "dataset": "tsv:pairs.tsv", "model": "run", "pretrained": "step 2", "task": "captioning", "language": "en",
     }  # fmt: skip
-    assert f"picture: {tmp_path / 'c.png'}" in said.err
+    assert f"image: {tmp_path / 'c.png'}" in said.err
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.size[1] > 3 * 148  # three rows of four

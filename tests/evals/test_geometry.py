@@ -7,9 +7,11 @@ import pytest
 from PIL import Image
 
 from clipjax.config import ConfigError, Data
+from clipjax.config import Geometry as Config
 from clipjax.evals import geometry as g
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.geometry_plot import file_name, plane, plot
+from clipjax.evals.geometry_plot import plane, plot
+from clipjax.evals.report import png_name, save_png
 from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, tokenize
 
 READABLE = [0, 1, 2, 3, 5, 6, 7, 8, 9]
@@ -24,7 +26,7 @@ def sphere(n, d, seed=0):
 
 
 def offset(a, n, d, noise, seed=0):
-    """METHODS B.2: centred pairs z, w, moved apart by 2a along an axis of their own."""
+    """Centred pairs z, w, moved apart by 2a along an axis of their own."""
     z = sphere(n // 2, d, seed)
     w = unit(z + noise * sphere(n // 2, d, seed + 1))
     z, w = np.concatenate([z, -z]), np.concatenate([w, -w])
@@ -34,7 +36,7 @@ def offset(a, n, d, noise, seed=0):
 
 @pytest.fixture(scope="module")
 def fixture():
-    """METHODS 0.6."""
+    """Four pairs in three dimensions, in closed form."""
     i, j = np.arange(4.0)[:, None], np.arange(3.0)[None, :]
     x = np.sin(1 + 3 * i + 2 * j * j + 0.5 * i * j)
     return unit(x), unit(x + 0.7 * np.cos(2 + 5 * i + 2 * j + i * j))
@@ -58,7 +60,7 @@ def dense_uniformity(x, y):
 
 @pytest.mark.parametrize("rows", [1, 7, 10, 20, 64])
 def test_streamed_uniformity_is_the_dense_one(rows, monkeypatch):
-    monkeypatch.setattr(g, "ROWS", rows)
+    monkeypatch.setattr(g, "BLOCK_ROWS", rows)
     x, y = sphere(20, 5), unit(sphere(20, 5) + 0.5 * sphere(20, 5, 1))
     for a, b in ((x, x), (y, y), (x, y), (y, x)):
         assert g.uniformity(a, b) == pytest.approx(dense_uniformity(a, b), rel=1e-13)
@@ -74,7 +76,9 @@ def test_uniformity_in_closed_form():
     assert g.uniformity(pole, pole) == pytest.approx(0)
     assert g.uniformity(pole, -pole) == pytest.approx(-8)
     even = sphere(4000, 16)
-    assert g.uniformity(even, even) == pytest.approx(-3.513036, abs=0.01)  # the uniform law, METHODS 0.7
+    assert g.uniformity(even, even) == pytest.approx(
+        -3.513036, abs=0.01
+    )  # the uniform law on the sphere, -4 + log(Gamma(8) I_7(4) / 2^7)
 
 
 def test_no_matrix_of_all_pairs():
@@ -94,7 +98,7 @@ def test_the_offset_is_what_is_measured():
     closed = g.geometry(*offset(0, 1000, 32, noise=0.5))
     assert closed["centroid_distance"] == pytest.approx(0, abs=1e-12)
     assert closed["relative_modality_gap"] < found["relative_modality_gap"]
-    # METHODS B.2: CLIP's loss can't see the offset, alignment and uniformity can
+    # CLIP's loss can't see the offset, alignment and uniformity can
     assert found["alignment"] > closed["alignment"] + 0.6
     assert found["uniformity_image"] > closed["uniformity_image"] + 0.3
 
@@ -183,7 +187,7 @@ def test_explained_variance():
     assert found["explained_variance_text"][-1] == pytest.approx(1)
 
 
-def test_a_collapsed_model_has_what_is_defined(tmp_path):
+def test_a_collapsed_model_has_what_is_defined():
     same = np.repeat(sphere(1, 8), 20, 0)
     found = g.geometry(same, same)
     assert {name for name, value in found.items() if value is None} == {
@@ -192,46 +196,45 @@ def test_a_collapsed_model_has_what_is_defined(tmp_path):
     }  # fmt: skip
     assert found["linear_separability"] == 0.5
     assert found["uniformity_image"] == found["cross_uniformity"] == pytest.approx(0, abs=1e-12)
-    plot(tmp_path / "same.png", g.Measured(same, same, found), "one point")
-    assert (tmp_path / "same.png").exists()
+    assert plot(g.GeometryResults(found, same, same), "one point").size == (1440, 768)
 
 
 @pytest.fixture(scope="module", params=["1", "8"])
 def evaluation(request, tsv):
     data = Data(spec=f"tsv:{tsv}/pairs.tsv", workers=1)
-    return g.Geometry.prepare(Encoder(MODEL, mesh_of(request.param), 4), TOKENIZER, data)
+    return g.Geometry.prepare(Encoder(MODEL, mesh_of(request.param), 4), TOKENIZER, data, Config())
 
 
-def test_pairs_are_readable_pictures_and_their_main_captions(evaluation, model, params, pictures, tsv):
-    found = evaluation.measure(params)
+def test_pairs_are_readable_images_and_their_main_captions(evaluation, model, params, pictures, tsv):
+    found = evaluation.run(params)
     np.testing.assert_allclose(found.image, model.encode_image(jnp.asarray(pictures[READABLE])), atol=1e-6)
     main = tokenize([WORDS[i % 9] for i in READABLE])
     np.testing.assert_allclose(found.text, model.encode_text(jnp.asarray(main)), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found.image, axis=1), 1, rtol=1e-15)
     assert found.metrics == g.geometry(found.image, found.text) | {"scale": pytest.approx(1 / 0.07), "bias": None}
     assert found.metrics["pairs"] == 9
-    assert evaluation.run(params) == found.metrics
+    assert evaluation.run(params).metrics == found.metrics
     assert evaluation.dataset == f"tsv:{tsv}/pairs.tsv"
 
 
 def test_the_bias_of_a_model_that_has_one(params, tsv):
     biased = Encoder(dataclasses.replace(MODEL, init_bias=-10.0), mesh_of("1"), 4)
-    evaluation = g.Geometry.prepare(biased, TOKENIZER, Data(spec=f"tsv:{tsv}/pairs.tsv", workers=1))
-    found = evaluation.run(params | {"bias": jnp.float32(-9.5), "log_scale": jnp.log(jnp.float32(10))})
+    evaluation = g.Geometry.prepare(biased, TOKENIZER, Data(spec=f"tsv:{tsv}/pairs.tsv", workers=1), Config())
+    found = evaluation.run(params | {"bias": jnp.float32(-9.5), "log_scale": jnp.log(jnp.float32(10))}).metrics
     assert (found["scale"], found["bias"]) == (pytest.approx(10, rel=1e-6), -9.5)
 
 
-def test_what_can_not_be_measured_is_told(evaluation, params, tsv):
+def test_what_can_not_be_measured_is_refused(evaluation, params, tsv):
     broken = params | {"text": params["text"] | {"tokens": params["text"]["tokens"] * jnp.nan}}
     with pytest.raises(FloatingPointError, match=r"tsv:.*: embeddings are not finite; evaluate an earlier checkpoint, RUN@STEP"):
         evaluation.run(broken)
     few = tsv / "few.tsv"
     few.write_text("filepath\ttitle\n" + "".join(f"{i}.png\t{WORDS[i]}\n" for i in range(4)))
     with pytest.raises(ConfigError, match=r"data\.spec = 'tsv:.*few\.tsv': has 4 pairs of .* name a split with at least 5"):
-        g.Geometry.prepare(evaluation.encoder, TOKENIZER, Data(spec=f"tsv:{few}", workers=1))
+        g.Geometry.prepare(evaluation.encoder, TOKENIZER, Data(spec=f"tsv:{few}", workers=1), Config())
     few.write_text(few.read_text() + f"4.png\t{WORDS[4]}\n")  # which can't be read: known once it was tried
-    with pytest.raises(ConfigError, match=r"has 4 pairs of a readable picture"):
-        g.Geometry.prepare(evaluation.encoder, TOKENIZER, Data(spec=f"tsv:{few}", workers=1)).run(params)
+    with pytest.raises(ConfigError, match=r"has 4 pairs of a readable image"):
+        g.Geometry.prepare(evaluation.encoder, TOKENIZER, Data(spec=f"tsv:{few}", workers=1), Config()).run(params)
 
 
 def test_the_plane_is_that_of_both():
@@ -245,22 +248,22 @@ def test_the_plane_is_that_of_both():
     np.testing.assert_allclose(np.concatenate([one, other]).var(0, ddof=1) / np.trace(np.cov(both.T)), shares)
 
 
-def test_the_picture(tmp_path):
+def test_the_plot(tmp_path):
     x, y = offset(0.41, 400, 8, noise=0.3)
-    found = g.Measured(x, y, g.geometry(x, y))
-    plot(tmp_path / "new" / "a.png", found, "run, step 1, on emoji/test")
+    found = g.GeometryResults(g.geometry(x, y), x, y)
+    save_png(tmp_path / "new" / "a.png", found.draw("run, step 1, on emoji/test"))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
-    with Image.open(tmp_path / "new" / "a.png") as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 700
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
+    with Image.open(tmp_path / "new" / "a.png") as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 700
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0, 0, 0)} <= colours
-    plot(tmp_path / "b.png", found, "run, step 1, on emoji/test")
+    save_png(tmp_path / "b.png", found.draw("run, step 1, on emoji/test"))
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "new" / "a.png").read_bytes()
 
 
-def test_names_of_pictures():
-    assert file_name("emoji/test-000120") == "emoji-test-000120.png"
-    long = file_name("tsv:/" + "folder/" * 60 + "pairs.tsv-000120")
+def test_names_of_png_files():
+    assert png_name("emoji/test-000120") == "emoji-test-000120.png"
+    long = png_name("tsv:/" + "folder/" * 60 + "pairs.tsv-000120")
     assert len(long) < 120
     assert long.endswith("folder-pairs.tsv-000120.png")

@@ -25,7 +25,7 @@ def batches(z, index, mesh, size):
 
 
 def dense(images, texts, owner):
-    """All of METHODS D.7 from the whole matrix, in float64."""
+    """All recalls from the full matrix, in float64."""
     s = images.astype(np.float64) @ texts.astype(np.float64).T
     own = np.arange(len(images))[:, None] == owner[None, :]
 

@@ -32,6 +32,10 @@ def run(tsv):
     )
 
 
+def plain(classnames):
+    return config.Zeroshot(templates="plain", classnames=classnames)
+
+
 def dense_hits(queries, keys, own):
     s = np.float64(queries) @ np.float64(keys).T
     best = np.where(own, s, -np.inf).max(1, keepdims=True)
@@ -75,21 +79,21 @@ def test_in_training_there_is_no_null(run, params, tsv):
     (tsv / "four.txt").write_text("\n".join(WORDS[:4]) + "\n")
     encoder = Encoder(MODEL, mesh_of("1"), 4)
     data, names = Data(spec=f"tsv:{tsv}/four.tsv", workers=1), str(tsv / "four.txt")
-    assert Zeroshot.prepare(encoder, TOKENIZER, data, "plain", names).run(params)["acc5"] is None
+    assert Zeroshot.prepare(encoder, TOKENIZER, data, plain(names)).run(params).metrics["acc5"] is None
     evals = (config.Zeroshot(data=data.spec, templates="plain", classnames=names),)
     (evaluator,) = make_evaluators(config.Run(model=MODEL, data=data, evals=evals), mesh_of("1"), TOKENIZER)
     assert evaluator.run(params, 100).keys() == {"acc1", "mean_per_class_recall"}
 
 
-def test_geometry_in_training_has_figures_and_a_picture_a_step(run, params, tmp_path):
+def test_geometry_in_training_has_metrics_and_a_plot_a_step(run, params, tmp_path):
     evals = (config.Geometry(data=run.data.spec, every=10),)
     (evaluator,) = make_evaluators(dataclasses.replace(run, evals=evals), mesh_of("1"), TOKENIZER, tmp_path)
-    assert evaluator.task == config.Geometry.task == "geometry"
+    assert evaluator.task == "geometry"
     found = evaluator.run(params, 20)
     evaluator.run(params, 5000)
-    whole = evaluator.evaluation.run(params)
-    assert found == {name: value for name, value in whole.items() if not isinstance(value, list | None)}
-    assert whole.keys() - found.keys() == {"bias", "explained_variance_image", "explained_variance_text"}
+    every_metric = evaluator.evaluation.run(params).metrics
+    assert found == {name: value for name, value in every_metric.items() if not isinstance(value, list | None)}
+    assert every_metric.keys() - found.keys() == {"bias", "explained_variance_image", "explained_variance_text"}
     assert set(config.Geometry.metrics) <= found.keys()
     names = sorted(p.name for p in (tmp_path / "geometry").iterdir())
     assert [name[-20:] for name in names] == ["pairs.tsv-000020.png", "pairs.tsv-005000.png"]
@@ -112,8 +116,9 @@ def test_what_can_not_be_had_is_refused_before_training(run):
 
 def test_no_labels_at_all(run, params, tsv):
     encoder = Encoder(MODEL, mesh_of("1"), 4)
-    zeroshot = Zeroshot.prepare(encoder, TOKENIZER, run.data, "plain", str(tsv / "names.txt"))
-    zeroshot.images = Retrieval.prepare(encoder, TOKENIZER, run.data).images  # as of a split whose labels are withheld
+    zeroshot = Zeroshot.prepare(encoder, TOKENIZER, run.data, plain(str(tsv / "names.txt")))
+    without_labels = Retrieval.prepare(encoder, TOKENIZER, run.data, config.Retrieval())
+    zeroshot.images = without_labels.images
     with pytest.raises(ConfigError, match="none has a label"):
         zeroshot.run(params)
 
@@ -148,7 +153,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_the_report_has_the_shape_of_clip_benchmark(tmp_path):
     metrics = {"acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.25}
-    write_json(tmp_path / "a" / "r.json", report("emoji", "ViT", "run@7", Zeroshot.task, metrics))
+    write_json(tmp_path / "a" / "r.json", report("emoji", "ViT", "run@7", config.Zeroshot.task, metrics))
     text = (tmp_path / "a" / "r.json").read_text()
     assert list(json.loads(text)) == ["dataset", "model", "pretrained", "task", "metrics", "language"]
     assert json.loads(text)["metrics"] == metrics

@@ -13,7 +13,7 @@ from tests.evals.tiny import MODEL, TOKENIZER, WORDS, image_batches, mesh_of, to
 
 
 def dense_weights(model, names, prompts):
-    """METHODS D.10, one class at a time, in float64."""
+    """unit(mean over templates of unit(text)), one class at a time, in float64."""
     rows = []
     for name in names:
         z = np.float64(model.encode_text(tokenize([fill(t, name) for t in prompts])))
@@ -51,7 +51,7 @@ def test_equals_the_dense_reference(encoder, model, params, pictures, names):
     assert 0 < want["acc1"] < 1
     assert want["mean_per_class_recall"] != pytest.approx(want["acc1"])
     images = image_batches(pictures, encoder, label=labels)
-    found = Zeroshot(encoder, images, prompt_batches(encoder, TOKENIZER, names, prompts), len(names)).run(params)
+    found = Zeroshot(encoder, images, prompt_batches(encoder, TOKENIZER, names, prompts), len(names)).run(params).metrics
     assert found == pytest.approx(want, abs=1e-12)
     assert (found["acc5"] is None) == (len(names) < 5)
 
@@ -82,13 +82,13 @@ def test_ties_are_no_hits():
 
 
 def test_recall_weighs_classes_and_accuracy_pictures(params):
-    """METHODS D.10: nine of A, one of B, all are taken for A."""
+    """Nine of A, one of B, all are taken for A."""
     encoder = Encoder(MODEL, mesh_of("1"), 10)
     images = image_batches(np.zeros((10, 8, 8, 3), np.uint8), encoder, label=np.array([0] * 9 + [1], np.int32))
     evaluation = Zeroshot(encoder, images, CachedBatches(list, 0, "", ""), 2)
     z = next(encoder.stream(params, images))[0][0]
     evaluation.class_embeddings = lambda _: jnp.stack([z, -z])
-    assert evaluation.run(params) == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5}
+    assert evaluation.run(params).metrics == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5}
 
 
 def test_order_of_the_classes_does_not_matter(params, pictures):
@@ -98,7 +98,7 @@ def test_order_of_the_classes_does_not_matter(params, pictures):
     runs = []
     for names, label in ((WORDS, labels), ([WORDS[i] for i in order], np.argsort(order)[labels].astype(np.int32))):
         prompts = prompt_batches(encoder, TOKENIZER, names, templates("simple"))
-        runs.append(Zeroshot(encoder, image_batches(pictures, encoder, label=label), prompts, 11).run(params))
+        runs.append(Zeroshot(encoder, image_batches(pictures, encoder, label=label), prompts, 11).run(params).metrics)
     assert runs[0] == pytest.approx(runs[1], abs=1e-12)
 
 

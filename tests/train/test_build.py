@@ -10,9 +10,7 @@ from clipjax import build, config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.retrieval import Retrieval
 from clipjax.evals.training import make_evaluators
-from clipjax.evals.zeroshot import Zeroshot
 from clipjax.train.loop import train
 from tests.train import tiny
 
@@ -126,4 +124,3 @@ def test_evaluations_are_named_in_the_configuration_as_in_the_results(run, sourc
     for evaluator in make_evaluators(dataclasses.replace(run, evals=tuple(wanted)), tiny.mesh_of(), words):
         best = f"{evaluator.task}/{evaluator.dataset}/{config.Retrieval.metrics[0]}"
         assert config.Run(train=config.Train(best=best), evals=evals).train.best == best
-    assert (Retrieval.task, Zeroshot.task) == (config.Retrieval.task, config.Zeroshot.task)

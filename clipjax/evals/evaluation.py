@@ -1,0 +1,52 @@
+"""What an evaluation is: a dataset that is prepared once, and metrics of it with any weights."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from PIL import Image
+
+from clipjax import config
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.evals.encoder import Encoder, Metrics
+from clipjax.models.clip import Params
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation found with one set of weights. A subclass may also have lines to print and an image to draw."""
+
+    metrics: Metrics
+    image_name: ClassVar[str | None] = None  # under which TensorBoard shows the image; None: it is only written as a PNG
+
+    def lines(self) -> Sequence[str]:
+        """Examples of the results, printed during training."""
+        return ()
+
+    def draw(self, title: str) -> Image.Image | None:
+        """An image of the results; None: there is none. Only the first process asks for it."""
+        return None
+
+
+class Evaluation(ABC):
+    """One evaluation on one dataset. Training prepares it once and runs it many times."""
+
+    dataset: str  # SPEC/SPLIT, or the SPEC alone where a dataset has no splits
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: Any) -> Self:
+        """Opens the dataset `data`. `cfg` is the TrainingEvaluation that asks for this evaluation.
+
+        Raises ConfigError for what can't be evaluated, so that a run is refused before it trains.
+        """
+
+    @abstractmethod
+    def run(self, params: Params) -> Results:
+        """The results with these weights, the same on every process."""
+
+    @classmethod
+    def unavailable(cls) -> Mapping[str, str]:
+        """The metrics that can't be computed on this machine, each with the remedy."""
+        return {}
