@@ -8,14 +8,14 @@ from clipjax.config.fields import TAGGED, Strict, free, require
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(Strict):
-    """What is done to a training picture before it is resized. Evaluation never augments."""
+    """What is done to a training image before it is resized. Evaluation never augments."""
 
-    crop: float = 1.0  # smallest share of the area a random resized crop keeps; 1: no crop
+    crop: float = 1.0  # smallest share of the area that a random resized crop keeps; 1: no crop
     aspect: float = 4 / 3  # largest ratio of the sides of a crop, in either direction
-    flip: bool = False  # mirror half of the pictures left to right; off where names speak of left and right
-    brightness: float = 0.0  # each a factor drawn from [1 - x, 1 + x]
-    contrast: float = 0.0
-    saturation: float = 0.0
+    flip: bool = False  # mirror half of the images left to right; leave it off where captions speak of left and right
+    brightness: float = 0.0  # x: brightness is multiplied by a factor drawn from [1 - x, 1 + x]
+    contrast: float = 0.0  # the same for the contrast
+    saturation: float = 0.0  # the same for the saturation
 
     def __post_init__(self) -> None:
         require(0 < self.crop <= 1, "data.augment.crop", self.crop, "must lie in (0, 1]")
@@ -26,22 +26,26 @@ class Augment(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Strict):
-    """Where pictures and captions come from: `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`."""
+    """Where images and captions come from, and how they are read."""
 
-    spec: str = "emoji"
-    split: str = "train"
-    image_field: str | None = None  # None: the only image feature
-    text_field: str | None = None  # None: `caption`, the only text feature, or the class names of the only label
-    # K: the main caption and K - 1 others, drawn at each visit; an example that has fewer shows some twice. 1: any one, drawn
+    spec: str = "emoji"  # `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`
+    split: str = "train"  # part of the dataset; a tsv has none
+    image_field: str | None = None  # name of the image feature or column; None: the only image feature, `filepath` of a tsv
+    # Name of the caption feature or column; None: `caption`, the only text feature, or the class names of the only label; `title`
+    # of a tsv.
+    text_field: str | None = None
+    # 1: any one caption, drawn at each visit. K: the main caption and K - 1 others, drawn; if there are fewer, some come twice.
     captions_per_image: int = 1
-    # caption: examples whose main captions are equal, but for case, punctuation and white space, share an id. The losses then
-    # do not hold them against each other
+    # `caption`: examples with equal main captions share an id; case, punctuation and white space do not count. Pairs that share
+    # an id are no negatives of each other.
     ids: Literal["caption"] | None = None
-    teacher: str | None = None  # an .npz that `clipjax embed` wrote of these examples, for a distillation term
-    resize: Literal["squash", "crop"] = "squash"  # to a square: by both sides, or by the shorter side and a centre crop
-    augment: Augment = Augment()
-    workers: int = free(4)  # that read, decode and augment, on each host
-    worker_kind: Literal["threads", "processes"] = free("threads")  # processes where Python work outweighs decoding
+    teacher: str | None = None  # an .npz that `clipjax embed` wrote of these examples, for a Distillation term
+    # To a square: `squash` resizes both sides, `crop` resizes the shorter side and crops the centre.
+    resize: Literal["squash", "crop"] = "squash"
+    augment: Augment = Augment()  # random changes of training images
+    workers: int = free(4)  # number of threads or processes on each host that read, decode and augment
+    # `processes` are faster where Python's own work outweighs decoding.
+    worker_kind: Literal["threads", "processes"] = free("threads")
 
     def __post_init__(self) -> None:
         require(self.captions_per_image >= 1, "data.captions_per_image", self.captions_per_image, "must be at least 1")
@@ -53,14 +57,14 @@ class BPE(Strict):
     """A byte-level BPE of at most model.text.vocab_size tokens, trained on the run's own captions."""
 
     kind: Literal["bpe"] = "bpe"
-    lowercase: bool = True
+    lowercase: bool = True  # captions are put into lower case
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFile(Strict):
     """A tokenizer.json of Hugging Face tokenizers."""
 
-    path: str
+    path: str  # the tokenizer.json
     kind: Literal["file"] = "file"
 
 

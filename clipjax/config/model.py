@@ -51,24 +51,25 @@ class ImageTower(Strict):
 
     image_size: int = 224  # side of the square input, pixels
     patch_size: int = 16  # side of a patch, pixels
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_dim: int = 3072
-    embed_dim: int | None = 512  # width of the joint space; None: no projection, the tower's own width
-    # Class token, mean of the patches, an attention-pooling head (SigLIP), or CoCa's poolers: a second one on top of the first's
-    # outputs (the paper's choice), beside it, or the first output of a single one (open_clip's).
+    width: int = 768  # of a token
+    depth: int = 12  # number of layers
+    heads: int = 12  # attention heads of a layer
+    mlp_dim: int = 3072  # width inside the MLP of a layer
+    embed_dim: int | None = 512  # width of the embedding; None: no projection, the tower's own width
+    # From tokens to one vector: the class token (`cls`), the mean of the patches, an attention-pooling head (`map`, SigLIP), or
+    # CoCa's poolers: a second one on top of the first's outputs (`cascade`, the paper's choice), beside it (`parallel`), or the
+    # first output of a single one (`single`, open_clip's).
     pool: Literal["cls", "mean", "map", "cascade", "parallel", "single"] = "cls"
-    queries: int = 256  # of CoCa's first pooler, which a decoder sees
-    pool_heads: int = 8  # of CoCa's poolers, as wide as the embedding
-    positions: Literal["learned", "sincos2d"] = "learned"
-    pre_norm: bool = True  # a LayerNorm before the first block (CLIP)
-    patch_bias: bool = False
-    activation: Activation = "gelu"
-    norm_eps: float = 1e-5
+    queries: int = 256  # outputs of CoCa's first pooler, which a decoder sees
+    pool_heads: int = 8  # attention heads of CoCa's poolers, which are as wide as the embedding
+    positions: Literal["learned", "sincos2d"] = "learned"  # position embeddings: learned, or fixed sines and cosines
+    pre_norm: bool = True  # a LayerNorm before the first layer (CLIP)
+    patch_bias: bool = False  # a bias in the patch embedding
+    activation: Activation = "gelu"  # of the MLPs
+    norm_eps: float = 1e-5  # epsilon of the LayerNorms
     patch_dropout: float = 0.0  # share of patches dropped in training (FLIP, 2212.00794)
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of red, green, blue in [0, 1]
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # subtracted from red, green, blue in [0, 1]
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # by which they are then divided
 
     def __post_init__(self) -> None:
         _check_tower(self, "model.image")
@@ -136,19 +137,20 @@ class TextTower(Strict):
     """A text transformer. The defaults are CLIP's; `siglip` gives SigLIP's."""
 
     length: int = 77  # tokens a caption, padding and special tokens included
-    vocab_size: int = 49408
-    width: int = 512
-    depth: int = 12
-    heads: int = 8
-    mlp_dim: int = 2048
-    embed_dim: int | None = 512
-    projection_bias: bool = False
-    causal: bool = True
-    # The end-of-text token, the last position whatever it holds, or a learned class token after the last (CoCa).
+    vocab_size: int = 49408  # number of token vectors; the tokenizer may have fewer tokens
+    width: int = 512  # of a token
+    depth: int = 12  # number of layers
+    heads: int = 8  # attention heads of a layer
+    mlp_dim: int = 2048  # width inside the MLP of a layer
+    embed_dim: int | None = 512  # width of the embedding; None: no projection, the tower's own width
+    projection_bias: bool = False  # a bias in the projection to the embedding
+    causal: bool = True  # a token attends to itself and to those before it only
+    # From tokens to one vector: the end-of-text token (`eot`), the last position whatever it holds (`last`), or a learned class
+    # token after the last position (`cls`, CoCa).
     pool: Literal["eot", "last", "cls"] = "eot"
-    legacy_mask: bool = False  # of pool = "cls": open_clip's mask of padding, shifted by a token, for its weights
-    activation: Activation = "gelu"
-    norm_eps: float = 1e-5
+    legacy_mask: bool = False  # with pool = "cls": open_clip's mask of padding, which is shifted by a token; for its weights
+    activation: Activation = "gelu"  # of the MLPs
+    norm_eps: float = 1e-5  # epsilon of the LayerNorms
 
     def __post_init__(self) -> None:
         _check_tower(self, "model.text")
@@ -188,13 +190,13 @@ class TextTower(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder(Strict):
-    """A captioning head (CoCa, 2205.01917): causal layers on the text tower's, as wide, that also attend to the picture."""
+    """A captioning head (CoCa, 2205.01917): causal layers on top of the text tower, as wide, that also attend to the image."""
 
-    depth: int = 12
-    heads: int = 12
-    mlp_dim: int = 3072
-    mlps: Literal[1, 2] = 1  # in a layer: at its end (the paper), or also between its two attentions (open_clip)
-    tied: bool = False  # the output projection is the text tower's table of tokens
+    depth: int = 12  # number of layers
+    heads: int = 12  # attention heads of a layer
+    mlp_dim: int = 3072  # width inside an MLP
+    mlps: Literal[1, 2] = 1  # MLPs in a layer: at its end (the paper), or also between its two attentions (open_clip)
+    tied: bool = False  # the output projection is the text tower's table of token vectors
     parallel: float = 0.0  # share of captions predicted all at once, from mask tokens in place of text (CapPa, 2306.07915: 0.75)
 
     def __post_init__(self) -> None:
@@ -213,15 +215,15 @@ class Decoder(Strict):
 class Model(Strict):
     """Two towers, a captioning head where there is one, the logit scale and, for the sigmoid loss, the logit bias."""
 
-    image: ImageTower = field(default_factory=ImageTower)
-    text: TextTower = field(default_factory=TextTower)
-    decoder: Decoder | None = None
+    image: ImageTower = field(default_factory=ImageTower)  # from images to embeddings
+    text: TextTower = field(default_factory=TextTower)  # from captions to embeddings
+    decoder: Decoder | None = None  # the captioning head; None: the model has none
     init_scale: float = 1 / 0.07  # the logit scale t = 1/temperature at the start
     max_scale: float | None = 100.0  # t is clamped to [1, max_scale] after each update; None: never
     init_bias: float | None = None  # the logit bias at the start (SigLIP: -10); None: the model has none
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the towers' arithmetic; weights stay float32
-    # What the backward pass makes again: nothing, all but products, all but the MLPs' first products, all; auto: as little as the
-    # chips' memory allows, and nothing where that isn't known.
+    # What the backward pass recomputes: nothing (`none`), all but products (`dots`), all but the MLPs' first products (`mlp`), or
+    # everything (`full`). `auto`: as little as the chips' memory allows, and nothing where that is not known.
     remat: Literal["auto", "none", "dots", "mlp", "full"] = free("auto")
     unroll: int = free(1)  # layers per iteration of the scan; more is faster on CPU and slower to compile
 

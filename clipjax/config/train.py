@@ -12,8 +12,8 @@ class Cosine(Strict):
     """Warm-up, then half a cosine down to `final` times the peak at train.steps."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup: int = 2000  # steps
-    final: float = 0.0
+    warmup: int = 2000  # steps in which the learning rate rises from 0
+    final: float = 0.0  # share of the peak at train.steps
 
     def __post_init__(self) -> None:
         require(self.warmup >= 0, "optim.schedule.warmup", self.warmup, "must not be negative")
@@ -25,9 +25,9 @@ class Rsqrt(Strict):
     """Warm-up, then 1/sqrt(step), then a linear cool-down to 0 over the last `cooldown` steps (2106.04560)."""
 
     kind: Literal["rsqrt"] = "rsqrt"
-    warmup: int = 10000  # steps
-    timescale: int = 10000  # steps
-    cooldown: int = 0  # steps
+    warmup: int = 10000  # steps in which the learning rate rises from 0
+    timescale: int = 10000  # steps; n steps after the warm-up the rate is the peak / sqrt(1 + n / timescale)
+    cooldown: int = 0  # steps of the linear fall to 0 at the end
 
     def __post_init__(self) -> None:
         require(self.timescale > 0, "optim.schedule.timescale", self.timescale, "must be positive")
@@ -40,8 +40,8 @@ class Constant(Strict):
     """Warm-up, then constant, then a linear cool-down to 0 over the last `cooldown` steps."""
 
     kind: Literal["constant"] = "constant"
-    warmup: int = 2000  # steps
-    cooldown: int = 0  # steps
+    warmup: int = 2000  # steps in which the learning rate rises from 0
+    cooldown: int = 0  # steps of the linear fall to 0 at the end
 
     def __post_init__(self) -> None:
         for name in ("warmup", "cooldown"):
@@ -55,9 +55,9 @@ Schedule = Annotated[Cosine | Rsqrt | Constant, TAGGED]
 class Rule(Strict):
     """For the parameters whose path matches `pattern` entirely: factors on the learning rate and on the weight decay."""
 
-    pattern: str
-    lr: float = 1.0  # 0 freezes
-    decay: float = 1.0
+    pattern: str  # a regular expression, for whole paths as `image/blocks/mlp/up/kernel`
+    lr: float = 1.0  # factor on the learning rate; 0 freezes
+    decay: float = 1.0  # factor on the weight decay
 
 
 # Kernels decay; gains, biases, positions, class token, scale and bias do not (2103.00020, section 2.5).
@@ -68,17 +68,17 @@ RULES = (Rule(pattern=".*/kernel|text/tokens"), Rule(pattern=".*", decay=0.0))
 class Optim(Strict):
     """The optimizer, its schedule and what they do to which parameter."""
 
-    kind: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"
-    lr: float = 5e-4  # at the peak of the schedule
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-6
+    kind: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"  # the optimizer
+    lr: float = 5e-4  # learning rate at the peak of the schedule
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.98  # decay of the second moment
+    eps: float = 1e-6  # added to the root of the second moment
     weight_decay: float = 0.2  # multiplied by the learning rate
     clip_norm: float | None = None  # the gradient's largest global norm; None: unbounded
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
-    schedule: Schedule = Cosine()
+    schedule: Schedule = Cosine()  # the learning rate over the steps
     rules: tuple[Rule, ...] = RULES  # the first that matches holds; every parameter must match one
-    ema: float | None = None  # decay of an exponential moving average of the weights, used in evaluation; None: none
+    ema: float | None = None  # decay of a moving average of the weights, which evaluations use; None: no average
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
@@ -101,11 +101,11 @@ class Optim(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh(Strict):
-    """How many devices along each axis. The batch lies on data x fsdp, the weights on fsdp x tensor."""
+    """How many devices lie along each axis. The batch is sharded over data x fsdp, the weights over fsdp x tensor."""
 
-    data: int = free(-1)  # -1: all that are left
-    fsdp: int = free(1)
-    tensor: int = free(1)
+    data: int = free(-1)  # shards the batch; -1: all devices that are left
+    fsdp: int = free(1)  # shards the batch and the weights
+    tensor: int = free(1)  # shards heads, MLP widths and the words of captions
 
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):
@@ -119,14 +119,14 @@ class Mesh(Strict):
 class Train(Strict):
     """How long, how large, and how often what is written."""
 
-    steps: int = 10000
+    steps: int = 10000  # updates of the weights
     batch_size: int = 1024  # pairs a step, over all devices
     micro_batches: int = free(1)  # parts that the towers see in turn: the same gradient in less memory, one more forward pass
-    log_every: int = free(50)  # steps
-    checkpoint_every: int = free(1000)  # steps; there is always one at the end
-    keep: int = free(3)  # newest checkpoints
-    # also keep the best by this metric, as `zeroshot_retrieval/image_retrieval_recall@1`; where several evaluations have a task,
-    # as `zeroshot_retrieval/emoji/test/image_retrieval_recall@1`
+    log_every: int = free(50)  # steps between two lines of metrics
+    checkpoint_every: int = free(1000)  # steps between two checkpoints; there is always one at the end
+    keep: int = free(3)  # how many of the newest checkpoints are kept
+    # Also keep the best checkpoint by this metric, as `zeroshot_retrieval/image_retrieval_recall@1`; where several evaluations
+    # have that task, as `zeroshot_retrieval/emoji/test/image_retrieval_recall@1`.
     best: str | None = free(None)
     eval_batch_size: int = free(256)  # examples an evaluation puts through a tower at once, over all devices
 
