@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The main job on real data: trains configs/emoji_clip.py, evaluates it on pictures it has not seen, exports it to PyTorch both
-# ways and checks the exports there. Usage: launch/emoji.sh [RUN] [--any.config.field VALUE ...]; RUN is runs/emoji unless given.
+# The main job on real data: trains emoji_clip, evaluates it on held-out images, exports it to PyTorch in both formats and checks
+# the exports there. Usage: launch/emoji.sh [RUN] [--any.config.field VALUE ...]; the default of RUN is runs/emoji.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 run=runs/emoji
 case "${1:-}" in "" | --*) ;; *) run=$1 && shift ;; esac
 export PATH="$PWD/.venv/bin:$PATH"
-export PYTHONPATH="$PWD/tests/shim${PYTHONPATH:+:$PYTHONPATH}" # lets open_clip load where torchvision's compiled part can't
+export PYTHONPATH="$PWD/tests/shim${PYTHONPATH:+:$PYTHONPATH}" # open_clip then loads also where the compiled part of torchvision does not
 
 step() { printf '\n\033[1m$ %s\033[0m\n' "$*" && "$@"; }
 start=$SECONDS
-step clipjax train configs/emoji_clip.py --workdir "$run" "$@"
+step clipjax train emoji_clip --workdir "$run" "$@"
 step clipjax eval retrieval "$run" --data emoji --split test --json "$run/retrieval.json"
 step clipjax eval zeroshot "$run" --data emoji --split test --templates plain --json "$run/zeroshot.json"
 took=$((SECONDS - start))
@@ -20,8 +20,8 @@ for format in open_clip transformers; do
 done
 printf '\nTrained and evaluated in %d:%02d min. In %s:\n' $((took / 60)) $((took % 60)) "$run"
 cat <<END
-  checkpoints/, config.json, tokenizer.json   the run: \`clipjax train\` goes on from it, clipjax.load("$run") encodes with it
-  metrics.jsonl, tensorboard/                 what it logged: tensorboard --logdir $run
-  retrieval.json, zeroshot.json               how well it does on 363 combinations it has not seen
+  checkpoints/, config.json, tokenizer.json   the run: \`clipjax train\` resumes it, clipjax.load("$run") encodes with it
+  metrics.jsonl, tensorboard/                 its log: tensorboard --logdir $run
+  retrieval.json, zeroshot.json               its results on 363 held-out combinations
   open_clip/, transformers/                   the same weights for PyTorch, checked
 END

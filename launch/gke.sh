@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Fills in launch/gke.yaml and hands it to kubectl: `launch/gke.sh --help`.
+# Fills in launch/gke.yaml and gives it to kubectl: `launch/gke.sh --help`.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: launch/gke.sh COMMAND [OPTION...] [CONFIG.py [--any.config.field VALUE ...]]
+usage: launch/gke.sh COMMAND [OPTION...] [CONFIG.py|NAME [--any.config.field VALUE ...]]
 
-  launch/gke.sh apply --context C --name N --image I --topology v5e:16x16 --workdir gs://BUCKET/RUN configs/siglip_b16.py
+  launch/gke.sh apply --context C --name N --image I --topology v5e:16x16 --workdir gs://BUCKET/RUN siglip_b16
 
 COMMAND
   render     prints the JobSet
   apply      starts it
-  status     what the JobSet and its pods do now
+  status     shows the state of the JobSet and its pods
   logs       follows the log of the first machine
   delete     ends it; training saves first
 
-OPTION (or the environment's)
+OPTION (or an environment variable, or a default)
   --context C     CLIPJAX_CONTEXT    the cluster, by kubectl's name for it (kubectl config get-contexts)
-  --name N        CLIPJAX_NAME       of the JobSet
-  --image I       CLIPJAX_IMAGE      with clipjax for TPUs, as launch/Dockerfile makes it
+  --name N        CLIPJAX_NAME       name of the JobSet
+  --image I       CLIPJAX_IMAGE      image with clipjax for TPUs, as launch/Dockerfile makes it
   --topology T    CLIPJAX_TOPOLOGY   of a slice, as `clipjax plan` takes it: v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4
   --workdir W     CLIPJAX_WORKDIR    gs://BUCKET/RUN: checkpoints, metrics
-  --slices S      1                  of that topology, each a node pool
-  --restarts R    20                 of all slices, before it is given up
+  --slices S      1                  number of slices of that topology, each a node pool
+  --restarts R    20                 how often all slices start again before the JobSet fails
   --account A     default            Kubernetes service account that may write to the bucket
-  --spot                             on machines that can be taken away
-  --env NAME=VALUE                   for the training, as TFDS_DATA_DIR=gs://BUCKET/tfds; may be repeated
+  --spot                             use cheaper machines that can be taken away
+  --env NAME=VALUE                   variable for the training, as TFDS_DATA_DIR=gs://BUCKET/tfds; may be repeated
   --dry-run                          prints the commands, and runs none
 TEXT
 }
@@ -50,7 +50,7 @@ while [ $# -gt 0 ]; do
     if [ "$1" = --env ]; then environment+=("$2"); else printf -v "${1#--}" %s "$2"; fi
     shift
     ;;
-  -*) wrong "unknown option $1; those of clipjax go after CONFIG.py; see launch/gke.sh --help" ;;
+  -*) wrong "unknown option $1; options of clipjax go after CONFIG.py; see launch/gke.sh --help" ;;
   *) break ;;
   esac
   shift
@@ -67,22 +67,22 @@ case "$command" in
 render | apply)
   needs image "an image with clipjax, as launch/Dockerfile makes it"
   needs topology "of a slice, as v5e:16x16"
-  needs workdir "gs://BUCKET/RUN, where checkpoints outlive the machines"
+  needs workdir "gs://BUCKET/RUN, where checkpoints stay when the machines are gone"
   [ $# -gt 0 ] || missing="$missing
-  CONFIG.py: what to train, as configs/siglip_b16.py"
+  CONFIG.py|NAME: what to train, as siglip_b16"
   ;;
 esac
 [ -z "$missing" ] || wrong "missing:$missing"
-[[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || wrong "--name = '$name': must be of a-z, 0-9 and -, as Kubernetes takes it"
+[[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || wrong "--name = '$name': must consist of a-z, 0-9 and -, a rule of Kubernetes"
 case "$workdir" in '' | gs://?*) ;; *) wrong "--workdir = '$workdir': must be gs://BUCKET/RUN, which all machines see" ;; esac
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || wrong "--slices = '$slices': must be a whole number, 1 or more"
 [[ "$restarts" =~ ^[0-9]+$ ]] || wrong "--restarts = '$restarts': must be a whole number"
 
-text() { # as YAML writes it
+text() { # a YAML string
   local one="'"
   echo "'${1//$one/$one$one}'"
 }
-fields() { # joined by commas
+fields() { # its arguments, joined by commas
   local all='' one
   for one in "$@"; do all="$all, $one"; done
   echo "${all#, }"
@@ -90,8 +90,8 @@ fields() { # joined by commas
 
 render() {
   local kind=${topology%%:*} shape=${topology#*:} chips=1 of=4 length
-  # Labels: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. A machine has four chips; of v5e and v6e there are
-  # slices of one machine with one chip and with eight.
+  # Labels: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. A machine has four chips; v5e and v6e also have
+  # slices of one machine with one chip, and with eight.
   case "$kind" in
   v4) kind=tpu-v4-podslice ;;
   v5e) kind=tpu-v5-lite-podslice ;;
@@ -110,14 +110,14 @@ render() {
     [[ "$one" =~ ^[A-Za-z_][A-Za-z_0-9]*= ]] || wrong "--env = '$one': must be NAME=VALUE"
     variables+=("{name: ${one%%=*}, value: $(text "${one#*=}")}")
   done
-  # shellcheck disable=SC2034,SC2155  # read by the names that gke.yaml has
+  # shellcheck disable=SC2034,SC2155  # read below by the names in gke.yaml
   local NAME=$name RESTARTS=$restarts SLICES=$slices HOSTS=$((chips / of)) CHIPS=$of ACCELERATOR=$kind TOPOLOGY=$shape SPOT=$spot \
     IMAGE=$(text "$image") SERVICE_ACCOUNT=$(text "$account") ARGS="[$(fields "${arguments[@]}")]" \
     ENV="[$(fields ${variables[@]+"${variables[@]}"})]"
   while IFS= read -r line; do
     while [[ "$line" =~ ^([^\$]*)\$\{([A-Z_]+)\}(.*)$ ]]; do
       known=${BASH_REMATCH[2]} value=''
-      [ -n "${!known+set}" ] || wrong "launch/gke.yaml asks for $known, which launch/gke.sh doesn't know"
+      [ -n "${!known+set}" ] || wrong "launch/gke.yaml asks for $known, which launch/gke.sh does not set"
       value=${!known}
       printf '%s%s' "${BASH_REMATCH[1]}" "$value"
       line=${BASH_REMATCH[3]}
@@ -126,7 +126,7 @@ render() {
   done <"$(dirname "${BASH_SOURCE[0]}")/gke.yaml"
 }
 
-kube() { # prints the command where it shall not run
+kube() { # with --dry-run prints the command
   if [ -z "$dry" ]; then kubectl --context="$context" "$@"; else echo "kubectl --context=$context $*"; fi
 }
 train=("$@") of_it="jobset.sigs.k8s.io/jobset-name=$name"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs a command as N processes on this machine that JAX joins, as N hosts would run it. Usage:
-#   launch/local.sh N COMMAND...                            e.g. launch/local.sh 2 clipjax train configs/emoji_clip.py --workdir RUN
-#   launch/retry.sh launch/local.sh N COMMAND...            the same, started again when it was preempted or failed
-# On a CPU each simulates JAX_NUM_CPU_DEVICES devices (1); on GPUs each takes the one of its number, unless CUDA_VISIBLE_DEVICES or
-# JAX_LOCAL_DEVICE_IDS say otherwise. Process 0 prints as it would alone; what the others say goes to stderr, behind their numbers.
-# SIGTERM and Ctrl-C are passed on to all. When one ends badly, the others have CLIPJAX_HEARTBEAT_SECONDS (60) and 30 more to find
-# out, say so and end; then they are killed. Exit status: 2 if any has it, else another failure, else 75, else 0.
+# Runs a command as N processes on this machine. JAX joins them, as it joins N hosts. Usage:
+#   launch/local.sh N COMMAND...                            e.g. launch/local.sh 2 clipjax train emoji_clip --workdir RUN
+#   launch/retry.sh launch/local.sh N COMMAND...            the same, started again when it is preempted or fails
+# On a CPU each process simulates JAX_NUM_CPU_DEVICES devices (1). On GPUs process i takes GPU i, unless CUDA_VISIBLE_DEVICES or
+# JAX_LOCAL_DEVICE_IDS is set. Process 0 prints as it would alone; the output of the others goes to stderr, each line after the
+# number of its process. SIGTERM and Ctrl-C go to all processes. When one fails, the others have CLIPJAX_HEARTBEAT_SECONDS (60)
+# plus 30 to notice it, say so and end; then they are killed. Exit status: 2 if any process has it, else another failure, else 75,
+# else 0.
 set -euo pipefail
 
 case "${1:-}" in
@@ -17,7 +18,7 @@ shift
 heartbeat=${CLIPJAX_HEARTBEAT_SECONDS:-60}
 patience=$((${heartbeat%.*} + 30))
 
-free_port() { # of the ephemeral ones that nobody listens on
+free_port() { # an ephemeral port that nobody listens on
   local port
   while port=$((32768 + RANDOM % 28000)); do
     (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
@@ -25,7 +26,7 @@ free_port() { # of the ephemeral ones that nobody listens on
   echo "$port"
 }
 
-set -m # each process leads a group of its own: a signal reaches it through us, once, and Ctrl-C is not ignored
+set -m # each process leads its own process group: it gets a signal from this script alone, once, and does not ignore Ctrl-C
 pids=()
 pass_on() {
   for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done
@@ -74,7 +75,7 @@ while [ ${#left[@]} -gt 0 ]; do
     pass_on KILL
     deadline=$((SECONDS + patience))
   fi
-  sleep 0.2 & # a signal is handled at once only while we wait
+  sleep 0.2 & # bash handles a signal at once only during `wait`
   wait $! || true
 done
 trap - EXIT

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Runs a command until it is done, with waits between the tries: `launch/retry.sh --help`.
+# Runs a command until it succeeds, with pauses between the tries: `launch/retry.sh --help`.
 set -uo pipefail
-set -m # a command in a group of its own gets Ctrl-C from here alone and not from the terminal as well; nor does it ignore it
+set -m # the command has its own process group: it gets Ctrl-C from this script, not from the terminal too, and does not ignore it
 
 usage() {
   cat <<'TEXT'
 usage: launch/retry.sh COMMAND...
        launch/retry.sh .venv/bin/clipjax train CONFIG.py --workdir RUN
 
-Runs COMMAND, and again by the status it ends with:
-  0, 2, 130   that is the end: done, wrong use, or stopped by Ctrl-C; so are 126 and 127, a command that can't be run
-  75          again after RETRY_PAUSE seconds (2): it was preempted, or another process was, and has saved its state
+Runs COMMAND. The status it ends with decides what follows:
+  0, 2, 130   the end: success, wrong use, or Ctrl-C; also 126 and 127, a command that can't be run
+  75          again after RETRY_PAUSE seconds (2): it or another process was preempted, and has saved its state
   any other   again after RETRY_FIRST seconds (5), then twice that, and so on up to RETRY_MOST (300)
-It gives up, with the command's status, after RETRIES (5) tries in a row without progress, whatever their statuses.
-A try made progress if it left a newer checkpoint in the --workdir that COMMAND names; where it names none on this machine,
-if it ran for RETRY_LONG seconds (600). Progress begins the count and the waits anew.
+It gives up after RETRIES (5) tries in a row without progress, whatever their statuses.
+A try makes progress if it leaves a newer checkpoint in the --workdir of COMMAND; if that is not a folder of this machine,
+if it runs for RETRY_LONG seconds (600). After progress the count and the pauses start from the beginning.
 
-SIGTERM, SIGINT and SIGHUP go on to COMMAND, once each, and it is not started again: who sends them to the job, as Slurm
-before it takes the machines away, or the person at the terminal, decides when it goes on. The status is COMMAND's.
+SIGTERM, SIGINT and SIGHUP go to COMMAND, once each, and it is not started again: the sender (Slurm before it takes the
+machines away, or the person at the terminal) decides when it continues. The status is that of COMMAND.
 TEXT
 }
 
@@ -52,7 +52,7 @@ for argument in "$@"; do
   previous=$argument
 done
 
-newest() { # the step of the newest finished checkpoint, -1 for none; Orbax gives a folder its bare number once it is whole
+newest() { # step of the newest complete checkpoint, -1 for none; a folder gets the bare number as its name when it is complete
   local path name step=-1
   for path in "$workdir"/checkpoints/*/; do
     name=$(basename "$path")
@@ -68,13 +68,13 @@ forward() {
   if [ -n "$child" ]; then kill -s "$1" "$child" 2>/dev/null; fi
 }
 for name in TERM INT HUP; do
-  # shellcheck disable=SC2064  # the name of now
+  # shellcheck disable=SC2064  # expand the name now
   trap "forward $name" "$name"
 done
 
-await() { # the status of process $1, through the signals that interrupt a wait
+await() { # the status of process $1; a signal ends `wait` early, so it waits again
   while kill -0 "$1" 2>/dev/null; do wait "$1"; done
-  wait "$1" # remembered: the wait before may have told of a signal while the process ended
+  wait "$1" # bash remembers the status; the wait before may have returned that of a signal
 }
 
 failures=0 back_off=$first
@@ -82,7 +82,7 @@ while :; do
   before=$(newest) began=$SECONDS
   "$@" &
   child=$!
-  if [ -n "$stopped" ]; then forward "$stopped"; fi # it came just before
+  if [ -n "$stopped" ]; then forward "$stopped"; fi # the signal came just before the start
   await "$child"
   status=$?
   child=
@@ -98,7 +98,7 @@ while :; do
     failures=$((failures + 1))
   fi
   if ((failures && failures >= retries)); then
-    say "status $status; tries in a row without progress: $failures, so this is the end"
+    say "status $status; tries in a row without progress: $failures, giving up"
     exit $status
   fi
   wait_for=$pause

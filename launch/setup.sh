@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { echo "setup: $*" >&2; }
 
-debian() { # installs Debian or Ubuntu packages, as root or through sudo
+debian() { # installs Debian or Ubuntu packages, as root or with sudo
   command -v apt-get >/dev/null || return 1
   local as_root=()
   if [ "$(id -u)" != 0 ]; then
@@ -35,7 +35,7 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 
-# The versions that the tests were last run with. PyTorch is there to check exports; training needs none of it.
+# The versions that the tests last ran with. PyTorch is only for checking exports; training does not need it.
 stamp=$(cat pyproject.toml launch/constraints.txt | cksum)
 if [ "$(cat .venv/clipjax.stamp 2>/dev/null)" != "$stamp" ]; then
   say "installing into .venv (minutes the first time)"
@@ -43,6 +43,6 @@ if [ "$(cat .venv/clipjax.stamp 2>/dev/null)" != "$stamp" ]; then
   echo "$stamp" >.venv/clipjax.stamp
 fi
 
-# Builds the dataset, too. The second time it says what is missing where no package could be installed.
+# This also builds the dataset. The second call shows the error if the packages could not be installed.
 .venv/bin/clipjax data prepare emoji >/dev/null 2>&1 || debian fonts-noto-color-emoji libfribidi0 || true
 .venv/bin/clipjax data prepare emoji >/dev/null

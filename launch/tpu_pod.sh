@@ -1,50 +1,50 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPUs: `launch/tpu_pod.sh --help`. Runs where bash 3.2 does, as on a Mac.
+# Trains on Cloud TPUs: `launch/tpu_pod.sh --help`. Needs only bash 3.2, which a Mac has.
 #
-# The commands are those of https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources (create, describe, delete),
-# .../compute/tpus/tpu-vm (ssh, scp) and .../storage/ls. A slice is addressed by itself rather than all of them by
-# `queued-resources ssh --node=all`, which goes on without a slice that it can't prepare, and tells the status of one worker.
+# Reference of the commands: https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources (create, describe, delete),
+# .../compute/tpus/tpu-vm (ssh, scp) and .../storage/ls. Each slice gets its own ssh: `queued-resources ssh --node=all` continues
+# without a slice that it can't prepare, and returns the status of one worker only.
 set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: launch/tpu_pod.sh COMMAND [OPTION...] [CONFIG.py [--any.config.field VALUE ...]]
+usage: launch/tpu_pod.sh COMMAND [OPTION...] [CONFIG.py|NAME [--any.config.field VALUE ...]]
 
-  launch/tpu_pod.sh run --project P --zone Z --name N --type v5litepod-16 --spot --workdir gs://BUCKET/RUN configs/siglip_b16.py
+  launch/tpu_pod.sh run --project P --zone Z --name N --type v5litepod-16 --spot --workdir gs://BUCKET/RUN siglip_b16
 
 COMMAND
-  run        all of the following up to the end of the training; a pod that is preempted or fails is made anew, and training
-             goes on from --workdir; the pod is deleted in the end
-  create     asks for the machines, as a queued resource, and returns at once
-  wait       until they are there
-  install    this checkout's HEAD and what it needs, on all workers
-  train      starts CONFIG.py on all workers, or finds it running, and follows the log to the end; the status is its status
+  run        does create, wait, install, train and delete; when the pod is preempted or fails, it creates a new one and resumes
+             from --workdir
+  create     requests the machines, as a queued resource, and returns at once
+  wait       waits until the machines are ready
+  install    installs this checkout's HEAD and its requirements on all workers
+  train      starts the training on all workers, or finds it running, and follows the log to the end; returns its status
   logs       follows the log of the first worker
-  status     what the machines and the training do now
-  stop       tells the training to save and end
-  delete     the machines, and the request for them
+  status     shows the state of the machines and of the training
+  stop       asks the training to save and end
+  delete     deletes the machines and the request
 
-OPTION (or the environment's)
+OPTION (or an environment variable, or a default)
   --project P    CLIPJAX_PROJECT   the project to charge
-  --zone Z       CLIPJAX_ZONE      where
-  --name N       CLIPJAX_NAME      of the queued resource; its slices are N, or N-0, N-1, ...
+  --zone Z       CLIPJAX_ZONE      zone of the machines
+  --name N       CLIPJAX_NAME      name of the queued resource; its slices are N, or N-0, N-1, ...
   --type T       CLIPJAX_TYPE      accelerator type of a slice: v4-8, v5litepod-256, v5p-128, v6e-16 ...
   --workdir W    CLIPJAX_WORKDIR   gs://BUCKET/RUN: checkpoints, metrics
-  --slices S     1                 of that type, joined by the data-centre network
-  --spot                           cheaper machines that can be taken away
-  --valid-until-duration D         gives the request up after D, as 6h; else it waits in the queue
-  --version V                      software version of the machines; else by the type
-  --env NAME=VALUE                 for the training, as TFDS_DATA_DIR=gs://BUCKET/tfds; may be repeated
-  --keep                           `run` leaves the machines, which go on costing money
+  --slices S     1                 number of slices of that type, joined by the data-centre network
+  --spot                           use cheaper machines that can be taken away
+  --valid-until-duration D         give up the request after D, as 6h; else it stays in the queue
+  --version V                      software version of the machines; else it follows from the type
+  --env NAME=VALUE                 variable for the training, as TFDS_DATA_DIR=gs://BUCKET/tfds; may be repeated
+  --keep                           `run` does not delete the machines, which continue to cost money
   --dry-run                        prints the commands, and runs none
 
-`run` ends with the training's status: 0 done, 2 wrong use. After 75 (preempted), a lost pod, a failed install or no capacity it
-tries again, after RETRY_FIRST seconds (30), then twice that and so on up to RETRY_MOST (1800). It gives up after RETRIES (10)
-tries in a row without progress, which is another checkpoint in the workdir. It asks for the machines' state every POLL seconds (20).
+`run` ends with the training's status: 0 success, 2 wrong use. After 75 (preempted), a lost pod, a failed install or a lack of capacity
+it tries again, after RETRY_FIRST seconds (30), then twice that and so on up to RETRY_MOST (1800). It gives up after RETRIES (10)
+tries in a row without progress, that is, without a new checkpoint in the workdir. It checks the machines every POLL seconds (20).
 TEXT
 }
 
-exec 3>&1 4>&2 # where dry commands and words go, even from where a command's own output is kept
+exec 3>&1 4>&2 # for dry commands and messages, also where the output of a command is captured
 say() { echo "tpu_pod: $*" >&4; }
 wrong() { say "$*" && exit 2; }
 
@@ -70,7 +70,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
     ;;
-  -*) wrong "unknown option $1; those of clipjax go after CONFIG.py; see launch/tpu_pod.sh --help" ;;
+  -*) wrong "unknown option $1; options of clipjax go after CONFIG.py; see launch/tpu_pod.sh --help" ;;
   *) break ;;
   esac
   shift
@@ -82,14 +82,14 @@ needs() { # NAME what it is
   --$1, or CLIPJAX_$(echo "$1" | tr '[:lower:]' '[:upper:]'): $2"
 }
 needs project "the project to charge"
-needs zone "where the machines are, as us-central1-a"
+needs zone "zone of the machines, as us-central1-a"
 needs name "a name for the machines"
 case "$command" in run | create) needs type "the accelerator type, as v5litepod-16" ;; esac
 case "$command" in
 run | train)
-  needs workdir "gs://BUCKET/RUN, where checkpoints outlive the machines"
+  needs workdir "gs://BUCKET/RUN, where checkpoints stay when the machines are gone"
   [ $# -gt 0 ] || missing="$missing
-  CONFIG.py: what to train, as configs/siglip_b16.py"
+  CONFIG.py|NAME: what to train, as siglip_b16"
   ;;
 esac
 [ -z "$missing" ] || wrong "missing:$missing"
@@ -109,7 +109,7 @@ if [ "$slices" -gt 1 ]; then
 fi
 poll=${POLL:-20}
 
-quoted() { # as a shell reads it back
+quoted() { # quotes words for a shell
   local word out='' one="'" inside="'\\''"
   for word in "$@"; do
     case "$word" in '' | *[!A-Za-z0-9_./:=@,+-]*) word="'${word//$one/$inside}'" ;; esac
@@ -117,15 +117,15 @@ quoted() { # as a shell reads it back
   done
   echo "${out# }"
 }
-do_() { # every command that reaches outside goes through here
+do_() { # runs a command that leaves this machine; with --dry-run prints it
   if [ -n "$dry" ]; then quoted "$@" >&3; else "$@"; fi
 }
 resource() { do_ gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
-on() { # NODE WORKERS COMMAND...: the connection notices within two minutes that a machine is gone
+on() { # NODE WORKERS COMMAND...; the connection fails within two minutes after a machine is gone
   local alive=(--ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4)
   do_ gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" --worker="$2" "${alive[@]}" --command="${*:3}"
 }
-everywhere() { # FUNCTION ARGUMENTS... for each node at once; fails where one did
+on_all_nodes() { # FUNCTION ARGUMENTS...: for each node, in parallel; fails if one fails
   local node pids=() failed=0
   for node in "${nodes[@]}"; do
     if [ -n "$dry" ]; then "$1" "$node" "${@:2}"; else "$1" "$node" "${@:2}" & pids+=($!); fi
@@ -134,7 +134,7 @@ everywhere() { # FUNCTION ARGUMENTS... for each node at once; fails where one di
   return $failed
 }
 
-state() { # of the queued resource; none if there is no such
+state() { # state of the queued resource; none if it does not exist
   if [ -n "$dry" ]; then
     resource describe "--format=value(state.state)"
     echo ACTIVE
@@ -159,11 +159,11 @@ software() { # https://cloud.google.com/tpu/docs/runtimes
   v5p-*) echo v2-alpha-tpuv5 ;;
   v5litepod-*) echo v2-alpha-tpuv5-lite ;;
   v[234]-*) echo tpu-ubuntu2204-base ;;
-  *) wrong "--type = '$type': its software isn't known here; v4-8, v5litepod-16, v5p-8 and v6e-8 are of known kinds; else give --version" ;;
+  *) wrong "--type = '$type': its software version is not known; known kinds are those of v4-8, v5litepod-16, v5p-8 and v6e-8; else give --version" ;;
   esac
 }
 
-create() { # 75 where the same request can succeed later
+create() { # returns 75 if the same request can succeed later
   local slice=(--node-id="$name") complaint status=0
   [ "$slices" = 1 ] || slice=(--node-count="$slices" --node-prefix="$name")
   [ -n "$version" ] || version=$(software) || exit
@@ -176,7 +176,7 @@ create() { # 75 where the same request can succeed later
   return $status
 }
 
-await() { # until the machines are there; 75 if they won't be
+await() { # until the machines are ready; returns 75 if they fail
   local now before='' unknown=0
   while :; do
     now=$(state)
@@ -198,31 +198,31 @@ unpack="mkdir -p clipjax && tar -xzf clipjax.tar.gz -C clipjax"
 install() {
   local folder=${TMPDIR:-/tmp} status=0
   [ -n "$dry" ] || folder=$(mktemp -d)
-  [ -z "$(git status --porcelain --untracked-files=no)" ] || say "what is not committed stays here: installing $(git rev-parse --short HEAD)"
+  [ -z "$(git status --porcelain --untracked-files=no)" ] || say "changes that are not committed are not installed: installing $(git rev-parse --short HEAD)"
   do_ git archive --format=tar.gz --output="$folder/clipjax.tar.gz" HEAD &&
-    everywhere copy "$folder/clipjax.tar.gz" && everywhere on all "$unpack && $(worker install)" || status=1
+    on_all_nodes copy "$folder/clipjax.tar.gz" && on_all_nodes on all "$unpack && $(worker install)" || status=1
   [ $status = 0 ] || say "the installation failed on a worker: see above"
   [ -n "$dry" ] || rm -r "$folder"
   return $status
 }
 
-training() { # starts and follows; the training's status, or 75 for machines that are gone
+training() { # starts the training and follows it; returns its status, or 75 if the machines are gone
   local said statuses one lost=0
-  everywhere on all "$(worker start "$(quoted ${environment[@]+"${environment[@]}"} "${train[@]}" --workdir "$workdir")")" || lost=1
+  on_all_nodes on all "$(worker start "$(quoted ${environment[@]+"${environment[@]}"} "${train[@]}" --workdir "$workdir")")" || lost=1
   while :; do
     if [ $lost -gt 0 ]; then
       case $(state) in ACTIVE | UNKNOWN) ;; *) say "$name is gone" && return 75 ;; esac
-      if ((lost >= 5)); then # a slice may be gone though the request stands
+      if ((lost >= 5)); then # a slice may be gone although the request is ACTIVE
         say "$name can't be reached: deleting it" && { delete || return 75; } && return 75
       fi
       sleep "$poll"
     fi
-    if on "${nodes[0]}" 0 "$(worker follow)"; then lost=0; fi # for the eye: what counts is what every worker says in the end
-    if said=$(everywhere on all "$(worker wait)"); then
+    if on "${nodes[0]}" 0 "$(worker follow)"; then lost=0; fi # only to show the log; the status comes from every worker
+    if said=$(on_all_nodes on all "$(worker wait)"); then
       [ -z "$dry" ] || return 0
       echo "$said"
       statuses=$(sed -n 's/.*: ended with status \([0-9]*\)$/\1/p' <<<"$said")
-      # Of unlike ones: wrong use, then what will fail again, then what goes on.
+      # If they differ: wrong use first, then a failure that would repeat, then 75.
       for one in 2 $(grep -vx -e 0 -e 75 <<<"$statuses" || true) 75; do
         ! grep -qx "$one" <<<"$statuses" || return "$one"
       done
@@ -237,7 +237,7 @@ training() { # starts and follows; the training's status, or 75 for machines tha
 checkpoints() { do_ gcloud storage ls "$workdir/checkpoints/" --project="$project" 2>/dev/null || true; }
 delete() { resource delete --force --quiet; }
 
-attempt() { # one way from whatever is there to the end of the training
+attempt() { # from the present state of the machines to the end of the training
   local status=0 now
   now=$(state)
   case "$now" in
@@ -255,7 +255,7 @@ attempt() { # one way from whatever is there to the end of the training
 run() {
   local failures=0 pause=${RETRY_FIRST:-30} status before after known=''
   [ -n "$version" ] || version=$(software) || exit
-  trap 'say "interrupted; $name goes on, and costs money: launch/tpu_pod.sh logs, stop or delete"; exit 130' INT
+  trap 'say "interrupted; $name continues, and costs money: launch/tpu_pod.sh logs, stop or delete"; exit 130' INT
   while :; do
     before=$(checkpoints) status=0
     attempt || status=$?
@@ -264,7 +264,7 @@ run() {
     if [ "$before" = "$after" ]; then failures=$((failures + 1)); else failures=0 pause=${RETRY_FIRST:-30}; fi
     local so_far="tries in a row without progress: $failures"
     if ((failures && failures >= ${RETRIES:-10})); then
-      say "$so_far, so this is the end"
+      say "$so_far, giving up"
       break
     fi
     say "$so_far of ${RETRIES:-10}; again in $pause s"
@@ -272,9 +272,9 @@ run() {
     pause=$((pause * 2 < ${RETRY_MOST:-1800} ? pause * 2 : ${RETRY_MOST:-1800}))
   done
   if [ -n "$keep" ]; then
-    say "$name goes on, and costs money"
+    say "$name continues, and costs money"
   elif [ "$(state)" != none ]; then
-    delete || say "$name could not be deleted, and may go on costing money"
+    delete || say "$name could not be deleted, and may continue to cost money"
   fi
   return $status
 }
@@ -283,13 +283,13 @@ status() {
   local now
   now=$(state)
   [ -n "$dry" ] || echo "$name: $now"
-  if [ "$now" = ACTIVE ]; then everywhere on all "$(worker status)"; fi
+  if [ "$now" = ACTIVE ]; then on_all_nodes on all "$(worker status)"; fi
 }
 
 case "$command" in
 wait) await ;;
 train) training ;;
 logs) on "${nodes[0]}" 0 "$(worker follow)" ;;
-stop) everywhere on all "$(worker stop)" ;;
+stop) on_all_nodes on all "$(worker stop)" ;;
 *) "$command" ;;
 esac

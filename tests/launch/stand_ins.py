@@ -80,7 +80,7 @@ class Stage:
             subprocess.run([*git, *command], check=True)
 
     def play(self, what: str, *acts: str) -> None:
-        """What a stand-in does, call by call; the last act goes on."""
+        """What a stand-in does, call by call; the last act repeats."""
         (self.folder / what).write_text("\n".join(acts))
 
     def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
@@ -208,7 +208,7 @@ for word in $act; do
   save) mkdir -p "$STAGE/bucket/b/run/checkpoints/$RANDOM$RANDOM" ;;
   taken) echo SUSPENDED >"$STAGE/states" && sleep 100 ;;
   slow) sleep 0.5 ;;
-  until-told) trap 'echo saved; exit 75' TERM && touch "$STAGE/ready.$machine" && while :; do sleep 0.02; done ;;
+  until-signal) trap 'echo saved; exit 75' TERM && touch "$STAGE/ready.$machine" && while :; do sleep 0.02; done ;;
   *@*) [ "${{word#*@}}" != "$machine" ] || exit "${{word%@*}}" ;;
   *) exit "$word" ;;
   esac

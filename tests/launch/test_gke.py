@@ -10,7 +10,7 @@ JOB = ["--context", "c", "--name", "run-1", "--image", "i/j:k", "--topology", "v
 TRAIN = ["configs/c.py", "--train.steps", "10"]
 
 # The fields of JobSet v1alpha2 (https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2) and of Job and Pod below it that the
-# template may have, and their types; a misspelt one would be dropped in silence.
+# template may have, and their types; a misspelt one would be ignored without a message.
 PLACE = {"cloud.google.com/gke-tpu-accelerator": str, "cloud.google.com/gke-tpu-topology": str, "cloud.google.com/gke-spot": str}
 CONTAINER = {
     "name": str,
@@ -109,7 +109,7 @@ def test_by_the_status_it_starts_again_or_not(stage):
     assert 2 in rule["onExitCodes"]["values"]
     assert not {0, 1, 75, 137, 143} & {*rule["onExitCodes"]["values"]}
     assert rule["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
-    assert machines["backoffLimit"] == 0  # any other fails the job with another reason, and the set starts anew
+    assert machines["backoffLimit"] == 0  # any other fails the job with another reason, and the set starts again
     assert pod["restartPolicy"] == "Never"  # else no podFailurePolicy
     assert pod["terminationGracePeriodSeconds"] >= 120
 
@@ -164,7 +164,7 @@ def test_what_is_missing_is_asked_for_by_name(stage, option):
     ("arguments", "message"),
     [
         (["apply", *JOB], "CONFIG.py"),
-        (["apply", *JOB, "--name", "Run_1", *TRAIN], "--name = 'Run_1': must be of a-z"),
+        (["apply", *JOB, "--name", "Run_1", *TRAIN], "--name = 'Run_1': must consist of a-z"),
         (["apply", *JOB, "--topology", "v5e-256", *TRAIN], "--topology = 'v5e-256': must be"),
         (["apply", *JOB, "--topology", "v3:2x2", *TRAIN], "--topology = 'v3:2x2': must be"),
         (["apply", *JOB, "--workdir", "runs/x", *TRAIN], "--workdir = 'runs/x': must be gs://"),
@@ -176,14 +176,14 @@ def test_what_is_missing_is_asked_for_by_name(stage, option):
         (["start"], "no command start"),
     ],
 )
-def test_wrong_use_is_told(stage, arguments, message):
+def test_wrong_use_is_refused(stage, arguments, message):
     done = stage.run("gke.sh", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert stage.calls("kubectl") == []
 
 
-def test_a_name_that_is_not_filled_in_is_told(stage):
+def test_a_name_that_is_not_filled_in_is_refused(stage):
     template = stage.checkout / "launch" / "gke.yaml"
     template.write_text(template.read_text().replace("${SLICES}", "${SLIZES}"))
     done = stage.run("gke.sh", "apply", *JOB, *TRAIN)
@@ -207,7 +207,7 @@ def test_kubectl_gets_it(stage):
     assert {c[0] for c in stage.calls("kubectl")} == {"--context=c"}
 
 
-def test_kubectls_failure_is_ours(stage):
+def test_a_failure_of_kubectl_is_returned(stage):
     stage.play("kubectl", "the server could not find the requested resource (jobset)")
     done = stage.run("gke.sh", "apply", *JOB, *TRAIN)
     assert done.returncode == 1

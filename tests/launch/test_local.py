@@ -21,7 +21,7 @@ def local(n, script):
     return subprocess.Popen(command, env=ENV, stdout=-1, stderr=-1, text=True)
 
 
-def test_each_knows_its_number_and_the_first_speaks_as_if_alone():
+def test_each_process_has_its_number_and_the_first_prints_as_if_alone():
     process = local(3, "exit 0")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -41,7 +41,7 @@ def test_the_worst_status_counts(script, status):
     assert process.returncode == status
 
 
-def test_one_that_dies_takes_the_others_with_it_after_a_while():
+def test_a_process_that_dies_ends_the_others_after_a_while():
     process, start = local(2, "[ $me = 1 ] && kill -KILL $$; sleep 1000"), time.monotonic()
     process.communicate(timeout=60)
     assert process.returncode == 137
@@ -50,7 +50,7 @@ def test_one_that_dies_takes_the_others_with_it_after_a_while():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_passed_on_to_all(number):
-    process = local(2, "trap 'echo told $me; exit 75' TERM INT; echo ready; for i in $(seq 300); do sleep 0.1; done")
+    process = local(2, "trap 'echo got $me; exit 75' TERM INT; echo ready; for i in $(seq 300); do sleep 0.1; done")
     said = ""
     while "ready" not in said:
         said = process.stdout.readline()
@@ -58,12 +58,12 @@ def test_signals_are_passed_on_to_all(number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "told 0" in out
-    assert "[1] told 1" in err
+    assert "got 0" in out
+    assert "[1] got 1" in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["x", "true"], ["0", "true"], ["2"]])
-def test_wrong_use_is_told(arguments):
+def test_wrong_use_is_refused(arguments):
     done = subprocess.run(["bash", str(LOCAL), *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: launch/local.sh N COMMAND...")

@@ -41,7 +41,7 @@ def runs(folder):
 
 
 @pytest.mark.parametrize("status", [0, 2, 126, 127, 130])
-def test_what_ends_it_at_once(tmp_path, status):
+def test_statuses_that_end_it_at_once(tmp_path, status):
     assert retry(tmp_path, [f"exit {status}"])[:2] == (status, 1)
 
 
@@ -53,7 +53,7 @@ def test_any_other_status_is_tried_again(tmp_path):
 def test_it_gives_up_with_the_commands_status(tmp_path):
     status, count, said = retry(tmp_path, ["exit 3"] * 9)
     assert (status, count) == (3, 5)
-    assert "without progress: 5, so this is the end" in said
+    assert "without progress: 5, giving up" in said
     (tmp_path / "runs").unlink()
     assert retry(tmp_path, ["exit 75"] * 9, RETRIES="2")[:2] == (75, 2)
 
@@ -95,8 +95,11 @@ def test_without_a_folder_to_look_at_a_long_run_is_progress(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_signal_goes_on_to_the_command_once_and_ends_it(tmp_path, name):
-    plan = [f"trap 'echo told >>told' {name}; touch ready; while [ ! -s told ]; do sleep .05; done; sleep .3; exit 75", "exit 0"]
+def test_a_signal_reaches_the_command_once_and_ends_it(tmp_path, name):
+    plan = [
+        f"trap 'echo got >>signals' {name}; touch ready; while [ ! -s signals ]; do sleep .05; done; sleep .3; exit 75",
+        "exit 0",
+    ]
     process = start(tmp_path, plan)
     while not (tmp_path / "ready").exists():
         assert process.poll() is None
@@ -104,7 +107,7 @@ def test_a_signal_goes_on_to_the_command_once_and_ends_it(tmp_path, name):
     process.send_signal(getattr(signal, f"SIG{name}"))
     said = process.communicate(timeout=60)[1]
     assert (process.returncode, runs(tmp_path)) == (75, 1)
-    assert (tmp_path / "told").read_text() == "told\n"
+    assert (tmp_path / "signals").read_text() == "got\n"
     assert f"after SIG{name}: not started again" in said
 
 

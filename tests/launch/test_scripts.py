@@ -21,7 +21,7 @@ def test_shellcheck_finds_nothing():
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_help_tells_the_use(name):
+def test_help_shows_the_usage(name):
     done = subprocess.run(["bash", ROOT / "launch" / name, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"launch/{name}" in done.stdout
@@ -58,7 +58,7 @@ def test_the_tpu_compiler_knows_the_options():
     assert "Unknown command line flag 'xla_no_such_option'" in done.stderr
 
 
-def test_the_users_own_options_come_last():
+def test_options_of_the_user_come_last():
     env = os.environ | {"LIBTPU_INIT_ARGS": "--xla_enable_async_all_gather=false"}
     said = subprocess.run([ROOT / "launch" / "tpu_flags.sh"], env=env, capture_output=True, text=True, check=True).stdout.split()
     assert said[-1] == "--xla_enable_async_all_gather=false"

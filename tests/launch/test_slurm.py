@@ -53,8 +53,8 @@ def test_wrong_use_is_never_repeated(stage):
 
 
 @pytest.mark.parametrize(("count", "again"), [("0", True), ("100", False)])
-def test_told_that_time_is_up_it_saves_and_goes_back_into_the_queue(stage, count, again):
-    stage.play("train", "until-told")
+def test_at_the_time_limit_it_saves_and_returns_to_the_queue(stage, count, again):
+    stage.play("train", "until-signal")
     job = stage.start("slurm.sbatch", *TRAIN, SLURM_RESTART_COUNT=count)
     try:
         limit = time.monotonic() + 300
@@ -83,7 +83,7 @@ def test_told_that_time_is_up_it_saves_and_goes_back_into_the_queue(stage, count
         (TRAIN, {"SLURM_SUBMIT_DIR": "/"}, "submit from a checkout that launch/setup.sh has set up"),
     ],
 )
-def test_wrong_use_is_told(stage, arguments, environment, message):
+def test_wrong_use_is_refused(stage, arguments, environment, message):
     done = stage.run("slurm.sbatch", *arguments, **environment)
     assert done.returncode == 2
     assert message in done.stderr
@@ -97,5 +97,5 @@ def test_what_it_asks_slurm_for():
     assert "gpus-per-task" not in asked  # a task must see them all
     assert asked["signal"] == "B:TERM@120"
     assert "requeue" in asked
-    assert asked["open-mode"] == "append"  # a requeued job goes on in its log
+    assert asked["open-mode"] == "append"  # a requeued job appends to its log
     assert text.index("#SBATCH") < text.index("set -uo")  # Slurm reads none after the first command

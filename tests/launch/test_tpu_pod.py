@@ -15,7 +15,7 @@ from tests.launch.stand_ins import Stage, parsed
 TWO = {"STAGE_WORKERS": "2"}  # machines a slice, rather than one
 POD = ["--project", "p", "--zone", "z", "--name", "pod", "--type", "v5litepod-16", "--workdir", "gs://b/run"]
 TRAIN = ["configs/c.py", "--train.steps", "10"]
-WHOLE = ["create", "scp", "install", "start", "follow", "wait", "delete"]
+RUN_STEPS = ["create", "scp", "install", "start", "follow", "wait", "delete"]
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def test_what_is_missing_is_asked_for_by_name(stage, option):
         (["run", *POD], "CONFIG.py"),
         (["train", *POD[:6], *TRAIN], "--workdir"),
         (["run", *POD, "--workdir", "runs/x", *TRAIN], "--workdir = 'runs/x': must be gs://BUCKET/RUN"),
-        (["run", *POD, "--type", "v9-8", *TRAIN], "--type = 'v9-8': its software isn't known here"),
-        (["create", *POD, "--type", "v9-8"], "--type = 'v9-8': its software isn't known here"),
+        (["run", *POD, "--type", "v9-8", *TRAIN], "--type = 'v9-8': its software version is not known"),
+        (["create", *POD, "--type", "v9-8"], "--type = 'v9-8': its software version is not known"),
         (["run", *POD, "--slices", "two", *TRAIN], "--slices = 'two': must be a whole number"),
         (["run", *POD, "--env", "A", *TRAIN], "--env = 'A': must be NAME=VALUE"),
         (["run", *POD, "--spots", *TRAIN], "unknown option --spots"),
@@ -59,7 +59,7 @@ def test_what_is_missing_is_asked_for_by_name(stage, option):
         (["destroy"], "no command destroy"),
     ],
 )
-def test_wrong_use_is_told(stage, arguments, message):
+def test_wrong_use_is_refused(stage, arguments, message):
     done = stage.run("tpu_pod.sh", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
@@ -73,22 +73,22 @@ def dry(stage, *arguments):
     return done.stdout.splitlines()
 
 
-HERE = "--project=p --zone=z"
+PLACE = "--project=p --zone=z"
 ALIVE = "--ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=4"
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(stage):
-    describe = f"gcloud compute tpus queued-resources describe pod {HERE} '--format=value(state.state)'"
-    ssh = f"gcloud compute tpus tpu-vm ssh pod {HERE} --worker=all {ALIVE}"
+    describe = f"gcloud compute tpus queued-resources describe pod {PLACE} '--format=value(state.state)'"
+    ssh = f"gcloud compute tpus tpu-vm ssh pod {PLACE} --worker=all {ALIVE}"
     worker = "bash clipjax/launch/tpu_worker.sh"
     assert dry(stage, "run", *POD, "--spot", "--valid-until-duration", "6h", "--env", "A=it's") == [
         "gcloud storage ls gs://b/run/checkpoints/ --project=p",
         describe,
-        f"gcloud compute tpus queued-resources create pod {HERE} --node-id=pod --accelerator-type=v5litepod-16 "
+        f"gcloud compute tpus queued-resources create pod {PLACE} --node-id=pod --accelerator-type=v5litepod-16 "
         "--runtime-version=v2-alpha-tpuv5-lite --spot --valid-until-duration=6h --async",
         describe,
         f"git archive --format=tar.gz --output={stage.folder}/clipjax.tar.gz HEAD",
-        f"gcloud compute tpus tpu-vm scp {stage.folder}/clipjax.tar.gz pod:clipjax.tar.gz {HERE} --worker=all",
+        f"gcloud compute tpus tpu-vm scp {stage.folder}/clipjax.tar.gz pod:clipjax.tar.gz {PLACE} --worker=all",
         f"{ssh} '--command=mkdir -p clipjax && tar -xzf clipjax.tar.gz -C clipjax && {worker} install'",
         f"{ssh} {shlex.quote(f'''--command={worker} start 'A=it'{chr(92)}''s' configs/c.py --train.steps 10 --workdir gs://b/run''')}".replace(
             "'\"'\"'", "'\\''"
@@ -96,7 +96,7 @@ def test_a_dry_run_prints_the_commands_and_runs_none(stage):
         f"{ssh.replace('=all', '=0')} '--command={worker} follow'",
         f"{ssh} '--command={worker} wait'",
         describe,
-        f"gcloud compute tpus queued-resources delete pod {HERE} --force --quiet",
+        f"gcloud compute tpus queued-resources delete pod {PLACE} --force --quiet",
     ]
 
 
@@ -161,7 +161,7 @@ def test_from_nothing_to_the_end_of_the_training(stage):
         "tpu_pod.sh", "run", *POD, "--env", "TFDS_DATA_DIR=gs://b/a b", *TRAIN, "--data.spec", "it's a $HOME", RETRIES="0"
     )
     assert done.returncode == 0, done.stderr
-    assert stage.steps() == WHOLE
+    assert stage.steps() == RUN_STEPS
     assert trained(stage) == [f"pod.{i} train {' '.join(TRAIN)} --data.spec it's a $HOME --workdir gs://b/run" for i in range(2)]
     environment = (stage.folder / "trained.environment").read_text()
     assert "TFDS_DATA_DIR=gs://b/a b\n" in environment
@@ -179,9 +179,9 @@ def test_from_nothing_to_the_end_of_the_training(stage):
 @pytest.mark.slow
 def test_keep_leaves_the_machines_and_a_second_run_takes_them(stage):
     assert stage.run("tpu_pod.sh", "run", *POD, "--keep", *TRAIN).returncode == 0
-    assert stage.steps() == WHOLE[:-1]
+    assert stage.steps() == RUN_STEPS[:-1]
     assert stage.run("tpu_pod.sh", "run", *POD, *TRAIN).returncode == 0
-    assert stage.steps() == WHOLE[:-1] + WHOLE[1:]
+    assert stage.steps() == RUN_STEPS[:-1] + RUN_STEPS[1:]
 
 
 def test_no_capacity_is_asked_for_again(stage):
@@ -191,14 +191,14 @@ def test_no_capacity_is_asked_for_again(stage):
     done = stage.run("tpu_pod.sh", "run", *POD, *TRAIN)
     assert done.returncode == 0, done.stderr
     assert all(complaint in done.stderr for complaint in complaints)
-    assert stage.steps() == ["create", "create", "create", "delete", *WHOLE]
+    assert stage.steps() == ["create", "create", "create", "delete", *RUN_STEPS]
 
 
 def test_with_never_any_capacity_it_gives_up_and_leaves_nothing(stage):
     stage.play("machines.become", "FAILED")
     done = stage.run("tpu_pod.sh", "run", *POD, *TRAIN, RETRIES="3")
     assert done.returncode == 75
-    assert "tries in a row without progress: 3, so this is the end" in done.stderr
+    assert "tries in a row without progress: 3, giving up" in done.stderr
     assert stage.steps() == ["create", "delete"] * 3
     assert trained(stage) == []
 
@@ -225,13 +225,13 @@ def test_without_an_account_it_ends_at_once_and_a_passing_fault_does_not_matter_
     assert stage.run("tpu_pod.sh", "wait", *POD).returncode == 1
 
 
-def test_preempted_while_training_it_goes_on_on_new_machines(stage):
+def test_preempted_in_training_it_resumes_on_new_machines(stage):
     stage.environment |= TWO
     stage.play("train", "taken", "0")
     done = stage.run("tpu_pod.sh", "run", *POD, *TRAIN)
     assert done.returncode == 0, done.stderr
     assert "pod is SUSPENDED: deleting it" in done.stderr
-    assert stage.steps()[-8:] == ["delete", *WHOLE]
+    assert stage.steps()[-8:] == ["delete", *RUN_STEPS]
     assert len(trained(stage)) == 4
     assert len({line.split(" ", 1)[1] for line in trained(stage)}) == 1  # the same command, so the same workdir
 
@@ -257,7 +257,7 @@ def test_an_installation_that_fails_on_one_worker_is_repeated(stage):
     assert done.returncode == 0, done.stderr
     assert "pod.1: No space left on device" in done.stderr
     assert "the installation failed on a worker" in done.stderr
-    assert stage.steps() == ["create", "scp", "install", *WHOLE[1:]]
+    assert stage.steps() == ["create", "scp", "install", *RUN_STEPS[1:]]
 
 
 @pytest.mark.slow
@@ -273,23 +273,23 @@ def test_an_installation_that_always_fails_ends_it(stage):
 
 
 @pytest.mark.parametrize(("act", "status"), [("2@pod.1", 2), ("1@pod.0", 1)])
-def test_the_trainings_status_is_that_of_the_worker_that_did_worst(stage, act, status):
+def test_the_status_is_that_of_the_worst_worker(stage, act, status):
     stage.environment |= TWO
     stage.play("train", act)
     done = stage.run("tpu_pod.sh", "run", *POD, *TRAIN, RETRIES="0")
     assert done.returncode == status, done.stderr
-    assert stage.steps() == WHOLE  # neither is mended by other machines
+    assert stage.steps() == RUN_STEPS  # neither is mended by other machines
 
 
 def test_a_worker_starts_its_process_again_by_itself(stage):
     stage.environment |= TWO
     stage.play("train", "75", "0")
     assert stage.run("tpu_pod.sh", "run", *POD, *TRAIN).returncode == 0
-    assert stage.steps() == WHOLE
+    assert stage.steps() == RUN_STEPS
     assert len(trained(stage)) == 4
 
 
-def test_training_outlives_the_connection(stage):
+def test_training_continues_when_the_connection_breaks(stage):
     stage.environment |= TWO
     stage.play("train", "slow slow 0")
     stage.play("ssh.follow", "broken", "fine")
@@ -302,7 +302,7 @@ def test_training_outlives_the_connection(stage):
 
 
 @pytest.mark.slow
-def test_machines_that_cannot_be_reached_are_made_anew(stage):
+def test_machines_that_cannot_be_reached_are_replaced(stage):
     stage.play("ssh.follow", *["broken"] * 5, "fine")
     stage.play("ssh.wait", *["broken"] * 5, "fine")
     done = stage.run("tpu_pod.sh", "run", *POD, *TRAIN)
@@ -320,9 +320,9 @@ def test_several_slices_train_together(stage):
     assert len(trained(stage)) == 5
 
 
-def test_step_by_step_and_told_to_stop(stage):
+def test_step_by_step_and_stop(stage):
     stage.environment |= TWO
-    stage.play("train", "until-told")
+    stage.play("train", "until-signal")
     assert stage.run("tpu_pod.sh", "create", *POD).returncode == 0
     assert stage.run("tpu_pod.sh", "wait", *POD).returncode == 0
     assert stage.run("tpu_pod.sh", "install", *POD).returncode == 0
@@ -345,7 +345,7 @@ def test_step_by_step_and_told_to_stop(stage):
     assert len(trained(stage)) == 2  # not started again
 
 
-def test_interrupted_it_says_what_goes_on(stage):
+def test_interrupted_it_says_what_continues(stage):
     stage.play("machines.become", "WAITING_FOR_RESOURCES")
     running = stage.start("tpu_pod.sh", "run", *POD, *TRAIN)
     try:
@@ -358,4 +358,4 @@ def test_interrupted_it_says_what_goes_on(stage):
     finally:
         running.kill()
     assert running.returncode == 130
-    assert "goes on, and costs money" in err
+    assert "continues, and costs money" in err
