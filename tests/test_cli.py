@@ -527,7 +527,7 @@ def test_load_encodes_what_embed_does(model, embedded, workdir):
 
     source = open_source(config.Data(split="test"))
     chosen = [0, 1, 17, 362]
-    pictures = [source[i].picture for i in chosen]
+    pictures = [source[i].image for i in chosen]
     assert [source[i].key for i in chosen] == embedded["key"][chosen].tolist()
     image, text = model.encode_image(pictures), model.encode_text([source[i].captions[0] for i in chosen])
     for got, want in ((image, embedded["image"][chosen]), (text, embedded["text"][chosen])):

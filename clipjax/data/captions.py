@@ -1,4 +1,4 @@
-"""Which of a picture's captions an example carries, and when two captions count as one."""
+"""Which of an image's captions an example shows, and when two captions count as equal."""
 
 import functools
 import unicodedata
@@ -6,14 +6,14 @@ from hashlib import blake2b
 
 import numpy as np
 
-MEANT = "#%&*@"  # punctuation to Unicode that tells names apart: `keycap #` and `keycap *`, `C#`, `R&B`, `50 %`
+KEPT_PUNCTUATION = "#%&*@"  # by which names differ: `keycap #` and `keycap *`, `C#`, `R&B`, `50 %`
 
 
-def drawn(n: int, k: int, rng: np.random.Generator) -> list[int]:
-    """Which of n captions an example shows at one visit, k of them, in their own order.
+def choose(n: int, k: int, rng: np.random.Generator) -> list[int]:
+    """Which k of n captions an example shows at one visit, in their own order.
 
-    k = 1: any. Else the main one, number 0, and k - 1 of the others without replacement. Where there are fewer than k, all of
-    them, and then in turn again: a caption that comes twice is one more positive of the same picture."""
+    k = 1: any one. Otherwise the main one, number 0, and k - 1 of the others without replacement. With fewer than k captions,
+    all of them, repeated in turn: a caption that is shown twice is one more positive of the same image."""
     if k == 1:
         return [int(rng.integers(n))]
     if n <= k:
@@ -21,36 +21,36 @@ def drawn(n: int, k: int, rng: np.random.Generator) -> list[int]:
     return [0, *(1 + np.sort(rng.choice(n - 1, k - 1, replace=False))).tolist()]
 
 
-def normalised(caption: str) -> str:
-    """What near-duplicates have in common: they differ in case, width and composition of letters (Unicode's NFKC and full case
-    folding), in punctuation other than #%&*@, in white space, and in what is invisible (joiners, direction marks, variation
-    selectors).
+def normalise(caption: str) -> str:
+    """The form that is equal for near-duplicates. Captions are near-duplicates if they differ only in case, in the width and
+    composition of letters (Unicode's NFKC and full case folding), in punctuation other than #%&*@, in white space, and in
+    invisible characters (joiners, direction marks, variation selectors).
 
-    Punctuation parts words as a space does; symbols (+, $, °, pictures) and accents stay. A caption that is nothing but
-    punctuation keeps it, so that `?` and `!` differ; one that has nothing to see at all is itself."""
+    Punctuation separates words as a space does. Symbols (+, $, °, emoji) and accents stay. A caption that consists of
+    punctuation keeps it, so that `?` and `!` differ. One that consists of invisible characters is returned as it is."""
     text = "".join(c for c in caption if not _invisible(c))
-    for form in ("NFD", "NFKC"):  # twice, as Unicode defines caseless matching (D146): the one undoes parts of the other
+    for form in ("NFD", "NFKC"):  # twice, as Unicode defines caseless matching (D146): folding undoes parts of normalising
         text = unicodedata.normalize(form, text).casefold()
     text = unicodedata.normalize("NFKC", text)
-    words = "".join(" " if _parts_words(c) else c for c in text).split()
+    words = "".join(" " if _separates_words(c) else c for c in text).split()
     return " ".join(words or text.split()) or caption
 
 
 def caption_id(caption: str) -> int:
-    """In [0, 2^31), of the normalised caption alone, the same on every machine: 31 bits of BLAKE2b.
+    """An id in [0, 2^31) of the normalised caption, the same on every machine: 31 bits of BLAKE2b.
 
-    Two captions that differ get one id with a chance of 2^-31: in a batch of 32,768 a false merge is to be expected once in
-    four batches (0.25 of 537 million pairs), and a given picture loses one of its negatives once in 65,500 visits."""
-    return int.from_bytes(blake2b(normalised(caption).encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big") >> 1
+    Two different captions get the same id with probability 2^-31. In batches of 32,768 this is expected once in four batches
+    (0.25 of 537 million pairs), and a given image loses one of its negatives once in 65,500 visits."""
+    return int.from_bytes(blake2b(normalise(caption).encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big") >> 1
 
 
 @functools.cache
 def _invisible(c: str) -> bool:
-    """Format characters (joiners, direction marks, soft hyphens) and variation selectors; not tags, which tell flags apart."""
+    """Format characters (joiners, direction marks, soft hyphens) and variation selectors; not tags, by which flags differ."""
     return (unicodedata.category(c) == "Cf" and c < "\U000e0000") or "VARIATION SELECTOR" in unicodedata.name(c, "")
 
 
 @functools.cache
-def _parts_words(c: str) -> bool:
+def _separates_words(c: str) -> bool:
     category = unicodedata.category(c)
-    return category == "Cc" or (category[0] in "ZP" and c not in MEANT)
+    return category == "Cc" or (category[0] in "ZP" and c not in KEPT_PUNCTUATION)

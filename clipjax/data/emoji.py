@@ -1,7 +1,7 @@
-"""`emoji`: some 3,800 colour pictures with their names in fourteen languages, a TensorFlow Datasets builder without TensorFlow.
+"""`emoji`: some 3,800 colour images with their names in fourteen languages, a TensorFlow Datasets builder without TensorFlow.
 
-The pictures are what the system's colour-emoji font draws, the names those of the `emoji` package (Unicode CLDR). Split `test`
-holds combinations with a skin tone that `train` never shows, so that a model which understands names can compose them.
+The system's colour-emoji font draws the images; the names are those of the `emoji` package (Unicode CLDR). Split `test` holds
+combinations with a skin tone that `train` never shows. A model that understands the names can compose them.
 """
 
 import contextlib
@@ -58,41 +58,42 @@ class Font:
     def __post_init__(self) -> None:
         if not features.check("raqm"):
             remedy = "install FriBiDi (Debian, Ubuntu: apt-get install libfribidi0; macOS: brew install fribidi)"
-            raise ConfigError(f"emoji: Pillow can't join emoji sequences to one picture, for it finds no libfribidi: {remedy}")
-        if self.draw("😀").convert("HSV").getextrema()[1][1] == 0:
+            raise ConfigError(f"emoji: Pillow can't join emoji sequences to one image, for it finds no libfribidi: {remedy}")
+        if self.draw("😀").convert("HSV").getchannel("S").getbbox() is None:  # no pixel is saturated
             remedy = f"set {FONT_VARIABLE} to one with colour bitmaps, such as Noto Color Emoji (CBDT)"
             raise ConfigError(f"emoji: Pillow draws no colour with {self.path}: {remedy}")
 
     @property
     def face(self) -> ImageFont.FreeTypeFont:
-        """At the font's own pixel size: bitmaps have no other."""
+        """At the font's own pixel size: a font of bitmaps has no other."""
         for size in SIZES:
             with contextlib.suppress(OSError):
                 return ImageFont.truetype(self.path, size, layout_engine=ImageFont.Layout.RAQM)
         raise ConfigError(f"emoji: {self.path} has no bitmaps of {', '.join(map(str, SIZES))} pixels: set {FONT_VARIABLE}")
 
     def draw(self, sequence: str, face: ImageFont.FreeTypeFont | None = None) -> Image.Image:
-        """The sequence on white, RGB, in the size of one picture (Noto: 136 x 128)."""
+        """The sequence on white, RGB, in the size of one emoji (Noto: 136 x 128)."""
         face = face or self.face
-        picture = Image.new("RGB", tuple(map(int, face.getbbox("😀")[2:])), "white")
-        ImageDraw.Draw(picture).text((0, 0), sequence, font=face, embedded_color=True)
-        return picture
+        _, _, width, height = map(int, face.getbbox("😀"))
+        image = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(image).text((0, 0), sequence, font=face, embedded_color=True)
+        return image
 
-    def pictures(self) -> Iterator[tuple[str, Image.Image]]:
-        """Every fully-qualified sequence that is drawn as one glyph, with its picture.
+    def images(self) -> Iterator[tuple[str, Image.Image]]:
+        """Every fully-qualified sequence that the font draws as one glyph, with its image.
 
-        One glyph is as wide as one emoji; what the font lacks looks like a code point that no font has."""
+        One glyph is as wide as one emoji. A sequence that the font lacks looks like a code point that no font has."""
         face = self.face
         width, missing = face.getlength("😀"), self.draw("\U0010fffd", face).tobytes()
         for sequence, data in emoji.EMOJI_DATA.items():
             if data["status"] == emoji.STATUS["fully_qualified"] and face.getlength(sequence) == width:
-                picture = self.draw(sequence, face)
-                if picture.tobytes() != missing:
-                    yield sequence, picture
+                image = self.draw(sequence, face)
+                if image.tobytes() != missing:
+                    yield sequence, image
 
     @property
     def version(self) -> str:
-        """Family and revision, as `Noto Color Emoji 2.042`: OpenType's `head` table, of a collection that of the first font."""
+        """Family and revision, as `Noto Color Emoji 2.042`, from OpenType's `head` table; of a collection, of its first font."""
         data = self.path.read_bytes()
         (start,) = struct.unpack_from(">I", data, 12) if data[:4] == b"ttcf" else (0,)
         (tables,) = struct.unpack_from(">H", data, start + 4)
@@ -102,16 +103,16 @@ class Font:
 
 
 def find_font() -> Font:
-    """The font that CLIPJAX_EMOJI_FONT names, or else the system's. Raises ConfigError with the remedy where there is none."""
+    """The font that CLIPJAX_EMOJI_FONT names, else the system's. Raises ConfigError with the remedy if there is none."""
     if chosen := os.environ.get(FONT_VARIABLE):
         if not Path(chosen).is_file():
             raise ConfigError(f"{FONT_VARIABLE} = {chosen!r}: there is no such file; name a colour-emoji font or unset it")
         return Font(Path(chosen))
-    home = Path.home()
+    user = Path.home()
     if sys.platform == "darwin":
-        folders, name = [Path("/System/Library/Fonts"), Path("/Library/Fonts"), home / "Library/Fonts"], "Apple Color Emoji.ttc"
+        folders, name = [Path("/System/Library/Fonts"), Path("/Library/Fonts"), user / "Library/Fonts"], "Apple Color Emoji.ttc"
     else:
-        folders = [Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), home / ".local/share/fonts", home / ".fonts"]
+        folders = [Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), user / ".local/share/fonts", user / ".fonts"]
         name = "NotoColorEmoji*.ttf"
     for folder in folders:
         if found := sorted(folder.rglob(name)):
@@ -121,17 +122,17 @@ def find_font() -> Font:
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """Pictures of emoji and their names. `metadata` tells which font and which `emoji` package they came from."""
+    """Images of emoji and their names. `metadata` holds the versions of the font and of the `emoji` package."""
 
     VERSION = tfds.core.Version(VERSION)
-    url_infos: Mapping[str, Any] = MappingProxyType({})  # none; tfds would look for them with a package it doesn't require
+    url_infos: Mapping[str, Any] = MappingProxyType({})  # none; tfds would look for them with a package that it does not require
 
     def __init__(self, *, font: Font, **kwargs: Any) -> None:
         self.font = font
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        self.drawn = dict(self.font.pictures())
+        self.images = dict(self.font.images())
         source = sources(self.font)
         return tfds.core.DatasetInfo(
             builder=self,
@@ -142,7 +143,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                     "caption": tfds.features.Text(doc="the English name"),
                     "captions": tfds.features.Sequence(tfds.features.Text(), doc=f"the names: {', '.join(LANGUAGES)}"),
                     "key": tfds.features.Text(doc="code points in lower-case hex joined by `-`"),
-                    "label": tfds.features.ClassLabel(names=sorted(names_of(s)[0] for s in self.drawn)),
+                    "label": tfds.features.ClassLabel(names=sorted(names_of(s)[0] for s in self.images)),
                 }
             ),
             metadata=tfds.core.MetadataDict(source),
@@ -152,10 +153,10 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples(False), "test": self._generate_examples(True)}
 
     def _generate_examples(self, test: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-        for sequence, picture in self.drawn.items():
+        for sequence, image in self.images.items():
             if is_test(sequence) == test:
                 png = io.BytesIO()
-                picture.save(png, "png", compress_level=1)  # half the time of the default, and quicker to read
+                image.save(png, "png", compress_level=1)  # half the time of the default, and faster to read
                 key, names = key_of(sequence), names_of(sequence)
                 yield key, {"image": png.getvalue(), "caption": names[0], "captions": names, "key": key, "label": names[0]}
 
@@ -166,14 +167,19 @@ def sources(font: Font) -> dict[str, str]:
 
 
 def is_current(folder: Path, font: Font) -> bool:
-    """Whether the dataset is there, from this font and this `emoji` package."""
-    return folder.exists() and dict(tfds.builder_from_directory(folder).info.metadata) == sources(font)
+    """Whether the dataset exists and was built from this font and this `emoji` package."""
+    return folder.exists() and _metadata(folder) == sources(font)
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    metadata = tfds.builder_from_directory(folder).info.metadata
+    return dict(metadata) if isinstance(metadata, dict) else {}
 
 
 def prepare_emoji(data_dir: Path) -> Path:
-    """Builds the dataset under `data_dir`, unless it is there from this font and package. Returns the dataset's folder.
+    """Builds the dataset under `data_dir`, unless it is current (`is_current`). Returns the dataset's folder.
 
-    It appears whole or not at all. Raises ConfigError where there is no font."""
+    The folder appears complete or not at all. Raises ConfigError if there is no font."""
     font, folder = find_font(), data_dir / "emoji" / VERSION
     if is_current(folder, font):
         return folder
@@ -189,14 +195,14 @@ def prepare_emoji(data_dir: Path) -> Path:
                 folder.rename(Path(scratch, "outdated"))
             Path(builder.data_dir).rename(folder)
         except OSError:
-            if not is_current(folder, font):  # else another process was first
+            if not is_current(folder, font):  # otherwise another process was first
                 raise
     return folder
 
 
 def warn_if_outdated(folder: Path) -> None:
-    """Logs a warning if the stored dataset is not what this font and package would give. Without a font it can't be outdated."""
+    """Logs a warning if this font and package would build another dataset than the stored one. Without a font, none is logged."""
     with contextlib.suppress(ConfigError):
         if not is_current(folder, font := find_font()):
-            before = dict(tfds.builder_from_directory(folder).info.metadata)
-            log.warning("%s is from %s, not %s: `clipjax data prepare emoji` builds it again", folder, before, sources(font))
+            stored = _metadata(folder)
+            log.warning("%s is from %s, not %s: `clipjax data prepare emoji` builds it again", folder, stored, sources(font))

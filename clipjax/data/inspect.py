@@ -1,4 +1,4 @@
-"""What is in a dataset: numbers to read and a contact sheet to look at, before hours go into training on it."""
+"""What is in a dataset: statistics and a contact sheet, to look at before hours go into training on it."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,20 +17,20 @@ from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.files import write_whole
 
-SAMPLE = 10_000  # examples looked at; of a larger dataset that many, evenly spread
-VOCABULARY = 8192  # of the tokenizer trained where none is given
-GRID = 8  # pictures a side of the sheet
+SAMPLE = 10_000  # examples that are read at most, evenly spread over the dataset
+VOCABULARY = 8192  # of the tokenizer that is trained where none is given
+GRID = 8  # images along each side of the sheet
 
 
 def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, length: int = 77) -> dict[str, Any]:
-    """Statistics of a dataset, ready for JSON; writes a contact sheet of 8 x 8 pictures with their captions to `out_png`.
+    """Statistics of a dataset, ready for JSON; writes a contact sheet of 8 x 8 images with their captions to `out_png`.
 
-    Sizes are in pixels; `tokens` count the special ones. Without a tokenizer, a BPE is trained on the captions and truncation
-    is that of `length` tokens. Raises ConfigError as `open_source` does."""
+    Sizes are in pixels; `tokens` count the special ones too. Without a tokenizer, a BPE is trained on the captions, and
+    `truncated_share` is of captions longer than `length` tokens. Raises ConfigError as `open_source` does."""
     source = open_source(data)
     indices = np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).round().astype(int)).tolist()
     with ThreadPoolExecutor(data.workers) as pool:
-        seen = list(pool.map(lambda i: _look(source.record(i)), indices))
+        seen = list(pool.map(lambda i: _examine(source.record(i)), indices))
     captions = [c for record, _, _ in seen for c in record.captions]
     ids = Counter(caption_id(record.captions[0]) for record, _, _ in seen if record.captions)
     tokenizer = tokenizer or Tokenizer.train(captions, VOCABULARY, lowercase=True, length=length)
@@ -88,9 +88,9 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(f"{name:15} {value}" for name, value in rows.items())
 
 
-def _look(record: Record) -> tuple[Record, tuple[int, int] | None, str | None]:
+def _examine(record: Record) -> tuple[Record, tuple[int, int] | None, str | None]:
     try:
-        return record, decode(record.picture).size, None
+        return record, decode(record.image).size, None
     except Exception as e:  # a decoder may raise anything
         return record, None, f"{type(e).__name__}: {e}"
 
@@ -100,7 +100,7 @@ def _spread(values: list[int]) -> dict[str, float]:
 
 
 def _contact_sheet(source: Source, readable: list[int], title: str) -> Image.Image:
-    """The same random pictures every time, so that two sheets can be compared."""
+    """The same random images every time, so that two sheets can be compared."""
     chosen = np.random.default_rng(0).permutation(readable)[: GRID * GRID].tolist()
     examples = [source[i] for i in chosen]
-    return contact_sheet(title, [Cell(e.picture, [(e.captions[0], "#333333")]) for e in examples], GRID)
+    return contact_sheet(title, [Cell(e.image, [(e.captions[0], "#333333")]) for e in examples], GRID)

@@ -1,7 +1,7 @@
 """Batches of NumPy arrays from a source, by Grain: shuffled and augmented for training, in order for evaluation.
 
-The order of the data and every augmentation are a function of (seed, step): neither the workers' kind or number, nor the
-number of hosts, nor where a run was resumed changes a batch.
+The order of the data and every augmentation are a function of (seed, step). The kind and number of workers, the number of hosts
+and the step at which a run was resumed do not change a batch.
 """
 
 import logging
@@ -21,21 +21,21 @@ from absl import flags
 from clipjax import config
 from clipjax.config import ConfigError, require
 from clipjax.data import captions
-from clipjax.data.image import fit, least_side, transform
+from clipjax.data.image import fit, min_decoded_side, transform
 from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
-SAMPLE = 1000  # examples looked at before it is said that none has so many captions
+Batch = dict[str, Any]  # arrays; of a single example also scalars of NumPy
+SAMPLE = 1000  # examples that are read to find one with enough captions
 
 
 class BatchStream(Iterator[Batch]):
-    """Batches that workers make ahead of time. Close it, or leave its `with` block, to end the workers."""
+    """Batches that workers prepare ahead of time. Close it, or leave its `with` block, to end the workers."""
 
     def __init__(self, dataset: grain.IterDataset, *, shared: bool = False) -> None:
-        """`shared`: batches arrive in shared memory. They are copied out of it, so that it is freed at once and not when the
-        last user lets go, which at the end of the program is too late for Grain and leaks it."""
+        """`shared`: batches arrive in shared memory. They are copied, so that it is freed at once. If the last user freed it, at
+        the end of the program, it would be too late for Grain, and the memory would leak."""
         self._iterator: Any = iter(dataset)
         self._shared = shared
 
@@ -46,7 +46,7 @@ class BatchStream(Iterator[Batch]):
         return {name: np.array(value) for name, value in batch.items()} if self._shared else batch
 
     def close(self) -> None:
-        """Ends the workers. Lets go of Grain's iterator, whose destructor complains at the end of the program."""
+        """Ends the workers, and drops Grain's iterator, whose destructor fails at the end of the program."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator.close()
@@ -60,7 +60,7 @@ class BatchStream(Iterator[Batch]):
 
 @dataclass(frozen=True)
 class _TrainExample:
-    """From an index to a finished example; Grain calls it in a worker, with a generator of this index and epoch."""
+    """Makes an example from its index. Grain calls it in a worker, with a random generator of this index and epoch."""
 
     source: Source
     tokenizer: Tokenizer
@@ -69,23 +69,26 @@ class _TrainExample:
     teacher: Teacher | None
 
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        example, k = self.source.read(index, least_side(self.size, self.data.augment)), self.data.captions_per_image
-        shown = [example.captions[i] for i in captions.drawn(len(example.captions), k, rng)]
+        data, k = self.data, self.data.captions_per_image
+        example = self.source.read(index, min_decoded_side(self.size, data.augment))
+        shown = [example.captions[i] for i in captions.choose(len(example.captions), k, rng)]
         tokens, truncated = self.tokenizer.encode(shown)
-        made = {
-            "image": transform(example.picture, self.size, self.data.resize, self.data.augment, rng),
+        rows: Batch = {
+            "image": transform(example.image, self.size, data.resize, data.augment, rng),
             "text": tokens if k > 1 else tokens[0],
             "index": np.int32(index),
             "replaced": np.bool_(example.replaced),
             "truncated": truncated if k > 1 else truncated[0],
         }
-        if self.data.ids == "caption":
-            made["id"] = np.int32(captions.caption_id(example.captions[0]))
-        return made if self.teacher is None else made | self.teacher[example.index]
+        if data.ids == "caption":
+            rows["id"] = np.int32(captions.caption_id(example.captions[0]))
+        return rows if self.teacher is None else rows | self.teacher[example.index]
 
 
 @dataclass(frozen=True)
 class _EvalExample:
+    """Makes an example from its index, or padding from an index past the source's end."""
+
     source: Source
     data: config.Data
     size: int
@@ -94,7 +97,7 @@ class _EvalExample:
         real = index < len(self.source)
         example = self.source.read(index if real else 0)
         return {
-            "image": fit(example.picture, self.size, self.data.resize),
+            "image": fit(example.image, self.size, self.data.resize),
             "index": np.int32(index if real else -1),
             "label": np.int32(example.label),
             "mask": np.bool_(real and not example.replaced),
@@ -115,20 +118,23 @@ def train_batches(
     process_count: int = 1,
     teacher: Teacher | None = None,
 ) -> BatchStream:
-    """This host's share of every global batch of `batch_size` examples, for ever, from `start_step` finished steps on.
+    """This host's share of every global batch of `batch_size` examples, without end, from `start_step` finished steps on.
 
-    A batch has `image` uint8 [b, s, s, 3], `text` int32 [b, t], `index` int32 [b] (of the example; also where another stands in
-    for it, so that none comes twice), and `replaced` (the picture could not be read, another stands in) and `truncated` (the
-    caption was too long) bool [b], b = batch_size / process_count. The hosts' shares in the order of their indices are what a
-    single host would get. No example comes twice in a batch: an epoch ends with its last whole batch, and the next one is
-    shuffled anew.
+    A batch holds, with b = batch_size / process_count:
 
-    Of several captions one is drawn at each visit. With `data.captions_per_image` = K > 1, `text` is [b, K, t] and `truncated`
-    [b, K]: the main caption, then K - 1 of the others (`captions.drawn`). With `data.ids` there is `id` int32 [b], that of the
-    main caption (`captions.caption_id`); with `data.teacher` `teacher_image` and `teacher_text` float32 [b, f], the latter of the
-    main caption. `teacher` is that file, where it has been opened already.
+    - `image` uint8 [b, s, s, 3] and `text` int32 [b, t]; with `data.captions_per_image` = K > 1, `text` int32 [b, K, t];
+    - `index` int32 [b], the example's number in the source; if another example replaces it, still its own number;
+    - `replaced` bool [b]: the image could not be read, and another example replaces it;
+    - `truncated` bool [b], or [b, K]: the caption was too long;
+    - with `data.ids`, `id` int32 [b] of the main caption (`captions.caption_id`);
+    - with `data.teacher`, `teacher_image` and `teacher_text` (of the main caption) float32 [b, f]. `teacher` is that file, if it
+      has been opened already.
 
-    Raises ConfigError as `check_source` and `Teacher` do, and for a batch that does not divide over the hosts."""
+    At each visit one caption is chosen, or K of them (`captions.choose`). The hosts' shares in the order of their indices are
+    what a single host would get. No example comes twice in a batch: an epoch ends with its last full batch, and the next one
+    is shuffled again.
+
+    Raises ConfigError as `check_source` and `Teacher` do, and for a batch that the hosts can't divide equally."""
     n = len(source)
     local = _local_batch(batch_size, process_count)
     check_source(source, data, batch_size)
@@ -136,22 +142,22 @@ def train_batches(
     if teacher is None and data.teacher is not None:
         teacher = Teacher(data.teacher, source)
     load = _TrainExample(source, tokenizer, data, image_size, teacher)
-    # From indices, not from the source: Grain would decode a whole batch before it augments the first picture.
+    # From indices, not from the source: Grain would decode a whole batch before it augments the first image.
     examples = grain.MapDataset.range(n).seed(seed).shuffle()[: n // batch_size * batch_size]
-    # The generator of random_map is keyed by the index it sees here: that within the global order of all epochs.
+    # random_map keys its generator by the index that it sees here: the position in the global order of all epochs.
     batches = examples.random_map(load).repeat().batch(local, drop_remainder=True)
     share = batches[process_index::process_count][start_step:]
     if data.worker_kind == "threads":
         return BatchStream(share.to_iter_dataset(_read_options(data.workers)))
-    if not flags.FLAGS.is_parsed():  # Grain hands its own flags to its workers
+    if not flags.FLAGS.is_parsed():  # Grain passes its own flags to its workers
         flags.FLAGS.mark_as_parsed()
-    one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    single = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     workers = grain.MultiprocessingOptions(num_workers=data.workers)
-    return BatchStream(share.to_iter_dataset(one).mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
+    return BatchStream(share.to_iter_dataset(single).mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
 
 
 def check_source(source: Source, data: config.Data, batch_size: int) -> None:
-    """Raises ConfigError for a source that has fewer examples than a batch, or none with `data.captions_per_image` captions."""
+    """Raises ConfigError for a source with fewer examples than a batch, or no example of `data.captions_per_image` captions."""
     n, k = len(source), data.captions_per_image
     remedy = f"is more than the {n} examples of {source.name}: use at most {n}"
     require(batch_size <= n, "train.batch_size", batch_size, remedy)
@@ -166,15 +172,17 @@ def check_source(source: Source, data: config.Data, batch_size: int) -> None:
 
 
 def _start_worker(_index: int, _count: int) -> None:
-    """Has a worker log as the command line does, leave signals to it (a terminal or Slurm gives them to all processes, and the
-    command line still needs batches), and end when it has ended: a worker that waits for it would stay for ever."""
+    """Makes a worker process log as the command line does, ignore signals, and end when the command line's process ends.
+
+    A terminal or Slurm sends signals to all processes, but the command line still needs batches. A worker that waits for a
+    process that has ended would wait for ever."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def watch() -> None:
-        parent = multiprocessing.parent_process()
-        parent.join()
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -191,9 +199,9 @@ def eval_batches(
 ) -> BatchStream:
     """This host's share of every example once, in order, never augmented, decoded by threads whatever `data.worker_kind`.
 
-    A batch has `image` uint8 [b, s, s, 3], `index` int32 [b] (of the example; -1: padding), `label` int32 [b] (-1: none) and,
-    bool [b], `mask` (counts: neither padding nor replaced) and `replaced`. The last batch is padded, so that shapes never change;
-    all hosts get as many batches."""
+    A batch holds `image` uint8 [b, s, s, 3], `index` int32 [b] (the example's; -1: padding), `label` int32 [b] (-1: none), and
+    bool [b] `mask` (neither padding nor replaced: it counts) and `replaced`. The last batch is padded, so that shapes never
+    change. All hosts get the same number of batches."""
     local = _local_batch(batch_size, process_count)
     padded = math.ceil(len(source) / batch_size) * batch_size
     batches = grain.MapDataset.range(padded).map(_EvalExample(source, data, image_size)).batch(local)
@@ -201,7 +209,7 @@ def eval_batches(
 
 
 def eval_captions(source: Source) -> tuple[list[str], np.ndarray]:
-    """Every caption of every example, m in all, and int32 [m]: the index of its example. Decodes no picture."""
+    """Every caption of every example, m in all, and int32 [m]: the index of its example. Decodes no image."""
     captions = [source.record(i).captions for i in range(len(source))]
     owner = np.repeat(np.arange(len(captions), dtype=np.int32), [len(c) for c in captions])
     return [text for several in captions for text in several], owner
@@ -214,5 +222,5 @@ def _local_batch(batch_size: int, process_count: int) -> int:
 
 
 def _read_options(workers: int) -> grain.ReadOptions:
-    """A batch in the making for each thread, and two in hand."""
+    """Each thread prepares one batch, and two more are ready."""
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 2)

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in a grid, with text under each."""
+"""Contact sheets: images in a grid, with text under each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ MARGIN = 8
 
 @dataclass(frozen=True)
 class Cell:
-    picture: Image.Image
-    texts: Sequence[tuple[str, str]]  # each with its colour
+    image: Image.Image
+    texts: Sequence[tuple[str, str]]  # each text with its colour
 
 
 def contact_sheet(title: str, cells: Sequence[Cell], columns: int) -> Image.Image:
-    """All cells, row by row. A text is cut to three lines."""
-    font, heading = ImageFont.load_default(13), ImageFont.load_default(20)
+    """All cells, row by row. A text that needs more than three lines is shortened."""
+    font, heading = _font(13), _font(20)
     line = sum(font.getmetrics()) + 1
     texts = max((len(cell.texts) for cell in cells), default=1)
     width, height = columns * (CELL + MARGIN) + MARGIN, CELL + texts * LINES * line + 2 * MARGIN
@@ -26,18 +26,24 @@ def contact_sheet(title: str, cells: Sequence[Cell], columns: int) -> Image.Imag
     sheet = Image.new("RGB", (width, top + rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, "black", heading)
-    for place, cell in enumerate(cells):
-        x, y = MARGIN + place % columns * (CELL + MARGIN), top + place // columns * height
+    for i, cell in enumerate(cells):
+        x, y = MARGIN + i % columns * (CELL + MARGIN), top + i // columns * height
         draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), outline="#dddddd")
-        sheet.paste(ImageOps.pad(cell.picture, (CELL, CELL), color="white"), (x, y))
-        written = [(words, colour) for text, colour in cell.texts for words in _wrap(text, font)]
-        for n, (words, colour) in enumerate(written):
+        sheet.paste(ImageOps.pad(cell.image, (CELL, CELL), color="white"), (x, y))
+        lines = [(words, colour) for text, colour in cell.texts for words in _wrap(text, font)]
+        for n, (words, colour) in enumerate(lines):
             draw.text((x, y + CELL + 3 + n * line), words, colour, font)
     return sheet
 
 
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # a font of a given size always is
+    return font
+
+
 def _wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """At most LINES lines that fit a cell; what is left out ends in an ellipsis."""
+    """At most LINES lines that fit a cell. If text is left out, the last line ends in an ellipsis."""
     lines, words = [""], text.split()
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
@@ -47,10 +53,10 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
             lines.append(word)
     if len(lines) > LINES:
         lines = [*lines[: LINES - 1], lines[LINES - 1] + " ..."]
-    return [_cut(line, font) for line in lines]
+    return [_shorten(line, font) for line in lines]
 
 
-def _cut(line: str, font: ImageFont.FreeTypeFont) -> str:
+def _shorten(line: str, font: ImageFont.FreeTypeFont) -> str:
     if font.getlength(line) <= CELL:
         return line
     while line and font.getlength(f"{line}...") > CELL:

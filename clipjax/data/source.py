@@ -1,4 +1,4 @@
-"""What a source of pictures and captions is: examples by index, with others standing in for those that can't be read."""
+"""What a source of images and captions is: examples by index. Another example replaces one that can't be read."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Record:
-    """An example as stored, its picture not yet decoded."""
+    """An example as stored, its image not yet decoded."""
 
-    picture: bytes | Path
+    image: bytes | Path  # empty: it has none
     captions: tuple[str, ...]  # the first is the main one
     key: str
     label: int = -1  # index of its class name; -1: none
@@ -29,21 +29,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Example:
-    picture: Image.Image  # RGB
+    image: Image.Image  # RGB
     captions: tuple[str, ...]  # at least one
     key: str
     label: int
-    index: int  # its place in the source; of a stand-in its own
-    replaced: bool  # it stands in for one that can't be read
-
-    @property
-    def image(self) -> np.ndarray:
-        """uint8 [h, w, 3]."""
-        return np.asarray(self.picture)
+    index: int  # its number in the source; of a replacement its own number
+    replaced: bool  # it replaces one that can't be read
 
 
 class Source(ABC):
-    """Examples by index. It can be pickled, and read by several threads at once."""
+    """Examples by index. A source can be pickled, and read by several threads at once."""
 
     name: str  # SPEC/SPLIT, or the SPEC alone of what has no splits
     classnames: tuple[str, ...] | None = None  # by label
@@ -59,7 +54,7 @@ class Source(ABC):
     def _record(self, i: int) -> Record: ...
 
     def record(self, i: int) -> Record:
-        """Example i without decoding its picture. One that can't be read is logged, and has no caption and an empty picture."""
+        """Example i without decoding its image. One that can't be read is logged, and has no caption and an empty image."""
         if i >= len(self):
             raise IndexError(i)
         try:
@@ -69,39 +64,39 @@ class Source(ABC):
             return Record(b"", (), f"number {i}")
 
     def _warn(self, key: str, what: str, error: Exception) -> None:
-        """Once a key; it is the key that is kept, for an exception holds on to its frames and what lies in them."""
+        """Once for each key. The key is kept and not the exception, which would keep its frames and their arrays in memory."""
         if key not in self._warned:
             self._warned.add(key)
             log.warning("%s: example %s %s: %s", self.name, key, what, f"{type(error).__name__}: {error}")
 
     def captions(self) -> Iterator[str]:
-        """All captions, without decoding pictures: what a tokenizer is trained on."""
+        """All captions, without decoding images: what a tokenizer is trained on."""
         for i in range(len(self)):
             yield from self.record(i).captions
 
     def __getitem__(self, i: int) -> Example:
         return self.read(i)
 
-    def read(self, i: int, least: int | None = None) -> Example:
-        """Example i, or another, always the same, if it can't be read or lacks a part (`replaced`; logged once a key).
+    def read(self, i: int, min_side: int | None = None) -> Example:
+        """Example i. If it can't be read or has no image or caption, another, always the same (`replaced`; logged once a key).
 
-        `least`: sides of that many pixels are enough (see `image.decode`). Raises ConfigError if no other can be read."""
-        if example := self._try(i, least):
+        `min_side`: sides of that many pixels are enough (see `image.decode`). Raises ConfigError if no other can be read."""
+        if example := self._try(i, min_side):
             return example
         for j in np.random.default_rng(i).integers(len(self), size=TRIES).tolist():
-            if example := self._try(j, least):
+            if example := self._try(j, min_side):
                 return replace(example, replaced=True)
         bad = self.record(i)
-        where = bad.picture if isinstance(bad.picture, Path) else bad.key
+        where = bad.image if isinstance(bad.image, Path) else bad.key
         remedy = "can't be read (the log has the reasons); check the files and their paths"
         raise ConfigError(f"{self.name}: {where} and {TRIES} others {remedy}")
 
-    def _try(self, i: int, least: int | None) -> Example | None:
+    def _try(self, i: int, min_side: int | None) -> Example | None:
         record = self.record(i)
         try:
-            if not record.captions or not record.picture:
-                raise ValueError(f"it has no {'picture' if record.captions else 'caption'}")
-            return Example(decode(record.picture, least), record.captions, record.key, record.label, i, replaced=False)
-        except Exception as e:  # a decoder may raise anything, and none of it may end a run
+            if not record.captions or not record.image:
+                raise ValueError(f"it has no {'image' if record.captions else 'caption'}")
+            return Example(decode(record.image, min_side), record.captions, record.key, record.label, i, replaced=False)
+        except Exception as e:  # a decoder may raise anything, and nothing of it may end a run
             self._warn(record.key, "is replaced by another", e)
             return None

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: `emoji`, `tfds:NAME[/CONFIG][:VERSION]` and `tsv:FILE`, each read at random by index."""
+"""Where images and captions come from: `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`, all read by index."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from clipjax.data.tsv import Tsv
 
 
 def open_source(data: config.Data) -> Source:
-    """The source that `data.spec` and `data.split` name. `emoji` is built first if it isn't there yet.
+    """The source that `data.spec` and `data.split` name. `emoji` is built first if it does not exist yet.
 
-    Raises ConfigError, with what there is, for an unknown spec, dataset, split or field."""
+    Raises ConfigError, which names the valid ones, for an unknown spec, dataset, split or field."""
     kind, _, rest = data.spec.partition(":")
     match kind:
         case "emoji" if not rest:

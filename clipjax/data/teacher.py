@@ -1,4 +1,4 @@
-"""A teacher's embeddings beside the examples: what `clipjax embed RUN --data SPEC --out FILE.npz` wrote of the same data."""
+"""A teacher's embeddings of the training examples, from a file that `clipjax embed RUN --data SPEC --out FILE.npz` wrote."""
 
 import struct
 import zipfile
@@ -14,15 +14,15 @@ ARRAYS = ("image", "text", "key")
 
 
 class Teacher:
-    """The teacher's vectors of every example of a source, matched by key; of several rows with one key the first.
+    """The teacher's vectors of every example of a source, matched by key. Of several rows with the same key the first counts.
 
-    The vectors stay in the file and are paged in as they are read, so that workers share them. Can be pickled."""
+    The vectors stay in the file and are memory-mapped, so that workers share them. It can be pickled."""
 
     def __init__(self, path: str, source: Source) -> None:
-        """Reads every record's key, and decodes no picture but those that have no row: one that can't be read needs none, for
-        another stands in for it.
+        """Reads the key of every record. Decodes only the images of examples without a row: one that can't be read needs no
+        row, because another example replaces it.
 
-        Raises ConfigError where the file or an array of it is missing or is not what `clipjax embed` writes, and where examples
+        Raises ConfigError where the file or an array of it is missing, or is not what `clipjax embed` writes, and where examples
         have no row."""
         self._path, self._name = Path(path).expanduser(), f"data.teacher = {path!r}"
         keys = self._open()
@@ -31,16 +31,16 @@ class Teacher:
             row_of.setdefault(key, row)
         self._rows = np.array([row_of.get(source.record(i).key, -1) for i in range(len(source))], np.int32)
         absent = np.flatnonzero(self._rows < 0).tolist()
-        lacking = next((i for i in absent if not source.read(i).replaced), None)
-        if lacking is not None:
+        missing = next((i for i in absent if not source.read(i).replaced), None)
+        if missing is not None:
             what = f"has no row for {len(absent):,} of the {len(source):,} examples of {source.name}"
             remedy = "write it from the same dataset and split with `clipjax embed`"
-            raise ConfigError(f"{self._name}: {what}, the first with key {source.record(lacking).key!r}; {remedy}")
+            raise ConfigError(f"{self._name}: {what}, the first with key {source.record(missing).key!r}; {remedy}")
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """`teacher_image` and `teacher_text` (of the main caption) float32 [f] of the source's example i."""
         row = self._rows[i]
-        if row < 0:  # unreadable when the rows were matched, and readable now
+        if row < 0:  # it was unreadable when the rows were matched, and is readable now
             raise ConfigError(f"{self._name}: has no row for number {i} of the examples; write it again with `clipjax embed`")
         return {"teacher_image": np.array(self._image[row], np.float32), "teacher_text": np.array(self._text[row], np.float32)}
 
@@ -57,10 +57,10 @@ class Teacher:
         if not self._path.is_file():
             raise ConfigError(f"{self._name}: there is no such file; {remedy}")
         try:
-            self._image, self._text, keys = (mapped(self._path, name) for name in ARRAYS)
+            self._image, self._text, keys = (memory_mapped(self._path, name) for name in ARRAYS)
         except KeyError as e:
             raise ConfigError(f"{self._name}: must hold arrays image, text and key; {remedy}") from e
-        except (zipfile.BadZipFile, ValueError, OSError) as e:  # cut short, or of another kind
+        except (zipfile.BadZipFile, ValueError, OSError) as e:  # truncated, or of another kind
             raise ConfigError(f"{self._name}: is not an .npz that can be read ({e}); {remedy}") from e
         shapes = f"image {self._image.dtype} {self._image.shape}, text {self._text.dtype} {self._text.shape}, key {keys.dtype}"
         vectors = self._image.ndim == 2 and self._image.shape == self._text.shape and keys.shape == (len(self._image),)
@@ -69,14 +69,14 @@ class Teacher:
         return keys.tolist()
 
 
-def mapped(path: Path, name: str) -> np.ndarray:
-    """An array of an .npz where it lies in the file, which np.load only copies; read where it is compressed.
+def memory_mapped(path: Path, name: str) -> np.ndarray:
+    """An array of an .npz, mapped from the file; np.load would copy it. A compressed array is read into memory.
 
-    Raises KeyError where there is none of this name."""
+    Raises KeyError where no array has this name."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
     with path.open("rb") as file:
-        file.seek(member.header_offset + 26)  # a member starts with 30 bytes, the last of which tell how much more there is
+        file.seek(member.header_offset + 26)  # the last 4 of a header's 30 bytes: the lengths of what follows
         file.seek(sum(struct.unpack("<HH", file.read(4))), SEEK_CUR)
         if member.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(file) == (1, 0):
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)

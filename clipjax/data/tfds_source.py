@@ -1,6 +1,6 @@
 """Prepared TensorFlow Datasets as sources, without TensorFlow: ArrayRecord files through `as_data_source`.
 
-Records are parsed here rather than by tfds, which would decode every picture, also where only the captions are wanted.
+Records are parsed here and not by tfds, which would decode every image even where only the captions are needed.
 """
 
 import os
@@ -18,16 +18,16 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.source import Record, Source
 
-KEYS = ("key", "file_name", "filename", "image_id", "id", "url")  # text features that tell examples apart and caption none
+KEYS = ("key", "file_name", "filename", "image_id", "id", "url")  # text features that name an example and are no caption
 
 
 def data_dir() -> Path:
-    """Where tfds keeps its datasets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """The folder of tfds's datasets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def open_emoji(data: config.Data) -> "Tfds":
-    """The dataset of clipjax.data.emoji; it is built if it is not there."""
+    """The dataset of clipjax.data.emoji. It is built if it does not exist."""
     from clipjax.data import emoji
 
     folder = data_dir() / "emoji" / emoji.VERSION
@@ -46,7 +46,7 @@ def _prepared() -> dict[tuple[str, ...], Path]:
 
 
 def find_dataset(spec: str, name: str) -> Path:
-    """The folder of NAME[/CONFIG][:VERSION] (`1.*` matches), of several versions the newest.
+    """The folder of NAME[/CONFIG][:VERSION] (`1.*` matches): of the newest version, if several match.
 
     Raises ConfigError if it has not been prepared, or if it has several configs and none is named."""
     match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::([\w.*]+))?", name)
@@ -60,11 +60,11 @@ def find_dataset(spec: str, name: str) -> Path:
         if wanted_config in (None, *parts[:-1]) and fnmatch(parts[-1], wanted_version or "*")
     }
     if not found:
-        there = [f"{'/'.join((dataset, *parts[:-1]))}:{parts[-1]}" for parts in sorted(folders)]
-        there = there or sorted({parts[0] for parts in _prepared()})
+        known = [f"{'/'.join((dataset, *parts[:-1]))}:{parts[-1]}" for parts in sorted(folders)]
+        known = known or sorted({parts[0] for parts in _prepared()})
         remedy = f"prepare it with `tfds build {dataset} --file_format=array_record`, or set TFDS_DATA_DIR"
         raise ConfigError(
-            f"data.spec = {spec!r}: not among the datasets in {data_dir()} ({', '.join(there) or 'none'}); {remedy}"
+            f"data.spec = {spec!r}: not among the datasets in {data_dir()} ({', '.join(known) or 'none'}); {remedy}"
         )
     if len(configs := sorted({parts[:-1] for parts in found})) > 1:
         raise ConfigError(f"data.spec = {spec!r}: name one of its configs: {', '.join('/'.join(parts) for parts in configs)}")
@@ -72,7 +72,7 @@ def find_dataset(spec: str, name: str) -> Path:
 
 
 def _leaves(feature: Any, path: str = "", many: bool = False) -> Iterator[tuple[str, Any, bool]]:
-    """Every feature that holds values, by its path in a record, and whether an example may hold several."""
+    """Every feature that holds values: its path in a record, the feature, and whether an example may hold several values."""
     if isinstance(feature, tfds.features.FeaturesDict):
         for name, child in sorted(feature.items()):
             yield from _leaves(child, f"{path}/{name}" if path else name, many)
@@ -83,9 +83,9 @@ def _leaves(feature: Any, path: str = "", many: bool = False) -> Iterator[tuple[
 
 
 class Tfds(Source):
-    """One split of a prepared dataset with a picture and a text or a label.
+    """One split of a prepared dataset with an image and a text or a label.
 
-    Picture: `data.image_field`, or the only one. Captions: `data.text_field`, else `caption`, else the only text other than a
+    Image: `data.image_field`, or the only one. Captions: `data.text_field`, else `caption`, else the only text that is not a
     file's name or a key, else the class names of the only label. A field is named by its path, as `captions/text`."""
 
     def __init__(self, data: config.Data, folder: Path) -> None:
@@ -94,7 +94,7 @@ class Tfds(Source):
         info = tfds.builder_from_directory(folder).info
         leaves = {path: (feature, many) for path, feature, many in _leaves(info.features)}
         self.fields = {path: f"{'several ' * many}{type(f).__name__} {f.shape}" for path, (f, many) in leaves.items()}
-        kinds, masks = tfds.features.Image, tfds.features.LabeledImage  # the one derives from the other
+        kinds, masks = tfds.features.Image, tfds.features.LabeledImage  # the second derives from the first
         images = [p for p, (f, many) in leaves.items() if isinstance(f, kinds) and not isinstance(f, masks) and not many]
         texts = [p for p, (f, _) in leaves.items() if isinstance(f, tfds.features.Text)]
         labels = [p for p, (f, _) in leaves.items() if isinstance(f, tfds.features.ClassLabel)]
@@ -106,7 +106,7 @@ class Tfds(Source):
         self._label = self._text if self._text in single else single[0] if len(single) == 1 else None
         if naming := self._text if self._text in labels else self._label:
             self.classnames = tuple(name.replace("_", " ") for name in leaves[naming][0].names)
-        self._from_label = self._text in labels
+        self._label_captions = self.classnames if self._text in labels else None  # None: captions are texts
         self._key = next((p for k in KEYS for p in texts if p.split("/")[-1] == k and not leaves[p][1]), None)
         self._records = self._open(data, info)
         self._split = data.split
@@ -119,9 +119,9 @@ class Tfds(Source):
             paths = next((default for default in defaults if default), [])
         if len(paths) == 1:
             return paths[0]
-        kind = "picture" if name == "image_field" else "text or label"
-        there = ", ".join(f"{p} ({self.fields[p]})" for p in known) or f"none; its fields are {', '.join(self.fields)}"
-        raise ConfigError(f"data.{name} = {chosen!r}: choose one {kind} field of {self.name}; there are {there}")
+        kind = "image" if name == "image_field" else "text or label"
+        choices = ", ".join(f"{p} ({self.fields[p]})" for p in known) or f"none; its fields are {', '.join(self.fields)}"
+        raise ConfigError(f"data.{name} = {chosen!r}: choose one {kind} field of {self.name}; there are {choices}")
 
     def _open(self, data: config.Data, info: Any) -> Any:
         if data.split.partition("[")[0] not in info.splits:
@@ -134,7 +134,8 @@ class Tfds(Source):
             )
         builder = tfds.builder_from_directory(info.data_dir, file_format="array_record")
         try:
-            return builder.as_data_source(data.split, deserialize_method=DeserializeMethod.RAW_BYTES)
+            raw = DeserializeMethod.RAW_BYTES
+            return builder.as_data_source(data.split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]  (decorated)
         except ValueError as e:  # of a slice such as train[:x]
             raise ConfigError(f"data.split = {data.split!r}: {e}") from e
 
@@ -142,21 +143,22 @@ class Tfds(Source):
         return len(self._records)
 
     def _record(self, i: int) -> Record:
-        features = tf_example_pb2.Example.FromString(self._records[i]).features.feature
+        example = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]  (protobuf makes it at import)
+        features = example.FromString(self._records[i]).features.feature
 
         def values(path: str, kind: str) -> list:
             path = path if path in features else f"{path}/ragged_flat_values"
             return list(getattr(features[path], kind).value) if path in features else []
 
-        if self._from_label:
-            captions = tuple(self.classnames[n] for n in values(self._text, "int64_list") if n >= 0)
+        if self._label_captions is not None:
+            captions = tuple(self._label_captions[n] for n in values(self._text, "int64_list") if n >= 0)
         else:
             captions = tuple(text.decode() for text in values(self._text, "bytes_list"))
         label = (values(self._label, "int64_list") if self._label else []) or [-1]
         key = values(self._key, "bytes_list")[0].decode() if self._key else f"{self._split}-{i}"
-        picture = values(self._image, "bytes_list") or [b""]
-        return Record(picture[0], captions, key, label[0])
+        image = values(self._image, "bytes_list") or [b""]
+        return Record(image[0], captions, key, label[0])
 
     def captions(self) -> Iterator[str]:
-        """All captions; where they are class names, each name once, for they say all that the examples say."""
-        return iter(self.classnames) if self._from_label else super().captions()
+        """All captions. Where they are class names, each name once: the examples add no other text."""
+        return super().captions() if self._label_captions is None else iter(self._label_captions)

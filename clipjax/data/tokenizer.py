@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-# The library's own threads and a fork do not mix, and it warns of that. The pipeline has workers of its own, so it needs none.
+# The library warns if a process with its threads is forked. The pipeline has workers of its own and does not need the threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -22,7 +22,7 @@ PAD_NAMES = (PAD, "[PAD]", "<|pad|>")
 
 
 class Tokenizer:
-    """Encodes captions to rows of one length: start, text, end, padding. What is too long loses text, never the end."""
+    """Encodes captions to rows of equal length: start, text, end, padding. A text that is too long keeps its end token."""
 
     def __init__(self, backend: tokenizers.Tokenizer, pad_id: int, length: int) -> None:
         """`length`: tokens a row, special ones included. Raises ConfigError unless the backend marks the end of a text."""
@@ -41,13 +41,13 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int, lowercase: bool, length: int) -> "Tokenizer":
         """A BPE of at most `vocab_size` tokens; few captions give fewer. The same captions give the same tokens.
 
-        The end has the highest id, for that is how CLIP's text tower finds it; padding has id 0. A text is given a space at
-        its front, so that a word has the same tokens wherever it stands. Raises ConfigError for too small a vocabulary."""
+        The end token has the highest id, by which CLIP's text tower finds it. Padding has id 0. A space is put in front of a
+        text, so that a word has the same tokens everywhere. Raises ConfigError for too small a vocabulary."""
         remedy = f"a byte-level BPE needs at least {SMALLEST} (256 bytes and three special tokens)"
         require(vocab_size >= SMALLEST, "model.text.vocab_size", vocab_size, remedy)
         backend = tokenizers.Tokenizer(models.BPE())
         spaces = [normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Prepend(" ")]
-        # open_clip straightens curly quotes before it tokenizes; doing so here too gives a text the same tokens on both sides.
+        # open_clip replaces curly quotes by straight ones before it tokenizes. So a text has the same tokens there and here.
         quotes = [normalizers.Replace(tokenizers.Regex(curly), straight) for curly, straight in CURLY]
         case = [normalizers.Lowercase()] if lowercase else []
         backend.normalizer = normalizers.Sequence([normalizers.NFC(), *quotes, *case, *spaces])
@@ -63,18 +63,22 @@ class Tokenizer:
         backend.add_special_tokens([AddedToken(END, special=True, normalized=False)])
         marks = [(token, backend.token_to_id(token)) for token in (START, END)]
         backend.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=marks)
-        return cls(backend, backend.token_to_id(PAD), length)
+        pad_id = backend.token_to_id(PAD)
+        assert pad_id is not None  # it is among the trainer's special tokens
+        return cls(backend, pad_id, length)
 
     @classmethod
     def load(cls, path: str | os.PathLike, length: int) -> "Tokenizer":
-        """Reads a tokenizer.json. Start and end are what its post-processor puts round a text; padding is what its `padding`
-        says, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json beside it, else a token named <pad>,
-        [PAD] or <|pad|>, else the end token. Raises ConfigError for a file that is missing, is none, or does not mark the end."""
+        """Reads a tokenizer.json. Its post-processor defines the start and end tokens. The padding token is that of its
+        `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a token
+        named <pad>, [PAD] or <|pad|>, else the end token.
+
+        Raises ConfigError for a file that is missing, is no tokenizer.json, or does not mark the end of a text."""
         path = place(path)
         require(path.is_file(), "tokenizer.path", str(path), "there is no such file; give the path of a tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
-        except Exception as e:  # the library raises nothing narrower
+        except Exception as e:  # the library raises nothing more specific
             raise ConfigError(f"tokenizer.path = {str(path)!r}: is not a tokenizer.json of Hugging Face tokenizers: {e}") from e
         pad = _pad_token(backend, path.parent)
         backend.no_truncation()
@@ -89,23 +93,23 @@ class Tokenizer:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a tokenizer.json that `load`, transformers and open_clip read. It records the padding token, not the length.
 
-        The file appears whole or not at all."""
+        The file appears complete or not at all."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.enable_padding(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
         with write_whole(path) as part:
             backend.save(str(part))
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """n texts -> ids int32 [n, length], and whether each lost its tail, bool [n]."""
+        """n texts -> ids int32 [n, length], and whether each text was truncated, bool [n]."""
         bodies = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         ids = np.full((len(bodies), self.length), self.pad_id, np.int32)
         for row, body in zip(ids, bodies, strict=True):
-            whole = [*self.prefix, *body[: self.room], *self.suffix]
-            row[: len(whole)] = whole
+            tokens = [*self.prefix, *body[: self.room], *self.suffix]
+            row[: len(tokens)] = tokens
         return ids, np.array([len(body) > self.room for body in bodies], bool)
 
     def tokens(self, text: str) -> int:
-        """How many tokens a text has, special ones included, if none are cut off."""
+        """How many tokens a text has without truncation, special ones included."""
         return len(self.prefix) + len(self.backend.encode(text, add_special_tokens=False).ids) + len(self.suffix)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -125,7 +129,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id: the least number of rows of an embedding table."""
+        """One more than the highest id: the smallest number of rows of an embedding table."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
 

@@ -14,9 +14,10 @@ QUOTED = re.compile(r'"(?:[^"]|"")*"')
 class Tsv(Source):
     """A tab-separated file with a header: column `filepath` (relative to the file's folder) and `title`, as open_clip reads.
 
-    A line is a row, in UTF-8. A field in quotes with those inside doubled, as pandas writes it, is what they hold; a quote
-    elsewhere is itself. Rows with the same path are one example with several captions, its place that of the first. There are no
-    splits and no labels: `split` may be `train` or `test`, the defaults of training and evaluation, and is the whole file."""
+    A line is a row, in UTF-8. If a field is in quotes, with quotes inside it doubled, as pandas writes it, the quotes are
+    removed; any other quote is a character. Rows with the same path are one example with several captions, at the position of
+    the first. There are no splits and no labels: `split` may be `train` or `test`, the defaults of training and evaluation,
+    and both are the whole file."""
 
     def __init__(self, data: config.Data, path: Path) -> None:
         super().__init__()

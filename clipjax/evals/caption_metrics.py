@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from clipjax.data.captions import normalised
+from clipjax.data.captions import normalise
 
 PACKAGES = {"bleu": "sacrebleu", "chrf": "sacrebleu", "cider": "pycocoevalcap"}  # that each metric needs
 INSTALL = "pip install 'clipjax[captions]'"
@@ -23,9 +23,9 @@ def missing() -> dict[str, str]:
 def exact_match(captions: Sequence[str], references: References) -> float:
     """Share, in [0, 1], of captions that equal one of their image's references.
 
-    They are compared as `data.captions.normalised` gives them: without case, punctuation and extra white space.
+    They are compared as `data.captions.normalise` gives them: without case, punctuation and extra white space.
     """
-    hits = [normalised(c) in set(map(normalised, several)) for c, several in zip(captions, references, strict=True)]
+    hits = [normalise(c) in set(map(normalise, several)) for c, several in zip(captions, references, strict=True)]
     return sum(hits) / len(hits)
 
 
@@ -51,7 +51,7 @@ def cider(captions: Sequence[str], references: References) -> float | None:
     """CIDEr-D (1411.5726), 0 to 10, as the COCO caption evaluation computes it, but without its Java tokenizer. Papers print a
     hundred times the value.
 
-    Words are in lower case, split at white space and at punctuation, which is dropped (`data.captions.normalised`). n-grams
+    Words are in lower case, split at white space and at punctuation, which is dropped (`data.captions.normalise`). n-grams
     have 1 to 4 words, each length counts a quarter, and a caption of fewer than four words has no n-grams of the longer
     lengths: even an exact match then scores less than 10. An n-gram weighs more the fewer images have it in their references,
     so that a single image has no score: None.
@@ -60,8 +60,8 @@ def cider(captions: Sequence[str], references: References) -> float | None:
         return None
     from pycocoevalcap.cider.cider import Cider
 
-    generated = {i: [normalised(c)] for i, c in enumerate(captions)}
-    expected = {i: [normalised(c) for c in several] for i, several in enumerate(references)}
+    generated = {i: [normalise(c)] for i, c in enumerate(captions)}
+    expected = {i: [normalise(c) for c in several] for i, several in enumerate(references)}
     return float(Cider().compute_score(expected, generated)[0])
 
 

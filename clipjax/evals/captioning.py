@@ -133,7 +133,7 @@ class Captioning(Evaluation):
     def _sample(self, i: int, caption: str) -> Sample:
         example = self._source[i]
         correct = caption_metrics.exact_match([caption], [self._accepted[i]]) == 1
-        return Sample(example.picture, example.key, caption, example.captions[0], correct)
+        return Sample(example.image, example.key, caption, example.captions[0], correct)
 
     def _nll(self, params: Params, images: Array, tokens: Int[Array, "b t"]) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
         """The sum of -log p over each caption's tokens, and their number."""

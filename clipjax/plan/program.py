@@ -62,7 +62,7 @@ def abstract_batch(run: config.Run, mesh: Mesh) -> Batch:
 
 def teacher_width(run: config.Run) -> int:
     """Of data.teacher's embeddings; where the file isn't here, as it is on the machine that will train, the model's own."""
-    from clipjax.data.teacher import ARRAYS, mapped
+    from clipjax.data.teacher import ARRAYS, memory_mapped
 
     path = Path(run.data.teacher).expanduser()
-    return mapped(path, ARRAYS[0]).shape[1] if path.is_file() else run.model.embed_dim
+    return memory_mapped(path, ARRAYS[0]).shape[1] if path.is_file() else run.model.embed_dim

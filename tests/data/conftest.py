@@ -1,4 +1,4 @@
-"""Datasets that every test of this room can read: emoji built once, and a folder of pictures that tell their index."""
+"""Datasets that every test of this room can read: emoji built once, and a folder of images that encode their index."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 from clipjax.data.emoji import prepare_emoji
 from clipjax.data.tokenizer import Tokenizer
 
-PICTURES = 41
+IMAGES = 41
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +33,17 @@ def write_tsv(folder: Path, rows: list[tuple[str, str]], header: str = "filepath
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A tsv of 41 noisy pictures; the caption of number i is `number i`, its mean red is 4 i."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images_tsv(tmp_path_factory):
+    """A tsv of 41 noisy images; the caption of number i is `number i`, its mean red is 4 i."""
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         pixels = rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)
         pixels[..., 0] = 4 * i
         Image.fromarray(pixels).save(folder / f"{i}.png")
-    return write_tsv(folder, [(f"{i}.png", f"number {i}") for i in range(PICTURES)])
+    return write_tsv(folder, [(f"{i}.png", f"number {i}") for i in range(IMAGES)])
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return Tokenizer.train([f"number {i}" for i in range(PICTURES)], 300, lowercase=True, length=8)
+    return Tokenizer.train([f"number {i}" for i in range(IMAGES)], 300, lowercase=True, length=8)

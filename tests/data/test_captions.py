@@ -6,7 +6,7 @@ import emoji as package
 import numpy as np
 import pytest
 
-from clipjax.data.captions import caption_id, drawn, normalised
+from clipjax.data.captions import caption_id, choose, normalise
 
 SAME = [
     ("A dog, running.", "a  dog running"),
@@ -47,32 +47,32 @@ EMPTY = ["", " ", "  ", "?", "!", "?!", "...", "。", "-", "--", "_", "\u200b", 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
 def test_near_duplicates_share_an_id(one, other):
-    assert normalised(one) == normalised(other)
+    assert normalise(one) == normalise(other)
     assert caption_id(one) == caption_id(other)
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_others_do_not(one, other):
-    assert normalised(one) != normalised(other)
+    assert normalise(one) != normalise(other)
     assert caption_id(one) != caption_id(other)
 
 
 def test_captions_without_a_word_stay_apart():
     assert len({caption_id(text) for text in EMPTY}) == len(EMPTY)
     assert caption_id(" ... ") == caption_id("…")  # alike but for white space and width
-    assert all(normalised(text) for text in EMPTY if text)
+    assert all(normalise(text) for text in EMPTY if text)
 
 
 def test_normal_form_is_stable():
     """Over all of Unicode, alone and within a word."""
     points = [chr(n) for n in range(sys.maxunicode + 1) if unicodedata.category(chr(n)) not in ("Cn", "Co", "Cs")]
     for text in [*points[::3], *(f"a{c}b" for c in points[1::3])]:
-        once = normalised(text)
-        assert normalised(once) == once, hex(ord(text[len(text) // 2]))
+        once = normalise(text)
+        assert normalise(once) == once, hex(ord(text[len(text) // 2]))
 
 
 def test_names_of_emoji_keep_their_ids_apart():
-    """In every language, and the pictures themselves as captions."""
+    """In every language, and the emoji themselves as captions."""
     package.config.load_language()
     known = {s: names for s, names in package.EMOJI_DATA.items() if names["status"] == package.STATUS["fully_qualified"]}
     assert len(known) > 3700
@@ -98,11 +98,11 @@ def test_id_is_an_int32_and_the_same_in_every_process():
 
 def test_draws():
     rng = np.random.default_rng(0)
-    assert {drawn(3, 1, rng)[0] for _ in range(50)} == {0, 1, 2}
-    assert drawn(4, 4, rng) == [0, 1, 2, 3]
-    assert drawn(2, 5, rng) == [0, 1, 0, 1, 0]
-    assert drawn(1, 2, rng) == [0, 0]
-    seen = [drawn(14, 3, rng) for _ in range(2600)]
+    assert {choose(3, 1, rng)[0] for _ in range(50)} == {0, 1, 2}
+    assert choose(4, 4, rng) == [0, 1, 2, 3]
+    assert choose(2, 5, rng) == [0, 1, 0, 1, 0]
+    assert choose(1, 2, rng) == [0, 0]
+    seen = [choose(14, 3, rng) for _ in range(2600)]
     assert all(d[0] == 0 < d[1] < d[2] < 14 for d in seen)
     counts = np.bincount([i for d in seen for i in d[1:]], minlength=14)[1:]
     assert (np.abs(counts - 400) < 5 * np.sqrt(400 * 11 / 13)).all()  # each of the 13 others in 2 of 13 draws
@@ -111,4 +111,4 @@ def test_draws():
 def test_one_of_several_is_drawn_as_it_always_was():
     """The stream of a run that was begun before there was data.captions_per_image."""
     ours, plain = np.random.default_rng(7), np.random.default_rng(7)
-    assert [drawn(5, 1, ours)[0] for _ in range(20)] == [int(plain.integers(5)) for _ in range(20)]
+    assert [choose(5, 1, ours)[0] for _ in range(20)] == [int(plain.integers(5)) for _ in range(20)]

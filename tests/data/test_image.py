@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from clipjax.config import Augment
-from clipjax.data.image import _crop, decode, fit, least_side, transform
+from clipjax.data.image import _crop, decode, fit, min_decoded_side, transform
 
 
 def noise(height, width, channels=3):
@@ -22,7 +22,7 @@ def encoded(image: Image.Image, form: str = "png", **options) -> bytes:
 
 def resize_reference(x, size, axis):
     """Antialiased bicubic with a = -1/2 in float64, as in `Resize(..., BICUBIC, antialias=True)`: Keys 1981, stretched by the
-    scale where the picture shrinks."""
+    scale where the image shrinks."""
     n = x.shape[axis]
     scale = n / size
     stretch = max(scale, 1.0)
@@ -92,9 +92,9 @@ def test_decode_from_a_path(tmp_path):
     np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.png")), pixels)
 
 
-def test_broken_pictures_raise(tmp_path):
+def test_broken_images_raise(tmp_path):
     whole = encoded(Image.fromarray(noise(40, 40)))
-    for data in (b"", b"no picture", whole[: len(whole) // 2], tmp_path / "none.png"):
+    for data in (b"", b"no image", whole[: len(whole) // 2], tmp_path / "none.png"):
         with pytest.raises(Exception, match=r"cannot identify|truncated|No such file"):
             decode(data)
 
@@ -110,10 +110,10 @@ def test_jpeg_is_decoded_no_smaller_than_needed():
 
 def test_smallest_crop_still_has_the_pixels():
     augment = Augment(crop=0.2, aspect=2.0)
-    least = least_side(64, augment)
+    least = min_decoded_side(64, augment)
     boxes = [_crop(least, least, augment, np.random.default_rng(i)) for i in range(500)]
     assert min(min(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes) >= 2 * 64 - 1
-    assert least_side(64, Augment()) == 128
+    assert min_decoded_side(64, Augment()) == 128
 
 
 def test_crops_are_what_the_configuration_says():
@@ -132,47 +132,47 @@ def test_crops_are_what_the_configuration_says():
     assert boxes[:, 0].max() > 0.3 * width
 
 
-def test_crop_of_a_narrow_picture():
+def test_crop_of_a_narrow_image():
     x0, y0, x1, y1 = _crop(1000, 10, Augment(crop=0.9, aspect=4 / 3), np.random.default_rng(0))
     assert (y0, y1) == (0, 10)
     np.testing.assert_allclose([x0, x1], [500 - 20 / 3, 500 + 20 / 3])
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees():
-    picture = Image.fromarray(noise(50, 70))
+    image = Image.fromarray(noise(50, 70))
     for resize in ("squash", "crop"):
-        got = transform(picture, 32, resize, Augment(), np.random.default_rng(0))
-        np.testing.assert_array_equal(got, fit(picture, 32, resize))
+        got = transform(image, 32, resize, Augment(), np.random.default_rng(0))
+        np.testing.assert_array_equal(got, fit(image, 32, resize))
 
 
 def test_transform_is_a_function_of_its_generator():
-    picture = Image.fromarray(noise(50, 70))
+    image = Image.fromarray(noise(50, 70))
     augment = Augment(crop=0.5, flip=True, brightness=0.3, contrast=0.3, saturation=0.3)
-    one, same, other = (transform(picture, 32, "squash", augment, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    one, same, other = (transform(image, 32, "squash", augment, np.random.default_rng(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
 
 
 def test_flip_is_one_of_two():
-    picture = Image.fromarray(noise(32, 32))
-    got = [transform(picture, 32, "squash", Augment(flip=True), np.random.default_rng(i)) for i in range(200)]
-    mirrored = sum(np.array_equal(x, np.asarray(picture)[:, ::-1]) for x in got)
-    straight = sum(np.array_equal(x, np.asarray(picture)) for x in got)
+    image = Image.fromarray(noise(32, 32))
+    got = [transform(image, 32, "squash", Augment(flip=True), np.random.default_rng(i)) for i in range(200)]
+    mirrored = sum(np.array_equal(x, np.asarray(image)[:, ::-1]) for x in got)
+    straight = sum(np.array_equal(x, np.asarray(image)) for x in got)
     assert mirrored + straight == 200
     assert 70 < mirrored < 130
 
 
 def test_colour_jitter_changes_what_it_says():
-    picture = Image.fromarray(noise(32, 32) // 2 + 32)
-    pixels = np.asarray(picture, float)
+    image = Image.fromarray(noise(32, 32) // 2 + 32)
+    pixels = np.asarray(image, float)
 
     def jittered(**changes):
         rng = np.random.default_rng(3)
-        return transform(picture, 32, "squash", Augment(**changes), rng).astype(float)
+        return transform(image, 32, "squash", Augment(**changes), rng).astype(float)
 
     factor = np.random.default_rng(3).uniform(0.5, 1.5)
     np.testing.assert_allclose(jittered(brightness=0.5), np.clip(pixels * factor, 0, 255), atol=1)
-    gray = np.asarray(picture.convert("L"), float)
+    gray = np.asarray(image.convert("L"), float)
     mean = round(gray.mean())
     np.testing.assert_allclose(jittered(contrast=0.5), np.clip(mean + (pixels - mean) * factor, 0, 255), atol=1)
     saturated = np.clip(gray[..., None] + (pixels - gray[..., None]) * factor, 0, 255)

@@ -8,13 +8,13 @@ from clipjax.data import inspect as module
 from clipjax.data import sheet as sheets
 from clipjax.data.inspect import describe, inspect
 from clipjax.data.tokenizer import Tokenizer
-from tests.data.conftest import PICTURES, write_tsv
+from tests.data.conftest import IMAGES, write_tsv
 
 
-def test_report(pictures, tmp_path):
-    report = inspect(Data(spec=f"tsv:{pictures}"), None, tmp_path / "sheet.png", length=16)
+def test_report(images_tsv, tmp_path):
+    report = inspect(Data(spec=f"tsv:{images_tsv}"), None, tmp_path / "sheet.png", length=16)
     assert json.loads(json.dumps(report)) == report
-    assert report["examples"] == report["examples_looked_at"] == PICTURES
+    assert report["examples"] == report["examples_looked_at"] == IMAGES
     assert report["width"] == {"min": 40, "median": 40, "max": 40}
     assert report["height"] == {"min": 30, "median": 50, "max": 70}
     assert report["words"] == {"min": 2, "median": 2, "max": 2}
@@ -24,72 +24,72 @@ def test_report(pictures, tmp_path):
     assert report["truncated_share"] == 0
     assert report["unreadable"] == {}
     assert report["samples"][0] == "number 0"
-    assert report["dataset"] == f"tsv:{pictures}"
+    assert report["dataset"] == f"tsv:{images_tsv}"
     text = describe(report)
     assert "30 to 70, median 50" in text
     assert "0.00% of the captions at 16 tokens" in text
     assert "sharing one     0 have" in text
 
 
-def test_the_sheet_is_a_png_whatever_its_name_and_folder(pictures, tmp_path):
-    inspect(Data(spec=f"tsv:{pictures}"), None, tmp_path / "new" / "sheet.of.pictures")
-    with Image.open(tmp_path / "new" / "sheet.of.pictures") as sheet:
+def test_the_sheet_is_a_png_whatever_its_name_and_folder(images_tsv, tmp_path):
+    inspect(Data(spec=f"tsv:{images_tsv}"), None, tmp_path / "new" / "sheet.of.images")
+    with Image.open(tmp_path / "new" / "sheet.of.images") as sheet:
         assert sheet.format == "PNG"
 
 
-def test_truncation_with_the_runs_own_tokenizer(pictures, tmp_path):
+def test_truncation_with_the_runs_own_tokenizer(images_tsv, tmp_path):
     short = Tokenizer.train(["number"], 265, lowercase=True, length=5)
-    report = inspect(Data(spec=f"tsv:{pictures}"), short, tmp_path / "sheet.png")
+    report = inspect(Data(spec=f"tsv:{images_tsv}"), short, tmp_path / "sheet.png")
     assert report["tokens"] == {"min": 5, "median": 6, "max": 6}  # start, ` number`, space, digits, end
-    counted = [short.encode([f"number {i}"])[1][0] for i in range(PICTURES)]
+    counted = [short.encode([f"number {i}"])[1][0] for i in range(IMAGES)]
     assert report["truncated_share"] == np.mean(counted) == 31 / 41
     assert report["context_length"] == 5
 
 
-def test_unreadable_pictures_are_named(tmp_path, pictures):
-    (tmp_path / "a.png").write_bytes((pictures.parent / "3.png").read_bytes())
-    (tmp_path / "b.png").write_text("no picture")
+def test_unreadable_images_are_named(tmp_path, images_tsv):
+    (tmp_path / "a.png").write_bytes((images_tsv.parent / "3.png").read_bytes())
+    (tmp_path / "b.png").write_text("no image")
     report = inspect(Data(spec=f"tsv:{write_tsv(tmp_path, [('a.png', 'a'), ('b.png', 'b')])}"), None, tmp_path / "sheet.png")
     assert list(report["unreadable"]) == ["b.png"]
     assert "b.png: UnidentifiedImageError" in describe(report)
     assert report["width"]["max"] == 40
 
 
-def test_examples_that_share_a_caption_are_counted(tmp_path, pictures):
+def test_examples_that_share_a_caption_are_counted(tmp_path, images_tsv):
     """Their main ones, as `data.ids` compares them."""
     rows = [("Red dog", "a"), ("a red!", "red dog."), ("blue", "red dog"), ("RED  DOG", ""), ("a (red)", ""), ("five", "")]
     titles = [(f"{i}.png", text) for i, both in enumerate(rows) for text in both if text]
     for i in range(len(rows)):
-        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes())
+        (tmp_path / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes())
     report = inspect(Data(spec=f"tsv:{write_tsv(tmp_path, titles)}"), None, tmp_path / "sheet.png")
     assert report["sharing_a_caption"] == 4
     assert "sharing one     4 have" in describe(report)
 
 
-def test_a_large_dataset_is_sampled(pictures, tmp_path, monkeypatch):
+def test_a_large_dataset_is_sampled(images_tsv, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SAMPLE", 11)
-    report = inspect(Data(spec=f"tsv:{pictures}"), None, tmp_path / "sheet.png")
-    assert (report["examples"], report["examples_looked_at"]) == (PICTURES, 11)
+    report = inspect(Data(spec=f"tsv:{images_tsv}"), None, tmp_path / "sheet.png")
+    assert (report["examples"], report["examples_looked_at"]) == (IMAGES, 11)
     assert report["height"] == {"min": 30, "median": 50, "max": 70}
     assert "the figures below are of 11, evenly spread" in describe(report)
 
 
-def test_contact_sheet_shows_the_pictures(emoji_here, tmp_path):
+def test_contact_sheet_shows_the_images(emoji_here, tmp_path):
     data = Data(split="test")
     inspect(data, None, tmp_path / "one.png")
     inspect(data, None, tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     sheet = np.asarray(Image.open(tmp_path / "one.png").convert("RGB"))
     assert sheet.shape[1] > 1000
-    # In every cell there are colours of its picture, and below it dark text on white.
+    # In every cell there are colours of its image, and below it dark text on white.
     pitch, top = sheets.CELL + sheets.MARGIN, 46
     height = (sheet.shape[0] - top) // module.GRID
     for row in range(module.GRID):
         for column in range(module.GRID):
             x, y = sheets.MARGIN + column * pitch, top + row * height
-            picture = sheet[y : y + sheets.CELL, x : x + sheets.CELL]
+            image = sheet[y : y + sheets.CELL, x : x + sheets.CELL]
             text = sheet[y + sheets.CELL + 3 : y + height, x : x + sheets.CELL]
-            assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 100
+            assert len(np.unique(image.reshape(-1, 3), axis=0)) > 100
             assert text.min() < 120
             assert np.median(text) == 255
 

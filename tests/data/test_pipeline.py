@@ -14,15 +14,15 @@ from clipjax.data.image import fit
 from clipjax.data.pipeline import eval_batches, eval_captions, train_batches
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from tests.data.conftest import PICTURES, write_tsv
+from tests.data.conftest import IMAGES, write_tsv
 
 AUGMENT = Augment(crop=0.5, flip=True, brightness=0.2)
 SIZE = 16
 
 
 @pytest.fixture
-def data(pictures):
-    return Data(spec=f"tsv:{pictures}", augment=AUGMENT, workers=2)
+def data(images_tsv):
+    return Data(spec=f"tsv:{images_tsv}", augment=AUGMENT, workers=2)
 
 
 @pytest.fixture
@@ -52,11 +52,11 @@ def numbers(batch, tokenizer):
 
 
 @pytest.fixture
-def several(pictures, tmp_path):
-    """Twelve pictures: number i has five captions, `number i` first, then `number i + 20`, ...; 3 and 4 share the first but for
+def several(images_tsv, tmp_path):
+    """Twelve images: number i has five captions, `number i` first, then `number i + 20`, ...; 3 and 4 share the first but for
     case and punctuation."""
     for i in range(12):
-        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes())
+        (tmp_path / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes())
     rows = [(f"{i}.png", f"number {i + 20 * n}") for n in range(5) for i in range(12)]
     rows[4] = ("4.png", "Number: 3!")
     return open_source(Data(spec=f"tsv:{write_tsv(tmp_path, rows)}"))
@@ -76,7 +76,7 @@ def test_shapes_and_types(batches, tokenizer):
     assert not batch["truncated"].any()
 
 
-def test_picture_and_caption_belong_together(batches, tokenizer, data):
+def test_image_and_caption_belong_together(batches, tokenizer, data):
     """Red is 4 times the number in the caption, up to the brightness factor."""
     for batch in batches(12):
         red = batch["image"][..., 0].astype(float).mean((1, 2))
@@ -92,22 +92,22 @@ def test_order_and_augmentation_are_functions_of_the_seed(batches):
 
 
 def test_epochs(batches, tokenizer):
-    """41 pictures, batches of 8: five whole batches an epoch without a repetition, each epoch in another order and with
+    """41 images, batches of 8: five whole batches an epoch without a repetition, each epoch in another order and with
     other augmentations."""
     seen = [numbers(batch, tokenizer) for batch in batches(20)]
     epochs = [list(itertools.chain(*seen[i : i + 5])) for i in range(0, 20, 5)]
     for epoch in epochs:
         assert len(set(epoch)) == 40
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert set(itertools.chain(*epochs)) == set(range(PICTURES))  # what one epoch leaves out, another has
+    assert set(itertools.chain(*epochs)) == set(range(IMAGES))  # what one epoch leaves out, another has
 
 
 def test_each_visit_is_augmented_anew(batches, tokenizer):
-    pictures = {}
+    images = {}
     for batch in batches(20):
         for number, image in zip(numbers(batch, tokenizer), batch["image"], strict=True):
-            pictures.setdefault(number, []).append(image.tobytes())
-    assert all(len(set(seen)) == len(seen) for seen in pictures.values())
+            images.setdefault(number, []).append(image.tobytes())
+    assert all(len(set(seen)) == len(seen) for seen in images.values())
 
 
 @pytest.mark.parametrize("workers", [1, 3, 7])
@@ -135,12 +135,12 @@ def test_hosts_share_every_global_batch(batches, count):
     assert_same(joined, batches(13)[1:])
 
 
-def test_one_of_several_captions_at_a_visit(batches, tokenizer, pictures):
+def test_one_of_several_captions_at_a_visit(batches, tokenizer, images_tsv):
     rows = [(f"{i}.png", f"number {n}") for i in range(4) for n in (i, i + 10, i + 20)]
-    folder = pictures.parent / "several"
+    folder = images_tsv.parent / "several"
     folder.mkdir()
     for i in range(4):
-        (folder / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes())
+        (folder / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes())
     source = open_source(Data(spec=f"tsv:{write_tsv(folder, rows)}"))
     seen = [n for batch in batches(40, batch_size=4, source=source) for n in numbers(batch, tokenizer)]
     assert set(seen) == {i + n for i in range(4) for n in (0, 10, 20)}
@@ -156,7 +156,7 @@ def shown(batch, tokenizer):
     return [[int(tokenizer.decode(row).split()[-1].strip("!")) for row in rows] for rows in batch["text"]]
 
 
-def test_several_captions_of_each_picture(batches, tokenizer, several):
+def test_several_captions_of_each_image(batches, tokenizer, several):
     seen = batches(40, batch_size=12, source=several, captions_per_image=3)
     assert {(b["text"].shape, b["text"].dtype.name) for b in seen} == {((12, 3, tokenizer.length), "int32")}
     assert {(b["truncated"].shape, b["truncated"].dtype.name) for b in seen} == {((12, 3), "bool")}
@@ -216,9 +216,9 @@ def test_ids_of_main_captions(batches, several):
         assert len(set(seen.values())) == 11
 
 
-def test_a_stand_in_brings_its_own_id(batches, pictures, tmp_path):
+def test_a_stand_in_brings_its_own_id(batches, images_tsv, tmp_path):
     for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes() if i else b"torn")
+        (tmp_path / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes() if i else b"torn")
     source = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, [(f'{i}.png', f'number {i}') for i in range(4)])}"))
     (batch,) = batches(1, batch_size=4, source=source, ids="caption")
     ids = dict(zip(batch["index"].tolist(), batch["id"].tolist(), strict=True))
@@ -241,18 +241,18 @@ def test_emojis_languages(emoji_here):
         np.testing.assert_array_equal(rows, tokenizer.encode(captions)[0])
 
 
-def test_truncation_is_counted(batches, pictures):
+def test_truncation_is_counted(batches, images_tsv):
     short = Tokenizer.train(["number"], 265, lowercase=True, length=5)  # room for ` number`, a space and one digit
     batch = batches(1, batch_size=40, text=short)[0]
     assert 30 <= batch["truncated"].sum() <= 31  # of all 41, 31 have two digits
     assert (batch["text"][:, -1] == short.end_id).all()
 
 
-def test_unreadable_pictures_travel_as_replaced(batches, pictures, tokenizer, caplog):
-    folder = pictures.parent / "damaged"
+def test_unreadable_images_travel_as_replaced(batches, images_tsv, tokenizer, caplog):
+    folder = images_tsv.parent / "damaged"
     folder.mkdir()
     for i in range(10):
-        content = (pictures.parent / f"{i}.png").read_bytes()
+        content = (images_tsv.parent / f"{i}.png").read_bytes()
         (folder / f"{i}.png").write_bytes(content if i != 6 else content[:300])
     source = open_source(Data(spec=f"tsv:{write_tsv(folder, [(f'{i}.png', f'number {i}') for i in range(10)])}"))
     seen = batches(3, batch_size=10, source=source)
@@ -314,7 +314,7 @@ def test_evaluation_is_whole_in_order_and_plain(data, resize):
     images = np.concatenate([b["image"] for b in seen])
     source = open_source(data)
     for i in range(41):
-        np.testing.assert_array_equal(images[i], fit(source[i].picture, SIZE, resize))
+        np.testing.assert_array_equal(images[i], fit(source[i].image, SIZE, resize))
 
 
 def test_hosts_share_an_evaluation(data):
@@ -323,10 +323,10 @@ def test_hosts_share_an_evaluation(data):
     assert_same([{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*shares, strict=True)], whole)
 
 
-def test_evaluation_masks_what_can_not_be_read(data, pictures):
-    folder = pictures.parent / "missing"
+def test_evaluation_masks_what_can_not_be_read(data, images_tsv):
+    folder = images_tsv.parent / "missing"
     folder.mkdir()
-    (folder / "0.png").write_bytes((pictures.parent / "0.png").read_bytes())
+    (folder / "0.png").write_bytes((images_tsv.parent / "0.png").read_bytes())
     path = write_tsv(folder, [("0.png", "number 0"), ("1.png", "number 1")])
     (batch,) = evaluate(Data(spec=f"tsv:{path}"), batch_size=4)
     assert batch["mask"].tolist() == [True, False, False, False]
@@ -352,9 +352,9 @@ def test_emoji_labels(emoji_here):
     assert owner.tolist() == list(range(len(source)))
 
 
-def test_workers_log_as_the_command_line_does(batches, tmp_path, pictures, capfd):
+def test_workers_log_as_the_command_line_does(batches, tmp_path, images_tsv, capfd):
     for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes() if i else b"torn")
+        (tmp_path / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes() if i else b"torn")
     source = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, [(f'{i}.png', 'a') for i in range(4)])}"))
     batches(2, batch_size=4, source=source, worker_kind="processes", workers=1)
     lines = capfd.readouterr().err.splitlines()

@@ -15,13 +15,13 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.source import TRIES
 from clipjax.data.sources import open_source
-from tests.data.conftest import PICTURES, write_tsv
+from tests.data.conftest import IMAGES, write_tsv
 
 FEATURES = tfds.features
 
 
 class Toy(tfds.core.GeneratorBasedBuilder):
-    """Ten pictures in one split and three in another, with the features that a test asks for."""
+    """Ten images in one split and three in another, with the features that a test asks for."""
 
     VERSION = tfds.core.Version("1.2.0")
     url_infos = MappingProxyType({})  # see clipjax.data.emoji
@@ -57,23 +57,23 @@ def toy(tmp_path, monkeypatch, capsys):
     return make
 
 
-TEXT = (FEATURES.Text(), lambda i: f"picture {i}")
+TEXT = (FEATURES.Text(), lambda i: f"image {i}")
 LABEL = (FEATURES.ClassLabel(names=["tabby_cat", "dog"]), lambda i: i % 2)
 
 
 def by_red(source):
-    """Captions by what the picture shows: tfds stores examples in an order of its own."""
-    return {int(e.image[0, 0, 0]) // 20: e.captions for e in map(source.__getitem__, range(len(source)))}
+    """Captions by what the image shows: tfds stores examples in an order of its own."""
+    return {int(np.asarray(e.image)[0, 0, 0]) // 20: e.captions for e in map(source.__getitem__, range(len(source)))}
 
 
 def test_caption(toy):
     source = toy({"caption": TEXT, "label": LABEL, "note": TEXT})
     assert len(source) == 10
-    assert by_red(source) == {i: (f"picture {i}",) for i in range(10)}
-    assert sorted(source.captions()) == [f"picture {i}" for i in range(10)]
+    assert by_red(source) == {i: (f"image {i}",) for i in range(10)}
+    assert sorted(source.captions()) == [f"image {i}" for i in range(10)]
     assert source.classnames == ("tabby cat", "dog")
     assert all(source[i].label == int(source[i].captions[0][-1]) % 2 for i in range(10))
-    assert source[0].image.dtype == np.uint8
+    assert source[0].image.mode == "RGB"
     assert set(source.fields) == {"image", "caption", "label", "note"}
 
 
@@ -171,7 +171,7 @@ def test_can_be_pickled_and_read_by_threads(toy):
         (dict(text_field="a", split="train[:x]"), r"data.split = 'train\[:x\]'"),
         (dict(text_field="words"), r"data.text_field = 'words': choose one text or label field .* a \(Text \(\)\), b \(Text"),
         (dict(text_field=None), r"data.text_field = None: choose one text or label field"),
-        (dict(image_field="a"), r"data.image_field = 'a': choose one picture field of tfds:toy/train; there are image \(Image"),
+        (dict(image_field="a"), r"data.image_field = 'a': choose one image field of tfds:toy/train; there are image \(Image"),
     ],
 )
 def test_what_is_not_there(toy, fields, message):
@@ -180,12 +180,12 @@ def test_what_is_not_there(toy, fields, message):
         open_source(config.Data(**({"spec": "tfds:toy"} | fields)))
 
 
-def test_two_pictures(toy):
-    with pytest.raises(ConfigError, match=r"data.image_field = None: choose one picture field .* image .*, mask"):
+def test_two_images(toy):
+    with pytest.raises(ConfigError, match=r"data.image_field = None: choose one image field .* image .*, mask"):
         toy({"caption": TEXT, "mask": (FEATURES.Image(shape=(None, None, 3)), lambda i: Image.new("RGB", (2, 2)))})
 
 
-def test_a_mask_is_no_picture(toy):
+def test_a_mask_is_no_image(toy):
     mask = FEATURES.LabeledImage(labels=3, shape=(None, None, 1), encoding_format="png")
     assert len(toy({"caption": TEXT, "mask": (mask, lambda i: Image.new("L", (2, 2)))})) == 10
 
@@ -206,37 +206,37 @@ def test_tfrecord_is_refused(toy, tmp_path):
         open_source(config.Data(spec="tfds:toy"))
 
 
-def test_tsv(pictures):
-    source = open_source(config.Data(spec=f"tsv:{pictures}"))
-    assert len(source) == PICTURES
+def test_tsv(images_tsv):
+    source = open_source(config.Data(spec=f"tsv:{images_tsv}"))
+    assert len(source) == IMAGES
     assert source.classnames is None
     example = source[7]
     assert (example.captions, example.key, example.label, example.replaced) == (("number 7",), "7.png", -1, False)
-    assert (example.image[..., 0] == 28).all()
+    assert (np.asarray(example.image)[..., 0] == 28).all()
     assert list(source.captions())[:2] == ["number 0", "number 1"]
 
 
-def test_tsv_groups_the_rows_of_one_picture(pictures):
+def test_tsv_groups_the_rows_of_one_image(images_tsv):
     rows = [("3.png", "three"), ("5.png", "five"), ("3.png", "drei"), ("5.png", "a fifth")]
-    folder = pictures.parent / "grouped"
+    folder = images_tsv.parent / "grouped"
     folder.mkdir()
     for name in ("3.png", "5.png"):
-        (folder / name).write_bytes((pictures.parent / name).read_bytes())
+        (folder / name).write_bytes((images_tsv.parent / name).read_bytes())
     source = open_source(config.Data(spec=f"tsv:{write_tsv(folder, rows)}"))
     assert [source.record(i).captions for i in range(2)] == [("three", "drei"), ("five", "a fifth")]
     assert list(source.captions()) == ["three", "drei", "five", "a fifth"]
 
 
-def test_tsv_with_other_columns(pictures):
-    path = write_tsv(pictures.parent, [("0.png", "a", "b")], "picture\ttitle\talt")
+def test_tsv_with_other_columns(images_tsv):
+    path = write_tsv(images_tsv.parent, [("0.png", "a", "b")], "image\ttitle\talt")
     path = path.rename(path.with_name("other.tsv"))
-    write_tsv(pictures.parent, [(f"{i}.png", f"number {i}") for i in range(PICTURES)])
-    source = open_source(config.Data(spec=f"tsv:{path}", image_field="picture", text_field="alt"))
+    write_tsv(images_tsv.parent, [(f"{i}.png", f"number {i}") for i in range(IMAGES)])
+    source = open_source(config.Data(spec=f"tsv:{path}", image_field="image", text_field="alt"))
     assert source[0].captions == ("b",)
-    with pytest.raises(ConfigError, match=r"data.image_field = 'filepath': is not among the columns .* picture, title, alt"):
+    with pytest.raises(ConfigError, match=r"data.image_field = 'filepath': is not among the columns .* image, title, alt"):
         open_source(config.Data(spec=f"tsv:{path}"))
     with pytest.raises(ConfigError, match=r"data.text_field = 'x': is not among the columns of other.tsv"):
-        open_source(config.Data(spec=f"tsv:{path}", image_field="picture", text_field="x"))
+        open_source(config.Data(spec=f"tsv:{path}", image_field="image", text_field="x"))
 
 
 def test_tsv_errors(tmp_path):
@@ -279,12 +279,12 @@ def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
     assert list(open_source(config.Data(spec=f"tsv:{path}")).captions()) == list(TITLES.values())
 
 
-def test_names_tell_the_split_where_there_is_one(toy, pictures):
+def test_names_tell_the_split_where_there_is_one(toy, images_tsv):
     assert toy({"caption": TEXT}, split="train[:4]").name == "tfds:toy/train[:4]"
     for split in ("train", "test"):
-        assert open_source(config.Data(spec=f"tsv:{pictures}", split=split)).name == f"tsv:{pictures}"
+        assert open_source(config.Data(spec=f"tsv:{images_tsv}", split=split)).name == f"tsv:{images_tsv}"
     with pytest.raises(ConfigError, match=r"data.split = 'val': tsv:.*pairs.tsv has no splits; leave it out"):
-        open_source(config.Data(spec=f"tsv:{pictures}", split="val"))
+        open_source(config.Data(spec=f"tsv:{images_tsv}", split="val"))
 
 
 @pytest.mark.parametrize("spec", ["imagenet", "emoji:x", "tfds:", "tsv:", "wds:a.tar"])
@@ -294,10 +294,10 @@ def test_unknown_spec(spec):
 
 
 @pytest.fixture
-def damaged(tmp_path, pictures):
-    """Twelve pictures; 2 is cut off, 5 is missing and 9 is no picture."""
+def damaged(tmp_path, images_tsv):
+    """Twelve images; 2 is cut off, 5 is missing and 9 is no image."""
     for i in range(12):
-        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes())
+        (tmp_path / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes())
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:500])
     (tmp_path / "5.png").unlink()
     (tmp_path / "9.png").write_text("<html>404</html>")
@@ -305,14 +305,14 @@ def damaged(tmp_path, pictures):
     return config.Data(spec=f"tsv:{path}")
 
 
-def test_unreadable_pictures_are_replaced_by_whole_examples(damaged, caplog):
+def test_unreadable_images_are_replaced_by_whole_examples(damaged, caplog):
     source = open_source(damaged)
     with caplog.at_level(logging.WARNING):
         examples = [source[i] for i in range(12)]
         again = [source[i] for i in range(12)]
     assert [i for i, e in enumerate(examples) if e.replaced] == [2, 5, 9]
-    for e in examples:  # picture and caption still belong together
-        assert (e.image[..., 0] == 4 * int(e.captions[0].split()[1])).all()
+    for e in examples:  # image and caption still belong together
+        assert (np.asarray(e.image)[..., 0] == 4 * int(e.captions[0].split()[1])).all()
     messages = [r.getMessage() for r in caplog.records]
     assert [e.key for e in examples] == [e.key for e in again] == [open_source(damaged)[i].key for i in range(12)]
     assert len([m for m in messages if "2.png is replaced by another: OSError" in m]) == 1
@@ -323,10 +323,10 @@ def test_examples_without_a_caption_are_replaced_too(toy):
     source = toy({"texts": (FEATURES.Sequence(FEATURES.Text()), lambda i: [] if i == 4 else [f"{i}"])})
     examples = [source[i] for i in range(10)]
     assert sum(e.replaced for e in examples) == 1
-    assert all(e.captions == (str(e.image[0, 0, 0] // 20),) for e in examples)
+    assert all(e.captions == (str(np.asarray(e.image)[0, 0, 0] // 20),) for e in examples)
 
 
-def test_examples_without_a_picture_and_torn_records_are_replaced_too(toy, caplog):
+def test_examples_without_a_image_and_torn_records_are_replaced_too(toy, caplog):
     source = toy({"caption": TEXT, "label": LABEL})
     bare, torn = (tf_example_pb2.Example.FromString(source._records[i]) for i in (2, 5))
     caption = bare.features.feature["caption"].bytes_list.value[0].decode()
@@ -337,24 +337,24 @@ def test_examples_without_a_picture_and_torn_records_are_replaced_too(toy, caplo
         examples = [source[i] for _ in range(2) for i in range(10)]
     assert [i for i, e in enumerate(examples[:10]) if e.replaced] == [2, 5]
     for e in examples:
-        assert e.captions == (f"picture {e.image[0, 0, 0] // 20}",)
+        assert e.captions == (f"image {np.asarray(e.image)[0, 0, 0] // 20}",)
     assert (source.record(2).captions, source.record(2).label) == ((caption,), -1)  # what is there can be evaluated
     assert source.record(5).captions == ()
     assert len(list(source.captions())) == 9
     messages = sorted(r.getMessage() for r in caplog.records)
     assert len(messages) == 2
     assert "example number 5 can't be read: DecodeError" in messages[0]
-    assert "example train-2 is replaced by another: ValueError: it has no picture" in messages[1]
+    assert "example train-2 is replaced by another: ValueError: it has no image" in messages[1]
     assert len(list(source)) == 10  # the sequence has an end
 
 
 def test_a_bad_example_keeps_no_exception_alive(damaged, monkeypatch):
-    """An exception holds its frames, and a frame the picture that was being read."""
+    """An exception holds its frames, and a frame the image that was being read."""
     large = []
 
-    def fail(source, least=None):
-        picture = np.zeros(10)
-        large.append(weakref.ref(picture))
+    def fail(source, min_side=None):
+        image = np.zeros(10)
+        large.append(weakref.ref(image))
         raise OSError("torn")
 
     source = open_source(damaged)

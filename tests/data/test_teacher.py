@@ -8,20 +8,20 @@ import pytest
 from clipjax.config import ConfigError, Data
 from clipjax.data.pipeline import train_batches
 from clipjax.data.sources import open_source
-from clipjax.data.teacher import Teacher, mapped
-from tests.data.conftest import PICTURES, write_tsv
+from clipjax.data.teacher import Teacher, memory_mapped
+from tests.data.conftest import IMAGES, write_tsv
 
 WIDTH = 5
 
 
-def vectors(n=PICTURES, seed=0):
+def vectors(n=IMAGES, seed=0):
     made = np.random.default_rng(seed).normal(size=(2, n, WIDTH)).astype(np.float32)
     return made / np.linalg.norm(made, axis=2, keepdims=True)
 
 
 @pytest.fixture
-def source(pictures):
-    return open_source(Data(spec=f"tsv:{pictures}"))
+def source(images_tsv):
+    return open_source(Data(spec=f"tsv:{images_tsv}"))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def write(tmp_path):
 @pytest.fixture
 def whole(write):
     """A file with the rows in another order than the examples, and a second, later row for one of them."""
-    order = np.random.default_rng(1).permutation(PICTURES)
+    order = np.random.default_rng(1).permutation(IMAGES)
     image, text = vectors()
     keys = [f"{i}.png" for i in order] + [f"{order[0]}.png", "nobody.png"]
     return write(image=[*image[order], image[0], image[1]], text=[*text[order], text[0], text[1]], key=keys)
@@ -48,22 +48,22 @@ def batches(source, tokenizer, data, n=6, **where):
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_each_example_brings_its_teachers_rows(source, tokenizer, whole, pictures, kind):
+def test_each_example_brings_its_teachers_rows(source, tokenizer, whole, images_tsv, kind):
     image, text = vectors()
-    data = Data(spec=f"tsv:{pictures}", teacher=whole, workers=2, worker_kind=kind)
+    data = Data(spec=f"tsv:{images_tsv}", teacher=whole, workers=2, worker_kind=kind)
     for batch in batches(source, tokenizer, data):
         assert batch["teacher_image"].dtype == batch["teacher_text"].dtype == np.float32
         np.testing.assert_array_equal(batch["teacher_image"], image[batch["index"]])
         np.testing.assert_array_equal(batch["teacher_text"], text[batch["index"]])
 
 
-def test_none_is_asked_for(source, tokenizer, pictures):
-    (batch,) = batches(source, tokenizer, Data(spec=f"tsv:{pictures}", workers=1), 1)
+def test_none_is_asked_for(source, tokenizer, images_tsv):
+    (batch,) = batches(source, tokenizer, Data(spec=f"tsv:{images_tsv}", workers=1), 1)
     assert not {"teacher_image", "teacher_text"} & batch.keys()
 
 
-def test_hosts_share(source, tokenizer, whole, pictures):
-    data = Data(spec=f"tsv:{pictures}", teacher=whole, workers=2)
+def test_hosts_share(source, tokenizer, whole, images_tsv):
+    data = Data(spec=f"tsv:{images_tsv}", teacher=whole, workers=2)
     straight = batches(source, tokenizer, data)
     shares = [batches(source, tokenizer, data, process_index=p, process_count=2) for p in range(2)]
     for whole_batch, *parts in zip(straight, *shares, strict=True):
@@ -72,8 +72,8 @@ def test_hosts_share(source, tokenizer, whole, pictures):
 
 
 def test_pickled_it_stays_small_and_opens_the_file_again(source, write):
-    big = np.zeros((PICTURES, 20_000), np.float32)
-    path = write(image=big, text=big + 1, key=[f"{i}.png" for i in range(PICTURES)])
+    big = np.zeros((IMAGES, 20_000), np.float32)
+    path = write(image=big, text=big + 1, key=[f"{i}.png" for i in range(IMAGES)])
     packed = pickle.dumps(Teacher(path, source))
     assert len(packed) < 2000
     assert pickle.loads(packed)[3]["teacher_text"].tolist() == [1.0] * 20_000
@@ -91,15 +91,15 @@ def test_arrays_are_what_numpy_reads(write, save):
     path = write(save=save, **arrays)
     with np.load(path) as expected:
         for name in arrays:
-            got = mapped(Path(path), name)
+            got = memory_mapped(Path(path), name)
             assert got.dtype == expected[name].dtype
             np.testing.assert_array_equal(got, expected[name])
 
 
-def test_an_unreadable_picture_needs_no_row(tokenizer, pictures, tmp_path, write):
+def test_an_unreadable_image_needs_no_row(tokenizer, images_tsv, tmp_path, write):
     """`clipjax embed` leaves it out; its stand-in brings rows of its own."""
     for i in range(10):
-        (tmp_path / f"{i}.png").write_bytes((pictures.parent / f"{i}.png").read_bytes() if i != 6 else b"torn")
+        (tmp_path / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes() if i != 6 else b"torn")
     data = Data(spec=f"tsv:{write_tsv(tmp_path, [(f'{i}.png', f'number {i}') for i in range(10)])}", workers=1)
     image, text = vectors(10)
     there = [i for i in range(10) if i != 6]
@@ -115,7 +115,7 @@ def test_an_unreadable_picture_needs_no_row(tokenizer, pictures, tmp_path, write
 
 
 IMAGE, TEXT = vectors()
-KEYS = [f"{i}.png" for i in range(PICTURES)]
+KEYS = [f"{i}.png" for i in range(IMAGES)]
 WANTED = r"must hold image and text float \[n, f\] and key str \[n\], not .*"
 BROKEN = {
     "text absent": (dict(image=IMAGE, key=KEYS), r"must hold arrays image, text and key"),
@@ -132,10 +132,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("arrays", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_file_of_other_data_is_refused(source, tokenizer, pictures, write, arrays, message):
+def test_a_file_of_other_data_is_refused(source, tokenizer, images_tsv, write, arrays, message):
     path = write(**arrays)
     with pytest.raises(ConfigError, match=r"^data\.teacher = '.*teacher\.npz': " + message):
-        batches(source, tokenizer, Data(spec=f"tsv:{pictures}", teacher=path))
+        batches(source, tokenizer, Data(spec=f"tsv:{images_tsv}", teacher=path))
 
 
 def test_a_file_that_is_none(source, tmp_path):

@@ -10,7 +10,7 @@ from tests.evals.tiny import MODEL, SIZE, WORDS, mesh_of
 
 @pytest.fixture(scope="session")
 def params():
-    # Larger weights than an initialisation's, so that pictures and texts are far from each other.
+    # Larger weights than an initialisation's, so that images and texts are far from each other.
     return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, clip.init(MODEL, 0))
 
 
@@ -25,19 +25,19 @@ def encoder(request):
 
 
 @pytest.fixture(scope="session")
-def pictures():
+def images():
     return np.random.default_rng(0).integers(0, 256, (37, SIZE, SIZE, 3), np.uint8)
 
 
 @pytest.fixture(scope="session")
-def tsv(tmp_path_factory, pictures):
-    """Ten pictures of nine words: the third has two captions, the fifth can't be read, the last is of the first's word."""
+def tsv(tmp_path_factory, images):
+    """Ten images of nine words: the third has two captions, the fifth can't be read, the last is of the first's word."""
     folder = tmp_path_factory.mktemp("tsv")
     rows = ["filepath\ttitle"]
     for i, word in enumerate([*WORDS[:9], WORDS[0]]):
-        Image.fromarray(pictures[i]).save(folder / f"{i}.png")
+        Image.fromarray(images[i]).save(folder / f"{i}.png")
         rows += [f"{i}.png\t{word}"] + [f"{i}.png\ta photo of the {word}"] * (i == 2)
-    (folder / "4.png").write_bytes(b"no picture")
+    (folder / "4.png").write_bytes(b"no image")
     (folder / "pairs.tsv").write_text("\n".join(rows) + "\n")
     (folder / "names.txt").write_text("\n".join(WORDS) + "\n")
     return folder

@@ -32,34 +32,34 @@ COCA = dataclasses.replace(
 READABLE = [0, 1, 2, 3, 5, 6, 7, 8, 9]
 
 
-class Pictures(Source):
-    """Pictures in memory, with any captions; None instead of a picture is one that can't be read."""
+class InMemory(Source):
+    """Images in memory, with any captions. The fifth can't be read."""
 
     name, fields = "toy/test", {}
 
-    def __init__(self, pictures, captions):
+    def __init__(self, images, captions):
         super().__init__()
-        self.pictures, self.several = pictures, captions
+        self.images, self.several = images, captions
 
     def __len__(self):
         return len(self.several)
 
     def _record(self, i):
         file = io.BytesIO()
-        Image.fromarray(self.pictures[i]).save(file, "png")
+        Image.fromarray(self.images[i]).save(file, "png")
         return Record(b"none" if i == 4 else file.getvalue(), tuple(self.several[i]), f"key {i}")
 
 
 @pytest.fixture(scope="module")
 def params():
-    # Larger weights than an initialisation's, so that every picture has words of its own.
+    # Larger weights than an initialisation's, so that every image has words of its own.
     return jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, clip.init(COCA, 0))
 
 
 @pytest.fixture(scope="module")
-def toy(pictures):
-    """Ten pictures: of the fifth there is no file, the third has two captions."""
-    return Pictures(pictures, [[w] + ["a photo"] * (i == 2) for i, w in enumerate(WORDS[:10])])
+def toy(images):
+    """Ten images: of the fifth there is no file, the third has two captions."""
+    return InMemory(images, [[w] + ["a photo"] * (i == 2) for i, w in enumerate(WORDS[:10])])
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def found(on_one, params):
 
 def of(evaluation, captions):
     """The same evaluation, and its compiled programs, against other references."""
-    other = Captioning(evaluation.encoder, TOKENIZER, Pictures(evaluation._source.pictures, captions), Data(workers=1))
+    other = Captioning(evaluation.encoder, TOKENIZER, InMemory(evaluation._source.images, captions), Data(workers=1))
     other._captioner, other._score = evaluation._captioner, evaluation._score
     return other
 
 
-def test_pictures_that_can_be_read_have_captions_of_their_own(found):
+def test_images_that_can_be_read_have_captions_of_their_own(found):
     assert list(found.captions) == READABLE
     assert len(set(found.captions.values())) > 4
     assert found.metrics.keys() == {"exact_match", "perplexity", "bleu", "chrf", "cider"}
@@ -94,13 +94,13 @@ def test_neither_devices_nor_batches_nor_padding_change_the_figures(toy, params,
     assert other.metrics == pytest.approx(found.metrics, rel=1e-6)
 
 
-def test_perplexity_in_float64(pictures, params, found):
+def test_perplexity_in_float64(images, params, found):
     tokens = TOKENIZER.encode(WORDS[:10])[0][READABLE]
 
     @jax.jit
     def seen(params):
         model = clip.bind(COCA, params)
-        return model.encode_pairs(pictures[READABLE], tokens)[2], model.words
+        return model.encode_pairs(images[READABLE], tokens)[2], model.words
 
     states, words = map(np.float64, seen(params))
     logits = states @ words.T
@@ -166,7 +166,7 @@ def test_cider_by_hand():
     assert metrics.cider(["A b, c d e!", "f g h i"], wanted) == pytest.approx(10)
     assert metrics.cider(["a b c d e", "z"], wanted) == pytest.approx(5)
     assert metrics.cider(["a b c d e"], wanted[:1]) is None
-    # No n-gram is of both pictures, so all weigh alike; a word less costs a Gaussian of width 6.
+    # No n-gram is of both images, so all weigh alike; a word less costs a Gaussian of width 6.
     cosines = [4 / (4 * 5) ** 0.5, 3 / (3 * 4) ** 0.5, 2 / (2 * 3) ** 0.5, 1 / (1 * 2) ** 0.5]
     first = 10 * np.mean(cosines) * math.exp(-1 / 72)
     assert metrics.cider(["a b c d", "f g h i"], wanted) == pytest.approx((first + 10) / 2)
@@ -281,5 +281,5 @@ def test_a_run_ends_with_what_the_command_line_finds(tsv, tmp_path, monkeypatch,
         "dataset": "tsv:pairs.tsv", "model": "run", "pretrained": "step 2", "task": "captioning", "language": "en",
     }  # fmt: skip
     assert f"image: {tmp_path / 'c.png'}" in said.err
-    with Image.open(tmp_path / "c.png") as picture:
-        assert picture.size[1] > 3 * 148  # three rows of four
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size[1] > 3 * 148  # three rows of four

@@ -9,15 +9,15 @@ from clipjax.sharding import batch_devices
 from tests.evals.tiny import MODEL, image_batches, mesh_of, tokenize
 
 
-def test_embeds_a_whole_source_in_place(encoder, model, params, pictures):
+def test_embeds_a_whole_source_in_place(encoder, model, params, images):
     index = np.arange(37, dtype=np.int32)
-    got = encoder.embed(params, image_batches(pictures, encoder, index=index))
+    got = encoder.embed(params, image_batches(images, encoder, index=index))
     devices = batch_devices(encoder.mesh)
     assert got.z.dtype == jnp.float32
     assert got.z.addressable_shards[0].data.shape == (-(-37 // encoder.batch_size), encoder.batch_size // devices, 8)
     z, ids = (np.asarray(x) for x in got.rows())
     np.testing.assert_array_equal(ids, np.pad(index, (0, len(ids) - 37), constant_values=-1))
-    np.testing.assert_allclose(z[:37], model.encode_image(jnp.asarray(pictures)), atol=1e-6)
+    np.testing.assert_allclose(z[:37], model.encode_image(jnp.asarray(images)), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(module.to_host(got.z), np.asarray(got.z))
 
@@ -28,10 +28,10 @@ def test_embeds_text(encoder, model, params):
     np.testing.assert_allclose(encoder.embed(params, batches).z[0], model.encode_text(jnp.asarray(tokens)), atol=1e-6)
 
 
-def test_towers_compile_once(params, pictures):
+def test_towers_compile_once(params, images):
     encoder = Encoder(MODEL, mesh_of("8"), 16)
     for _ in range(2):
-        list(encoder.stream(params, image_batches(pictures, encoder, index=np.arange(37, dtype=np.int32))))
+        list(encoder.stream(params, image_batches(images, encoder, index=np.arange(37, dtype=np.int32))))
     assert encoder._towers["image"]._cache_size() == 1
 
 

@@ -205,9 +205,9 @@ def evaluation(request, tsv):
     return g.Geometry.prepare(Encoder(MODEL, mesh_of(request.param), 4), TOKENIZER, data, Config())
 
 
-def test_pairs_are_readable_images_and_their_main_captions(evaluation, model, params, pictures, tsv):
+def test_pairs_are_readable_images_and_their_main_captions(evaluation, model, params, images, tsv):
     found = evaluation.run(params)
-    np.testing.assert_allclose(found.image, model.encode_image(jnp.asarray(pictures[READABLE])), atol=1e-6)
+    np.testing.assert_allclose(found.image, model.encode_image(jnp.asarray(images[READABLE])), atol=1e-6)
     main = tokenize([WORDS[i % 9] for i in READABLE])
     np.testing.assert_allclose(found.text, model.encode_text(jnp.asarray(main)), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(found.image, axis=1), 1, rtol=1e-15)

@@ -29,7 +29,7 @@ def test_what_training_and_evaluation_share():
     assert other.image_field is other.text_field is None
 
 
-def test_pictures_in_order_without_what_cannot_be_read(encoder, data, pictures, caplog):
+def test_images_in_order_without_what_cannot_be_read(encoder, data, images, caplog):
     batches = image_batches(encoder, open_source(data), data)
     found = list(batches)
     assert len(found) == len(batches) == 3
@@ -37,7 +37,7 @@ def test_pictures_in_order_without_what_cannot_be_read(encoder, data, pictures, 
     index = np.concatenate([b["index"] for b in found])
     assert index.tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9, -1, -1]
     assert index.dtype == np.int32
-    np.testing.assert_array_equal(np.concatenate([b["image"] for b in found])[5], pictures[5])
+    np.testing.assert_array_equal(np.concatenate([b["image"] for b in found])[5], images[5])
     assert "1 of 10 images can't be read and are left out" in caplog.text
 
 

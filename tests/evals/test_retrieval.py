@@ -57,8 +57,8 @@ def test_equals_the_dense_reference_on_every_mesh(counts):
     rng = np.random.default_rng(1)
     number = {"one": np.ones(53, int), "five": np.full(53, 5), "ragged": rng.integers(1, 7, 53)}[counts]
     images, texts, owner = pairs(2, number, noise=1.5)
-    texts[owner == 7] = texts[owner == 7][:1]  # captions of one picture that are all the same
-    texts[3] = texts[-1]  # the same caption for two pictures
+    texts[owner == 7] = texts[owner == 7][:1]  # equal captions of one image
+    texts[3] = texts[-1]  # the same caption for two images
     images[11] = images[12]
     want = dense(images, texts, owner)
     assert 0 < want["image_retrieval_recall@1"] < want["image_retrieval_recall@10"] < 1
@@ -67,7 +67,7 @@ def test_equals_the_dense_reference_on_every_mesh(counts):
 
 
 def test_which_is_which():
-    """Captions of picture 0 lie on it; the other pictures' captions too, but farther."""
+    """The caption of image 0 is nearest to it; those of the other images are nearest to it too, but farther."""
     images = np.eye(3)
     texts = unit(np.array([[1, 0, 0], [1, 0.2, 0], [1, 0.1, 0.3]]))
     found = measure(images, texts, np.arange(3), mesh_of("1"))

@@ -44,14 +44,14 @@ def dense_hits(queries, keys, own):
 
 
 @pytest.mark.parametrize("mesh", ["1", "8"])
-def test_evaluators_equal_the_dense_reference(run, model, params, pictures, mesh):
+def test_evaluators_equal_the_dense_reference(run, model, params, images, mesh):
     retrieval, zeroshot = make_evaluators(run, mesh_of(mesh), TOKENIZER)
-    z = np.asarray(model.encode_image(jnp.asarray(pictures[READABLE])))
+    z = np.asarray(model.encode_image(jnp.asarray(images[READABLE])))
     captions = [(i, w) for i, w in enumerate([*WORDS[:9], WORDS[0]])] + [(2, f"a photo of the {WORDS[2]}")]
     owner = np.array([i for i, _ in captions])
     text = np.asarray(model.encode_text(jnp.asarray(tokenize([w for _, w in captions]))))
     own = np.array(READABLE)[:, None] == owner[None, :]
-    answered = owner != 4  # of the picture that can't be read there is nothing to find, but its caption is in the way
+    answered = owner != 4  # the image that can't be read can't be found, but its caption is among the keys
     to_image, to_text = dense_hits(text[answered], z, own.T[answered]), dense_hits(z, text, own)
     want = {f"image_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_image, strict=True)}
     want |= {f"text_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_text, strict=True)}
@@ -123,7 +123,7 @@ def test_no_labels_at_all(run, params, tsv):
         zeroshot.run(params)
 
 
-def test_embed_writes_what_the_towers_say(run, model, params, pictures, tmp_path):
+def test_embed_writes_what_the_towers_say(run, model, params, images, tmp_path):
     found = embed(Encoder(MODEL, mesh_of("8"), 4), params, TOKENIZER, run.data)
     file = tmp_path / "new" / "z.bin"
     write_npz(file, found)
@@ -131,7 +131,7 @@ def test_embed_writes_what_the_towers_say(run, model, params, pictures, tmp_path
     with np.load(file) as stored:
         assert stored["key"].tolist() == [f"{i}.png" for i in READABLE]
         assert stored["image"].dtype == stored["text"].dtype == np.float32
-        np.testing.assert_allclose(stored["image"], model.encode_image(jnp.asarray(pictures[READABLE])), atol=1e-6)
+        np.testing.assert_allclose(stored["image"], model.encode_image(jnp.asarray(images[READABLE])), atol=1e-6)
         main = tokenize([WORDS[i % 9] for i in READABLE])
         np.testing.assert_allclose(stored["text"], model.encode_text(jnp.asarray(main)), atol=1e-6)
 

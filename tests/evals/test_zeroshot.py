@@ -42,22 +42,22 @@ def test_class_embeddings_are_ensembled(encoder, model, params, prompts):
 
 
 @pytest.mark.parametrize("names", [WORDS, WORDS[:3]])
-def test_equals_the_dense_reference(encoder, model, params, pictures, names):
+def test_equals_the_dense_reference(encoder, model, params, images, names):
     prompts = templates("simple")
-    z = np.asarray(model.encode_image(jnp.asarray(pictures)))
+    z = np.asarray(model.encode_image(jnp.asarray(images)))
     weights = dense_weights(model, names, prompts)
     labels = np.argsort(-(z @ weights.T), axis=1)[np.arange(37), np.arange(37) % min(8, len(names))].astype(np.int32)
     want = dense_metrics(z, weights, labels)
     assert 0 < want["acc1"] < 1
     assert want["mean_per_class_recall"] != pytest.approx(want["acc1"])
-    images = image_batches(pictures, encoder, label=labels)
+    images = image_batches(images, encoder, label=labels)
     found = Zeroshot(encoder, images, prompt_batches(encoder, TOKENIZER, names, prompts), len(names)).run(params).metrics
     assert found == pytest.approx(want, abs=1e-12)
     assert (found["acc5"] is None) == (len(names) < 5)
 
 
 def count(cosines, labels):
-    """The counting alone, on chosen cosines: picture i is the i-th unit vector, so that `weights` are the cosines."""
+    """The counting alone, on chosen cosines: image i is the i-th unit vector, so that `weights` are the cosines."""
     cosines = np.asarray(cosines, np.float32)
     empty = jnp.zeros((cosines.shape[1], 3), jnp.int32)
     rows = jnp.eye(len(cosines))
@@ -81,7 +81,7 @@ def test_ties_are_no_hits():
     assert count([[0.5, 0.5 + 1e-5, 0]], [1])[1].tolist() == [1, 1, 1]
 
 
-def test_recall_weighs_classes_and_accuracy_pictures(params):
+def test_recall_weighs_classes_and_accuracy_images(params):
     """Nine of A, one of B, all are taken for A."""
     encoder = Encoder(MODEL, mesh_of("1"), 10)
     images = image_batches(np.zeros((10, 8, 8, 3), np.uint8), encoder, label=np.array([0] * 9 + [1], np.int32))
@@ -91,18 +91,18 @@ def test_recall_weighs_classes_and_accuracy_pictures(params):
     assert evaluation.run(params).metrics == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5}
 
 
-def test_order_of_the_classes_does_not_matter(params, pictures):
+def test_order_of_the_classes_does_not_matter(params, images):
     encoder = Encoder(MODEL, mesh_of("8"), 16)
     labels = np.arange(37, dtype=np.int32) % 11
     order = np.random.default_rng(0).permutation(11)
     runs = []
     for names, label in ((WORDS, labels), ([WORDS[i] for i in order], np.argsort(order)[labels].astype(np.int32))):
         prompts = prompt_batches(encoder, TOKENIZER, names, templates("simple"))
-        runs.append(Zeroshot(encoder, image_batches(pictures, encoder, label=label), prompts, 11).run(params).metrics)
+        runs.append(Zeroshot(encoder, image_batches(images, encoder, label=label), prompts, 11).run(params).metrics)
     assert runs[0] == pytest.approx(runs[1], abs=1e-12)
 
 
-def test_a_device_holds_only_its_pictures_cosines():
+def test_a_device_holds_only_its_images_cosines():
     mesh = mesh_of("8")
     encoder = Encoder(MODEL, mesh, 1024)
     evaluation = Zeroshot(encoder, CachedBatches(list, 0, "", ""), CachedBatches(list, 0, "", ""), 4096)

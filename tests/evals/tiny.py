@@ -1,4 +1,4 @@
-"""A tiny model with random weights, and fake sources of pictures and prompts."""
+"""A tiny model with random weights, and fake sources of images and prompts."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def mesh_of(name):
 
 
 def image_batches(images, encoder, **columns):
-    """CachedBatches of the encoder's size, the last padded with black pictures."""
+    """CachedBatches of the encoder's size, the last padded with black images."""
     size = encoder.batch_size
 
     def read():
@@ -44,4 +44,4 @@ def image_batches(images, encoder, **columns):
             batch = {"image": np.pad(images[start : start + size], ((0, pad), (0, 0), (0, 0), (0, 0)))}
             yield batch | {k: np.pad(v[start : start + size], (0, pad), constant_values=-1) for k, v in columns.items()}
 
-    return CachedBatches(read, -(-len(images) // size), "toy", "pictures")
+    return CachedBatches(read, -(-len(images) // size), "toy", "images")
