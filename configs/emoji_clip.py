@@ -2,7 +2,8 @@
 
 Run:      clipjax train emoji_clip --workdir runs/emoji
 Cost:     about four minutes on two CPU cores
-Expected: R@1 0.80 text to image, 0.77 image to text on the 363 held-out combinations; three seeds are in the README
+Expected: R@1 0.80 text to image, 0.77 image to text on the 363 held-out combinations; three seeds are in
+          docs/getting-started.md
 """
 
 from clipjax.config import Augment, Cosine, Data, ImageTower, Model, Optim, Retrieval, Run, TextTower, Train

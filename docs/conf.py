@@ -16,11 +16,13 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx_copybutton",
-    "config_reference",  # the four in _ext
+    "command_line",  # this and the rest are in _ext
+    "config_reference",
     "docstrings",
     "formulas",
     "inline_svg",
 ]
+smartquotes = False  # `--json` in a table keeps both of its dashes
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]

@@ -16,8 +16,8 @@ class TrainingEvaluation(Strict):
     metrics: ClassVar[tuple[str, ...]]  # the names that train.best can take: of these, more is better
 
     data: str = free("emoji")  # a SPEC, as on the command line
-    split: str = free("test")
-    every: int = free(1000)  # steps
+    split: str = free("test")  # part of the dataset; a tsv has none
+    every: int = free(1000)  # steps between two evaluations
 
     def __post_init__(self) -> None:
         require(self.every > 0, "evals.every", self.every, "must be positive")
