@@ -258,7 +258,7 @@ REFUSED = {
     },
     "one positive": (
         terms(config.MultiPositive()),
-        r"data\.captions_per_image = 1: objective\.0 needs several captions a picture: set it to 2 or more, or data\.ids",
+        r"data\.captions_per_image = 1: objective\.0 needs several captions an image: set it to 2 or more, or data\.ids",
     ),
     "no teacher": (
         terms(config.Softmax(), config.Distillation()),

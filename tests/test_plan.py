@@ -11,7 +11,7 @@ from clipjax import aot, cli, config, losses, plan, sharding
 from clipjax.hlo import Collective, Cost
 from clipjax.plan import figures, report
 from clipjax.plan.estimate import Estimate, estimate
-from clipjax.plan.flops import step_flops, term_flops
+from clipjax.plan.flops import step_flops
 from clipjax.plan.search import Try, largest, search, sizes
 from tests.train import tiny, tiny_emoji
 
@@ -138,7 +138,7 @@ def test_terms_by_hand_are_what_is_computed(term, again):
         return losses.objective((term,), losses.Rows(x, y, None, (u, v)), 10.0, -10.0)[0]
 
     compiled = aot.compile(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*z, *taught))
-    by_hand = term_flops(term, size, 1, width, teacher) - again * size**2 * width
+    by_hand = losses.term_flops(term, losses.Sizes(size, 1, width, teacher)) - again * size**2 * width
     assert compiled.cost.flops == pytest.approx(by_hand, rel=0.05)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clipjax.config.data import BPE, Augment, Data, Tokenizer, TokenizerFile
-from clipjax.config.evals import Captioning, Evaluation, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best
+from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.model import SIZES, Activation, Decoder, ImageTower, Model, TextTower, size
 from clipjax.config.objective import (
@@ -35,10 +35,11 @@ from clipjax.config.objective import (
     check_objective,
 )
 from clipjax.config.train import RULES, Constant, Cosine, Mesh, Optim, Rsqrt, Rule, Train
+from clipjax.config.unions import registered, require_registered
 
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "ConfigError",
-    "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Evaluation",
+    "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
     "Geometry", "HardNegative", "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt",
     "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
     "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
@@ -56,12 +57,14 @@ class Run(Strict):
     objective: tuple[Term, ...] = (Softmax(),)  # weighted terms that add up
     optim: Optim = Optim()
     train: Train = Train()
-    evals: tuple[Evaluation, ...] = free(())
+    evals: tuple[TrainingEvaluation, ...] = free(())
     mesh: Mesh = Mesh()
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
         check_objective(self.objective, self.model, self.data)
+        for i, evaluation in enumerate(self.evals):
+            evaluation.require_member(f"evals.{i}")
         check_best(self.train.best, self.evals)
         schedule = self.optim.schedule
         if isinstance(schedule, Cosine):
@@ -84,17 +87,29 @@ class Run(Strict):
         return self.model if self.captioning else dataclasses.replace(self.model, decoder=None)
 
 
+UNIONS = (Term, TrainingEvaluation)  # a config file can add its own classes to these: `clipjax.register`
+
+
 def to_json(run: Run) -> str:
-    """The run as JSON, one field a line."""
-    return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
+    """The run as JSON, one field a line. Where it uses registered classes, `registered` tells which, and from which files."""
+    foreign = registered(run, UNIONS)
+    return json.dumps(dataclasses.asdict(run) | ({"registered": foreign} if foreign else {}), indent=2) + "\n"
 
 
 def from_json(text: str) -> Run:
     """The run that `to_json` wrote. Raises ConfigError for an unknown or ill-typed field, and for one that is missing where
-    no default tells what it was when the file was written: a `kind`, a pattern, a path.
+    no default tells what it was when the file was written: a `kind`, a pattern, a path; and where it uses a registered class
+    that is not registered now. It is never imported from the file that is named: opening a run executes no code.
     """
     import pydantic  # here, not above: the step benchmark runs where pydantic is not installed
 
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        tree = None  # pydantic tells what is wrong with it
+    if isinstance(tree, dict) and "registered" in tree:
+        require_registered(tree.pop("registered"), UNIONS)
+        text = json.dumps(tree)
     try:
         return pydantic.TypeAdapter(Run).validate_json(text, strict=True)
     except pydantic.ValidationError as e:

@@ -3,13 +3,14 @@
 import difflib
 from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from clipjax.config.fields import TAGGED, ConfigError, Strict, free, require
+from clipjax.config.fields import ConfigError, free, require
+from clipjax.config.unions import OpenUnion
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingEvaluation(Strict):
+class TrainingEvaluation(OpenUnion, run_field="evals"):
     """An evaluation that runs every `every` steps and at the end of training."""
 
     task: ClassVar[str]  # its name in metrics.jsonl
@@ -66,10 +67,10 @@ class Captioning(TrainingEvaluation):
         require(self.samples >= 0, "evals.samples", self.samples, "must not be negative; 0 shows none")
 
 
-Evaluation = Annotated[Zeroshot | Retrieval | Geometry | Captioning, TAGGED]
+TrainingEvaluation.include(Zeroshot, Retrieval, Geometry, Captioning)
 
 
-def check_best(best: str | None, evals: tuple[Evaluation, ...]) -> None:
+def check_best(best: str | None, evals: tuple[TrainingEvaluation, ...]) -> None:
     """Raises ConfigError unless exactly one evaluation gives the metric `best`.
 
     `best` is `task/metric` or `task/dataset/metric`. The dataset is named as in metrics.jsonl: SPEC/SPLIT, or the SPEC alone

@@ -1,7 +1,9 @@
-"""What every part of a configuration shares: refusal with a remedy, free fields, strict JSON."""
+"""What every part of a configuration shares: refusal with a remedy, free and bounded fields, strict JSON."""
 
+import dataclasses
+import math
 from dataclasses import field
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 
 class ConfigError(ValueError):
@@ -13,6 +15,38 @@ def free(default: Any) -> Any:
     return field(default=default, metadata={"free": True})
 
 
+class Range(NamedTuple):
+    """Numbers from `low` up to but without `high`."""
+
+    low: float
+    high: float
+    remedy: str  # how that is said
+
+    def require(self, name: str, value: float | None) -> None:
+        """Raises ConfigError for a number that is none of them. None passes."""
+        require(value is None or self.low <= value < self.high, name, value, self.remedy)
+
+
+NOT_NEGATIVE = Range(0.0, math.inf, "must not be negative, nor infinite")
+POSITIVE = Range(math.ulp(0.0), math.inf, "must be positive and finite")
+COUNT = Range(1, math.inf, "must be positive")
+SHARE = Range(0.0, math.nextafter(1.0, 2.0), "must lie in [0, 1]")
+POSITIVE_SHARE = Range(math.ulp(0.0), math.nextafter(1.0, 2.0), "must lie in (0, 1]")
+BELOW_ONE = Range(0.0, 1.0, "must lie in [0, 1)")
+
+
+def bounded(bounds: Range, default: Any = dataclasses.MISSING) -> Any:
+    """A number within bounds, or None. `check_bounds` looks after it."""
+    return field(default=default, metadata={"bounds": bounds})
+
+
+def check_bounds(config: Any, name: str) -> None:
+    """Raises ConfigError for a bounded field out of its bounds. `name`: the place of the dataclass in the run."""
+    for f in dataclasses.fields(config):
+        if "bounds" in f.metadata:
+            f.metadata["bounds"].require(f"{name}.{f.name}", getattr(config, f.name))
+
+
 def require(holds: bool, name: str, value: object, remedy: str) -> None:
     """Raises ConfigError unless `holds`."""
     if not holds:
@@ -20,7 +54,7 @@ def require(holds: bool, name: str, value: object, remedy: str) -> None:
 
 
 class Tagged:
-    """In `Annotated[A | B, TAGGED]`: config.json tells the members of a union by their `kind`, and must hold it."""
+    """In `Annotated[A | B, TAGGED]`: config.json tells the members of a closed union by their `kind`, and must hold it."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         import pydantic  # here, not above: the step benchmark runs where pydantic is not installed

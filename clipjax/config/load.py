@@ -11,9 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from clipjax.config import ConfigError, Run, lines, require
 from clipjax.config.packaged import config_path
+from clipjax.config.unions import OpenUnion, loading
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
 
 _neighbours: set[str] = set()  # names of the modules that the latest config file imported from its own folder
 
@@ -27,7 +32,7 @@ def load_config(path: str) -> Run:
     file = config_path(path).absolute()  # as tracebacks name it
     require(file.is_file(), "CONFIG.py", path, "is not a file; `clipjax configs` lists those that come with clipjax")
     try:
-        with _neighbours_of(file):
+        with _neighbours_of(file), loading(str(file)):
             module = _execute(file)
             require(hasattr(module, "config"), "CONFIG.py", path, "has no function config() that returns a clipjax.config.Run")
             run = module.config()
@@ -105,13 +110,29 @@ def override(run: Run, args: Sequence[str], prog: str) -> Run:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            run = tyro.cli(Run, default=run, args=list(args), prog=prog, config=options)
+            run = tyro.cli(Run, default=run, args=list(args), prog=prog, config=options, registry=_registry())
     except SystemExit as stop:
         if refusal := _refusal(stop):
             raise refusal from None
         print(said.getvalue(), end="", file=sys.stderr)
         raise
     return replace(run, optim=replace(run.optim, rules=rules))
+
+
+def _registry() -> "ConstructorRegistry":
+    """How tyro makes options of an open union's objects: by the classes that they are, registered ones included."""
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def objects(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not isinstance(info.default, tuple) or not any(isinstance(x, OpenUnion) for x in info.default):
+            return None
+        fields = tuple(StructFieldSpec(name=str(i), type=type(x), default=x) for i, x in enumerate(info.default))
+        return StructConstructorSpec(instantiate=lambda **kw: tuple(kw.values()), fields=fields)
+
+    return registry
 
 
 def _refusal(stop: BaseException | None) -> ConfigError | None:

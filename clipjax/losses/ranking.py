@@ -23,7 +23,7 @@ class Ranking(NamedTuple):
     col_max: Float[Array, " b"]  # a text's largest with another's picture
 
 
-Ranked = tuple[Float[Array, ""], Ranking]  # a loss, and what its pass found
+Ranked = tuple[Float[Array, ""], Ranking | None]  # a loss, and what its pass over all pairs found; None: it has no such pass
 
 
 def loss_alone(terms: Callable[P, Ranked]) -> Callable[P, Float[Array, ""]]:

@@ -1,0 +1,137 @@
+"""Open unions: the classes that may stand in one field of a run, to which a config file can add its own (`clipjax.register`).
+
+A union is a base class. Its members are frozen dataclasses that derive from it and that config.json tells apart by their
+`kind`. A member's work, as the equation of a loss, is bound to it by the package that does it: `bind` for clipjax's own classes,
+`register` for all others. This module knows no JAX, so it holds what is bound without looking at it.
+"""
+
+import contextlib
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, Union
+
+from clipjax.config.fields import ConfigError, Strict, require
+
+_loading: list[str] = []  # the config files that are being loaded, the innermost last
+
+
+@dataclass(frozen=True)
+class Member:
+    """A class of an open union."""
+
+    config: type
+    implementation: Any = None  # what does its work; None: its package has not been imported yet
+    source: str | None = None  # the file that registered it; None: it is clipjax's own
+    file: str | None = None  # the config file that was being loaded then; `source` where there was none
+
+
+class OpenUnion(Strict):
+    """Base of the bases. `class Term(OpenUnion, run_field="objective")` declares the union that `Run.objective` holds."""
+
+    kind: str
+    run_field: ClassVar[str]  # the field of Run that holds the union's objects
+    members: ClassVar[dict[str, Member]]  # by kind
+
+    def __init_subclass__(cls, run_field: str | None = None, **kw: Any) -> None:
+        super().__init_subclass__(**kw)
+        if run_field is not None:
+            cls.run_field, cls.members = run_field, {}
+
+    @classmethod
+    def include(cls, *classes: type[Self]) -> None:
+        """Adds clipjax's own classes. `bind` gives them their work later."""
+        cls.members.update((_kind_of(c), Member(c)) for c in classes)
+
+    @classmethod
+    def bind(cls, implementations: Mapping[type, Any]) -> None:
+        """Binds clipjax's own classes to what does their work. Raises TypeError where one has none: at import, not in a run."""
+        own = {kind: member.config for kind, member in cls.members.items() if member.source is None}
+        missing = [c.__name__ for c in own.values() if c not in implementations]
+        if missing:
+            raise TypeError(f"classes of {cls.__name__} that nothing is bound to: {', '.join(missing)}")
+        cls.members.update((kind, Member(c, implementations[c])) for kind, c in own.items())
+
+    @classmethod
+    def register(cls, config: type[Self], implementation: Any, source: str) -> None:
+        """Adds a class that the file `source` brings, or replaces it where that file is loaded again.
+
+        Raises ConfigError for a class that is no frozen dataclass with a `kind` of its own.
+        """
+        name = config.__qualname__
+        fixed = "__dataclass_fields__" in vars(config) and vars(config)["__dataclass_params__"].frozen
+        require(fixed, "clipjax.register", name, "must be a dataclass: write @dataclass(frozen=True, kw_only=True) above it")
+        kind, source = _kind_of(config), _absolute(source)
+        other = cls.members.get(kind)
+        if other is not None and other.config is not config:
+            again = (other.source, other.config.__qualname__) == (source, name)
+            owner = f"that of {other.config.__qualname__} of {other.source or 'clipjax'}"
+            require(again, f"{name}.kind", kind, f"is {owner} already: choose another")
+        cls.members[kind] = Member(config, implementation, source, _loading[-1] if _loading else source)
+
+    @property
+    def implementation(self) -> Any:
+        """What is bound to this object's class. Looked up by kind: a config file that is loaded again makes its classes anew."""
+        return self.members[self.kind].implementation
+
+    def require_member(self, name: str) -> None:
+        """Raises ConfigError where this object's class is not in the union. `name`: its place in the run, as objective.0."""
+        remedy = f"call clipjax.register({type(self).__name__}, ...) in the file that defines it, before it is used"
+        require(self.kind in self.members, name, type(self).__name__, f"is not registered: {remedy}")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """The base stands for all its members, as they are now; a member for itself."""
+        import pydantic  # here, not above: the step benchmark runs where pydantic is not installed
+
+        if "members" not in vars(cls):
+            return handler(source)
+        union = Union[tuple(member.config for member in cls.members.values())]  # noqa: UP007  (made at run time)
+        return handler(typing.Annotated[union, pydantic.Field(discriminator="kind")])
+
+
+@contextlib.contextmanager
+def loading(path: str) -> Iterator[None]:
+    """While it lasts, `register` takes what is registered for the config file `path`'s."""
+    _loading.append(_absolute(path))
+    try:
+        yield
+    finally:
+        _loading.pop()
+
+
+def registered(run: Any, unions: tuple[type[OpenUnion], ...]) -> dict[str, dict[str, dict[str, str]]]:
+    """The classes of a run that are not clipjax's own: field -> kind -> `class` and the config `file` it came from."""
+    used = {union.run_field: {x.kind: union.members[x.kind] for x in getattr(run, union.run_field)} for union in unions}
+    foreign = {
+        field: {kind: {"class": m.config.__qualname__, "file": m.file or ""} for kind, m in members.items() if m.source}
+        for field, members in used.items()
+    }
+    return {field: members for field, members in foreign.items() if members}
+
+
+def require_registered(names: Mapping[str, Mapping[str, Mapping[str, str]]], unions: tuple[type[OpenUnion], ...]) -> None:
+    """Raises ConfigError where a class that `registered` named is not registered now."""
+    for union in unions:
+        for kind, name in names.get(union.run_field, {}).items():
+            if kind not in union.members:
+                remedy = f"name that file with --config, or load it first: clipjax.config.load.load_config({name['file']!r})"
+                raise ConfigError(f"{union.run_field}: the run uses the class {name['class']} of {name['file']}: {remedy}")
+
+
+def _kind_of(config: type) -> str:
+    """The one value of a class's `kind`. Raises ConfigError where it has none, or several."""
+    remedy = 'needs the field `kind: Literal["NAME"] = "NAME"`, by which config.json tells it from others'
+    found = {f.name: f for f in dataclasses.fields(config)}
+    hint = typing.get_type_hints(config)["kind"] if "kind" in found else None
+    values = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    single = len(values) == 1 and isinstance(values[0], str) and found["kind"].default == values[0]
+    require(single, "clipjax.register", config.__qualname__, remedy)
+    return values[0]
+
+
+def _absolute(path: str) -> str:
+    """Of a file; what is typed in an interactive session has none."""
+    return str(Path(path).resolve()) if Path(path).is_file() else "an interactive session"

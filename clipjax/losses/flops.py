@@ -1,0 +1,74 @@
+"""The FLOPs of the objective's terms in a training step, counted by hand: what a loss needs, 2 a multiply-add."""
+
+from typing import Any, NamedTuple
+
+from clipjax import config
+
+
+class Sizes(NamedTuple):
+    """What the FLOPs of a term depend on."""
+
+    pairs: int  # B, of the global batch
+    captions: int  # an image has
+    width: int  # d, of the embeddings
+    teacher: int | None = None  # width of a teacher's embeddings
+
+    @property
+    def one_pass(self) -> float:
+        """One pass over all pairs with one caption: 8 B^2 d.
+
+        B^2 d multiply-adds make the cosines, as many make them once more in the backward pass, and as many again make each
+        side's gradient.
+        """
+        return 8.0 * self.pairs**2 * self.width
+
+
+def term_flops(term: config.Term, sizes: Sizes) -> float:
+    """Of one term over the global batch. 0 for a registered class that came without a count."""
+    count = term.implementation.flops
+    return 0.0 if count is None else float(count(term, sizes))
+
+
+def of_prefixes(term: Any, sizes: Sizes) -> float:
+    """A pass over all pairs for each prefix."""
+    return sizes.captions * sum(n / sizes.width for n in term.prefixes or (sizes.width,)) * sizes.one_pass
+
+
+def of_hard_negative(term: config.HardNegative, sizes: Sizes) -> float:
+    """Two passes, at two scales."""
+    return (2 if term.beta else 1) * of_prefixes(term, sizes)
+
+
+def of_captions(term: Any, sizes: Sizes) -> float:
+    """A pass for each caption."""
+    return sizes.captions * sizes.one_pass
+
+
+def of_main_caption(term: Any, sizes: Sizes) -> float:
+    """A pass for the main caption alone."""
+    return sizes.one_pass
+
+
+def of_cwcl(term: config.Cwcl, sizes: Sizes) -> float:
+    """A pass, the mean of q p^T, and what is made of it."""
+    return sizes.captions * (sizes.one_pass + 8.0 * sizes.pairs * sizes.width**2)
+
+
+def of_cyclip(term: config.Cyclip, sizes: Sizes) -> float:
+    """Three Gram matrices."""
+    return sizes.captions * 18.0 * sizes.pairs * sizes.width**2
+
+
+def of_distillation(term: config.Distillation, sizes: Sizes) -> float:
+    """A pass, and half a one over the teacher's cosines, which have no gradient."""
+    return sizes.captions * sizes.one_pass * (1 + (sizes.teacher or sizes.width) / (2 * sizes.width))
+
+
+def of_uniformity(term: config.Uniformity, sizes: Sizes) -> float:
+    """A pass for the images and one for each caption, of three quarters: one gradient is both sides'."""
+    return (1 + sizes.captions) * 0.75 * sizes.one_pass
+
+
+def none(term: Any, sizes: Sizes) -> float:
+    """Nothing but sums over the rows. The words of a captioning term are counted with the decoder."""
+    return 0.0

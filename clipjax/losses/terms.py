@@ -1,0 +1,151 @@
+"""The terms of the objective: which equation a config class stands for, and what that costs.
+
+Each function here takes the numbers of its config class and the arrays of the batch to an equation of this package. `TERMS` is
+the one table. A new loss is its config class in clipjax.config.objective, its equation, and a row here.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clipjax import config
+from clipjax.config.objective import Binding
+from clipjax.losses import flops
+from clipjax.losses.caption import caption_loss
+from clipjax.losses.matryoshka import prefix
+from clipjax.losses.pairwise import Axis
+from clipjax.losses.ranking import Ranked, Ranking
+from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, uniformity
+from clipjax.losses.rows import PairLoss, Rows, TermResult, mean_over_captions, per_caption
+from clipjax.losses.sigmoid import siglip_terms
+from clipjax.losses.softmax import clip_terms, decoupled_terms, hard_negative_terms
+from clipjax.losses.sogclr import Both, sogclr_loss
+from clipjax.losses.targets import cwcl_terms, distillation_loss, multi_positive_loss
+
+Scalar = Float[Array, ""]
+
+
+def _per_prefix(loss: PairLoss) -> PairLoss:
+    """The sum over `term.prefixes` (Matryoshka, 2205.13147), and the ranking of the widest."""
+
+    def of_prefixes(term: Any, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+        if term.prefixes is None:
+            return loss(term, rows, scale, bias, axis)
+        parts = [dataclasses.replace(rows, image=prefix(rows.image, m), text=prefix(rows.text, m)) for m in term.prefixes]
+        values, rankings = zip(*(loss(term, part, scale, bias, axis) for part in parts), strict=True)
+        return sum(values), rankings[-1]
+
+    return of_prefixes
+
+
+def _softmax(term: config.Softmax, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    return clip_terms(
+        rows.image,
+        rows.text,
+        scale,
+        axis=axis,
+        image_weight=term.image_weight,
+        label_smoothing=term.label_smoothing,
+        reduction=term.reduction,
+        ids=rows.ids,
+        dtype=term.dtype,
+    )
+
+
+def _sigmoid(term: config.Sigmoid, rows: Rows, scale: Scalar, bias: Scalar, axis: Axis) -> Ranked:
+    return siglip_terms(rows.image, rows.text, scale, bias, axis=axis, ids=rows.ids, dtype=term.dtype)
+
+
+def _decoupled(term: config.Decoupled, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    kw = dict(axis=axis, ids=rows.ids)
+    return decoupled_terms(rows.image, rows.text, scale, sigma=term.sigma, stop_gradient=term.stop_gradient, **kw)
+
+
+def _hard_negative(term: config.HardNegative, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    kw = dict(axis=axis, ids=rows.ids)
+    return hard_negative_terms(
+        rows.image, rows.text, scale, alpha=term.alpha, beta=term.beta, stop_gradient=term.stop_gradient, **kw
+    )
+
+
+def _multi_positive(term: config.MultiPositive, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
+    """Of all captions at once."""
+    b, width = rows.image.shape
+    texts = rows.text.reshape(-1, width)
+    first = 0 if axis is None else jax.lax.axis_index(axis) * b
+    ids = first + jnp.arange(b) if rows.ids is None else rows.ids
+    return TermResult(multi_positive_loss(rows.image, texts, scale, ids, jnp.repeat(ids, len(texts) // b), axis=axis))
+
+
+def _cwcl(term: config.Cwcl, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    if term.frozen == "image":
+        return cwcl_terms(rows.image, rows.text, scale, axis=axis)
+    value, ranking = cwcl_terms(rows.text, rows.image, scale, axis=axis)
+    return value, Ranking(ranking.own, ranking.col_max, ranking.row_max)
+
+
+def _cyclip(term: config.Cyclip, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    parts = cyclip(rows.image, rows.text, axis=axis)
+    return sum(weight * part for weight, part in zip((term.in_modal, term.cross_modal), parts, strict=True)), None
+
+
+def _distillation(term: config.Distillation, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    return distillation_loss(rows.image, rows.text, scale, *rows.teacher, term.teacher_scale, axis=axis), None
+
+
+def _sogclr(term: config.Sogclr, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
+    return _remembering(term.gamma, rows, jax.lax.stop_gradient(scale), 0.0, axis)  # by a learned scale it has no minimum
+
+
+def _isogclr(term: config.Isogclr, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
+    temperatures = rows.memory["temperature_image"], rows.memory["temperature_text"]
+    return _remembering(term.gamma, rows, (1 / temperatures[0], 1 / temperatures[1]), term.rho, axis)
+
+
+def _remembering(gamma: float, rows: Rows, scale: Scalar | Both, rho: float, axis: Axis) -> TermResult:
+    """SogCLR's value, and the moved averages. Of several captions it takes the main one."""
+    text = rows.text if rows.text.ndim == 2 else rows.text[:, 0]
+    past = rows.memory["log_u_image"], rows.memory["log_u_text"]
+    value, (image, text) = sogclr_loss(rows.image, text, scale, past, gamma, axis=axis, rho=rho)
+    return TermResult(value, memory={"log_u_image": image, "log_u_text": text})
+
+
+def _uniformity(term: config.Uniformity, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
+    """Of the images once, whatever the number of captions."""
+    of = functools.partial(uniformity, axis=axis, t=term.t)
+    return TermResult((of(rows.image) + mean_over_captions(of, rows.text)) / 2)
+
+
+def _cross_uniformity(term: config.CrossUniformity, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    return cross_uniformity(rows.image, rows.text, axis=axis, t=term.t), None
+
+
+def _alignment(term: config.Alignment, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    return alignment(rows.image, rows.text, axis=axis), None
+
+
+def _caption(term: config.Caption, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
+    return TermResult(caption_loss(*rows.caption, axis=axis))
+
+
+TERMS = {
+    config.Softmax: Binding(per_caption(_per_prefix(_softmax)), flops.of_prefixes),
+    config.Sigmoid: Binding(per_caption(_per_prefix(_sigmoid)), flops.of_prefixes),
+    config.Decoupled: Binding(per_caption(_per_prefix(_decoupled)), flops.of_prefixes),
+    config.HardNegative: Binding(per_caption(_per_prefix(_hard_negative)), flops.of_hard_negative),
+    config.MultiPositive: Binding(_multi_positive, flops.of_captions),
+    config.Cwcl: Binding(per_caption(_cwcl), flops.of_cwcl),
+    config.Cyclip: Binding(per_caption(_cyclip), flops.of_cyclip),
+    config.Distillation: Binding(per_caption(_distillation), flops.of_distillation),
+    config.Sogclr: Binding(_sogclr, flops.of_main_caption),
+    config.Isogclr: Binding(_isogclr, flops.of_main_caption),
+    config.Uniformity: Binding(_uniformity, flops.of_uniformity),
+    config.CrossUniformity: Binding(per_caption(_cross_uniformity), flops.of_captions),
+    config.Alignment: Binding(per_caption(_alignment), flops.none),
+    config.Caption: Binding(_caption, flops.none),
+}
+config.Term.bind(TERMS)  # fails here, at import, where a class of clipjax's own has no row
