@@ -61,8 +61,8 @@ class OpenUnion(Strict):
         Raises ConfigError for a class that is no frozen dataclass with a `kind` of its own.
         """
         name = config.__qualname__
-        fixed = "__dataclass_fields__" in vars(config) and vars(config)["__dataclass_params__"].frozen
-        require(fixed, "clipjax.register", name, "must be a dataclass: write @dataclass(frozen=True, kw_only=True) above it")
+        decorated = "__dataclass_fields__" in vars(config)  # as the base is frozen, Python refuses one that is not
+        require(decorated, "clipjax.register", name, "must be a dataclass: write @dataclass(frozen=True, kw_only=True) above it")
         kind, source = _kind_of(config), _absolute(source)
         other = cls.members.get(kind)
         if other is not None and other.config is not config:

@@ -1,5 +1,6 @@
 """Losses over the global batch: pure functions of unit vectors, scale, bias and the mesh axes they are spread over."""
 
+from clipjax.losses.batch import mean
 from clipjax.losses.caption import caption_loss, caption_nll, token_nll
 from clipjax.losses.flops import Sizes, term_flops
 from clipjax.losses.matryoshka import matryoshka
@@ -15,7 +16,8 @@ from clipjax.losses.terms import TERMS
 
 __all__ = [
     "TERMS", "Axis", "Rows", "Sizes", "TermResult", "alignment", "caption_loss", "caption_nll", "clip_loss", "cross_uniformity",
-    "cwcl_loss", "cyclip", "decoupled_loss", "distillation_loss", "hard_negative_loss", "matryoshka", "multi_positive_loss",
+    "cwcl_loss", "cyclip", "decoupled_loss", "distillation_loss", "hard_negative_loss", "matryoshka", "mean",
+    "multi_positive_loss",
     "objective", "pairwise_cross_entropy", "pairwise_logsumexp", "pairwise_softplus", "per_caption", "siglip_loss",
     "sogclr_loss", "term_flops", "token_nll", "uniformity",
 ]  # fmt: skip

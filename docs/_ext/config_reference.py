@@ -25,6 +25,7 @@ from clipjax import config
 
 PAGE = "configuration"
 MARK = "<!-- config-reference -->"
+DEFAULT = {"free": 0, "bounded": 1}  # functions of clipjax.config.fields that make a field: the place of its default
 COLUMNS = ("Field", "Type", "Default", "On resume", "Meaning")
 
 
@@ -61,8 +62,8 @@ def source_of(cls: type) -> dict[str, Source]:
             line -= 1
         behind = comments.get(node.end_lineno or node.lineno, "")
         value = node.value
-        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "free":
-            value = value.args[0]
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in DEFAULT:
+            value = next(iter(value.args[DEFAULT[value.func.id] :]), None)
         found[node.target.id] = Source("" if value is None else ast.unparse(value), " ".join([*above, behind]).strip())
     return found
 
@@ -81,6 +82,8 @@ def fields_of(cls: type) -> tuple[Field, ...]:
 
 def members(kind: Any) -> tuple[type, ...]:
     """The dataclasses that a field of this type may hold: one, those of a union, or those of a tuple's elements."""
+    if isinstance(kind, type) and "members" in vars(kind):  # a clipjax.config.unions.OpenUnion
+        return tuple(member.config for member in kind.members.values())
     if dataclasses.is_dataclass(kind):
         return (typing.cast(type, kind),)
     return tuple(m for part in typing.get_args(kind) for m in members(part))
