@@ -10,6 +10,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from clipjax import config
+
 # A shell that starts the tests with `&` has them, and all that they start, ignore Ctrl-C, which some of them send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,3 +35,14 @@ def uncached():
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def registered_classes_go_with_the_test():
+    """What a test, or a config file that it loads, adds by `clipjax.register`."""
+    before = {union: dict(union.members) for union in config.UNIONS}
+    yield
+    for union, members in before.items():
+        added = union.members.keys() - members.keys()
+        for kind in added:
+            del union.members[kind]

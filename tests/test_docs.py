@@ -15,6 +15,7 @@ from clipjax.config.packaged import config_path, packaged_config
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [ROOT / "README.md", *PAGES]
+FILE = re.compile(r"This file, `(\w+\.py)`.*?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # one that the reader writes
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -47,6 +48,8 @@ def test_the_pages_build_without_warnings_and_load_nothing_from_elsewhere(tmp_pa
 
 def test_commands_are_real(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, code in FILE.findall((ROOT / "docs" / "extending.md").read_text()):
+        (tmp_path / name).write_text(code)
     parsed = 0
     for path, words in commands():
         for script in (word for word in words if word.startswith(("launch/", "benchmarks/", "tests/"))):

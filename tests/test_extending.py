@@ -15,6 +15,7 @@ import clipjax
 from clipjax import cli, config
 from clipjax.config import ConfigError, Term
 from clipjax.config.load import load_config
+from tests.test_docs import FILE
 
 DOCS = Path(__file__).parents[1] / "docs" / "extending.md"
 SMALL = (
@@ -23,21 +24,10 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def unions():
-    """What a test registers is gone after it."""
-    before = {union: dict(union.members) for union in config.UNIONS}
-    yield
-    for union, members in before.items():
-        union.members.clear()
-        union.members.update(members)
-
-
-def example(section: str, folder: Path, name: str) -> Path:
-    """The first Python block of a section, written to a file."""
-    text = DOCS.read_text().split(f"\n## {section}\n")[1]
+def example(name: str, folder: Path) -> Path:
+    """A file that the page tells the reader to write."""
     file = folder / name
-    file.write_text(re.search(r"```python\n(.*?)```", text, re.S).group(1))
+    file.write_text(dict(FILE.findall(DOCS.read_text()))[name])
     return file
 
 
@@ -46,7 +36,7 @@ def run(*args: object) -> int:
 
 
 def test_a_loss_of_a_config_file_is_trained_with_and_reopened(tmp_path, capsys):
-    file, workdir = example("A loss", tmp_path, "margin.py"), tmp_path / "run"
+    file, workdir = example("margin.py", tmp_path), tmp_path / "run"
     assert run("train", file, "--workdir", workdir, "--objective.0.margin", "0.3", *SMALL.split()) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["margin_softmax_loss"] for line in lines] == [line["loss"] for line in lines if line["loss"] > 0]
@@ -78,7 +68,7 @@ def test_a_loss_of_a_config_file_is_trained_with_and_reopened(tmp_path, capsys):
 def test_the_example_costs_what_it_says(tmp_path):
     from clipjax import losses
 
-    term = load_config(str(example("A loss", tmp_path, "margin.py"))).objective[0]
+    term = load_config(str(example("margin.py", tmp_path))).objective[0]
     assert losses.term_flops(term, losses.Sizes(16, 1, 8)) == 8 * 16**2 * 8
 
 
@@ -158,7 +148,7 @@ def test_a_class_that_is_not_registered_is_refused_where_it_is_used():
 def test_clipjaxs_own_classes_all_have_their_function():
     from clipjax import losses
 
-    assert losses.TERMS.keys() == {member.config for member in Term.members.values()}
+    assert losses.TERMS.keys() == {member.config for member in Term.members.values() if member.source is None}
     fewer = {c: binding for c, binding in losses.TERMS.items() if c is not config.Cyclip}
     with pytest.raises(TypeError, match="classes of Term that nothing is bound to: Cyclip"):
         Term.bind(fewer)

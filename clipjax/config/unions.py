@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Self, Union
 
 from clipjax.config.fields import ConfigError, Strict, require
 
+INTERACTIVE = "an interactive session"  # stands for the file of a class that has none
 _loading: list[str] = []  # the config files that are being loaded, the innermost last
 
 
@@ -66,7 +67,7 @@ class OpenUnion(Strict):
         kind, source = _kind_of(config), _absolute(source)
         other = cls.members.get(kind)
         if other is not None and other.config is not config:
-            again = (other.source, other.config.__qualname__) == (source, name)
+            again = other.config.__qualname__ == name and other.source in (source, INTERACTIVE)
             owner = f"that of {other.config.__qualname__} of {other.source or 'clipjax'}"
             require(again, f"{name}.kind", kind, f"is {owner} already: choose another")
         cls.members[kind] = Member(config, implementation, source, _loading[-1] if _loading else source)
@@ -134,4 +135,4 @@ def _kind_of(config: type) -> str:
 
 def _absolute(path: str) -> str:
     """Of a file; what is typed in an interactive session has none."""
-    return str(Path(path).resolve()) if Path(path).is_file() else "an interactive session"
+    return str(Path(path).resolve()) if Path(path).is_file() else INTERACTIVE
