@@ -13,7 +13,7 @@ from clipjax.evals.encoder import Encoder
 from clipjax.evals.evaluation import Evaluation, Results
 from clipjax.evals.inputs import eval_data
 from clipjax.evals.report import png_name, save_png
-from clipjax.evals.table import EVALUATIONS
+from clipjax.evals.table import class_of
 from clipjax.metrics.writer import EvaluationResults
 from clipjax.models.clip import Params
 from clipjax.train.loop import say
@@ -74,12 +74,12 @@ def make_evaluators(run: config.Run, mesh: Mesh, tokenizer: Tokenizer, workdir: 
 
 def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer, run: config.Run) -> Evaluation:
     """The evaluation that `wanted` describes, on its dataset."""
-    return EVALUATIONS[type(wanted)].prepare(encoder, tokenizer, eval_data(run, wanted.data, wanted.split), wanted)
+    return class_of(wanted).prepare(encoder, tokenizer, eval_data(run, wanted.data, wanted.split), wanted)
 
 
 def _check_best(run: config.Run) -> None:
     best = run.train.best or ""
     for wanted in run.evals:
-        for metric, remedy in EVALUATIONS[type(wanted)].unavailable().items():
+        for metric, remedy in class_of(wanted).unavailable().items():
             needed = best.startswith(f"{wanted.task}/") and best.endswith(f"/{metric}")
             config.require(not needed, "train.best", best, remedy)
