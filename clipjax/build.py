@@ -1,8 +1,9 @@
-"""From a configuration to the things it describes. The only side effect is the tokenizer's file in the workdir, once it is known
-that the run is not another's."""
+"""From a configuration to the things that it describes.
+
+Writes one file only: the tokenizer, in a workdir that `open_workdir` has checked.
+"""
 
 import functools
-from pathlib import Path
 
 import jax
 
@@ -13,67 +14,77 @@ from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.train.loop import Batches
-from clipjax.train.resume import resumable
+from clipjax.train.workdir import Workdir
+
+NOT_SHARED = "must be on storage that all processes share"
 
 
-def tokenizer(run: config.Run, workdir: Path, source: Source) -> Tokenizer:
-    """The run's tokenizer: that of the workdir where the run goes on from a checkpoint, else a new one, trained or loaded as
-    run.tokenizer says and saved there.
+def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
+    """The run's tokenizer. A run that resumes loads that of its workdir; a new one trains or loads it, as run.tokenizer says, and
+    saves it there.
 
-    Raises ConfigError where the workdir's checkpoint is another run's, the source is too small (`pipeline.check_source`) or has
-    not the number of examples that a term remembers, or the ids do not fit the text tower.
+    Raises ConfigError where the source is too small (`pipeline.check_source`), where a term that stores values of every example
+    expects another number of examples, and where the ids do not fit the text tower.
     """
-    resumes = resumable(run, workdir) is not None
     check_source(source, run.data, run.train.batch_size)
     for i, term in enumerate(run.objective):
         if isinstance(term, config.Sogclr | config.Isogclr):
             remedy = f"must be the number of examples of {source.name}, {len(source)}"
             config.require(term.examples == len(source), f"objective.{i}.examples", term.examples, remedy)
-    with distributed.first_process_first("tokenizer"):  # the first trains it and saves it, the others load it
-        return _tokenizer(run, workdir, source, resumes)
+    with distributed.first_process_first("tokenizer"):  # the first process trains and saves it, the others load it
+        file, resumes = workdir.path / TOKENIZER, workdir.saved is not None
+        if resumes or jax.process_index() > 0:
+            missing = f"has checkpoints but no {TOKENIZER}: put it back"
+            config.require(file.exists(), "--workdir", str(workdir.path), missing if resumes else NOT_SHARED)
+            found = Tokenizer.load(file, run.model.text.length)
+            _check_ids(run, found)
+            return found
+        made = _new_tokenizer(run, source)
+        _check_ids(run, made)  # before it is saved: a configuration that is refused leaves no workdir
+        made.save(file)
+        return made
 
 
-def _tokenizer(run: config.Run, workdir: Path, source: Source, resumes: bool) -> Tokenizer:
-    text, saved, there = run.model.text, workdir / TOKENIZER, resumes or jax.process_index() > 0
-    if there:
-        remedy = f"has checkpoints but no {TOKENIZER}: put it back" if resumes else "must be on storage that all processes share"
-        config.require(saved.exists(), "--workdir", str(workdir), remedy)
-        made = Tokenizer.load(saved, text.length)
-    elif isinstance(run.tokenizer, config.TokenizerFile):
-        made = Tokenizer.load(run.tokenizer.path, text.length)
-    else:
-        made = Tokenizer.train(source.captions(), text.vocab_size, run.tokenizer.lowercase, text.length)
-    enough = f"must be at least the tokenizer's {made.vocab_size}"
-    config.require(made.vocab_size <= text.vocab_size, "model.text.vocab_size", text.vocab_size, enough)
-    ends = text.pool == "last" or made.end_id == made.vocab_size - 1
-    remedy = f"needs an end token with the tokenizer's highest id, {made.vocab_size - 1}: this one's is {made.end_id}; use last"
-    config.require(ends, "model.text.pool", text.pool, remedy)
+def _new_tokenizer(run: config.Run, source: Source) -> Tokenizer:
+    text = run.model.text
+    if isinstance(run.tokenizer, config.TokenizerFile):
+        return Tokenizer.load(run.tokenizer.path, text.length)
+    return Tokenizer.train(source.captions(), text.vocab_size, run.tokenizer.lowercase, text.length)
+
+
+def _check_ids(run: config.Run, made: Tokenizer) -> None:
+    """Raises ConfigError where the tokenizer's ids do not fit the text tower or the captioning head."""
+    text, highest = run.model.text, made.vocab_size - 1
+    remedy = f"must be at least the tokenizer's {made.vocab_size}"
+    config.require(made.vocab_size <= text.vocab_size, "model.text.vocab_size", text.vocab_size, remedy)
+    has_end = text.pool == "last" or made.end_id == highest
+    remedy = f"needs an end token with the tokenizer's highest id, {highest}: this one's is {made.end_id}; use last"
+    config.require(has_end, "model.text.pool", text.pool, remedy)
     if run.model.decoder is not None:
-        remedy = f"model.decoder begins a caption with its start token and ends it with its highest id, {made.vocab_size - 1}"
-        writes = made.start_id is not None and made.end_id == made.vocab_size - 1
-        config.require(writes, "tokenizer", [made.start_id, made.end_id], remedy)
-    if not there:
-        made.save(saved)
-    return made
+        remedy = f"model.decoder begins a caption with its start token and ends it with its highest id, {highest}"
+        fits = made.start_id is not None and made.end_id == highest
+        config.require(fits, "tokenizer", [made.start_id, made.end_id], remedy)
 
 
 def teacher(run: config.Run, source: Source) -> Teacher | None:
-    """The embeddings that run.data.teacher names, None where it names none. Raises ConfigError where they are of other data."""
+    """The teacher's embeddings that run.data.teacher names, None where it names none. Raises ConfigError if they are of other
+    data."""
     return None if run.data.teacher is None else Teacher(run.data.teacher, source)
 
 
-def batches(run: config.Run, source: Source, tokens: Tokenizer, taught: Teacher | None = None) -> Batches:
-    """This process's training batches, to be opened at a step. `taught`: the run's teacher, where it has been opened."""
+def batches(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teacher | None = None) -> Batches:
+    """This process's training batches, to be opened at a step. `teacher`: what `build.teacher` returned, so that it is opened
+    once."""
     opened = functools.partial(
         train_batches,
         source,
-        tokens,
+        tokenizer,
         run.data,
         image_size=run.model.image.image_size,
         batch_size=run.train.batch_size,
         seed=run.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        teacher=taught,
+        teacher=teacher,
     )
     return lambda step: opened(start_step=step)

@@ -72,7 +72,7 @@ class Checkpoints:
         """The newest finished step on disk, or None."""
         return self._manager.latest_step()
 
-    def after(self, step: int) -> list[int]:
+    def steps_after(self, step: int) -> list[int]:
         """The finished steps on disk that are newer than `step`."""
         return [s for s in sorted(self._manager.all_steps()) if s > step]
 
@@ -200,7 +200,7 @@ def _reader(workdir: Path, *, alone: bool = False) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
 
 
-def _run_of(reader: ocp.CheckpointManager, step: int) -> config.Run:
+def read_config(reader: ocp.CheckpointManager, step: int) -> config.Run:
     saved = reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
     return config.from_json(json.dumps(saved.config))
 
@@ -246,7 +246,7 @@ def newest(workdir: Path) -> tuple[int, config.Run] | None:
         steps = sorted(reader.all_steps(), reverse=True)
         for step in steps:
             with contextlib.suppress(DamagedError), _reading(workdir, step):
-                return step, _run_of(reader, step)
+                return step, read_config(reader, step)
     if steps or aside:
         there = ", ".join([str(step) for step in steps] + [f"{DAMAGED}/{name}" for name in aside])
         remedy = f"put a copy into {workdir / 'checkpoints'}, choose a new --workdir, or remove these to begin at step 0"
@@ -267,7 +267,7 @@ def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
         step = step if step is not None else steps[-1] if steps else None
         config.require(step in steps, "RUN", name, f"has checkpoints of steps {', '.join(map(str, steps)) or '(none)'} only")
         with _reading(workdir, step):
-            run = _run_of(reader, step)
+            run = read_config(reader, step)
             target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
             item = "params" if run.optim.ema is None else "ema"
             restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))

@@ -50,20 +50,20 @@ def train(args: argparse.Namespace) -> None:
     from clipjax import build, distributed, sharding
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators
-    from clipjax.train import loop, resume
+    from clipjax.train import loop
+    from clipjax.train.workdir import open_workdir
 
     distributed.start()
     distributed.agree("the configuration's checksum", zlib.crc32(config.to_json(run).encode()))
     mesh = sharding.make_mesh(run.mesh)
-    saved = resume.check(run, args.workdir, mesh)
-    distributed.agree("the newest checkpoint's step", saved.step if saved else "none")
-    with distributed.first_process_first("dataset"):  # the first builds it, if need be
+    workdir = open_workdir(run, args.workdir, mesh)
+    with distributed.first_process_first("dataset"):  # the first process builds it, if it is missing
         source = open_source(run.data)
     distributed.agree("the number of examples", len(source))
-    taught = build.teacher(run, source)
-    tokens = build.tokenizer(run, args.workdir, source)
-    batches = build.batches(run, source, tokens, taught)
-    loop.train(run, args.workdir, batches, make_evaluators(run, mesh, tokens, args.workdir), mesh)
+    teacher = build.teacher(run, source)
+    tokenizer = build.tokenizer(run, workdir, source)
+    batches = build.batches(run, source, tokenizer, teacher)
+    loop.train(run, workdir, batches, make_evaluators(run, mesh, tokenizer, workdir.path), mesh)
 
 
 def _load(args: argparse.Namespace) -> "Loaded":

@@ -12,8 +12,8 @@ from clipjax.checkpoint import Checkpoints, load_params, newest, split_name
 from clipjax.config import ConfigError
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
-from clipjax.train.resume import save_config
 from clipjax.train.state import abstract_state
+from clipjax.train.workdir import save_config
 from tests.train import tiny
 
 EMA = dataclasses.replace(tiny.OPTIM, ema=0.9)

@@ -21,9 +21,9 @@ from clipjax.generate import Beam, Captioner, Greedy, Sample
 from clipjax.losses import token_nll
 from clipjax.models import clip
 from clipjax.sharding import make_mesh, shardings, to_global
-from clipjax.train.loop import save_config
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import initial_state
+from clipjax.train.workdir import save_config
 from tests.evals.tiny import TOKENIZER, mesh_of
 
 SIZE, PICTURES = 8, 16

@@ -14,6 +14,7 @@ from pathlib import Path
 from clipjax import build, config
 from clipjax.data.sources import open_source
 from clipjax.files import write_whole
+from clipjax.train.workdir import Workdir
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def measure(run: config.Run, seconds: float) -> Figures:
     """Reads for so long, two batches at least. Raises ConfigError for what `clipjax train` would refuse."""
     source = open_source(run.data)
     with tempfile.TemporaryDirectory() as folder:  # which gets the tokenizer that is trained or loaded
-        tokens = build.tokenizer(run, Path(folder), source)
+        tokens = build.tokenizer(run, Workdir(Path(folder)), source)
     batches = build.batches(run, source, tokens, build.teacher(run, source))
     start = time.perf_counter()
     with batches(0) as stream:

@@ -13,8 +13,8 @@ from clipjax.export import open_clip, open_clip_read
 from clipjax.export.table import to_ours
 from clipjax.models.clip import init
 from clipjax.train.optimizer import make_optimizer
-from clipjax.train.resume import save_config
 from clipjax.train.state import TrainState, abstract_state
+from clipjax.train.workdir import save_config
 
 
 def import_open_clip(source: Path, out: Path) -> tuple[Run, list[str]]:

@@ -21,9 +21,9 @@ from clipjax.models import clip
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress
-from clipjax.train.resume import changes, check, evaluated, restored, save_config
 from clipjax.train.state import TrainState, abstract_state, initial_state
 from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.workdir import Workdir, changes, evaluated, restore_newest, save_config
 
 # Opens this process's batches from a step on.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
@@ -42,44 +42,39 @@ class Evaluator(Protocol):
     def run(self, params: clip.Params, step: int) -> EvaluationResults: ...
 
 
-def train(run: config.Run, workdir: Path, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
+def train(run: config.Run, workdir: Workdir, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
     """Trains to `train.steps` finished steps, from the newest checkpoint if the workdir has one.
 
-    Raises ConfigError where this can't be trained here (as `resume.check`) or the checkpoint belongs to another run,
-    FloatingPointError where a loss is not finite, OSError where the disk is full, and Preempted once a stop was
-    requested and the state is on disk.
+    Raises ConfigError for a rule without a parameter and for a mesh that would replicate what it should shard, FloatingPointError
+    where a loss is not finite, OSError where the disk is full, and Preempted where a stop was requested and the state is on disk.
     """
     cfg = run.train
-    saved = check(run, workdir, mesh)
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
     tx = make_optimizer(run.optim, cfg.steps, params)
     placed = abstract_state(run, tx, mesh)
     # Nothing is written above this line: the run is sound.
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir, run))
-        stack.enter_context(_naming_the_last_good(checkpoints, workdir))
-        if saved:
-            saved, state = restored(saved, run, workdir, checkpoints, placed)
-        else:
-            state = initial_state(run, tx, mesh)
+        checkpoints = stack.enter_context(Checkpoints(workdir.path, run))
+        stack.enter_context(_naming_the_last_good(checkpoints, workdir.path))
+        saved, state = restore_newest(run, workdir, checkpoints, placed) or (None, initial_state(run, tx, mesh))
         start = saved.step if saved else 0
         # An evaluation that failed or was cut short, as the last one of a preempted run, is missed.
         missed = [e for e in evaluators if start and (start >= cfg.steps or e.due(start))]
-        done = evaluated(workdir, start, [(e.task, e.dataset) for e in missed])
+        done = evaluated(workdir.path, start, [(e.task, e.dataset) for e in missed])
         missed = [e for e, it_is in zip(missed, done, strict=True) if not it_is]
         if start >= cfg.steps and not missed:
-            say(f"{workdir}: finished, with all its {cfg.steps:,} steps; raise train.steps or choose a new --workdir")
+            say(f"{workdir.path}: finished, with all its {cfg.steps:,} steps; raise train.steps or choose a new --workdir")
             return state
         if saved:
             changed = "; ".join(changes(saved.run, run))
-            say(f"{workdir}: resuming at step {start:,} of {cfg.steps:,}" + (f"; changed: {changed}" if changed else ""))
+            say(f"{workdir.path}: resuming at step {start:,} of {cfg.steps:,}" + (f"; changed: {changed}" if changed else ""))
         decided = remat.resolved(run, mesh, placed)
         if decided != run:
             say(f"model.remat = auto: {decided.model.remat}")
         step_fn = compile_step(make_train_step(decided, tx, mesh), state, mesh)
         data = stack.enter_context(batches(start))
-        save_config(run, workdir)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+        save_config(run, workdir.path)
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, start)))
         progress = stack.enter_context(Progress(cfg.steps))
         clock, counts, running = Clock(), DataCounts(), deque(maxlen=AHEAD)
         flops = model_flops(run.model_at_work, trained_names(run.optim.rules, params), run.data.captions_per_image)

@@ -10,9 +10,9 @@ from clipjax.checkpoint import Checkpoints
 from clipjax.evals.loaded import mesh_for
 from clipjax.models import clip
 from clipjax.sharding import make_mesh
-from clipjax.train.loop import save_config
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import initial_state
+from clipjax.train.workdir import save_config
 from tests.evals.tiny import MODEL, TOKENIZER, WORDS
 
 

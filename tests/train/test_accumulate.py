@@ -16,7 +16,6 @@ from clipjax import config, hlo, sharding
 from clipjax.config import ConfigError
 from clipjax.metrics.flops import model_flops
 from clipjax.models import clip
-from clipjax.train.loop import train
 from clipjax.train.optimizer import trained_names
 from clipjax.train.state import TrainState
 from clipjax.train.step import compile_step, make_train_step
@@ -202,7 +201,7 @@ def test_a_run_may_change_its_parts_on_resume(tmp_path, capsys):
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps))
         marks = {"replaced": np.zeros(32, bool), "truncated": np.zeros(32, bool)}
         made = [batch | marks for batch in tiny.batches(run, steps)]
-        train(run, workdir, lambda start: contextlib.nullcontext(iter(made[start:])), [], tiny.mesh_of())
+        tiny.train_in(workdir, run, lambda start: contextlib.nullcontext(iter(made[start:])), [], tiny.mesh_of())
         return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
     losses(tmp_path / "parts", 4, 10)

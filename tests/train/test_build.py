@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax import build, config
+from clipjax import build, checkpoint, cli, config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.training import make_evaluators
-from clipjax.train.loop import train
-from tests.train import tiny
+from clipjax.train import workdir
+from tests.train import tiny, tiny_hosts
 
 
 @pytest.fixture(scope="module")
@@ -50,50 +50,54 @@ class Untouched:
         raise AssertionError("its captions were read")
 
 
+def opened_workdir(run, path):
+    return workdir.open_workdir(run, path, tiny.mesh_of())
+
+
 def vocabulary(path):
     return Tokenizer.load(path, 8).backend.get_vocab()
 
 
 def test_a_tokenizer_without_checkpoint_is_made_anew(run, sources, tmp_path):
-    build.tokenizer(run, tmp_path, sources["red"])
+    build.tokenizer(run, opened_workdir(run, tmp_path), sources["red"])
     before = vocabulary(tmp_path / "tokenizer.json")
-    made = build.tokenizer(run, tmp_path, sources["uno"])  # the first was stopped before it had a checkpoint
+    made = build.tokenizer(run, opened_workdir(run, tmp_path), sources["uno"])  # the first was stopped before it had a checkpoint
     assert made.backend.get_vocab() == vocabulary(tmp_path / "tokenizer.json") != before
     for lowercase in (True, False):
         cased = dataclasses.replace(run, tokenizer=config.BPE(lowercase=lowercase))
-        upper, lower = build.tokenizer(cased, tmp_path, sources["red"]).encode(["RED", "red"])[0]
+        upper, lower = build.tokenizer(cased, opened_workdir(cased, tmp_path), sources["red"]).encode(["RED", "red"])[0]
         assert (upper == lower).all() == lowercase
 
 
 def test_a_checkpoints_tokenizer_stays(run, sources, tmp_path):
-    tokens = build.tokenizer(run, tmp_path, sources["red"])
-    train(run, tmp_path, build.batches(run, sources["red"], tokens), [], tiny.mesh_of())
+    tokens = build.tokenizer(run, opened_workdir(run, tmp_path), sources["red"])
+    tiny.train_in(tmp_path, run, build.batches(run, sources["red"], tokens), [], tiny.mesh_of())
     written = (tmp_path / "tokenizer.json").read_bytes()
-    again = build.tokenizer(run, tmp_path, Untouched())
+    again = build.tokenizer(run, opened_workdir(run, tmp_path), Untouched())
     assert again.backend.get_vocab() == tokens.backend.get_vocab()
     for other, message in (
         (dataclasses.replace(run, tokenizer=config.BPE(lowercase=False)), "tokenizer.lowercase: True -> False"),
         (dataclasses.replace(run, data=dataclasses.replace(run.data, resize="crop")), "data.resize: 'squash' -> 'crop'"),
     ):
         with pytest.raises(ConfigError, match=f"(?s)another run.*{message}"):
-            build.tokenizer(other, tmp_path, Untouched())
+            opened_workdir(other, tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == written
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"^--workdir = .*: has checkpoints but no tokenizer\.json"):
-        build.tokenizer(run, tmp_path, Untouched())
+        build.tokenizer(run, opened_workdir(run, tmp_path), Untouched())
 
 
 def test_a_dataset_smaller_than_a_batch_leaves_no_workdir(run, tmp_path):
     big = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=17))
     with pytest.raises(ConfigError, match=r"^train\.batch_size = 17: is more than the 16 examples of untouched: use at most 16$"):
-        build.tokenizer(big, tmp_path / "run", Untouched())
+        build.tokenizer(big, opened_workdir(big, tmp_path / "run"), Untouched())
     assert not (tmp_path / "run").exists()
 
 
 def test_data_that_does_not_fit_leaves_no_workdir(run, sources, tmp_path):
     several = dataclasses.replace(run, data=dataclasses.replace(run.data, captions_per_image=2))
     with pytest.raises(ConfigError, match=r"^data\.captions_per_image = 2: no example of tsv:.* has more than 1 "):
-        build.tokenizer(several, tmp_path / "run", sources["red"])
+        build.tokenizer(several, opened_workdir(several, tmp_path / "run"), sources["red"])
     taught = dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=str(tmp_path / "no.npz")))
     with pytest.raises(ConfigError, match=r"^data\.teacher = '.*no\.npz': there is no such file"):
         build.teacher(taught, sources["red"])
@@ -105,7 +109,7 @@ def test_the_teacher_is_opened_once(run, sources, tmp_path):
     np.savez(tmp_path / "teacher.npz", image=rows, text=-rows, key=[f"{i}.png" for i in range(16)])
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=str(tmp_path / "teacher.npz")))
     teacher = build.teacher(run, sources["red"])
-    tokens = build.tokenizer(run, tmp_path / "run", sources["red"])
+    tokens = build.tokenizer(run, opened_workdir(run, tmp_path / "run"), sources["red"])
     (tmp_path / "teacher.npz").unlink()  # mapped, so that a second look alone would miss it
     with build.batches(run, sources["red"], tokens, teacher)(0) as opened:
         batch = next(opened)
@@ -124,3 +128,20 @@ def test_evaluations_are_named_in_the_configuration_as_in_the_results(run, sourc
     for evaluator in make_evaluators(dataclasses.replace(run, evals=tuple(wanted)), tiny.mesh_of(), words):
         best = f"{evaluator.task}/{evaluator.dataset}/{config.Retrieval.metrics[0]}"
         assert config.Run(train=config.Train(best=best), evals=evals).train.best == best
+
+
+def test_what_a_run_starts_from_is_looked_up_once(sources, tmp_path, monkeypatch):
+    """From the command line to the first step: one search for checkpoints, and one read of the newest one's configuration."""
+    calls = []
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (calls.append(name), function(*args))[1])
+
+    counted(workdir, "newest")
+    counted(checkpoint, "read_config")
+    command = ["train", tiny_hosts.__file__, "--workdir", str(tmp_path / "run"), "--data.spec", sources["red"].name]
+    for expected in (["newest"], ["newest", "read_config"]):  # a new run; then it resumes, and is finished
+        calls.clear()
+        assert cli.main([*command, "--train.steps", "3"]) == 0
+        assert calls == expected

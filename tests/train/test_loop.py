@@ -12,8 +12,7 @@ import pytest
 from clipjax import config, sharding
 from clipjax.checkpoint import newest
 from clipjax.config import ConfigError
-from clipjax.train.loop import train
-from clipjax.train.resume import Saved, check
+from clipjax.train.workdir import Saved, open_workdir
 from tests.train import tiny
 
 TRAIN = config.Train(steps=12, batch_size=16, log_every=5, checkpoint_every=4, keep=9)
@@ -62,7 +61,7 @@ def steps_on_disk(workdir):
 
 
 def run_it(run, workdir, evaluators=(), **marks):
-    return train(run, workdir, batches(**marks), list(evaluators), tiny.mesh_of(2))
+    return tiny.train_in(workdir, run, batches(**marks), list(evaluators), tiny.mesh_of(2))
 
 
 @pytest.mark.slow
@@ -154,7 +153,7 @@ UNSOUND = {
 def test_what_can_not_be_trained_leaves_no_workdir(name, tmp_path):
     run, shape, message = UNSOUND[name]
     with pytest.raises(ConfigError, match=f"^{message}"):
-        train(run, tmp_path / "run", batches(), [], tiny.mesh_of(*shape))
+        tiny.train_in(tmp_path / "run", run, batches(), [], tiny.mesh_of(*shape))
     assert not (tmp_path / "run").exists()
 
 
@@ -175,11 +174,10 @@ def test_another_runs_workdir_is_left_as_it_is(tmp_path):
         (dataclasses.replace(RUN, seed=1), r"another run.*\n  seed: 0 -> 1$"),
         (during(steps=3), "ask for as many"),
     ):
-        for refused in (lambda run: check(run, tmp_path, tiny.mesh_of()), lambda run: run_it(run, tmp_path)):
-            with pytest.raises(ConfigError, match=message):
-                refused(other)
+        with pytest.raises(ConfigError, match=message):
+            open_workdir(other, tmp_path, tiny.mesh_of())
     assert everything(tmp_path) == before
-    assert check(RUN, tmp_path, tiny.mesh_of()) == Saved(4, during(steps=4))
+    assert open_workdir(RUN, tmp_path, tiny.mesh_of()).saved == Saved(4, during(steps=4))
     assert newest(tmp_path / "nowhere") is None
 
 

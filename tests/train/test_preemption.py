@@ -18,7 +18,6 @@ import pytest
 
 from clipjax import config, preemption
 from clipjax.checkpoint import DamagedError, SaveError
-from clipjax.train.loop import train
 from tests import hosts
 from tests.train import tiny
 from tests.train.test_resume import same_weights
@@ -52,7 +51,7 @@ def batches(at=None, do=None, run=RUN):
 
 
 def run_it(workdir, at=None, do=None, evaluators=(), run=RUN):
-    return train(run, workdir, batches(at, do, run), list(evaluators), tiny.mesh_of(2))
+    return tiny.train_in(workdir, run, batches(at, do, run), list(evaluators), tiny.mesh_of(2))
 
 
 def send(*numbers):

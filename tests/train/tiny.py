@@ -1,6 +1,8 @@
 """The small runs that tests of training share."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,9 +11,11 @@ from jax.sharding import Mesh
 
 from clipjax import config, sharding
 from clipjax.models import clip
+from clipjax.train import loop
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, initial_state
 from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.workdir import open_workdir
 
 SHAPE = dict(width=32, depth=2, heads=4, mlp_dim=64)
 CLIP = config.Model(
@@ -73,3 +77,10 @@ def train(cfg: config.Run, mesh: Mesh, steps: int) -> tuple[TrainState, list[flo
         state, metrics = step(state, sharding.to_global(batch, mesh))
         losses.append(float(metrics["loss"]))
     return state, losses, step
+
+
+def train_in(
+    workdir: Path, cfg: config.Run, batches: loop.Batches, evaluators: Sequence[loop.Evaluator], mesh: Mesh
+) -> TrainState:
+    """What `clipjax train` does once its data and evaluators are there."""
+    return loop.train(cfg, open_workdir(cfg, workdir, mesh), batches, evaluators, mesh)

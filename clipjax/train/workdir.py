@@ -1,0 +1,113 @@
+"""A run's folder before the first step: which checkpoint the run resumes from, and whether it can be trained here at all.
+
+Everything here only reads, but for two: `save_config` writes config.json, and `restore_newest` sets damaged checkpoints aside.
+"""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from clipjax import config, distributed, sharding
+from clipjax.checkpoint import Checkpoints, DamagedError, newest
+from clipjax.files import write_whole
+from clipjax.train.optimizer import can_grow
+from clipjax.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoint that a run resumes from."""
+
+    step: int  # finished steps
+    run: config.Run  # as it was when the checkpoint was saved
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """A run's folder, and what was found in it."""
+
+    path: Path
+    saved: Saved | None = None  # None: there is no checkpoint, the run starts at step 0
+
+
+def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Workdir:
+    """Checks that `run` can be trained on `mesh` into the folder `path`, and finds the checkpoint to resume from.
+
+    Called once for a run, before any data is opened; what follows gets the result. Writes nothing. Raises ConfigError for several
+    processes that are not joined or find different checkpoints, for a mesh that does not divide the batch or the towers, and for
+    a checkpoint of another run. Raises DamagedError where there are checkpoints and none can be read.
+    """
+    distributed.require_joined()
+    sharding.check_batch(run, mesh)
+    sharding.check_tensor(run.model, mesh)
+    saved = _find_checkpoint(run, path)
+    distributed.agree("the newest checkpoint's step", saved.step if saved else "none")
+    return Workdir(path, saved)
+
+
+def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
+    """The newest checkpoint whose configuration can be read; None where there is no checkpoint. Raises as `open_workdir`."""
+    found = newest(path)
+    if found is None:
+        return None
+    saved = Saved(*found)
+    if differences := config.identity_differences(saved.run, run):
+        rows = "\n  ".join(differences)
+        raise config.ConfigError(f"the workdir holds another run; change these back, or choose a new --workdir:\n  {rows}")
+    if refusal := can_grow(run.optim, saved.run.train.steps, run.train.steps, saved.step):
+        raise config.ConfigError(refusal)
+    return saved
+
+
+def restore_newest(
+    run: config.Run, workdir: Workdir, checkpoints: Checkpoints, abstract: TrainState
+) -> tuple[Saved, TrainState] | None:
+    """The newest checkpoint that can be read, and its state, sharded as `abstract` (shapes with shardings) says; None where the
+    workdir has no checkpoint.
+
+    A checkpoint that can't be read is set aside, so that its step can be saved again, and the one before it is looked up. Raises
+    as `open_workdir` does.
+    """
+    if (saved := workdir.saved) is None:
+        return None
+    while True:
+        for step in checkpoints.steps_after(saved.step):
+            checkpoints.set_aside(step, f"{workdir.path}@{step} can't be read: its configuration is damaged")
+        try:
+            return saved, checkpoints.restore(saved.step, abstract)
+        except DamagedError as error:
+            checkpoints.set_aside(saved.step, str(error))
+            saved = _find_checkpoint(run, workdir.path)
+            assert saved, "newest() raises where checkpoints were set aside and none is left"
+
+
+def evaluated(workdir: Path, step: int, tasks: Sequence[tuple[str, str]]) -> list[bool]:
+    """Of each task with its dataset, whether metrics.jsonl has its line of `step`. Process 0 reads the file for all."""
+    path = workdir / "metrics.jsonl"
+    found = set()
+    for line in path.read_text(encoding="utf-8").splitlines() if tasks and path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # a torn line
+            record = json.loads(line)
+            if record["step"] == step:
+                found.add((record.get("task"), record.get("dataset")))
+    return multihost_utils.broadcast_one_to_all(np.array([task in found for task in tasks], bool)).tolist()
+
+
+def changes(saved: config.Run, run: config.Run) -> list[str]:
+    """The fields of `run` that differ from `saved`, each as `field = value`."""
+    before = config.lines(saved)
+    return [line for line in config.lines(run) if line not in before]
+
+
+def save_config(run: config.Run, workdir: Path) -> None:
+    """Writes config.json in one operation: a reader never sees half of it."""
+    if jax.process_index() == 0:
+        with write_whole(workdir / "config.json") as part:
+            part.write_text(config.to_json(run), encoding="utf-8")
