@@ -98,6 +98,12 @@ def test_no_document_is_cited_that_is_not_here():
         assert not re.findall(r"\b(?:METHODS|DESIGN|EVALS|FORMATS|CHIPS|PEERS)\b", path.read_text()), path.name
 
 
+def test_the_source_tree_has_every_module_at_the_top():
+    page = (ROOT / "docs" / "source-tree.md").read_text()
+    paths = [path for path in (ROOT / "clipjax").iterdir() if not path.name.startswith("_") and path.name != "py.typed"]
+    assert not [path.name for path in paths if path.name + "/" * path.is_dir() not in page]
+
+
 def test_every_flag_of_open_clip_has_its_row():
     params = pytest.importorskip("open_clip_train.params")
     source = Path(params.__file__).read_text()
