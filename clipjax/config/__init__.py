@@ -51,14 +51,14 @@ class Run(Strict):
     """Everything that defines a run."""
 
     seed: int = 0  # of the initial weights, the order of the data and all noise
-    data: Data = Data()
-    tokenizer: Tokenizer = BPE()
-    model: Model = field(default_factory=Model)
+    data: Data = Data()  # images and captions
+    tokenizer: Tokenizer = BPE()  # from captions to tokens
+    model: Model = field(default_factory=Model)  # the towers
     objective: tuple[Term, ...] = (Softmax(),)  # weighted terms that add up
-    optim: Optim = Optim()
-    train: Train = Train()
-    evals: tuple[TrainingEvaluation, ...] = free(())
-    mesh: Mesh = Mesh()
+    optim: Optim = Optim()  # optimizer, schedule, and rules by parameter name
+    train: Train = Train()  # steps, batch size, cadences
+    evals: tuple[TrainingEvaluation, ...] = free(())  # evaluations during training
+    mesh: Mesh = Mesh()  # how devices share the work
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")

@@ -51,7 +51,7 @@ class ImageTower(Strict):
 
     image_size: int = 224  # side of the square input, pixels
     patch_size: int = 16  # side of a patch, pixels
-    width: int = 768  # of a token
+    width: int = 768  # width of a token
     depth: int = 12  # number of layers
     heads: int = 12  # attention heads of a layer
     mlp_dim: int = 3072  # width inside the MLP of a layer
@@ -65,7 +65,7 @@ class ImageTower(Strict):
     positions: Literal["learned", "sincos2d"] = "learned"  # position embeddings: learned, or fixed sines and cosines
     pre_norm: bool = True  # a LayerNorm before the first layer (CLIP)
     patch_bias: bool = False  # a bias in the patch embedding
-    activation: Activation = "gelu"  # of the MLPs
+    activation: Activation = "gelu"  # activation of the MLPs
     norm_eps: float = 1e-5  # epsilon of the LayerNorms
     patch_dropout: float = 0.0  # share of patches dropped in training (FLIP, 2212.00794)
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # subtracted from red, green, blue in [0, 1]
@@ -138,7 +138,7 @@ class TextTower(Strict):
 
     length: int = 77  # tokens a caption, padding and special tokens included
     vocab_size: int = 49408  # number of token vectors; the tokenizer may have fewer tokens
-    width: int = 512  # of a token
+    width: int = 512  # width of a token
     depth: int = 12  # number of layers
     heads: int = 8  # attention heads of a layer
     mlp_dim: int = 2048  # width inside the MLP of a layer
@@ -149,7 +149,7 @@ class TextTower(Strict):
     # token after the last position (`cls`, CoCa).
     pool: Literal["eot", "last", "cls"] = "eot"
     legacy_mask: bool = False  # with pool = "cls": open_clip's mask of padding, which is shifted by a token; for its weights
-    activation: Activation = "gelu"  # of the MLPs
+    activation: Activation = "gelu"  # activation of the MLPs
     norm_eps: float = 1e-5  # epsilon of the LayerNorms
 
     def __post_init__(self) -> None:

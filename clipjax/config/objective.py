@@ -22,7 +22,7 @@ class Term(OpenUnion, run_field="objective"):
     """A term of the objective. A class that derives from it gives `kind` its value, and adds what its equation needs."""
 
     kind: str
-    weight: float = bounded(NOT_NEGATIVE, 1.0)  # 0: the term is left out
+    weight: float = bounded(NOT_NEGATIVE, 1.0)  # factor on the term in the sum; 0: the term is left out
 
     def check(self, name: str, model: Model, data: Data) -> None:
         """Raises ConfigError for an impossible value, or where the model or the data can't serve the term.
@@ -62,10 +62,10 @@ class Softmax(Nested):
 
     kind: Literal["softmax"] = "softmax"
     image_weight: float = bounded(SHARE, 0.5)  # share of the direction image -> text (ConVIRT, 2010.00747: 0.75)
-    label_smoothing: float = bounded(BELOW_ONE, 0.0)
+    label_smoothing: float = bounded(BELOW_ONE, 0.0)  # share of the target that is spread evenly over a row
     reduction: Literal["mean", "sum"] = "mean"  # of the two directions; ALIGN (2102.05918) takes the sum, and smooths by 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the operands of its products, whose sums are float32
-    prefixes: Prefixes = None
+    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Sigmoid(Nested):
 
     kind: Literal["sigmoid"] = "sigmoid"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the operands of its products, whose sums are float32
-    prefixes: Prefixes = None
+    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
@@ -87,8 +87,8 @@ class Decoupled(Nested):
 
     kind: Literal["decoupled"] = "decoupled"
     sigma: float | None = bounded(POSITIVE, None)  # temperature of the own pairs' weights (0.5 in the paper); None: no weights
-    stop_gradient: bool = False  # to those weights
-    prefixes: Prefixes = None
+    stop_gradient: bool = False  # the weights count as constants
+    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +96,10 @@ class HardNegative(Nested):
     """HN-NCE: negatives weighted by their hardness (2301.02280)."""
 
     kind: Literal["hard_negative"] = "hard_negative"
-    alpha: float = bounded(NOT_NEGATIVE, 1.0)  # of the own pair in the denominator; 0: decoupled
+    alpha: float = bounded(NOT_NEGATIVE, 1.0)  # weight of the own pair in the denominator; 0: decoupled
     beta: float = bounded(NOT_NEGATIVE, 0.25)  # sharpness of the weights; 0: all equal
-    stop_gradient: bool = False  # to the weights
-    prefixes: Prefixes = None
+    stop_gradient: bool = False  # the weights count as constants
+    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class Cwcl(Term):
     """CWCL: targets by the similarities within the frozen tower (2309.14580). Freeze that tower by optim.rules."""
 
     kind: Literal["cwcl"] = "cwcl"
-    frozen: Literal["image", "text"] = "image"
+    frozen: Literal["image", "text"] = "image"  # the tower whose similarities are the targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +128,8 @@ class Cyclip(Term):
     """CyCLIP's consistency of the cosines within and across the modalities (2205.14459), each B times a mean square."""
 
     kind: Literal["cyclip"] = "cyclip"
-    in_modal: float = bounded(NOT_NEGATIVE, 0.25)
-    cross_modal: float = bounded(NOT_NEGATIVE, 0.25)
+    in_modal: float = bounded(NOT_NEGATIVE, 0.25)  # factor on the part within the modalities
+    cross_modal: float = bounded(NOT_NEGATIVE, 0.25)  # factor on the part across them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class Sogclr(Term):
     """SogCLR: every example remembers a moving average over its negatives (2202.12387), at the model's scale, held constant."""
 
     kind: Literal["sogclr"] = "sogclr"
-    examples: int = bounded(COUNT)  # in the training data: how many are remembered
+    examples: int = bounded(COUNT)  # number of training examples, each of which is remembered
     gamma: float = bounded(POSITIVE_SHARE, 0.9)  # share of the present batch in the average; 1: no memory
 
 
@@ -159,14 +159,14 @@ class Isogclr(Term):
     """iSogCLR: SogCLR where every image and every text also learns a temperature of its own (2305.11965)."""
 
     kind: Literal["isogclr"] = "isogclr"
-    examples: int = bounded(COUNT)  # in the training data: how many are remembered
-    gamma: float = bounded(POSITIVE_SHARE, 0.8)
+    examples: int = bounded(COUNT)  # number of training examples, each of which is remembered
+    gamma: float = bounded(POSITIVE_SHARE, 0.8)  # share of the present batch in the average; 1: no memory
     rho: float = bounded(NOT_NEGATIVE, 6.0)  # price of a high temperature
-    temperature: float = 0.01  # at the start
-    temperature_lr: float = bounded(NOT_NEGATIVE, 0.03)
-    temperature_momentum: float = bounded(BELOW_ONE, 0.9)
-    min_temperature: float = bounded(POSITIVE, 0.005)
-    max_temperature: float = bounded(POSITIVE, 0.05)
+    temperature: float = 0.01  # of every example at the start
+    temperature_lr: float = bounded(NOT_NEGATIVE, 0.03)  # learning rate of the temperatures
+    temperature_momentum: float = bounded(BELOW_ONE, 0.9)  # momentum of their updates
+    min_temperature: float = bounded(POSITIVE, 0.005)  # they are clamped to at least this
+    max_temperature: float = bounded(POSITIVE, 0.05)  # and to at most this
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
@@ -188,7 +188,7 @@ class CrossUniformity(Term):
     """Uniformity between images and others' texts (2405.18570). Alone it drives the towers apart: use it beside the others."""
 
     kind: Literal["cross_uniformity"] = "cross_uniformity"
-    t: float = bounded(POSITIVE, 2.0)
+    t: float = bounded(POSITIVE, 2.0)  # log of the mean of exp(-t distance^2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,7 @@ class Caption(Term):
     """CoCa's captioning loss (2205.01917): -log p of a caption's tokens given the image, mean over the global batch's."""
 
     kind: Literal["caption"] = "caption"
-    weight: float = 2.0  # beside a Softmax of weight 1, as open_clip has it
+    weight: float = 2.0  # factor on the term in the sum; 2 beside a Softmax of weight 1, as open_clip has it
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)

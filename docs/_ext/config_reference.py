@@ -2,7 +2,8 @@
 
 A field's meaning is the comment behind it, or the comment lines right above it. configuration.md says by a comment
 `<!-- config-reference -->` where the tables go. The role `` {field}`train.batch_size` `` names a field, and
-`` {field}`Softmax.weight` `` one of a class. A name that clipjax.config does not have is a warning, which fails the build.
+`` {field}`Softmax.weight` `` one of a class. A field without a comment, and a name that clipjax.config does not have, is a
+warning, which fails the build.
 """
 
 import ast
@@ -10,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import re
 import textwrap
 import tokenize
 import types
@@ -19,13 +21,17 @@ from typing import Any, NamedTuple
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
 from clipjax import config
 
+log = logging.getLogger(__name__)
+
 PAGE = "configuration"
 MARK = "<!-- config-reference -->"
 DEFAULT = {"free": 0, "bounded": 1}  # functions of clipjax.config.fields that make a field: the place of its default
+ARXIV = re.compile(r"(?<![\d./:])(\d{4}\.\d{5})(?!\d)")
 COLUMNS = ("Field", "Type", "Default", "On resume", "Meaning")
 
 
@@ -141,8 +147,13 @@ def without_place(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdecimal())
 
 
+def linked(text: str) -> str:
+    """With papers of arXiv as links."""
+    return ARXIV.sub(r"[\1](arxiv:\1)", text)
+
+
 def cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return linked(" ".join(text.split()).replace("|", "\\|").replace("<", "&lt;"))
 
 
 def row(path: str, cls: type, field: Field, free: bool) -> str:
@@ -153,6 +164,8 @@ def row(path: str, cls: type, field: Field, free: bool) -> str:
     resume = "free" if free or field.free else "identity"
     if (cls, field.name) == (config.Train, "steps"):
         resume = "may grow"
+    if not field.meaning and field.name != "kind":
+        log.warning("clipjax.config.%s.%s: a comment behind it must say what it means", cls.__name__, field.name)
     anchor = f'<span id="{cls.__name__}.{field.name}" class="field"></span>`{name}`'
     parts = (anchor, cell(type_text(field.kind, name)), cell(default), "" if inner else resume, cell(field.meaning))
     return "| " + " | ".join(parts) + " |"
@@ -184,7 +197,7 @@ def markdown() -> str:
             lines += [", ".join(f"{{field}}`{cls.__name__}` (`kind` is `{kind_of(cls)}`)" for cls in classes) + ".", ""]
         for cls in classes:
             lines += [f'<span id="{cls.__name__}"></span>', "", *([f"### `{cls.__name__}`", ""] if union else [])]
-            lines += [inspect.getdoc(cls) or "", "", *table("" if union else path, cls, free)]
+            lines += [linked(inspect.getdoc(cls) or ""), "", *table("" if union else path, cls, free)]
     return "\n".join(lines)
 
 
