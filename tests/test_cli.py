@@ -396,7 +396,7 @@ def test_zeroshot(workdir, tmp_path, capsys, caplog):
     assert all(round(363 * metrics[name], 6) % 1 == 0 for name in ("acc1", "acc5"))
     assert 0 <= metrics["acc1"] <= metrics["acc5"] < 1
     assert metrics["mean_per_class_recall"] == pytest.approx(metrics["acc1"])  # one picture a name
-    assert any("of 3789 prompts were cut to 8 tokens" in record.getMessage() for record in caplog.records)
+    assert any("of 3789 prompts were truncated to 8 tokens" in record.getMessage() for record in caplog.records)
 
 
 def test_zeroshot_with_files(workdir, tmp_path, capsys):

@@ -146,14 +146,18 @@ def train_batches(
     examples = grain.MapDataset.range(n).seed(seed).shuffle()[: n // batch_size * batch_size]
     # random_map keys its generator by the index that it sees here: the position in the global order of all epochs.
     batches = examples.random_map(load).repeat().batch(local, drop_remainder=True)
-    share = batches[process_index::process_count][start_step:]
+    return _open(batches[process_index::process_count][start_step:], data)
+
+
+def _open(batches: grain.MapDataset, data: config.Data) -> BatchStream:
+    """Starts the workers that `data` asks for."""
     if data.worker_kind == "threads":
-        return BatchStream(share.to_iter_dataset(_read_options(data.workers)))
+        return BatchStream(batches.to_iter_dataset(_read_options(data.workers)))
     if not flags.FLAGS.is_parsed():  # Grain passes its own flags to its workers
         flags.FLAGS.mark_as_parsed()
     single = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     workers = grain.MultiprocessingOptions(num_workers=data.workers)
-    return BatchStream(share.to_iter_dataset(single).mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
+    return BatchStream(batches.to_iter_dataset(single).mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
 
 
 def check_source(source: Source, data: config.Data, batch_size: int) -> None:

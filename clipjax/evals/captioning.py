@@ -169,7 +169,7 @@ def _pair_batches(
     """Every image with the tokens of its one caption, as `text`."""
     tokens, truncated = tokenizer.encode(captions)
     if truncated.any() and jax.process_index() == 0:
-        what = "%s: %d of %d main captions were cut to %d tokens, and perplexity is of what is left"
+        what = "%s: %d of %d main captions were truncated to %d tokens, and perplexity is of what is left"
         log.warning(what, source.name, truncated.sum(), len(truncated), tokenizer.length)
     images = image_batches(encoder, source, data)
 

@@ -86,7 +86,7 @@ def _text_batches(
             count += int((truncated & real).sum())
             yield {"text": tokens, **{k: np.where(real, v[rows], np.int32(-1)) for k, v in columns.items()}}
         if (count := distributed.total(count)) and jax.process_index() == 0:
-            log.warning("%s: %d of %d %s were cut to %d tokens", name, count, len(texts), unit, tokenizer.length)
+            log.warning("%s: %d of %d %s were truncated to %d tokens", name, count, len(texts), unit, tokenizer.length)
 
     return CachedBatches(read, encoder.batch_count(len(texts)), name, unit)
 

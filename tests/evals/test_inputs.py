@@ -58,7 +58,7 @@ def test_prompts_class_by_class(encoder):
 
 def test_truncation_is_counted(encoder, caplog):
     list(prompt_batches(encoder, TOKENIZER, ["fox", "x" * 100], ("{c}", "my {c}")))
-    assert f"classes: 2 of 4 prompts were cut to {LENGTH} tokens" in caplog.text
+    assert f"classes: 2 of 4 prompts were truncated to {LENGTH} tokens" in caplog.text
 
 
 def test_classes_of_a_dataset_without_labels(tsv, data, encoder):
