@@ -7,13 +7,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
 import clipjax
 from clipjax import cli, config
-from clipjax.config import ConfigError, Term
+from clipjax.config import ConfigError, Term, TrainingEvaluation
 from clipjax.config.load import load_config
 from tests.test_docs import FILE
 
@@ -65,6 +65,31 @@ def test_a_loss_of_a_config_file_is_trained_with_and_reopened(tmp_path, capsys):
     assert clipjax.load(workdir).run.objective[0].margin == 0.3
 
 
+def test_an_evaluation_of_a_config_file_runs_in_training_and_chooses_the_best_checkpoint(tmp_path, capsys):
+    file, workdir = example("rank.py", tmp_path), tmp_path / "run"
+    assert run("train", file, "--workdir", workdir, "--evals.0.every", 2, "--evals.0.pairs", 50, *SMALL.split()) == 0
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "task" in line]
+    assert [line["step"] for line in found] == [2, 3]
+    assert {(line["task"], line["dataset"]) for line in found} == {("rank", "emoji/test")}
+    for line in found:
+        assert line["metrics"].keys() == {"median_rank", "mean_reciprocal_rank"}
+        assert 1 <= line["metrics"]["median_rank"] <= 50
+        assert 1 / 50 <= line["metrics"]["mean_reciprocal_rank"] < 1
+    assert "step 3  rank on emoji/test: median_rank" in capsys.readouterr().err
+
+    run_config = config.from_json((workdir / "config.json").read_text())
+    assert (run_config.evals[0].pairs, run_config.train.best) == (50, "rank/mean_reciprocal_rank")
+    entry = {"class": "Rank", "file": str(file.resolve())}
+    assert json.loads((workdir / "config.json").read_text())["registered"] == {"evals": {"rank": entry}}
+    assert run("train", file, "--workdir", tmp_path / "other", "--train.best", "rank/median_rank", *SMALL.split()) == 2
+    message = "train.best = 'rank/median_rank': no evaluation of this run gives it; the nearest is rank/mean_reciprocal_rank"
+    assert message in capsys.readouterr().err
+    del TrainingEvaluation.members["rank"]  # as in a process that has not loaded the file
+    assert run("eval", "retrieval", workdir, "--data", "emoji") == 2
+    assert f"evals: the run uses the class Rank of {file.resolve()}: name that file with --config" in capsys.readouterr().err
+
+
 def test_the_example_costs_what_it_says(tmp_path):
     from clipjax import losses
 
@@ -106,6 +131,17 @@ class Bare(Term):
     pass
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoTask(TrainingEvaluation):
+    kind: Literal["hinge"] = "hinge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoWork(TrainingEvaluation):
+    task: ClassVar = "hinge"
+    kind: Literal["hinge"] = "hinge"
+
+
 @dataclass(frozen=True)
 class Alone:
     kind: Literal["hinge"] = "hinge"
@@ -122,6 +158,8 @@ REFUSED = {
     "no default": (NoDefault, "clipjax.register = 'NoDefault': needs the field `kind"),
     "any kind": (AnyKind, "clipjax.register = 'AnyKind': needs the field `kind"),
     "no dataclass": (Bare, "clipjax.register = 'Bare': must be a dataclass: write @dataclass(frozen=True, kw_only=True)"),
+    "no task": (NoTask, "clipjax.register = 'NoTask': needs `task: ClassVar"),
+    "no evaluation": (NoWork, "clipjax.register = 'NoWork': its class must derive from clipjax.evals.evaluation.Evaluation"),
     "no base": (Alone, "clipjax.register = 'Alone': must be a class that derives from clipjax.config.Term or"),
     "no class": (nothing, "clipjax.register = 'nothing': must be a class that derives from"),
 }

@@ -3,7 +3,7 @@
 import difflib
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from clipjax.config.fields import ConfigError, free, require
 from clipjax.config.unions import OpenUnion
@@ -14,7 +14,7 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
     """An evaluation that runs every `every` steps and at the end of training."""
 
     task: ClassVar[str]  # its name in metrics.jsonl
-    metrics: ClassVar[tuple[str, ...]]  # the names that train.best can take: of these, more is better
+    metrics: ClassVar[tuple[str, ...]] = ()  # the metrics that train.best can name: of these, more is better
 
     data: str = free("emoji")  # a SPEC, as on the command line
     split: str = free("test")  # part of the dataset; a tsv has none
@@ -22,6 +22,16 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
 
     def __post_init__(self) -> None:
         require(self.every > 0, "evals.every", self.every, "must be positive")
+
+    @classmethod
+    def register(cls, config: type[Self], implementation: Any, source: str) -> None:
+        """As of any open union. Raises ConfigError also for a class without a task, and one that is no evaluation."""
+        name = config.__qualname__
+        require(hasattr(config, "task"), "clipjax.register", name, 'needs `task: ClassVar = "NAME"`, its name in metrics.jsonl')
+        works = all(callable(getattr(implementation, method, None)) for method in ("prepare", "run"))
+        remedy = f"its class must derive from clipjax.evals.evaluation.Evaluation, and {implementation!r} has no prepare and run"
+        require(works, "clipjax.register", name, remedy)
+        super().register(config, implementation, source)
 
 
 @dataclass(frozen=True, kw_only=True)
