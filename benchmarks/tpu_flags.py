@@ -24,7 +24,7 @@ FLAGS = Path(__file__).parents[1] / "launch" / "tpu_flags.sh"
 def figures(config: str, topology: str) -> dict[str, str]:
     """Of this process's compiler."""
     run, devices = load_config(config), aot.tpu_devices(topology)
-    compiled = plan.compile_step(run, devices)
+    compiled = plan.compile_run(run, devices)
     cost = compiled.cost
     seconds = estimate(cost, devices, run.train.batch_size, 0.0).seconds
     return {

@@ -39,7 +39,7 @@ def writable_folder(text: str) -> Path:
 
 def _place(text: str) -> Path:
     try:
-        return files.place(text)
+        return files.as_path(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clipjax import config, s3, sharding
-from clipjax.files import place, reach, resolve
+from clipjax.files import as_path, reach, resolve
 from clipjax.models import clip
 from clipjax.train.state import TrainState
 
@@ -184,7 +184,7 @@ def _score(name: str, metrics: dict[str, float]) -> float:
 def split_name(name: str) -> tuple[Path, int | None]:
     """`RUN` or `RUN@STEP` -> the workdir and the step. Raises ConfigError unless it is a run that can be reached."""
     path, at, step = name.rpartition("@")
-    workdir, step = (place(path), int(step)) if at and step.isdigit() else (place(name), None)
+    workdir, step = (as_path(path), int(step)) if at and step.isdigit() else (as_path(name), None)
     found = reach(workdir, (workdir / "config.json").exists)
     config.require(found, "RUN", name, "is not a workdir of `clipjax train`: it has no config.json")
     return workdir, step

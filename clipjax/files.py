@@ -1,11 +1,12 @@
-"""Files that appear whole or not at all, however their writing ends; and paths that may lie on gs:// or s3://.
+"""Atomic writes: a file appears complete or not at all. And paths that are local or on gs:// or s3://.
 
-A path is pathlib's where it is local, and etils' with the same methods where it is not. Only `place` makes one of a text:
-pathlib.Path("s3://bucket/run") is the local folder s3:/bucket/run, and etils' own resolve() and absolute() answer alike.
+A local path is pathlib's. A remote path is etils', which has the same methods. Only `as_path` makes one from a string:
+pathlib.Path("s3://bucket/run") would be the local folder s3:/bucket/run, and etils' own resolve() and absolute() give that too.
 """
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import tempfile
@@ -13,16 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from clipjax.config import ConfigError
 
-STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> the module that reads it, and clipjax's extra that brings it
+STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> its module, and clipjax's extra that installs it
 CREDENTIALS = {
     "gs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "`aws configure`, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; another store than Amazon's: AWS_ENDPOINT_URL",
 }
-PATIENCE = 20  # seconds that a store has for its first answer
+TIMEOUT = 20  # seconds to wait for the first answer of a store
 
 
 def scheme(path: str | os.PathLike) -> str | None:
@@ -35,8 +36,8 @@ def scheme(path: str | os.PathLike) -> str | None:
     return name
 
 
-def place(text: str | os.PathLike) -> Path:
-    """The path of a text, to be used as pathlib's. Raises ConfigError where the store's extra is not installed."""
+def as_path(text: str | os.PathLike) -> Path:
+    """The path that a string names, to be used like pathlib's. Raises ConfigError if the store's extra is not installed."""
     kind = scheme(text)
     if kind is None:
         return Path(text)
@@ -46,18 +47,18 @@ def place(text: str | os.PathLike) -> Path:
     import fsspec.config
     from etils import epath
 
-    # TensorStore writes past fsspec, whose remembered listings would not show what it wrote.
+    # TensorStore does not write through fsspec: fsspec's cache of listings would not show the new files.
     fsspec.config.conf.setdefault(kind, {})["use_listings_cache"] = False
-    return epath.Path(text)
+    return cast(Path, epath.Path(text))  # another class with the same methods
 
 
 def resolve(path: Path) -> Path:
-    """`path.resolve()`, which etils gets wrong for a remote one: that is absolute as it is."""
+    """`path.resolve()` of a local path. A remote one is absolute already, and etils' resolve() would break it."""
     return path.resolve() if scheme(path) is None else path
 
 
 def reach(path: Path, ask: Callable[[], Any]) -> Any:
-    """What `ask` finds out about `path`. Where a store refuses, or does not answer: a ConfigError that says what to look at."""
+    """Returns `ask()`, a question about `path`. Raises ConfigError, with what to check, if the store refuses or is silent."""
     kind = scheme(path)
     if kind is None:
         return ask()
@@ -67,21 +68,21 @@ def reach(path: Path, ask: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             answer.append(ask())
-        except Exception as error:  # each store's libraries have their own
+        except Exception as error:  # each store's library has its own exceptions
             failure.append(error)
 
-    asking = threading.Thread(target=run, daemon=True)  # the libraries try again for minutes; nobody waits for that
+    asking = threading.Thread(target=run, daemon=True)  # the libraries retry for minutes, which is too long to wait
     asking.start()
-    asking.join(PATIENCE)
+    asking.join(TIMEOUT)
     if answer:
         return answer[0]
-    why = f"{type(failure[0]).__name__}: {failure[0]}" if failure else f"no answer within {PATIENCE} s"
+    why = f"{type(failure[0]).__name__}: {failure[0]}" if failure else f"no answer within {TIMEOUT} s"
     remedy = f"does the bucket exist, and may you use it? Credentials: {CREDENTIALS[kind]}"
     raise ConfigError(f"{path}: can't be reached ({why}); {remedy}") from (failure[0] if failure else None)
 
 
 def check_writable(folder: Path) -> None:
-    """Writes an object to a remote folder and takes it away again. Raises ConfigError where that can't be done."""
+    """Writes an object to a remote folder and deletes it. Raises ConfigError if that fails."""
 
     def attempt() -> bool:
         probe = os.fspath(folder / f".clipjax-{os.uname().nodename}-{os.getpid()}")
@@ -93,12 +94,13 @@ def check_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def write_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A local path: what is written there takes the place of `path` in the end, in a folder that is made if need be.
+def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a temporary local path to write to. At the end that file replaces `path` in one step; after an error it is deleted.
 
-    Beside `path`; for a remote one in a temporary folder, from which it is uploaded, which replaces an object at once.
+    Makes the folder of `path` if needed. The temporary file is beside `path`. For a remote path it is in a temporary folder,
+    and is uploaded at the end; a store replaces an object in one step.
     """
-    path = place(path)
+    path = as_path(path)
     if scheme(path):
         with tempfile.TemporaryDirectory(prefix="clipjax-") as folder:
             part = Path(folder) / path.name
@@ -114,41 +116,47 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-class Mirror:
-    """A local folder, for files that grow, of which a remote one is to have copies: object stores can't append.
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes `content` as indented JSON, atomically."""
+    with write_atomic(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    `push` returns when the copies are there. `pulse` starts a push in the background, now and then.
+
+class Mirror:
+    """A local folder for files that grow, copied to a remote folder: object stores can't append.
+
+    `push` uploads and waits until the copies are complete. `push_if_due` starts a push in the background every 30 s at most.
     """
 
-    EVERY = 30.0  # seconds between two pushes in the background: what a killed process loses at most
+    EVERY = 30.0  # seconds between two pushes in the background: a killed process loses this much at most
 
     def __init__(self, remote: Path) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="clipjax-")
         self.local = Path(self._folder.name)
         self._remote = remote
-        self._sent: dict[Path, tuple[int, int]] = {}  # file -> size and time of what was sent
+        self._sent: dict[Path, tuple[int, int]] = {}  # file -> size and modification time of the uploaded version
         self._last = time.monotonic()
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
 
     def fetch(self, name: str) -> None:
-        """Copies a remote file here, if there is one."""
+        """Copies a remote file to the local folder, if it exists."""
         if (self._remote / name).exists():
             (self.local / name).write_bytes((self._remote / name).read_bytes())
 
     def push(self) -> None:
-        """Uploads every file that changed, whole."""
+        """Uploads every file that has changed, in full."""
         with self._lock:
             self._last = time.monotonic()
             for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
                 stat = file.stat()
                 if self._sent.get(file) != (stat.st_size, stat.st_mtime_ns):
-                    content = file.read_bytes()  # one moment's: others may be writing
+                    content = file.read_bytes()  # a snapshot: other threads may be writing
                     _store(self._remote).pipe_file(os.fspath(self._remote / file.relative_to(self.local).as_posix()), content)
                     self._sent[file] = (stat.st_size, stat.st_mtime_ns)
 
-    def pulse(self) -> None:
-        """Pushes in the background if the last time is long ago. A failure is a warning: the next push sends it all again."""
+    def push_if_due(self) -> None:
+        """Pushes in the background if the last push is EVERY seconds old. A failure is only logged: the next push retries."""
         if time.monotonic() - self._last < self.EVERY or (self._worker and self._worker.is_alive()):
             return
 

@@ -1,5 +1,5 @@
-"""Orbax on s3://, which orbax-checkpoint 0.12 does not know: its arrays go to local folders or gs:// only, though TensorStore,
-which writes them, has a driver for S3 (google/orbax issue 359, pull request 2739)."""
+"""Makes Orbax work on s3://. orbax-checkpoint 0.12 writes arrays to local folders and gs:// only, although TensorStore, which it
+uses, has a driver for S3 (google/orbax issue 359, pull request 2739)."""
 
 import os
 import re
@@ -13,21 +13,21 @@ AMAZON = re.compile(r"https?://[^/]*\.amazonaws\.com(\.cn)?/?")
 
 
 def options(workdir: Path) -> dict[str, Any]:
-    """What a CheckpointManagerOptions of a workdir needs beside the rest: nothing unless that is on s3://.
+    """Further arguments for the CheckpointManagerOptions of a workdir: none unless it is on s3://.
 
-    There a checkpoint is finished once its commit file is there, as on gs://; an object store can't rename a folder at once.
+    There, as on gs://, a commit file marks a finished checkpoint, because an object store can't rename a folder in one step.
     """
     if scheme(workdir) != "s3":
         return {}
     import orbax.checkpoint as ocp
 
-    teach_orbax()
+    patch_orbax()
     return {"temporary_path_class": ocp.path.atomicity.CommitFileTemporaryPath}
 
 
 @cache
-def teach_orbax() -> None:
-    """Has Orbax lay out an s3:// folder as it does one on gs://, with TensorStore's driver for S3."""
+def patch_orbax() -> None:
+    """Makes Orbax write an s3:// folder in its layout for gs://, with TensorStore's driver for S3."""
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     build = tensorstore_utils.build_kvstore_tspec
@@ -43,7 +43,7 @@ def teach_orbax() -> None:
 
 
 def _on_s3(spec: Any) -> Any:
-    """A TensorStore spec with S3 in Google's place."""
+    """A TensorStore spec with the S3 driver in place of Google's."""
     if isinstance(spec, list):
         return [_on_s3(x) for x in spec]
     if not isinstance(spec, dict):
@@ -55,8 +55,10 @@ def _on_s3(spec: Any) -> Any:
 
 @cache
 def _account() -> dict[str, Any]:
-    """Where the store is, if it is not Amazon's, as TensorStore reads neither AWS_ENDPOINT_URL nor a profile's endpoint_url; and
-    that the keys are in the environment, where they are: TensorStore complains of each other place in which it finds none.
+    """TensorStore's options for the account: the endpoint and where the keys are.
+
+    The endpoint, if the store is not Amazon's: TensorStore reads neither AWS_ENDPOINT_URL nor a profile's endpoint_url. The
+    keys, if they are in the environment: otherwise TensorStore warns about every other source where it finds none.
     """
     import fsspec
 

@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not there, and what is said where that can't be."""
+"""Compiling for TPUs that this machine does not have, and the messages where that fails."""
 
 import sys
 
@@ -12,7 +12,7 @@ from clipjax.config import ConfigError
 
 
 class Failing:
-    """What JAX hands over to be compiled, where the compiler says this."""
+    """A lowered program for which the compiler fails with this message."""
 
     def __init__(self, message):
         self.message = message
@@ -44,16 +44,16 @@ def test_a_failing_compiler_is_no_lack_of_memory():
         aot.compile(Failing("INTERNAL: RET_CHECK failure: Async done requires\n*** Begin stack trace"))
 
 
-def test_a_compiler_that_writes_no_text_is_told_as_such():
+def test_a_compiler_that_writes_no_text_is_an_error():
     class Silent:
         def compile(self, options):
             assert options.keys() == {"xla_dump_to"}
 
     with pytest.raises(aot.CompilerError, match="it wrote 0 texts of the program"):
-        aot.compile(Silent(), dumped=True)
+        aot.compile(Silent(), dump=True)
 
 
-def test_the_compile_cache_is_left_as_it_was():
+def test_the_setting_of_the_compile_cache_is_restored():
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     aot.compile(jax.jit(lambda x: x + 1).lower(1.0))
     with pytest.raises(aot.CompilerError):
@@ -66,7 +66,7 @@ def test_a_program_for_this_machine():
     found = aot.compile(jax.jit(lambda x: jnp.sort(x @ x.T, 0).sum()).lower(x))
     assert found.cost.flops == 2 * 256**2 * 64
     assert found.argument_bytes == 256 * 64 * 4
-    assert found.peak_bytes >= 256 * 64 * 4 + 256 * 256 * 4  # XLA's peak for a CPU has no temporaries in it
+    assert found.peak_bytes >= 256 * 64 * 4 + 256 * 256 * 4  # XLA's own peak for a CPU does not count temporaries
     assert found.program(jnp.zeros((256, 64))) == 0
     assert found.seconds > 0
 
@@ -81,7 +81,7 @@ def test_a_program_for_this_machine():
         ("v5litepod:4x8", "v5e:4x8"),
         ("v5e:16X16", "v5e:16x16"),
         ("v5e:15x16", "v5e:16x16"),
-        ("v5e:16x32", "v5e:16x16"),  # libtpu compiles for it, and nobody rents it
+        ("v5e:16x32", "v5e:16x16"),  # libtpu compiles for it, but it can't be rented
         ("v6e-8", "v6e:2x4"),
         ("v5p-128", "v5p:4x4x4"),  # so many cores, two a chip
         ("v5:4x4x4", "v5p:4x4x4"),
@@ -93,7 +93,7 @@ def test_a_program_for_this_machine():
     ],
 )
 def test_unknown_topologies_are_refused_with_the_nearest(topology, remedy):
-    with pytest.raises(ConfigError, match="there is no such; the nearest is") as e:
+    with pytest.raises(ConfigError, match="there is no such topology; the nearest is") as e:
         aot.tpu_devices(topology)
     assert str(e.value).startswith(f"--topology = {topology!r}: ")
     assert remedy in str(e.value)
@@ -108,7 +108,7 @@ def test_slices_are_joined():
     assert [d.slice_index for d in devices] == [0] * 8 + [1] * 8 + [2] * 8
 
 
-def test_without_the_compiler_its_name_is_told(monkeypatch):
+def test_without_the_compiler_the_message_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ConfigError, match=r"v5e:4x4.*pip install libtpu"):

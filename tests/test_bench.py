@@ -1,6 +1,5 @@
-"""`clipjax bench loss`: both forms are the same function, and the figures are of what was asked for."""
+"""`clipjax bench loss`: both forms are the same function, and the figures are those of the requested case."""
 
-import dataclasses
 import json
 
 import jax
@@ -9,27 +8,24 @@ import numpy as np
 import pytest
 
 from clipjax import cli, config, sharding
-from clipjax.bench import LOSSES, loss
+from clipjax.bench import LOSSES, loss, loss_forms
 from clipjax.losses.pairwise import tiles
 
 
-def setting(width=16, turns=2, **kw):
-    return loss.Setting(loss.devices(8, None), width, turns=turns, **kw)
-
-
 def mesh():
-    return sharding.make_mesh(config.Mesh())
+    return sharding.make_mesh(config.Mesh(), loss.devices(8, None))
 
 
-def figures(name, batch, **kw):
-    return loss.measure(setting(**kw), mesh(), name, batch)
+def costs(name, batch, width=16, turns=2, **kw):
+    return loss.measure(loss.BenchCase(name, batch, width, mesh(), turns=turns, **kw))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_dense_and_streamed_are_one_function(name):
-    args = loss.inputs(name, 64, 16, mesh())
+    args = loss_forms.inputs(name, 64, 16, mesh())
     np.testing.assert_allclose(jnp.linalg.norm(args[0], axis=1), 1, rtol=1e-6)
-    both = [loss.lower(fn, name, 64, 16, mesh()).compile()(*args) for fn in (loss.streamed(name, mesh()), loss.dense(name))]
+    forms = loss_forms.streamed(name, mesh()), loss_forms.dense(name)
+    both = [loss_forms.lower(fn, name, 64, 16, mesh()).compile()(*args) for fn in forms]
     for got, want in zip(*(jax.tree.leaves(x) for x in both), strict=True):
         np.testing.assert_allclose(got, want, rtol=5e-5, atol=5e-5 * np.abs(want).max())
     assert both[0][1][0].sharding.is_equivalent_to(sharding.over_rows(mesh()), 2)
@@ -37,14 +33,14 @@ def test_dense_and_streamed_are_one_function(name):
 
 @pytest.mark.parametrize(("name", "products"), [("softmax", 6), ("sigmoid", 6), ("cuaxu", 22)])
 def test_dense_costs_what_it_must(name, products):
-    """Three products for each matrix; but those of uniformity have one side, whose gradient XLA makes of one product."""
-    _, dense = figures(name, 64)
+    """Three products for each matrix. Those of uniformity have one side, and XLA computes its gradient with one product."""
+    _, dense = costs(name, 64)
     assert dense.flops == products
     assert dense.form == "dense"
 
 
 def test_figures_of_both_forms():
-    pair = figures("sigmoid", 64, turns=3)
+    pair = costs("sigmoid", 64, turns=3)
     assert [(x.loss, x.batch, x.form, x.failure) for x in pair] == [
         ("sigmoid", 64, "streamed", None),
         ("sigmoid", 64, "dense", None),
@@ -63,47 +59,46 @@ def test_figures_of_both_forms():
 @pytest.mark.parametrize(
     ("travel", "kind", "other"), [("ring", "collective-permute", "all-gather"), ("gather", "all-gather", "collective-permute")]
 )
-def test_travel_is_as_asked_for(travel, kind, other):
+def test_travel_is_as_requested(travel, kind, other):
     before = tiles.GATHER
-    streamed, _ = figures("softmax", 64, travel=travel)
+    streamed, _ = costs("softmax", 64, travel=travel)
     assert kind in streamed.collectives
     assert other not in streamed.collectives
     assert before == tiles.GATHER
 
 
 def test_a_batch_that_takes_too_long_is_not_timed():
-    pair = figures("softmax", 64, patience=0)
+    pair = costs("softmax", 64, patience=0)
     assert [x.seconds for x in pair] == [None, None]
     assert all(x.estimated_seconds > 0 for x in pair)
     assert all("(~0)" in line for line in loss.lines(pair))
 
 
-def test_what_does_not_fit_is_told_and_the_other_form_still_timed(monkeypatch):
-    streamed, dense = figures("softmax", 1024, travel="ring")
+def test_what_does_not_fit_is_reported_and_the_other_form_still_timed(monkeypatch):
+    streamed, dense = costs("softmax", 1024, travel="ring")
     assert streamed.peak_bytes < dense.peak_bytes
-    monkeypatch.setattr(loss, "_capacity", lambda devices: dense.peak_bytes - 1)
-    streamed, dense = figures("softmax", 1024, travel="ring")
+    monkeypatch.setattr(loss.aot, "capacity", lambda devices: dense.peak_bytes - 1)
+    streamed, dense = costs("softmax", 1024, travel="ring")
     assert len(streamed.seconds) == 2
     assert dense.seconds is None
     assert dense.failure.startswith("out of memory: needs ")
     assert "out of memory" in list(loss.lines((streamed, dense)))[1]
 
 
-def test_a_failing_compiler_is_told(monkeypatch):
+def test_a_failing_compiler_is_reported(monkeypatch):
     def fails(lowered):
         raise loss.aot.CompilerError("INTERNAL: RET_CHECK failure")
 
     monkeypatch.setattr(loss.aot, "compile", fails)
-    pair = figures("softmax", 64)
+    pair = costs("softmax", 64)
     assert [x.failure for x in pair] == ["the compiler failed: INTERNAL: RET_CHECK failure"] * 2
     assert all(line.endswith("the compiler failed: INTERNAL: RET_CHECK failure") for line in loss.lines(pair))
 
 
 def test_a_topology_is_compiled_for_and_not_run():
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
-    where = dataclasses.replace(setting(width=128), devices=loss.devices(None, "v5e:2x2"), topology="v5e:2x2")
-    on = sharding.make_mesh(config.Mesh(), where.devices)
-    streamed, dense = loss.measure(where, on, "sigmoid", 2**20)
+    mesh = sharding.make_mesh(config.Mesh(), loss.devices(None, "v5e:2x2"))
+    streamed, dense = loss.measure(loss.BenchCase("sigmoid", 2**20, 128, mesh, topology="v5e:2x2"))
     assert (streamed.seconds, dense.seconds) == (None, None)
     assert streamed.flops == 6
     assert streamed.argument_bytes >= 2 * 2**18 * 128 * 4
@@ -165,8 +160,8 @@ def test_wrong_use(args, message, capsys):
     assert said.out == ""
 
 
-def test_a_topology_that_is_none(capsys):
+def test_an_unknown_topology(capsys):
     assert run("--topology", "v5e:3x5") == 2
     assert capsys.readouterr().err.startswith(
-        "clipjax: --topology = 'v5e:3x5': there is no such; the nearest is v5e:4x4; v5e comes as 1x1, 2x2"
+        "clipjax: --topology = 'v5e:3x5': there is no such topology; the nearest is v5e:4x4; v5e comes as 1x1, 2x2"
     )

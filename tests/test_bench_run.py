@@ -1,4 +1,4 @@
-"""`clipjax bench step` and `clipjax bench input`: what is timed is the run's own step and its own batches."""
+"""`clipjax bench step` and `clipjax bench input`: they time the run's own step and its own batches."""
 
 import json
 import statistics
@@ -75,12 +75,12 @@ def test_noise_has_what_a_batch_has(everything):
 
 
 def test_a_known_chip_has_a_share(capsys):
-    figures = step.Figures(
+    times = step.StepTimes(
         **dict(device_kind="TPU v5 lite", devices=8, mesh={"data": 8}, batch_size=1024, micro_batches=1, remat="dots"),
         **dict(compile_seconds=60.0, peak_bytes=3 * 2**30, flops_per_step=2e14, step_seconds=0.5, images_per_second=2048.0),
         **dict(mfu=0.25, seconds=(0.4, 0.5, 0.7)),
     )
-    said = "\n".join(step.lines(figures))
+    said = "\n".join(step.lines(times))
     assert "0.5 s, median of 3 turns (0.4 to 0.7)" in said
     assert "2,048 (256 a device)" in said
     assert "4e+14; MFU 25.0% of the bfloat16 peak" in said
@@ -95,7 +95,7 @@ def test_a_known_chip_has_a_share(capsys):
         (aot.CompilerError("it broke"), "the compiler failed: it broke"),
     ],
 )
-def test_what_can_t_run_is_told(error, message, monkeypatch, capsys):
+def test_what_can_t_run_is_reported(error, message, monkeypatch, capsys):
     def fails(*_):
         raise error
 
@@ -106,14 +106,14 @@ def test_what_can_t_run_is_told(error, message, monkeypatch, capsys):
     assert said.out == ""
 
 
-def test_memory_that_ends_while_it_runs_is_told(monkeypatch, capsys):
+def test_running_out_of_memory_in_a_step_is_reported(monkeypatch, capsys):
     def fails(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
 
     monkeypatch.setattr(step, "compile_lowered", lambda *_: SimpleNamespace(program=None, peak_bytes=3 * 2**30))
     monkeypatch.setattr(step, "_timed", fails)
     assert command("step", CONFIG) == 1
-    assert "out of memory: the step needs 3.00 GiB of " in capsys.readouterr().err
+    assert "out of memory: needs 3.00 GiB of " in capsys.readouterr().err
 
 
 def test_batches_are_read_for_as_long_as_asked(tmp_path, capsys):

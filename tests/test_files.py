@@ -1,12 +1,12 @@
 import pytest
 
-from clipjax.files import write_whole
+from clipjax.files import write_atomic
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
     path = tmp_path / "new" / "folder" / "a.txt"
     for text in ("one", "two"):
-        with write_whole(path) as part:
+        with write_atomic(path) as part:
             before = path.read_text() if path.exists() else None
             part.write_text(text)
             assert (path.read_text() if path.exists() else None) == before
@@ -23,7 +23,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, error):
         part.write_text("half")
         raise error
 
-    with pytest.raises(error), write_whole(path) as part:
+    with pytest.raises(error), write_atomic(path) as part:
         fail(part)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

@@ -1,4 +1,4 @@
-"""The counter of products and collectives, to the last one, against programs whose cost is known."""
+"""The counts of products and collectives, against programs of known cost."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_loops_count_as_often_as_they_run():
     assert cost(lambda x: jax.lax.fori_loop(2, 9, lambda i, c: c @ c, x), (64, 64)).flops == 2 * 64**3 * 7
 
 
-def test_a_loop_that_cant_be_counted_is_named():
+def test_a_loop_with_unknown_trip_count_is_named():
     def until(x):
         return jax.lax.while_loop(lambda c: c.sum() < 100, lambda c: c @ c, x)
 
@@ -67,7 +67,7 @@ def test_a_loop_that_cant_be_counted_is_named():
     assert len(found.uncounted) == 1
 
 
-def test_of_two_branches_the_dearer_counts():
+def test_of_two_branches_the_one_with_more_flops_counts():
     def either(x):
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x + 1)
 
@@ -98,9 +98,9 @@ def test_collectives_of_eight_devices():
             return jax.lax.ppermute(x @ (x.T @ x), "data", [(i, (i + 1) % 8) for i in range(8)]), None
 
         x = jax.lax.scan(turn, x, length=8)[0]
-        whole = jax.lax.all_gather(x, "data", tiled=True)  # [32, 16]
-        part = jax.lax.psum_scatter(whole * whole, "data", tiled=True)  # [4, 16]
-        part = part + jax.lax.all_to_all(whole, "data", 0, 0, tiled=True)[:4]
+        full = jax.lax.all_gather(x, "data", tiled=True)  # [32, 16]
+        part = jax.lax.psum_scatter(full * full, "data", tiled=True)  # [4, 16]
+        part = part + jax.lax.all_to_all(full, "data", 0, 0, tiled=True)[:4]
         return part * jax.lax.psum(part.sum(), "data")
 
     found = cost(fn, (32, 16))
@@ -115,7 +115,7 @@ def test_collectives_of_eight_devices():
     }
 
 
-# As TPU compilers write it: loops without a count, whose bound came in from the loop around; convolutions; started transfers.
+# In the form of TPU compilers: loops without a count, whose bound comes from the loop around; convolutions; started transfers.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %product (p.0: f32[8,4], p.1: f32[8,4]) -> f32[8,8] {
@@ -180,7 +180,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 
 def test_a_tpu_program():
     found = hlo.cost(TPU)
-    assert found.flops == 3 * 4 * (2 * 8 * 8 * 4)  # 1, 3, 5, 7 < 8: four turns of the inner loop
+    assert found.flops == 3 * 4 * (2 * 8 * 8 * 4)  # 1, 3, 5, 7 < 8: four iterations of the inner loop
     assert found.collectives == {"collective-permute": Collective(6, 6 * 128)}
     assert (found.started, found.overlapped, found.uncounted) == (2, 1, ())
 
@@ -249,13 +249,13 @@ def test_a_transfer_in_pieces_counts_once():
     found = hlo.cost(PIECES)
     gathered, square = 64 * 4 * 4, 8 * 8 * 4
     assert found.collectives == {"all-gather": Collective(1, gathered), "all-reduce": Collective(2, 2 * square)}
-    assert (found.sent_bytes, found.sent_across) == (gathered + 2 * 2 * square, 0)
-    assert (found.started, found.overlapped) == (1, 1)  # by the product that it is carried on with
+    assert (found.sent_bytes, found.sent_between_slices) == (gathered + 2 * 2 * square, 0)
+    assert (found.started, found.overlapped) == (1, 1)  # by the product in the fusion with its second piece
     idle = hlo.cost(PIECES.replace("dot(%q.1, %q.1)", "add(%q.1, %q.1)"))
     assert (idle.started, idle.overlapped) == (1, 0)
 
 
-def test_what_goes_between_slices_is_told_apart():
+def test_transfers_between_slices_count_separately():
     attributes = (
         'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="PAIR",_xla_megascale_transfer_type="KIND"}'
     )
@@ -273,7 +273,7 @@ def test_what_goes_between_slices_is_told_apart():
     assert found.collectives["all-gather between slices"] == Collective(2, 2 * larger)
     assert found.collectives["reduce-scatter between slices"] == Collective(1, square)
     alone = hlo.cost(PIECES)
-    assert found.sent_across == 2 * larger + square
+    assert found.sent_between_slices == 2 * larger + square
     assert (found.sent_bytes, found.memory_bytes) == (alone.sent_bytes, alone.memory_bytes)
 
 
@@ -290,9 +290,9 @@ def test_memory_is_read_and_written_at_the_ends_of_a_fusion():
     reduced = 2 * 2 * square
     gathered = 64 * 4 * 4
     start, piece, done = row + row + gathered, row + square + square, row + gathered
-    cut = 2 * square + 4  # a slice out of one array and into another, not the arrays; and where
+    moved = 2 * square + 4  # a slice from one array into another, not the arrays; and its position
     found = hlo.cost(PIECES)
-    assert found.memory_bytes == start + 5 * piece + done + reduced + cut
+    assert found.memory_bytes == start + 5 * piece + done + reduced + moved
     fast = PIECES.replace("%worked = f32[8,8]{1,0}", "%worked = f32[8,8]{1,0:T(8,128)S(1)}")  # in a TPU's vector memory
     assert hlo.cost(fast).memory_bytes == found.memory_bytes - 5 * square
 

@@ -1,4 +1,4 @@
-"""`clipjax plan`: the figures of small runs, on simulated devices and for TPUs, and what is said where there are none."""
+"""`clipjax plan`: the figures of small runs, on simulated devices and for TPUs, and the messages where it fails."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from clipjax import aot, cli, config, losses, plan, sharding
 from clipjax.hlo import Collective, Cost
-from clipjax.plan import figures, report
+from clipjax.plan import report
 from clipjax.plan.estimate import Estimate, estimate
 from clipjax.plan.flops import step_flops
 from clipjax.plan.search import Try, largest, search, sizes
@@ -31,19 +31,19 @@ def command(*args) -> int:
 
 
 def planned(cfg, topology="cpu:8"):
-    return figures.make_plan(cfg, figures.setting(cfg, topology))
+    return plan.make_plan(cfg, plan.make_target(cfg, topology))
 
 
 @pytest.fixture(scope="module")
 def sharded():
-    """Of a run that remembers examples, with averaged weights, on 2 x 2 x 2 devices."""
+    """The plan of a run with example memory and averaged weights, on 2 x 2 x 2 devices."""
     optim = dataclasses.replace(tiny.OPTIM, ema=0.9)
     cfg = tiny.run(objective=(config.Sogclr(examples=100),), optim=optim, mesh=config.Mesh(data=2, fsdp=2, tensor=2))
     return cfg, *planned(cfg)
 
 
 def test_memory_by_kind_adds_up(sharded):
-    cfg, found, held = sharded
+    cfg, found, fixed = sharded
     memory = dict(found.memory)
     assert list(memory) == [
         *("parameters", "optimizer state", "moving average", "example memory", "batch", "padding", "temporaries"),
@@ -56,7 +56,7 @@ def test_memory_by_kind_adds_up(sharded):
     assert memory["example memory"] == 2 * 1024 * 4 / 4  # two float32 of 1,024 rows, over data x fsdp
     pair = 3 * cfg.model.image.image_size**2 + 4 * cfg.model.text.length + 4
     assert memory["batch"] == cfg.train.batch_size // 4 * pair
-    assert held == sum(memory.values()) - memory["batch"] - memory["padding"] - memory["temporaries"]
+    assert fixed == sum(memory.values()) - memory["batch"] - memory["padding"] - memory["temporaries"]
     assert found.fits
     assert found.capacity_bytes > found.peak_bytes_per_chip
 
@@ -66,25 +66,25 @@ def test_what_is_sharded_and_what_is_not(sharded):
     assert found.mesh["fsdp"] == found.mesh["tensor"] == 2
     assert 0.95 < found.sharded_fraction < 1
     assert found.unsharded == []  # all tensors are small
-    whole, _ = planned(tiny.run())
-    assert whole.sharded_fraction == 0
-    assert whole.state_bytes < found.state_bytes  # the latter with averaged weights and a memory
+    replicated, _ = planned(tiny.run())
+    assert replicated.sharded_fraction == 0
+    assert replicated.state_bytes < found.state_bytes  # which has averaged weights and example memory
 
 
 @pytest.mark.slow
-def test_large_tensors_that_are_whole_are_named():
+def test_large_replicated_tensors_are_listed():
     model = dataclasses.replace(tiny.CLIP, text=dataclasses.replace(tiny.CLIP.text, vocab_size=20000))
     found, _ = planned(tiny.run(model))
     assert [x["name"].endswith("text/tokens") for x in found.unsharded] == [True] * 3  # with its moments
     assert {x["bytes"] for x in found.unsharded} == {20000 * 32 * 4}
-    halved, _ = planned(tiny.run(model, mesh=config.Mesh(fsdp=2)))
-    assert halved.unsharded == []
-    assert halved.memory["parameters"] < 0.6 * found.memory["parameters"]
+    sharded, _ = planned(tiny.run(model, mesh=config.Mesh(fsdp=2)))
+    assert sharded.unsharded == []
+    assert sharded.memory["parameters"] < 0.6 * found.memory["parameters"]
 
 
 def test_the_program_is_the_one_that_trains(sharded):
     cfg, found, _ = sharded
-    compiled = plan.compile_step(cfg, jax.devices())
+    compiled = plan.compile_run(cfg, jax.devices())
     assert found.program_flops == compiled.cost.flops * 8
     assert found.peak_bytes_per_chip == compiled.peak_bytes
     assert found.collectives == {k: dataclasses.asdict(c) for k, c in compiled.cost.collectives.items()}
@@ -105,7 +105,7 @@ def test_a_batch_has_what_the_data_adds(tmp_path):
         "teacher_image": ((16, 16), "float32"),
         "teacher_text": ((16, 16), "float32"),
     }
-    compiled = plan.compile_step(cfg, jax.devices())
+    compiled = plan.compile_run(cfg, jax.devices())
     assert compiled.cost.flops > 0
 
 
@@ -113,7 +113,7 @@ def test_a_batch_has_what_the_data_adds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("term", "again"),
+    ("term", "recomputed"),
     [
         (config.Softmax(), 2),
         (config.Softmax(prefixes=(16, 64)), 2.5),
@@ -128,17 +128,17 @@ def test_a_batch_has_what_the_data_adds(tmp_path):
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )
-def test_terms_by_hand_are_what_is_computed(term, again):
-    """`again`, in B^2 d: what the backward pass makes again, which XLA leaves out here, where all pairs are one tile."""
+def test_terms_by_hand_are_what_is_computed(term, recomputed):
+    """`recomputed`, in B^2 d: what the backward pass recomputes; XLA removes it here, where all pairs are one tile."""
     size, width, teacher = 512, 64, 32
     z = [jax.ShapeDtypeStruct((size, width), "float32")] * 2
-    taught = [jax.ShapeDtypeStruct((size, teacher), "float32")] * 2
+    teachers = [jax.ShapeDtypeStruct((size, teacher), "float32")] * 2
 
     def loss(x, y, u, v):
         return losses.objective((term,), losses.Rows(x, y, None, (u, v)), 10.0, -10.0)[0]
 
-    compiled = aot.compile(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*z, *taught))
-    by_hand = losses.term_flops(term, losses.Sizes(size, 1, width, teacher)) - again * size**2 * width
+    compiled = aot.compile(jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*z, *teachers))
+    by_hand = losses.term_flops(term, losses.Sizes(size, 1, width, teacher)) - recomputed * size**2 * width
     assert compiled.cost.flops == pytest.approx(by_hand, rel=0.05)
 
 
@@ -168,7 +168,7 @@ class Device:
 
 def cost(**changes):
     made = dict(flops=10**12, collectives={"all-reduce": Collective(1, 10**6)}, started=0, overlapped=0, uncounted=())
-    made |= dict(tpu_flops=10**12, memory_bytes=10**6, sent_bytes=10**6, sent_across=0)
+    made |= dict(tpu_flops=10**12, memory_bytes=10**6, sent_bytes=10**6, sent_between_slices=0)
     return Cost(**(made | changes))
 
 
@@ -179,7 +179,7 @@ def cost(**changes):
         (dict(tpu_flops=6 * 10**12), "compute", 6e12 / 197e12),
         (dict(memory_bytes=10**11), "memory", 1e11 / 819e9),
         (dict(sent_bytes=10**11), "links", 1e11 / 200e9),
-        (dict(sent_across=10**9), "network", 1e9 / (25e9 / 8)),
+        (dict(sent_between_slices=10**9), "network", 1e9 / (25e9 / 8)),
     ],
 )
 def test_the_slowest_part_bounds_the_step(changes, bound, seconds):
@@ -197,9 +197,9 @@ def test_a_device_that_is_half_a_chip_has_half_of_everything():
     assert half.mfu == pytest.approx(whole.mfu * 1)
 
 
-def test_what_is_not_known_is_told():
+def test_what_is_not_known_is_listed():
     assert estimate(cost(), jax.devices(), 10, 1e12) == Estimate(lacks=("the peaks of cpu",))
-    gpu = estimate(cost(sent_across=5, uncounted=("loop",)), [Device("NVIDIA H100 80GB HBM3")] * 8, 10, 1e12)
+    gpu = estimate(cost(sent_between_slices=5, uncounted=("loop",)), [Device("NVIDIA H100 80GB HBM3")] * 8, 10, 1e12)
     assert gpu.bound == "compute"
     assert [word for lack in gpu.lacks for word in ("network", "float32", "hosts", "1 loops") if word in lack] == [
         *("network", "float32", "hosts", "1 loops")
@@ -209,17 +209,17 @@ def test_what_is_not_known_is_told():
 # The largest batch
 
 
-def tries(first, limit, unit=8, a_pair=7.0, held=100):
-    """Where a device of 1,000 bytes holds `limit` pairs at most."""
+def tries(first, limit, unit=8, a_pair=7.0, fixed=100):
+    """A search on a device of 1,000 bytes, which holds `limit` pairs at most: the sizes that it asks for, and its answer."""
     asked = []
 
     def attempt(size):
         asked.append(size)
-        return Try(size, size <= limit, int(held + a_pair * size), 1.0)
+        return Try(size, size <= limit, int(fixed + a_pair * size), 1.0)
 
     known = [attempt(first)]
     asked.clear()
-    known += search(known[0], attempt, unit, 1000, held)
+    known += search(known[0], attempt, unit, 1000, fixed)
     return asked, largest(known, unit)
 
 
@@ -234,14 +234,14 @@ def tries(first, limit, unit=8, a_pair=7.0, held=100):
         (8, 1000.0, [], None),
     ],
 )
-def test_the_search_asks_little(first, a_pair, asked, found):
+def test_the_search_compiles_few_sizes(first, a_pair, asked, found):
     limit = 900 / a_pair
     assert tries(first, limit, a_pair=a_pair) == (asked, found)
 
 
 @pytest.mark.parametrize("limit", [8, 9, 100, 1000, 10**6])
 @pytest.mark.parametrize("first", [8, 64, 4096])
-def test_the_search_finds_it_however_wrong_the_prediction(limit, first):
+def test_the_search_finds_it_even_if_the_prediction_is_wrong(limit, first):
     asked, found = tries(first, limit)
     assert found == 2 ** (limit.bit_length() - 1)
     assert len(asked) == len(set(asked)) < 20
@@ -262,7 +262,7 @@ def test_sizes_divide_over_the_mesh():
 
 
 @pytest.mark.slow
-def test_the_largest_batch_of_devices_that_are_here(monkeypatch, capsys, tmp_path):
+def test_the_largest_batch_of_this_machine(monkeypatch, capsys, tmp_path):
     """CPUs don't refuse a program: what it needs is compared with what there is."""
     monkeypatch.setattr(aot, "capacity", lambda devices: 3 * 2**20)
     out = tmp_path / "plan.json"
@@ -279,7 +279,7 @@ def test_the_largest_batch_of_devices_that_are_here(monkeypatch, capsys, tmp_pat
 # The command
 
 
-def test_a_plan_to_read_and_in_json(tmp_path, capsys):
+def test_a_plan_as_text_and_as_json(tmp_path, capsys):
     out = tmp_path / "plan.json"
     assert command(CONFIG, "--topology", "cpu:4", "--json", out, "--train.batch_size", "32", "--mesh.fsdp", "2") == 0
     said = capsys.readouterr()
@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_an_answer(tmp_path, capsys, monkeypatch):
     assert "out of memory: needs 17.00 GiB" in capsys.readouterr().out
 
 
-def test_a_failing_compiler_is_told_as_such(tmp_path, capsys, monkeypatch):
+def test_a_failing_compiler_is_reported(tmp_path, capsys, monkeypatch):
     def crash(lowered, **_):
         raise aot.CompilerError("INTERNAL: RET_CHECK failure: Async done requires")
 
@@ -328,7 +328,7 @@ def test_a_failing_compiler_is_told_as_such(tmp_path, capsys, monkeypatch):
     assert command(CONFIG, "--topology", "cpu:4", "--json", tmp_path / "plan.json") == 1
     said = capsys.readouterr()
     assert said.err.splitlines()[-1] == (
-        "clipjax: the compiler failed, which tells nothing about memory: INTERNAL: RET_CHECK failure: Async done requires"
+        "clipjax: the compiler failed, which says nothing about memory: INTERNAL: RET_CHECK failure: Async done requires"
     )
     assert said.out == ""
     assert list(tmp_path.iterdir()) == []
@@ -338,11 +338,11 @@ def test_a_failing_compiler_is_told_as_such(tmp_path, capsys, monkeypatch):
     ("args", "message"),
     [
         ([], "CONFIG.py is needed"),
-        ([CONFIG, "--topology", "v5e-256"], "--topology = 'v5e-256': there is no such; the nearest is v5e:16x16"),
+        ([CONFIG, "--topology", "v5e-256"], "--topology = 'v5e-256': there is no such topology; the nearest is v5e:16x16"),
         ([CONFIG, "--topology", "cpu:0"], "name their number, as cpu:8"),
         ([CONFIG, "--topology", "cpu:many"], "name their number, as cpu:8"),
-        ([CONFIG, "--topology", "cpu:9"], "JAX has started with 8 here"),
-        ([CONFIG, "--slices", "2"], "--slices = 2: several slices are of TPUs"),
+        ([CONFIG, "--topology", "cpu:9"], "JAX has started with 8 devices"),
+        ([CONFIG, "--slices", "2"], "--slices = 2: only TPUs have several slices"),
         ([CONFIG, "--topology", "cpu:3"], "train.batch_size = 16: must be a multiple of the 3 devices"),
         ([CONFIG, "--topology", "cpu:8", "--mesh.fsdp", "3"], "mesh.fsdp = 3"),
         ([CONFIG, "--topologie", "cpu:8"], "there is no such field"),
@@ -399,14 +399,14 @@ def test_a_run_for_a_tpu():
 def test_the_largest_batch_for_a_tpu():
     TPU("libtpu", reason="the TPU compiler: pip install libtpu")
     cfg = for_tpu()
-    where = figures.setting(cfg, "v5e:1x1")
-    found, held = figures.make_plan(cfg, where)
-    told = []
-    found = figures.with_largest_batch(cfg, where, found, held, told.append, lambda size: pytest.MonkeyPatch.context())
+    target = plan.make_target(cfg, "v5e:1x1")
+    found, fixed = plan.make_plan(cfg, target)
+    reported = []
+    found = plan.with_largest_batch(cfg, target, found, fixed, reported.append, lambda size: pytest.MonkeyPatch.context())
     needed = {t.batch_size: t.needed for t in found.tries if t.needed}
     assert found.largest_batch > 2**15
-    assert needed[found.largest_batch] <= where.capacity < needed[2 * found.largest_batch]
-    assert len(told) == len(found.tries) - 1 < 6
+    assert needed[found.largest_batch] <= target.capacity < needed[2 * found.largest_batch]
+    assert len(reported) == len(found.tries) - 1 < 6
 
 
 @pytest.mark.slow
@@ -424,7 +424,7 @@ def test_every_kind_of_tpu(topology):
 def test_slices_send_over_the_network():
     TPU("libtpu", reason="the TPU compiler: pip install libtpu")
     cfg = for_tpu()
-    found, _ = figures.make_plan(cfg, figures.setting(cfg, "v5e:2x2", 2))
+    found, _ = plan.make_plan(cfg, plan.make_target(cfg, "v5e:2x2", 2))
     assert (found.slices, found.chips) == (2, 8)
     assert any(kind.endswith("between slices") for kind in found.collectives)
     assert found.estimate.seconds["network"] > 0

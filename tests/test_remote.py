@@ -49,17 +49,17 @@ def watched():
     unwatch()
 
 
-def test_a_place_is_local_or_knows_its_store():
-    assert files.place("runs/a") == Path("runs/a")
-    assert isinstance(files.place("/runs/a"), Path)
+def test_a_path_is_local_or_knows_its_store():
+    assert files.as_path("runs/a") == Path("runs/a")
+    assert isinstance(files.as_path("/runs/a"), Path)
     for name in ("gs://bucket/runs/a", "s3://bucket/runs/a"):
-        place = files.place(name)
-        assert str(place) == str(files.resolve(place)) == str(files.place(place)) == name
-        assert str(place / "config.json") == f"{name}/config.json"
-        assert files.scheme(place) == name[:2]
+        path = files.as_path(name)
+        assert str(path) == str(files.resolve(path)) == str(files.as_path(path)) == name
+        assert str(path / "config.json") == f"{name}/config.json"
+        assert files.scheme(path) == name[:2]
     assert files.scheme("a:b/c") is None
     with pytest.raises(config.ConfigError, match=r"az://box/a: is neither local nor on gs:// or s3://"):
-        files.place("az://box/a")
+        files.as_path("az://box/a")
 
 
 def test_the_guard_guards(watched):
@@ -91,8 +91,8 @@ def test_an_export_needs_a_local_folder(capsys):
     assert "s3://bucket/out is remote: name a folder of this machine" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("url", "told"), [("https://s3.eu-west-1.amazonaws.com", set()), ("http://localhost:1", {"endpoint"})])
-def test_orbax_is_taught_s3(monkeypatch, url, told):
+@pytest.mark.parametrize(("url", "more"), [("https://s3.eu-west-1.amazonaws.com", set()), ("http://localhost:1", {"endpoint"})])
+def test_orbax_is_patched_for_s3(monkeypatch, url, more):
     """The layout is that of gs://, array by array, the driver TensorStore's own for S3, and a local folder is what it was."""
     from orbax.checkpoint._src.serialization import tensorstore_utils as orbax
 
@@ -102,7 +102,7 @@ def test_orbax_is_taught_s3(monkeypatch, url, told):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     s3._account.cache_clear()
     local = orbax.build_kvstore_tspec("/runs/a/params", "kernel")
-    s3.teach_orbax()
+    s3.patch_orbax()
     assert orbax.build_kvstore_tspec("/runs/a/params", "kernel") == local
     google = orbax.build_kvstore_tspec("gs://bucket/runs/a/params", "kernel")
     found = orbax.build_kvstore_tspec("s3://bucket/runs/a/params", "kernel")
@@ -110,24 +110,24 @@ def test_orbax_is_taught_s3(monkeypatch, url, told):
     assert found | {"base": None} == google | {"base": None}
     base = found["base"]
     assert {k: base[k] for k in ("driver", "bucket", "path")} == dict(driver="s3", bucket="bucket", path="runs/a/params")
-    assert base.keys() - {"driver", "bucket", "path", "aws_credentials", "aws_region"} == told
+    assert base.keys() - {"driver", "bucket", "path", "aws_credentials", "aws_region"} == more
     assert tensorstore.KvStore.Spec(base).to_json()["driver"] == "s3"
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     s3._account.cache_clear()
 
 
 def test_files_of_a_store(store, watched):
-    folder = files.place(f"{store}://{stores.BUCKET}/files")
+    folder = files.as_path(f"{store}://{stores.BUCKET}/files")
     files.check_writable(folder)
     assert not folder.exists()  # nothing stays behind
     for text in ("one", "two"):
-        with files.write_whole(folder / "new" / "a.txt") as part:
+        with files.write_atomic(folder / "new" / "a.txt") as part:
             assert isinstance(part, Path)
             part.write_text(text)
         assert (folder / "new" / "a.txt").read_text() == text
 
     def interrupted():
-        with files.write_whole(folder / "new" / "a.txt") as part:
+        with files.write_atomic(folder / "new" / "a.txt") as part:
             part.write_text("half")
             raise KeyboardInterrupt
 
@@ -151,7 +151,7 @@ def lines(workdir):
 
 def test_metrics_of_a_store(store, watched):
     """Complete at each flush and evaluation, in the background in between; past the restored step, removed."""
-    workdir = files.place(f"{store}://{stores.BUCKET}/metrics")
+    workdir = files.as_path(f"{store}://{stores.BUCKET}/metrics")
     writer = MetricsWriter(workdir)
     for step in (1, 2, 3):
         writer.push(step, {"loss": np.float32(step)}, {})
@@ -182,7 +182,7 @@ def test_metrics_of_a_store(store, watched):
     writer._mirror._folder.cleanup()
 
 
-def test_a_missing_bucket_is_told(store, capsys, tmp_path, monkeypatch):
+def test_a_missing_bucket_is_reported(store, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         cli.main(["train", tiny_emoji.__file__, "--workdir", f"{store}://no-such-bucket/run"])
@@ -193,9 +193,9 @@ def test_a_missing_bucket_is_told(store, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_silent_store_is_told_in_time(monkeypatch, capsys):
+def test_a_silent_store_is_reported_in_time(monkeypatch, capsys):
     """A server that takes connections and answers none: libraries would wait for minutes."""
-    monkeypatch.setattr(files, "PATIENCE", 2)
+    monkeypatch.setattr(files, "TIMEOUT", 2)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "key")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
@@ -214,7 +214,7 @@ def test_a_silent_store_is_told_in_time(monkeypatch, capsys):
 @pytest.mark.slow
 def test_checkpoints_of_a_store(store, watched):
     """What is saved comes back; a save that was cut off is none, and is cleared away."""
-    workdir = files.place(f"{store}://{stores.BUCKET}/checkpoints-alone")
+    workdir = files.as_path(f"{store}://{stores.BUCKET}/checkpoints-alone")
     cfg = tiny.run()
     mesh = tiny.mesh_of(2, 2)
     state, _, _ = tiny.train(cfg, mesh, 1)
@@ -281,7 +281,7 @@ def kill_after(workdir, step, cwd):
 def test_a_run_on_a_store(store, straight, tmp_path):
     """Killed and resumed it is bit-equal to a local one; evaluated, embedded, exported and loaded it gives the same."""
     name = f"{store}://{stores.BUCKET}/runs/one"
-    workdir, here = files.place(name), tmp_path / "here"
+    workdir, here = files.as_path(name), tmp_path / "here"
     here.mkdir()
     kill_after(workdir, 10, here)
     _, errors = finish(*TRAIN, "--workdir", name, cwd=here)
@@ -303,8 +303,8 @@ def test_a_run_on_a_store(store, straight, tmp_path):
 
     for run, out in ((name, f"{name}/retrieval.json"), (straight, tmp_path / "retrieval.json")):
         said, _ = finish("eval", "retrieval", f"{run}@30", "--data", "emoji", "--json", out, cwd=here)
-        assert json.loads(said) == json.loads(files.place(out).read_text())
-    ours, local = (json.loads(files.place(x).read_text()) for x in (f"{name}/retrieval.json", tmp_path / "retrieval.json"))
+        assert json.loads(said) == json.loads(files.as_path(out).read_text())
+    ours, local = (json.loads(files.as_path(x).read_text()) for x in (f"{name}/retrieval.json", tmp_path / "retrieval.json"))
     assert (ours["model"], ours["pretrained"]) == ("one", "step 30")
     assert ours["metrics"] == local["metrics"]
     finish("embed", name, "--data", "emoji", "--out", f"{name}/test.npz", cwd=here)

@@ -1,15 +1,12 @@
 """The wheel as a user has it: installed in an empty environment, outside the repository; what a release and the tree hold."""
 
-import ast
 import json
 import os
 import re
 import site
 import subprocess
 import sys
-import tomllib
 import zipfile
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -92,31 +89,6 @@ def test_a_user_trains_on_a_tsv_of_their_own(clipjax, tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert [line["step"] for line in lines if "task" in line] == [2]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
-
-
-def distribution(requirement: str) -> str:
-    """The package of a requirement, as `orbax_checkpoint` of `orbax-checkpoint>=0.12.8`."""
-    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("-", "_")
-
-
-def test_what_is_imported_is_declared():
-    """Not merely installed because another package needs it, which may end any day."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    declared = {
-        "clipjax": [*project["dependencies"], *(r for name in extras if name != "test" for r in extras[name]), "libtpu"],
-        "tests": [*project["dependencies"], *(r for requirements in extras.values() for r in requirements)],
-    }  # libtpu: which `jax[tpu]` brings
-    distributions = packages_distributions()
-    for folder, requirements in declared.items():
-        known = {distribution(requirement) for requirement in requirements}
-        for path in (ROOT / folder).rglob("*.py"):
-            nodes = list(ast.walk(ast.parse(path.read_text())))
-            names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-            names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-            others = {name.partition(".")[0] for name in names} & distributions.keys() - sys.stdlib_module_names - {"clipjax"}
-            for name in others:
-                assert {d.lower().replace("-", "_") for d in distributions[name]} & known, f"{path} imports {name}"
 
 
 def test_a_release_has_one_version_and_a_date():

@@ -1,9 +1,8 @@
-"""How fast a configuration's batches are read, decoded and tokenised here, with no model that waits for them."""
+"""How fast a configuration's batches are read, decoded and tokenised on this machine, without a model that waits for them."""
 
 import argparse
 import dataclasses
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -13,28 +12,28 @@ from pathlib import Path
 
 from clipjax import build, config
 from clipjax.data.sources import open_source
-from clipjax.files import write_whole
+from clipjax.files import write_json
 from clipjax.train.workdir import Workdir
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of one process, which reads whole global batches."""
+class InputRates:
+    """Of one process that reads global batches in full."""
 
     dataset: str
     examples: int
     workers: int
     worker_kind: str
     batch_size: int
-    first_seconds: float  # until the first batch: starting workers, filling their buffers
-    batch_seconds: tuple[float, ...]  # of each batch after it
-    examples_per_second: float  # over all of them
+    first_seconds: float  # until the first batch: starting the workers and filling their buffers
+    batch_seconds: tuple[float, ...]  # of each later batch
+    examples_per_second: float  # over all later batches
 
 
-def measure(run: config.Run, seconds: float) -> Figures:
-    """Reads for so long, two batches at least. Raises ConfigError for what `clipjax train` would refuse."""
+def measure(run: config.Run, seconds: float) -> InputRates:
+    """Reads for so many seconds, but at least two timed batches. Raises ConfigError for what `clipjax train` would refuse."""
     source = open_source(run.data)
-    with tempfile.TemporaryDirectory() as folder:  # which gets the tokenizer that is trained or loaded
+    with tempfile.TemporaryDirectory() as folder:  # for the tokenizer that is trained or loaded
         tokens = build.tokenizer(run, Workdir(Path(folder)), source)
     batches = build.batches(run, source, tokens, build.teacher(run, source))
     start = time.perf_counter()
@@ -44,33 +43,32 @@ def measure(run: config.Run, seconds: float) -> Figures:
         while len(times) < 3 or times[-1] - times[0] < seconds:
             next(stream)
             times.append(time.perf_counter())
-    each = tuple(b - a for a, b in itertools.pairwise(times))
-    return Figures(
+    batch_seconds = tuple(b - a for a, b in itertools.pairwise(times))
+    return InputRates(
         dataset=source.name,
         examples=len(source),
         workers=run.data.workers,
         worker_kind=run.data.worker_kind,
         batch_size=run.train.batch_size,
         first_seconds=times[0] - start,
-        batch_seconds=each,
-        examples_per_second=run.train.batch_size * len(each) / sum(each),
+        batch_seconds=batch_seconds,
+        examples_per_second=run.train.batch_size * len(batch_seconds) / sum(batch_seconds),
     )
 
 
-def lines(figures: Figures) -> Iterator[str]:
-    """The figures to read."""
-    by = f"{figures.workers} {figures.worker_kind}"
-    yield f"{figures.dataset}: {figures.examples:,} examples, in batches of {figures.batch_size:,} by {by}"
-    yield f"  first batch      after {figures.first_seconds:.3g} s"
-    each = figures.batch_seconds
-    yield f"  a batch          {statistics.median(each):.3g} s, median of {len(each):,} ({min(each):.3g} to {max(each):.3g})"
-    yield f"  examples/s       {figures.examples_per_second:,.4g}"
+def lines(rates: InputRates) -> Iterator[str]:
+    """The text of the figures."""
+    workers, seconds = f"{rates.workers} {rates.worker_kind}", rates.batch_seconds
+    yield f"{rates.dataset}: {rates.examples:,} examples, in batches of {rates.batch_size:,} by {workers}"
+    yield f"  first batch      after {rates.first_seconds:.3g} s"
+    median, least, most = statistics.median(seconds), min(seconds), max(seconds)
+    yield f"  a batch          {median:.3g} s, median of {len(seconds):,} ({least:.3g} to {most:.3g})"
+    yield f"  examples/s       {rates.examples_per_second:,.4g}"
 
 
 def run(args: argparse.Namespace, run: config.Run) -> None:
     """`clipjax bench input`. Raises ConfigError."""
-    figures = measure(run, args.seconds)
-    print(*lines(figures), sep="\n", flush=True)
+    rates = measure(run, args.seconds)
+    print(*lines(rates), sep="\n", flush=True)
     if args.json:
-        with write_whole(args.json) as part:
-            part.write_text(json.dumps(dataclasses.asdict(figures), indent=2) + "\n")
+        write_json(args.json, dataclasses.asdict(rates))

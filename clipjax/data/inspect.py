@@ -15,7 +15,7 @@ from clipjax.data.sheet import Cell, contact_sheet
 from clipjax.data.source import Record, Source
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.files import write_whole
+from clipjax.files import write_atomic
 
 SAMPLE = 10_000  # examples that are read at most, evenly spread over the dataset
 VOCABULARY = 8192  # of the tokenizer that is trained where none is given
@@ -56,7 +56,7 @@ def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, le
         "samples": captions[:: max(1, len(captions) // 8)][:8],
     }
     readable = [i for i, (_, size, _) in zip(indices, seen, strict=True) if size]
-    with write_whole(out_png) as part:
+    with write_atomic(out_png) as part:
         _contact_sheet(source, readable, f"{source.name}: {len(source):,} examples").save(part, "png")
     return report
 

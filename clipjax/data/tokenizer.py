@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from clipjax.config import ConfigError, require
-from clipjax.files import place, write_whole
+from clipjax.files import as_path, write_atomic
 
 PAD, START, END = "<pad>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST = 256 + 3  # every byte, and the three tokens above
@@ -74,7 +74,7 @@ class Tokenizer:
         named <pad>, [PAD] or <|pad|>, else the end token.
 
         Raises ConfigError for a file that is missing, is no tokenizer.json, or does not mark the end of a text."""
-        path = place(path)
+        path = as_path(path)
         require(path.is_file(), "tokenizer.path", str(path), "there is no such file; give the path of a tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
@@ -96,7 +96,7 @@ class Tokenizer:
         The file appears complete or not at all."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.enable_padding(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
-        with write_whole(path) as part:
+        with write_atomic(path) as part:
             backend.save(str(part))
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import CachedBatches, Encoder, to_host
 from clipjax.evals.inputs import caption_batches, image_batches
-from clipjax.files import write_whole
+from clipjax.files import write_atomic
 from clipjax.models.clip import Params
 
 
@@ -65,5 +65,5 @@ def embed(encoder: Encoder, params: Params, tokenizer: Tokenizer, data: config.D
 def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes the whole file or nothing, from the first process, under exactly this name."""
     if jax.process_index() == 0:
-        with write_whole(path) as part, part.open("wb") as file:
+        with write_atomic(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)

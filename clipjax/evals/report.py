@@ -8,7 +8,7 @@ import jax
 from PIL import Image
 
 from clipjax.evals.encoder import Metrics
-from clipjax.files import write_whole
+from clipjax.files import write_atomic
 
 
 def report(dataset: str, model: str, pretrained: str, task: str, metrics: Metrics, language: str = "en") -> dict[str, Any]:
@@ -20,13 +20,13 @@ def write_json(path: str | Path, result: Any) -> None:
     """Writes the whole file or nothing, from the first process. None becomes null; NaN, which JSON lacks, is a ValueError."""
     text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if jax.process_index() == 0:
-        with write_whole(path) as part:
+        with write_atomic(path) as part:
             part.write_text(text, encoding="utf-8")
 
 
 def save_png(path: str | Path, image: Image.Image) -> None:
     """Writes the whole file or nothing."""
-    with write_whole(path) as part:
+    with write_atomic(path) as part:
         image.save(part, "png")
 
 

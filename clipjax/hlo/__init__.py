@@ -1,6 +1,6 @@
-"""What a compiled program does, read from the text of its optimised HLO: products, collectives, memory, and what overlaps.
+"""The cost of a compiled program, read from the text of its optimised HLO: products, collectives, memory traffic, and overlap.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. All figures are one device's.
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. All figures are for one device.
 """
 
 from clipjax.hlo.program import COLLECTIVES, Collective, Cost, cost

@@ -1,24 +1,24 @@
-"""What an instruction moves: to and from a device's memory, and to other devices. Estimates, good for a roofline.
+"""The bytes that an instruction moves: to and from a device's memory, and to other devices. Estimates, for a roofline.
 
-Memory is the main one, as a TPU's HBM; what lies in another space, as S(1), its vector memory, costs nothing here.
+Memory is the main memory, a TPU's HBM. Arrays in another memory space, as S(1), a TPU's vector memory, cost nothing here.
 """
 
 import re
 
 from clipjax.hlo.text import Computation, Instruction, byte_count
 
-# Neither reads nor writes memory itself, or another instruction stands for it.
+# These neither read nor write memory, or another instruction is counted for them.
 FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "iota", "async-start", "async-update", "send", "recv",
 )  # fmt: skip
 MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 SLICES = ("dynamic-slice", "slice", "gather")
-VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # within a fusion: the same numbers, read once
+VIEWS = ("bitcast", "copy", "reshape", "transpose", "convert")  # inside a fusion: the same numbers, read once
 
 
 def traffic(computation: Computation, i: Instruction, computations: dict[str, Computation]) -> int:
-    """Bytes of the main memory that one run of an instruction outside any fusion reads and writes."""
+    """Bytes that an instruction outside any fusion reads from and writes to main memory in one run."""
     if i.opcode in FREE or i.opcode.endswith("-done"):
         return 0
     operands = [computation.body[name] for name in i.operands]
@@ -28,13 +28,13 @@ def traffic(computation: Computation, i: Instruction, computations: dict[str, Co
         return 2 * _main(i.shape)
     if i.opcode == "dynamic-update-slice":
         return 2 * _main(operands[1].shape)
-    if i.opcode.endswith("-start"):  # a copy: the first of its tuple is where to
+    if i.opcode.endswith("-start"):  # of a copy, the first of the tuple is its destination
         return sum(_main(x.shape) for x in operands) + (_main(_elements(i.shape)[0]) if i.opcode == "copy-start" else 0)
     return _main(i.shape) + sum(_main(x.shape) for x in operands)
 
 
 def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[str, Computation]) -> int:
-    """Of a slice only what is cut out, of an update only what is put in, of what is handed on nothing."""
+    """Of a slice only the part that is read, of an update only the part that is written, of unchanged arrays nothing."""
     inner = next((computations[name] for name in i.attribute("calls") if name in computations), None)
     if inner is None:
         return _main(i.shape) + sum(_main(x.shape) for x in operands)
@@ -44,7 +44,7 @@ def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[s
             users.setdefault(name, []).append(user)
 
     def read(name: str, size: int) -> int:
-        """Of a value in main memory, by those that use it."""
+        """Bytes read of a value in main memory, by the instructions that use it."""
         parts = []
         for user in users.get(name, []):
             if user.opcode in SLICES and user.operands[0] == name:
@@ -74,23 +74,25 @@ def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[s
 
 
 def _main(shape: str) -> int:
-    """Bytes of an array, or of all in a tuple, that lie in the main memory."""
+    """Bytes of an array, or of all arrays in a tuple, that are in main memory."""
     return sum(byte_count(x) for x in _elements(shape) if not re.search(r"S\([1-9]", x))
 
 
 def _elements(shape: str) -> list[str]:
-    """The arrays of a tuple's shape, each with its layout; of an array's, that alone."""
+    """The arrays of a tuple, each with its layout; of an array, itself."""
     return re.findall(r"[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?", shape)
 
 
 def sent(kind: str, size: int) -> int:
-    """Bytes that a device of many sends in a collective of `size`, the larger of what it gives and gets, round a ring."""
+    """Bytes that a device sends in a collective, round a ring. `size`: what it gives or what it gets, whichever is more."""
     return 2 * size if kind == "all-reduce" else size
 
 
 def between_slices(computation: Computation, i: Instruction) -> tuple[str, str, int] | None:
-    """Of a transfer between slices its kind, what its two halves have in common, and the bytes of this one. The compiler makes a
-    program of one slice, with what comes from others and goes to them as a `recv` and a `send` of a runtime's."""
+    """Of one half of a transfer between slices: its kind, the name that both halves have, and its bytes. Else None.
+
+    The compiler makes a program for one slice. What goes to other slices and comes from them is a `send` and a `recv` of the
+    runtime."""
     if i.opcode not in ("send", "recv") or not (found := MEGASCALE.search(i.attributes)):
         return None
     pair = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', i.attributes)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipjax.files import Mirror, scheme, write_whole
+from clipjax.files import Mirror, scheme, write_atomic
 
 EvaluationResults = Mapping[str, float | np.ndarray]  # what an evaluation returns: metrics, and images uint8 [h, w, 3]
 
@@ -126,7 +126,7 @@ class MetricsWriter:
         known = {prefix + name: value for name, value in scalars.items() if value is not None}  # mfu is None on unknown chips
         self._board.scalars(line["step"], known)
         if self._mirror is not None:
-            self._mirror.pulse()
+            self._mirror.push_if_due()
 
 
 def _strict(value: Any) -> Any:
@@ -148,7 +148,7 @@ def _truncate(path: Path, step: int) -> None:
     before = path.read_bytes() if path.exists() else b""
     after = b"".join(line for line in before.splitlines(keepends=True) if is_valid(line))
     if after != before:
-        with write_whole(path) as part, part.open("wb") as f:
+        with write_atomic(path) as part, part.open("wb") as f:
             f.write(after)
             f.flush()
             os.fsync(f.fileno())

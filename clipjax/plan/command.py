@@ -1,62 +1,63 @@
-"""`clipjax plan`: figures of a run on chips that need not be there, and its largest batch."""
+"""`clipjax plan`: the figures of a run on chips that this machine need not have, and its largest batch."""
 
 import argparse
 import contextlib
-import json
 import sys
 import threading
 import time
 from collections.abc import Iterator
 
 from clipjax import aot, config
-from clipjax.files import write_whole
+from clipjax.files import write_json
 from clipjax.plan import figures, report
+from clipjax.plan.target import make_target
 
 
 def run(args: argparse.Namespace, run: config.Run) -> int:
-    """Prints the plan and writes it where --json names a file. The exit status: 0 also where it does not fit, which is an answer;
-    1 where the compiler failed. Raises ConfigError."""
-    where = figures.setting(run, args.topology, args.slices)
+    """Prints the plan, and writes it to the file of --json. Returns the exit status.
 
-    def watch(size: int) -> contextlib.AbstractContextManager[None]:
-        return compiling(f"compiling the step of batch {size:,} for {len(where.devices):,} x {where.devices[0].device_kind}")
+    0: also if the run does not fit, which is an answer. 1: the compiler failed. Raises ConfigError.
+    """
+    target = make_target(run, args.topology, args.slices)
+
+    def progress(size: int) -> contextlib.AbstractContextManager[None]:
+        return compiling(f"compiling the step of batch {size:,} for {len(target.devices):,} x {target.devices[0].device_kind}")
 
     try:
-        with watch(run.train.batch_size):
-            plan, held = figures.make_plan(run, where)
+        with progress(run.train.batch_size):
+            plan, fixed = figures.make_plan(run, target)
     except aot.CompilerError as error:
-        print(f"clipjax: the compiler failed, which tells nothing about memory: {error}", file=sys.stderr)
+        print(f"clipjax: the compiler failed, which says nothing about memory: {error}", file=sys.stderr)
         return 1
     failed = False
     if args.find_batch:
 
-        def say(tried: figures.Try) -> None:
+        def print_try(made: figures.Try) -> None:
             nonlocal failed
-            failed |= tried.fits is None
-            print(report.outcome(tried), file=sys.stderr, flush=True)
+            failed |= made.fits is None
+            print(report.outcome(made), file=sys.stderr, flush=True)
 
-        plan = figures.with_largest_batch(run, where, plan, held, say, watch)
+        plan = figures.with_largest_batch(run, target, plan, fixed, print_try, progress)
     print(*report.lines(plan), sep="\n", flush=True)
     if args.json:
-        with write_whole(args.json) as part:
-            part.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
+        write_json(args.json, plan.to_json())
     return 1 if failed else 0
 
 
 @contextlib.contextmanager
 def compiling(what: str) -> Iterator[None]:
-    """Says what is compiled; on a terminal also for how long, for a compiler tells nothing on its way."""
+    """Prints what is compiled; on a terminal also for how long, because a compiler shows no progress."""
     start, done = time.perf_counter(), threading.Event()
     if not sys.stderr.isatty():
         print(f"{what} ...", file=sys.stderr, flush=True)
         yield
         return
 
-    def tick() -> None:
+    def show_time() -> None:
         while not done.wait(0.5):
             print(f"\r{what} ... {time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
 
-    clock = threading.Thread(target=tick, daemon=True)
+    clock = threading.Thread(target=show_time, daemon=True)
     clock.start()
     try:
         yield

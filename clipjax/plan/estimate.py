@@ -1,8 +1,8 @@
-"""How long a step would take if the chips ran at their published peaks: a bound, not a measurement.
+"""A lower bound for the time of a step, from the chips' published peaks. It is an estimate, not a measurement.
 
-The largest of four times: products at the bfloat16 peak (a float32 product of a TPU in its passes), memory traffic and bytes on
-the links as the program's text tells them, bytes between slices at the host's network. Everything is taken to overlap perfectly,
-and all links to be busy at once.
+It is the largest of four times: matrix products at the bfloat16 peak (a TPU computes a float32 product in several bfloat16
+passes), memory traffic, bytes sent over the links to other chips, and bytes sent over the network to other slices. The counts
+come from the program's text. The estimate assumes that the four overlap perfectly and that all links are busy at once.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from clipjax.chips import chip_of
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one step. None: not to be told of these devices."""
+    """Of one step. None: not known for these devices."""
 
     step_seconds: float | None = None
     images_per_second: float | None = None  # over all chips
-    mfu: float | None = None  # model FLOPs, as `clipjax train` logs it, at that rate
-    bound: str | None = None  # which of the following is the largest
+    mfu: float | None = None  # 0 to 1: the share of the peak that model FLOPs take at that rate, as in `clipjax train`'s log
+    bound: str | None = None  # the key of the largest of `seconds`
     seconds: dict[str, float] | None = None  # compute, memory, links, network: each alone
-    lacks: tuple[str, ...] = ()  # what the estimate leaves out
+    lacks: tuple[str, ...] = ()  # what the estimate does not include
 
 
 def estimate(cost: hlo.Cost, devices: Sequence[jax.Device], batch: int, model_flops: float) -> Estimate:
-    """Of a program of this cost a device. `model_flops`: of a whole step on all devices, without the loss."""
+    """Of a program with this cost on each device. `model_flops`: the towers' FLOPs of one step on all devices."""
     kind, tpu = devices[0].device_kind, devices[0].platform == "tpu"
     chip = chip_of(kind)
     if chip is None:
@@ -37,15 +37,15 @@ def estimate(cost: hlo.Cost, devices: Sequence[jax.Device], batch: int, model_fl
         "compute": (flops, chip.flops),
         "memory": (cost.memory_bytes, chip.memory),
         "links": (cost.sent_bytes, chip.links),
-        "network": (cost.sent_across, chip.network),
+        "network": (cost.sent_between_slices, chip.network),
     }
     seconds = {name: n * chip.devices / rate for name, (n, rate) in demands.items() if rate}
     lacks = [f"the {name}, whose speed is not known" for name, (n, rate) in demands.items() if n and not rate]
     if not tpu:
-        lacks += ["what float32 products take beyond the bfloat16 peak", "transfers between hosts"]
+        lacks += ["the time of float32 products beyond the bfloat16 peak", "transfers between hosts"]
     if cost.uncounted:
-        lacks.append(f"all turns but one of {len(cost.uncounted)} loops that could not be counted")
+        lacks.append(f"all iterations but one of {len(cost.uncounted)} loops with an unknown trip count")
     bound = max(seconds, key=lambda name: seconds[name])
     step = seconds[bound]
-    used = model_flops / (step * chip.flops / chip.devices * len(devices))
-    return Estimate(step, batch / step, used, bound, seconds, tuple(lacks))
+    mfu = model_flops / (step * chip.flops / chip.devices * len(devices))
+    return Estimate(step, batch / step, mfu, bound, seconds, tuple(lacks))

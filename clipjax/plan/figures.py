@@ -1,14 +1,13 @@
-"""The figures of a plan: what a chip holds, what is sharded, what a step computes and sends, and how long it might take."""
+"""The figures of a plan: memory of a chip, what is sharded, what a step computes and sends, and how long it might take."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from clipjax import aot, config, sharding
 from clipjax.chips import chip_count
@@ -16,13 +15,14 @@ from clipjax.plan.estimate import Estimate, estimate
 from clipjax.plan.flops import step_flops
 from clipjax.plan.program import abstract_batch, compile_lowered, lower_step, state_of, teacher_width
 from clipjax.plan.search import Try, largest, search
+from clipjax.plan.target import Target
 from clipjax.train import remat
 from clipjax.train.optimizer import trained_names
 from clipjax.train.state import TrainState
 
-LARGE = 10**6  # bytes; a smaller tensor that is whole on every device is not worth a line
+LARGE = 10**6  # bytes; the report does not list smaller replicated tensors
 
-# What a state's fields are called in the report.
+# What the report calls the fields of a state.
 KINDS = {
     "params": "parameters",
     "opt_state": "optimizer state",
@@ -34,7 +34,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one run on some devices. Bytes are one chip's, which on v2, v3 and tpu7x is two JAX devices; None: not known."""
+    """Of one run on some devices. Bytes are of one chip, which is two JAX devices on v2, v3 and tpu7x. None: not known."""
 
     topology: str
     slices: int
@@ -44,19 +44,19 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     micro_batches: int
-    remat: str  # what the backward pass makes again, decided
+    remat: str  # the policy that `auto` chose, or the configured one
     fits: bool
-    peak_bytes_per_chip: int | None  # where it does not fit: what it needs
+    peak_bytes_per_chip: int | None  # if it does not fit: what it needs
     argument_bytes: int  # state and batch
     temp_bytes: int | None
     capacity_bytes: int | None
-    memory: dict[str, int]  # by kind; adds up to the peak
-    state_bytes: int  # of the whole state, once
-    sharded_fraction: float  # of those, what no device holds whole
-    unsharded: list[dict[str, Any]]  # the large tensors that every device holds whole: name and bytes
-    flops_per_step: float  # by hand, over all chips
+    memory: dict[str, int]  # by kind; the sum is the peak
+    state_bytes: int  # of the whole state, counted once
+    sharded_fraction: float  # of `state_bytes`: what is not replicated on every device
+    unsharded: list[dict[str, Any]]  # the large tensors that are replicated on every device: name and bytes
+    flops_per_step: float  # counted by hand, over all chips
     flops: dict[str, float]  # the same, by part
-    program_flops: int | None = None  # in the compiled program, over all chips, with all that is made again
+    program_flops: int | None = None  # of the compiled program, over all chips, with everything that is recomputed
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)  # of one device: kind -> count and bytes
     estimate: Estimate = Estimate()
     compile_seconds: float | None = None
@@ -67,137 +67,120 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Where a run is planned for."""
-
-    topology: str
-    devices: Sequence[jax.Device]
-    mesh: Mesh
-    capacity: int | None  # bytes a device
-
-
-def setting(run: config.Run, topology: str | None, slices: int = 1) -> Setting:
-    """`topology`: of `aot.TOPOLOGIES`, or `cpu:N` simulated here, or None for the devices that are here. Raises ConfigError."""
-    devices = _devices(topology, slices)
-    return Setting(topology or devices[0].platform, devices, sharding.make_mesh(run.mesh, devices), aot.capacity(devices))
-
-
-def _devices(topology: str | None, slices: int) -> Sequence[jax.Device]:
-    kind, _, count = (topology or "").partition(":")
-    if topology is not None and kind != "cpu":
-        return aot.tpu_devices(topology, slices)
-    config.require(slices == 1, "--slices", slices, "several slices are of TPUs: name a --topology of theirs")
-    if topology is None:
-        return jax.devices()
-    config.require(count.isdecimal() and int(count) > 0, "--topology", topology, "name their number, as cpu:8")
-    with contextlib.suppress(RuntimeError):  # JAX is at work already, with the devices that it has
-        jax.config.update("jax_num_cpu_devices", int(count))
-    found = jax.devices("cpu")
-    config.require(len(found) >= int(count), "--topology", topology, f"JAX has started with {len(found)} here")
-    return found[: int(count)]
-
-
-def make_plan(run: config.Run, where: Setting) -> tuple[Plan, int]:
-    """The plan, compiled once, and what a device holds whatever the batch. Raises ConfigError and aot.CompilerError."""
-    state = state_of(run, where.mesh)
-    lowered = lower_step(run, where.mesh, state)
-    per_chip = len(where.devices) // (chips := chip_count(where.devices))
-    memory = _held(state, abstract_batch(run, where.mesh))
-    trained = trained_names(run.optim.rules, state.params)
-    flops = step_flops(run, trained, teacher_width(run) if run.data.teacher else None)
-    placed = jax.tree.map(lambda x: x.sharding, state)
-    whole = sharding.unsharded(state, placed, *sharding.AXES)
-    plan = Plan(
-        topology=where.topology,
-        slices=sharding.slice_count(where.devices),
-        chips=chips,
-        devices=len(where.devices),
-        device_kind=where.devices[0].device_kind,
-        mesh=dict(where.mesh.shape),
-        batch_size=run.train.batch_size,
-        micro_batches=run.train.micro_batches,
-        remat=remat.resolved(run, where.mesh, state).model.remat,
-        fits=False,
-        peak_bytes_per_chip=None,
-        argument_bytes=per_chip * sum(memory.values()),
-        temp_bytes=None,
-        capacity_bytes=where.capacity and per_chip * where.capacity,
-        memory={kind: per_chip * size for kind, size in memory.items()},
-        state_bytes=sharding.byte_count(state),
-        sharded_fraction=sharding.sharded_fraction(state, placed, *sharding.AXES),
-        unsharded=[{"name": k, "bytes": n} for k, n in sorted(whole.items(), key=lambda x: -x[1]) if n >= LARGE],
-        flops_per_step=sum(flops.values()),
-        flops=flops,
-    )
-    held = sum(size for kind, size in memory.items() if kind != "batch")
+def make_plan(run: config.Run, target: Target) -> tuple[Plan, int]:
+    """The plan from one compilation, and the bytes that a device needs for any batch. Raises ConfigError and CompilerError."""
+    state = state_of(run, target.mesh)
+    lowered = lower_step(run, target.mesh, state)
+    arguments = _argument_bytes(state, abstract_batch(run, target.mesh))
+    fixed = sum(size for kind, size in arguments.items() if kind != "batch")
+    plan = _uncompiled(run, target, state, arguments)
     start = time.perf_counter()
     try:
-        compiled = compile_lowered(lowered, where.mesh)
+        compiled = compile_lowered(lowered, target.mesh)
     except aot.DoesNotFit as error:
-        seconds = time.perf_counter() - start
-        needed = error.needed and per_chip * error.needed
-        return replace(plan, peak_bytes_per_chip=needed, compile_seconds=seconds), held
-    cost = compiled.cost
-    towers = sum(n for name, n in flops.items() if name.endswith("tower"))
-    found = {
-        "padding": compiled.argument_bytes - sum(memory.values()),
-        "temporaries": compiled.peak_bytes - compiled.argument_bytes,
-    }
-    plan = replace(
-        plan,
-        fits=where.capacity is None or compiled.peak_bytes <= where.capacity,
-        peak_bytes_per_chip=per_chip * compiled.peak_bytes,
-        argument_bytes=per_chip * compiled.argument_bytes,
-        temp_bytes=per_chip * compiled.temp_bytes,
-        memory=plan.memory | {kind: per_chip * size for kind, size in found.items()},
-        program_flops=cost.flops * len(where.devices),
-        collectives={kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()},
-        estimate=estimate(cost, where.devices, run.train.batch_size, towers),
-        compile_seconds=compiled.seconds,
-    )
-    return plan, held
+        needed = error.needed and plan.devices // plan.chips * error.needed
+        return replace(plan, peak_bytes_per_chip=needed, compile_seconds=time.perf_counter() - start), fixed
+    return _with_program(plan, target, compiled), fixed
 
 
-def with_largest_batch(
-    run: config.Run, where: Setting, plan: Plan, held: int, say: Callable[[Try], None], watch: Callable[[int], Any]
-) -> Plan:
-    """The plan with the largest batch that fits, found by compiling others with as many micro-batches; `say` is told each try.
-
-    `watch(batch_size)` is a context manager around each compilation. Raises ConfigError where the devices don't tell their
-    memory.
-    """
-    there = f"{plan.device_kind} doesn't tell how much memory it has"
-    config.require(where.capacity is not None, "--find-batch", True, there)
-    per_chip = plan.devices // plan.chips
-    state = state_of(run, where.mesh)
-    unit = sharding.batch_devices(where.mesh) * run.train.micro_batches
-
-    def attempt(size: int) -> Try:
-        start = time.perf_counter()
-        needed, failure = None, None
-        with watch(size):
-            try:
-                lowered = lower_step(replace(run, train=replace(run.train, batch_size=size)), where.mesh, state)
-                needed = compile_lowered(lowered, where.mesh).peak_bytes
-                fits = needed <= where.capacity
-            except aot.DoesNotFit as error:
-                fits, needed = False, error.needed
-            except aot.CompilerError as error:
-                fits, failure = None, str(error)
-        made = Try(size, fits, needed, time.perf_counter() - start, failure)
-        say(made)
-        return made
-
-    needed = plan.peak_bytes_per_chip and plan.peak_bytes_per_chip // per_chip
-    first = Try(plan.batch_size, plan.fits, needed, plan.compile_seconds)
-    tries = [first, *search(first, attempt, unit, where.capacity, held)]
-    return replace(plan, largest_batch=largest(tries, unit), tries=tries)
-
-
-def _held(state: TrainState, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
-    """Bytes of the arguments on one device, by kind."""
+def _argument_bytes(state: TrainState, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+    """Bytes of state and batch on one device, by kind."""
     found = dict.fromkeys(KINDS.values(), 0)
     for name, kind in KINDS.items():
         found[kind] += sharding.own_bytes(getattr(state, name))
     return {kind: size for kind, size in found.items() if size} | {"batch": sharding.own_bytes(batch)}
+
+
+def _uncompiled(run: config.Run, target: Target, state: TrainState, arguments: Mapping[str, int]) -> Plan:
+    """All that is known from shapes and shardings alone. It does not fit until a compiler says so."""
+    chips = chip_count(target.devices)
+    per_chip = len(target.devices) // chips
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    replicated = sharding.unsharded(state, placed, *sharding.AXES)
+    flops = step_flops(run, trained_names(run.optim.rules, state.params), teacher_width(run))
+    return Plan(
+        topology=target.topology,
+        slices=sharding.slice_count(target.devices),
+        chips=chips,
+        devices=len(target.devices),
+        device_kind=target.devices[0].device_kind,
+        mesh=dict(target.mesh.shape),
+        batch_size=run.train.batch_size,
+        micro_batches=run.train.micro_batches,
+        remat=remat.resolved(run, target.mesh, state).model.remat,
+        fits=False,
+        peak_bytes_per_chip=None,
+        argument_bytes=per_chip * sum(arguments.values()),
+        temp_bytes=None,
+        capacity_bytes=target.capacity and per_chip * target.capacity,
+        memory={kind: per_chip * size for kind, size in arguments.items()},
+        state_bytes=sharding.byte_count(state),
+        sharded_fraction=sharding.sharded_fraction(state, placed, *sharding.AXES),
+        unsharded=[{"name": k, "bytes": n} for k, n in sorted(replicated.items(), key=lambda x: -x[1]) if n >= LARGE],
+        flops_per_step=sum(flops.values()),
+        flops=flops,
+    )
+
+
+def _with_program(plan: Plan, target: Target, compiled: aot.Compiled) -> Plan:
+    """The plan with the figures of the compiled program."""
+    cost, per_chip = compiled.cost, plan.devices // plan.chips
+    towers = sum(n for name, n in plan.flops.items() if name.endswith("tower"))
+    compiler_bytes = {
+        "padding": per_chip * compiled.argument_bytes - plan.argument_bytes,
+        "temporaries": per_chip * (compiled.peak_bytes - compiled.argument_bytes),
+    }
+    return replace(
+        plan,
+        fits=target.capacity is None or compiled.peak_bytes <= target.capacity,
+        peak_bytes_per_chip=per_chip * compiled.peak_bytes,
+        argument_bytes=per_chip * compiled.argument_bytes,
+        temp_bytes=per_chip * compiled.temp_bytes,
+        memory=plan.memory | compiler_bytes,
+        program_flops=cost.flops * len(target.devices),
+        collectives={kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()},
+        estimate=estimate(cost, target.devices, plan.batch_size, towers),
+        compile_seconds=compiled.seconds,
+    )
+
+
+def with_largest_batch(
+    run: config.Run,
+    target: Target,
+    plan: Plan,
+    fixed: int,
+    report: Callable[[Try], None],
+    progress: Callable[[int], AbstractContextManager[Any]],
+) -> Plan:
+    """The plan with the largest batch that fits, found by compiling other batches with the same number of micro-batches.
+
+    `fixed`: bytes that a device needs for any batch. `report` gets each try. `progress(batch_size)` is a context manager around
+    each compilation. Raises ConfigError if the devices' memory is not known.
+    """
+    capacity = target.capacity
+    remedy = f"{plan.device_kind} does not report how much memory it has"
+    config.require(capacity is not None, "--find-batch", True, remedy)
+    assert capacity is not None
+    state = state_of(run, target.mesh)
+
+    def attempt(size: int) -> Try:
+        start = time.perf_counter()
+        fits, needed, failure = None, None, None
+        with progress(size):
+            try:
+                lowered = lower_step(replace(run, train=replace(run.train, batch_size=size)), target.mesh, state)
+                needed = compile_lowered(lowered, target.mesh).peak_bytes
+                fits = needed <= capacity
+            except aot.DoesNotFit as error:
+                fits, needed = False, error.needed
+            except aot.CompilerError as error:
+                failure = str(error)
+        made = Try(size, fits, needed, time.perf_counter() - start, failure)
+        report(made)
+        return made
+
+    needed = plan.peak_bytes_per_chip and plan.peak_bytes_per_chip // (plan.devices // plan.chips)
+    first = Try(plan.batch_size, plan.fits, needed, plan.compile_seconds or 0.0)
+    unit = sharding.batch_devices(target.mesh) * run.train.micro_batches
+    tries = [first, *search(first, attempt, unit, capacity, fixed)]
+    return replace(plan, largest_batch=largest(tries, unit), tries=tries)

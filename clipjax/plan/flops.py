@@ -1,4 +1,4 @@
-"""The FLOPs of a training step, counted by hand: what the model and its loss ask for, however a compiler goes about it."""
+"""The FLOPs of a training step, counted by hand: what the model and its loss need, whatever a compiler makes of them."""
 
 from collections.abc import Collection
 
@@ -8,11 +8,11 @@ from clipjax.metrics.flops import tower_flops
 
 
 def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = None) -> dict[str, float]:
-    """By part, 2 a multiply-add, over all devices: the towers as in `metrics.model_flops`, and each term of the objective that
-    has products of its own.
+    """By part, 2 for a multiply-add, over all devices: the towers as in `metrics.model_flops`, and each term of the objective
+    that has matrix products of its own.
 
-    `trained`: paths of the parameters that are; `teacher`: the width of a teacher's embeddings. What is made again by remat or
-    micro-batches isn't counted.
+    `trained`: paths of the trained parameters; `teacher`: the width of a teacher's embeddings. What remat or micro-batches
+    recompute is not counted.
     """
     size, captions = run.train.batch_size, run.data.captions_per_image
     parts = tower_flops(run.model_at_work, trained, captions)

@@ -1,4 +1,4 @@
-"""The train step of a run, as training compiles it, from shapes alone: no data, no tokenizer, no weights."""
+"""The train step of a run, compiled as for training, but from shapes alone: without data, tokenizer or weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,26 +11,26 @@ from clipjax.models import clip
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, abstract_state
-from clipjax.train.step import Batch, make_train_step
 from clipjax.train.step import compile_step as jitted
+from clipjax.train.step import make_train_step
 
 
-def compile_step(run: config.Run, devices: Sequence[jax.Device]) -> aot.Compiled:
+def compile_run(run: config.Run, devices: Sequence[jax.Device]) -> aot.Compiled:
     """Compiles the run's train step for its mesh over `devices`, which may be `aot.tpu_devices`.
 
-    Raises ConfigError where the run can't be laid out on them, aot.DoesNotFit and aot.CompilerError.
+    Raises ConfigError if the run does not fit the mesh, aot.DoesNotFit and aot.CompilerError.
     """
     mesh = sharding.make_mesh(run.mesh, devices)
     return compile_lowered(lower_step(run, mesh, state_of(run, mesh)), mesh)
 
 
 def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> aot.Compiled:
-    """What `lower_step` gave, compiled. Raises aot.DoesNotFit and aot.CompilerError."""
-    return aot.compile(lowered, dumped=mesh.devices.flat[0].platform == "tpu")
+    """Compiles the result of `lower_step`. Raises aot.DoesNotFit and aot.CompilerError."""
+    return aot.compile(lowered, dump=mesh.devices.flat[0].platform == "tpu")
 
 
 def lower_step(run: config.Run, mesh: Mesh, state: TrainState) -> jax.stages.Lowered:
-    """The step for a `state` as `state_of` gives it, traced but not compiled: seconds. Raises ConfigError."""
+    """The step for a `state` from `state_of`, traced but not compiled, which takes seconds. Raises ConfigError."""
     sharding.check_batch(run, mesh)
     run = remat.resolved(run, mesh, state)
     step = make_train_step(run, make_optimizer(run.optim, run.train.steps, state.params), mesh)
@@ -43,8 +43,8 @@ def state_of(run: config.Run, mesh: Mesh) -> TrainState:
     return abstract_state(run, make_optimizer(run.optim, run.train.steps, params), mesh)
 
 
-def abstract_batch(run: config.Run, mesh: Mesh) -> Batch:
-    """The global batch as the loop hands it to the devices: uint8 pictures, token ids, indices, and what the data adds."""
+def abstract_batch(run: config.Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch that the loop gives to the devices: uint8 images, token ids, indices, and what `run.data` adds."""
     size, captions = run.train.batch_size, run.data.captions_per_image
     text = (captions, run.model.text.length) if captions > 1 else (run.model.text.length,)
     shapes = {
@@ -54,14 +54,16 @@ def abstract_batch(run: config.Run, mesh: Mesh) -> Batch:
     }
     if run.data.ids is not None:
         shapes["id"] = ("int32", ())
-    if run.data.teacher is not None:
-        shapes |= {f"teacher_{side}": ("float32", (teacher_width(run),)) for side in ("image", "text")}
+    if (width := teacher_width(run)) is not None:
+        shapes |= {f"teacher_{side}": ("float32", (width,)) for side in ("image", "text")}
     rows = sharding.over_rows(mesh)
     return {k: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows) for k, (dtype, shape) in shapes.items()}
 
 
-def teacher_width(run: config.Run) -> int:
-    """Of data.teacher's embeddings; where the file isn't here, as it is on the machine that will train, the model's own."""
+def teacher_width(run: config.Run) -> int | None:
+    """The width of data.teacher's embeddings; None without a teacher. If this machine has not the file: the model's width."""
+    if run.data.teacher is None:
+        return None
     from clipjax.data.teacher import ARRAYS, memory_mapped
 
     path = Path(run.data.teacher).expanduser()

@@ -1,16 +1,16 @@
-"""A plan to read."""
+"""The text of a plan."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from clipjax.plan.figures import Plan
 from clipjax.plan.search import Try
 
-LISTED = 10  # of the tensors that are whole on every device
+LISTED = 10  # of the tensors that are replicated on every device, at most
 MEANING = {
-    "compute": "products at the bfloat16 peak",
+    "compute": "matrix products at the bfloat16 peak",
     "memory": "reads and writes of the chip's memory",
-    "links": "what is sent to chips of the slice",
-    "network": "what is sent to other slices",
+    "links": "bytes sent to other chips of the slice",
+    "network": "bytes sent to other slices",
 }
 
 
@@ -24,14 +24,23 @@ def size(count: float | None) -> str:
     return f"{count:,.0f} bytes"
 
 
+def axes(mesh: Mapping[str, int]) -> str:
+    """The axes of a mesh that have more than one device."""
+    return ", ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"
+
+
+def batch_line(size: int, micro_batches: int, remat: str, share: str = "") -> str:
+    """The batch in a line. `share`: goes after the number of pairs."""
+    parts = f", in {micro_batches} micro-batches" if micro_batches > 1 else ""
+    return f"batch: {size:,} pairs{share}{parts}; model.remat: {remat}"
+
+
 def lines(plan: Plan) -> Iterator[str]:
-    """The report."""
-    mesh = ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items() if n > 1) or "one device"
+    """The lines of the report."""
     slices = f" in {plan.slices} slices" if plan.slices > 1 else ""
     halves = f", {plan.devices // plan.chips} devices each" if plan.devices > plan.chips else ""
-    yield f"{plan.topology}: {plan.chips:,} chips{slices} ({plan.device_kind}{halves}); mesh: {mesh}"
-    parts = f", in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
-    yield f"batch: {plan.batch_size:,} pairs, {plan.batch_size / plan.chips:,.6g} a chip{parts}; model.remat: {plan.remat}"
+    yield f"{plan.topology}: {plan.chips:,} chips{slices} ({plan.device_kind}{halves}); mesh: {axes(plan.mesh)}"
+    yield batch_line(plan.batch_size, plan.micro_batches, plan.remat, f", {plan.batch_size / plan.chips:,.6g} a chip")
     yield from _memory(plan)
     yield from _sharding(plan)
     yield from _work(plan)
@@ -55,7 +64,7 @@ def _sharding(plan: Plan) -> Iterator[str]:
     share = f"{plan.sharded_fraction:.1%} of {size(plan.state_bytes)}"
     if plan.devices == 1:
         return
-    yield f"\nSharded: {share} of weights and optimizer state; tensors over 1 MB that every device holds whole: " + (
+    yield f"\nSharded: {share} of weights and optimizer state; replicated tensors over 1 MB: " + (
         f"{len(plan.unsharded)}" if plan.unsharded else "none"
     )
     for tensor in plan.unsharded[:LISTED]:
@@ -75,7 +84,7 @@ def _work(plan: Plan) -> Iterator[str]:
         yield f"  {part:<24} {flops:.4g}"
     yield f"  {'together, by hand':<24} {plan.flops_per_step:.4g}"
     if plan.program_flops is not None:
-        ratio = f"{plan.program_flops / plan.flops_per_step:.2f} times, with all that is made again"
+        ratio = f"{plan.program_flops / plan.flops_per_step:.2f} times, with everything that is recomputed"
         yield f"  {'compiled program':<24} {plan.program_flops:.4g} ({ratio})"
 
 
@@ -96,7 +105,7 @@ def _estimate(plan: Plan) -> Iterator[str]:
 def outcome(tried: Try) -> str:
     """One try of a search, in a line."""
     if tried.fits is None:
-        said = f"the compiler failed: {tried.failure}"
+        result = f"the compiler failed: {tried.failure}"
     else:
-        said = f"{'fits' if tried.fits else 'out of memory'}, needs {size(tried.needed)} a device"
-    return f"batch {tried.batch_size:,}: {said} ({tried.seconds:.0f} s)"
+        result = f"{'fits' if tried.fits else 'out of memory'}, needs {size(tried.needed)} a device"
+    return f"batch {tried.batch_size:,}: {result} ({tried.seconds:.0f} s)"

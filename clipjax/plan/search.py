@@ -1,10 +1,14 @@
-"""The largest batch that fits: an answer "out of memory" costs seconds, "fits" up to minutes, so the search asks from above."""
+"""The search for the largest batch that fits.
+
+To learn that a batch does not fit takes the compiler seconds; to learn that it fits takes up to minutes. So the search asks for
+sizes that are probably too large first.
+"""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-MOST = 2**30  # pairs a step; nobody trains with more
+LARGEST = 2**30  # pairs a step: more than anybody trains with
 
 
 @dataclass(frozen=True)
@@ -12,24 +16,24 @@ class Try:
     """One batch size, compiled."""
 
     batch_size: int
-    fits: bool | None  # None: the compiler failed, which tells nothing about memory
+    fits: bool | None  # None: the compiler failed for a reason other than memory
     needed: int | None  # bytes a device
     seconds: float
     failure: str | None = None
 
 
 def sizes(unit: int) -> list[int]:
-    """Powers of two that are multiples of `unit`; where that has an odd factor, powers of two times it."""
+    """The powers of two that are multiples of `unit`; if `unit` has an odd factor, powers of two times that factor."""
     odd = unit // (unit & -unit)
-    return [odd * 2**n for n in range(MOST.bit_length()) if odd * 2**n % unit == 0 and odd * 2**n <= MOST]
+    return [odd * 2**n for n in range(LARGEST.bit_length()) if odd * 2**n % unit == 0 and odd * 2**n <= LARGEST]
 
 
-def search(first: Try, attempt: Callable[[int], Try], unit: int, capacity: int, held: int) -> Iterator[Try]:
-    """Tries sizes until the largest that fits and the smallest that doesn't are neighbours, or the compiler fails.
+def search(first: Try, attempt: Callable[[int], Try], unit: int, capacity: int, fixed: int) -> Iterator[Try]:
+    """Tries sizes until the largest that fits and the smallest that does not fit are neighbours, or the compiler fails.
 
-    `first`: what is known already, of any batch. `held`: bytes a device holds whatever the batch, which with what each try needed
-    predicts where the limit lies. The size above it is asked first: where that is out of memory, as it should be, only the size
-    below is left to compile.
+    `first`: a result that is known already, for any batch. `capacity`: bytes a device has. `fixed`: bytes a device needs for
+    any batch. From `fixed` and the bytes of each try the limit is predicted, and the size just above the prediction is tried
+    first: if it is out of memory, as expected, only the size below is left to compile.
     """
     candidates = sizes(unit)
     known = [first]
@@ -39,7 +43,7 @@ def search(first: Try, attempt: Callable[[int], Try], unit: int, capacity: int, 
         low, high = max(fitting, default=-1), min(failing, default=len(candidates))
         if high - low <= 1:
             return
-        limit = _predict(known, capacity, held)
+        limit = _predict(known, capacity, fixed)
         guess = max((n for n, size in enumerate(candidates) if size <= limit), default=-1)  # the largest that should fit
         if guess + 1 < high:
             chosen = max(low + 1, guess + 1)
@@ -52,16 +56,16 @@ def search(first: Try, attempt: Callable[[int], Try], unit: int, capacity: int, 
         known.append(made)
 
 
-def _predict(known: list[Try], capacity: int, held: int) -> float:
-    """The batch that would just fit, by the try that came nearest to it."""
-    told = [t for t in known if t.needed is not None and t.needed > held]
-    if not told:
+def _predict(known: list[Try], capacity: int, fixed: int) -> float:
+    """The batch that just fits, from the try whose bytes are nearest to the capacity."""
+    measured = [(t.batch_size, t.needed) for t in known if t.needed is not None and t.needed > fixed]
+    if not measured:
         return math.inf if known[-1].fits else 0
-    nearest = min(told, key=lambda t: abs(math.log(t.needed / capacity)))
-    return nearest.batch_size * (capacity - held) / (nearest.needed - held)
+    size, needed = min(measured, key=lambda pair: abs(math.log(pair[1] / capacity)))
+    return size * (capacity - fixed) / (needed - fixed)
 
 
 def largest(tries: list[Try], unit: int) -> int | None:
-    """The largest of `sizes` that is known to fit; None: not even the smallest does."""
+    """The largest of `sizes` that is known to fit; None: even the smallest does not fit."""
     fitting = [t.batch_size for t in tries if t.fits]
     return max((size for size in sizes(unit) if fitting and size <= max(fitting)), default=None)

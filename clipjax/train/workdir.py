@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from clipjax import config, distributed, sharding
 from clipjax.checkpoint import Checkpoints, DamagedError, newest
-from clipjax.files import write_whole
+from clipjax.files import write_atomic
 from clipjax.train.optimizer import can_grow
 from clipjax.train.state import TrainState
 
@@ -109,5 +109,5 @@ def changes(saved: config.Run, run: config.Run) -> list[str]:
 def save_config(run: config.Run, workdir: Path) -> None:
     """Writes config.json in one operation: a reader never sees half of it."""
     if jax.process_index() == 0:
-        with write_whole(workdir / "config.json") as part:
+        with write_atomic(workdir / "config.json") as part:
             part.write_text(config.to_json(run), encoding="utf-8")

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from clipjax import aot, config, sharding
-from clipjax.bench.loss import lower, streamed, travelling
+from clipjax.bench.loss_forms import columns_travel, lower, streamed
 
 MIB = 2**20
 
@@ -15,7 +15,7 @@ def compiled(name, batch, width, *, topology=None, travel="auto"):
         pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
         devices = aot.tpu_devices(topology)
     mesh = sharding.make_mesh(config.Mesh(), devices)
-    with travelling(travel):
+    with columns_travel(travel):
         found = aot.compile(lower(streamed(name, mesh), name, batch, width, mesh))
     assert found.cost.uncounted == ()
     return found, found.cost.flops * len(devices) / (batch**2 * width)

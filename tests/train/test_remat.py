@@ -114,5 +114,5 @@ def test_the_estimate_is_what_is_compiled_or_a_little_more():
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
     run, devices = recipe("siglip_b16", 32, "none"), aot.tpu_devices("v5e:2x2")
     mesh = sharding.make_mesh(run.mesh, devices)
-    peak = plan.compile_step(run, devices).peak_bytes
+    peak = plan.compile_run(run, devices).peak_bytes
     assert peak <= remat.needed(run, mesh, state_of(run, mesh), "none") <= 1.25 * peak

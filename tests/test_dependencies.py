@@ -1,0 +1,77 @@
+"""pyproject.toml declares every package that clipjax and its tests import, wherever in a file the import stands.
+
+A package that is only installed because another one needs it may be gone after the other's next release.
+"""
+
+import ast
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from clipjax import files
+from clipjax.evals import caption_metrics
+from clipjax.export import verify
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+INSTALLED = metadata.packages_distributions()  # top-level module -> distributions
+EXTRAS = {"export": "torch", "evals": "captions", "aot": "tpu"}  # room -> the extra that it may need besides `dependencies`
+
+
+def declared(extra: str | None = None) -> set[str]:
+    """The distributions in `dependencies` and, where given, in an extra; with those that `jax[tpu]` adds to jax."""
+    found = set()
+    for text in PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else []):
+        requirement = Requirement(text)
+        found.add(canonicalize_name(requirement.name))
+        for more in map(Requirement, metadata.requires(requirement.name) or [] if requirement.extras else []):
+            wanted = any(more.marker and more.marker.evaluate({"extra": name}) for name in requirement.extras)
+            found |= {canonicalize_name(more.name)} if wanted and not more.marker.evaluate({"extra": ""}) else set()
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level names of all third-party modules that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"clipjax"}
+
+
+def distributions(module: str) -> set[str]:
+    return {canonicalize_name(name) for name in INSTALLED.get(module, [module])}
+
+
+@pytest.mark.parametrize("room", sorted({p.relative_to(ROOT / "clipjax").parts[0] for p in ROOT.glob("clipjax/**/*.py")}))
+def test_every_import_is_declared(room):
+    path = ROOT / "clipjax" / room
+    allowed = declared(EXTRAS.get(room.removesuffix(".py")))
+    modules = {module for file in ([path] if path.is_file() else path.rglob("*.py")) for module in imported(file)}
+    assert {module for module in modules if not distributions(module) & allowed} == set()
+
+
+def test_every_import_of_the_tests_is_declared():
+    allowed = set().union(*(declared(extra) for extra in PROJECT["optional-dependencies"]))
+    modules = {module for file in (ROOT / "tests").rglob("*.py") for module in imported(file)} & INSTALLED.keys()
+    assert {module for module in modules if not distributions(module) & allowed} == set()
+
+
+@pytest.mark.parametrize(
+    ("extra", "modules"),
+    [
+        *((extra, [module]) for module, extra in files.STORES.values()),
+        ("torch", sorted({module for modules in verify.PACKAGES.values() for module in modules})),
+        ("captions", caption_metrics.PACKAGES),
+    ],
+    ids=["gcs", "s3", "torch", "captions"],
+)
+def test_what_is_looked_for_by_name_is_declared(extra, modules):
+    assert {module for module in modules if not distributions(module) & declared(extra)} == set()
