@@ -71,7 +71,7 @@ def clipjax_captions():
 
     def go():
         batch = sharding.to_global({"image": images, "index": index}, mesh)
-        return np.asarray(captioner.write(params, batch["image"], batch["index"]).tokens)
+        return np.asarray(captioner.generate(params, batch["image"], batch["index"]).tokens)
 
     return go
 

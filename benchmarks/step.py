@@ -40,7 +40,7 @@ def clipjax_step():
     from clipjax.models import clip
     from clipjax.train.optimizer import make_optimizer
     from clipjax.train.state import initial_state
-    from clipjax.train.step import compile_step, make_train_step
+    from clipjax.train.step import jit_step, make_train_step
 
     shape = dict(width=WIDTH, heads=HEADS, mlp_dim=4 * WIDTH, embed_dim=WIDTH)
     image = config.ImageTower(image_size=SIZE, patch_size=PATCH, depth=DEPTHS[0], **shape)
@@ -50,7 +50,7 @@ def clipjax_step():
     mesh = sharding.make_mesh(config.Mesh())
     tx = make_optimizer(run.optim, run.train.steps, jax.eval_shape(lambda: clip.init(model, 0)))
     state = initial_state(run, tx, mesh)
-    step = compile_step(make_train_step(run, tx, mesh), state, mesh)
+    step = jit_step(make_train_step(run, tx, mesh), state, mesh)
     images, tokens = make_batch()
     batch = {"image": images, "text": tokens, "index": np.arange(BATCH, dtype=np.int32)}
 

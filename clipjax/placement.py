@@ -1,9 +1,25 @@
-"""How the towers lie on a mesh: whose rows a device sees, and where a layer's weights are made whole."""
+"""How the towers run on a mesh: on whose rows, and where a layer's full weights come from.
+
+One of three ways, by the mesh: the first row below whose axis has more than one device, and `data` for all other meshes.
+
+| axis   | a training step gives the towers  | the layers run            | a layer's full weights    | gradients are summed      |
+| ------ | --------------------------------- | ------------------------- | ------------------------- | ------------------------- |
+| tensor | the global batch                  | under the compiler, with  | a sharding constraint     | by the compiler           |
+|        |                                   | sharding constraints      |                           |                           |
+| fsdp   | the global batch                  | in a shard_map around the | an all_gather, once for   | and scattered, layer by   |
+|        |                                   | layers of a tower         | all chunks                | layer                     |
+| data   | a device's rows, in a shard_map   | as on one device          | on every device           | once, in float32, after   |
+|        | around both towers                |                           |                           | the last micro-batch      |
+
+Reasons, from measurements. Left to the compiler, `data` summed gradients in the products' dtype, and after every chunk. Left to
+the compiler, `fsdp` sharded activations over their width in every layer, and summed attention scores over devices, instead of
+gathering the layer's weights. Where weights are sharded, a device cannot sum its own gradients first: that sum would be a full
+copy of the weights. Evaluation and captions have no gradient: they always get the global batch.
+"""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,92 +29,114 @@ from jax.sharding import PartitionSpec as P
 
 from clipjax.losses import token_nll
 from clipjax.losses.pairwise.tiles import vary
-from clipjax.models.layers import WHEREVER, Body, Placement, Seen
+from clipjax.models.runner import ONE_DEVICE, Body, Context, Gather, Placement, RunLayers, run_on_one_device
 from clipjax.sharding import AUTO, AXES, BATCH, batch_devices, keystr, over_rows, spec
 
 
-@dataclass(frozen=True)
-class Towers:
-    """How a training step runs them."""
+class Way(NamedTuple):
+    """A row of the table."""
 
-    place: Placement  # how what they are given lies
-    axes: tuple[str, ...] = ()  # that they are mapped over, so that each device gives them its own rows; (): the global ones
-    token_nll: Callable[..., jax.Array] = token_nll  # of states [n, d], words [v, d] and targets [n], as they lie
+    step_axes: tuple[str, ...]  # mesh axes of the shard_map around the towers in a training step; (): they get the global batch
+    layers: Callable[[Mesh, str], RunLayers]  # how layers run on a mesh, with kernels multiplied in a dtype
+
+
+WAYS = {
+    "tensor": Way((), lambda mesh, dtype: functools.partial(_constrained, mesh, dtype)),
+    "fsdp": Way((), lambda mesh, dtype: functools.partial(_mapped, mesh, dtype)),
+    "data": Way(BATCH, lambda mesh, dtype: run_on_one_device),
+}
+
+
+def way(mesh: Mesh) -> Way:
+    """The row of the table that holds for a mesh."""
+    return WAYS[next((axis for axis in WAYS if mesh.shape[axis] > 1), "data")]
+
+
+class Towers(NamedTuple):
+    """How a training step runs the towers."""
+
+    placement: Placement
+    axes: tuple[str, ...]  # Way.step_axes
+    token_nll: Callable[
+        ..., jax.Array
+    ]  # of states [n, d], words [v, d] and targets [n]: a device's own, or global where axes = ()
 
 
 def towers(mesh: Mesh, dtype: str) -> Towers:
-    """A device that has all weights adds up its own gradients, in float32, and they are summed over the devices once; left to
-    the compiler they are summed in the dtype of the products, and after every part. Where weights are divided a device's own
-    sum would be a whole copy.
-    """
-    if not divides_weights(mesh):
-        return Towers(WHEREVER, BATCH)
-    return Towers(placement(mesh, dtype), token_nll=token_nll_on(mesh))
+    """How a training step runs the towers on a mesh. `dtype`: of the towers' arithmetic."""
+    axes = way(mesh).step_axes
+    return Towers(ONE_DEVICE, axes, token_nll) if axes else Towers(make_placement(mesh, dtype), axes, token_nll_on(mesh))
+
+
+def make_placement(mesh: Mesh, dtype: str) -> Placement:
+    """How the towers run on global arrays on a mesh. `dtype`: of the towers' arithmetic."""
+    return Placement(batch_devices(mesh), way(mesh).layers(mesh, dtype))
 
 
 def token_nll_on(mesh: Mesh) -> Callable[..., jax.Array]:
-    """`token_nll` of global arrays on a mesh: states and targets over the devices of the batch, words over `tensor`."""
+    """`losses.token_nll` of global arrays on a mesh: states and targets sharded as the batch, words over `tensor`."""
 
-    def of_global(states: jax.Array, words: jax.Array, targets: jax.Array) -> jax.Array:
-        axis = "tensor" if len(words) % mesh.shape["tensor"] == 0 else None  # else every device has all of them
+    def global_token_nll(states: jax.Array, words: jax.Array, targets: jax.Array) -> jax.Array:
+        axis = "tensor" if len(words) % mesh.shape["tensor"] == 0 else None  # else the words are replicated
         fn = functools.partial(token_nll, axis=axis)
         return jax.shard_map(fn, mesh=mesh, in_specs=(P(BATCH), P(axis), P(BATCH)), out_specs=P(BATCH))(states, words, targets)
 
-    return of_global
+    return global_token_nll
 
 
-def divides_weights(mesh: Mesh) -> bool:
-    return mesh.shape["fsdp"] > 1 or mesh.shape["tensor"] > 1
+def _constrained(mesh: Mesh, dtype: str, body: Body, stacked: nnx.State, x: jax.Array, context: Context) -> jax.Array:
+    """Runs layers under the compiler, which is given the shardings of activations and of a layer's gathered weights."""
+
+    def constrain(weights: nnx.State) -> nnx.State:
+        gathered = jax.tree.map(lambda p: NamedSharding(mesh, p), _specs(weights, mesh, fsdp=1))
+        return jax.lax.with_sharding_constraint(weights, gathered)
+
+    return body(_gather(constrain, dtype), lambda x: jax.lax.with_sharding_constraint(x, over_rows(mesh)), stacked, x, context)
 
 
-def placement(mesh: Mesh, dtype: str) -> Placement:
-    """How towers of global arrays lie on a mesh.
+def _mapped(mesh: Mesh, dtype: str, body: Body, stacked: nnx.State, x: jax.Array, context: Context) -> jax.Array:
+    """Runs layers in a shard_map over all devices, each of which gathers a layer's weights."""
+    specs = _specs(stacked, mesh, prefix="tower/blocks/")
 
-    Where weights are divided the compiler, left to itself, split activations over their width in every layer, and summed
-    attention scores over devices, rather than gather the layer's weights. With fsdp alone the layers are therefore mapped over
-    the devices: each gathers a layer's kernels in `dtype`, in which they are multiplied, once for all parts of its batch, and
-    sums and scatters their gradients once. With tensor it is the compiler that places them, told where activations and whole
-    kernels lie.
-    """
-    devices = batch_devices(mesh)
-    if not divides_weights(mesh):
-        return Placement(devices)
+    def on_device(stacked: nnx.State, x: jax.Array, context: Context) -> jax.Array:
+        gather = _gather(lambda weights: jax.tree.map(_all_gather, weights, specs), dtype)
+        return body(gather, lambda x: x, vary(stacked, BATCH), x, context)
 
-    def places(weights: nnx.State, prefix: str = "", **other: int) -> Any:
-        """The specs of weights, on a mesh of other sizes where told."""
-        sizes = AbstractMesh(tuple((dict(mesh.shape) | other).values()), AXES, axis_types=AUTO)
-        return jax.tree_util.tree_map_with_path(lambda path, x: spec(prefix + keystr(path[:-1]), x.shape, sizes), weights)
+    rows = P(None, BATCH)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, rows, rows), out_specs=rows)(stacked, x, context)
 
-    def lighter(weights: nnx.State) -> nnx.State:  # what travels; keystr without nnx's `value`
-        light = jnp.dtype(dtype)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x.astype(light) if keystr(path[:-1]).endswith("kernel") else x, weights
-        )
 
-    def alike(weights: nnx.State, others: nnx.State) -> nnx.State:
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), weights, others)
+def _gather(fetch: Callable[[nnx.State], nnx.State], dtype: str) -> Gather:
+    """A layer's full weights by `fetch`. Kernels travel in `dtype`, in which they are multiplied."""
+    return lambda weights: cast_like(fetch(cast_kernels(weights, dtype)), weights)
 
-    def compiled(body: Body, stacked: nnx.State, x: jax.Array, seen: Seen) -> jax.Array:
-        def gather(weights: nnx.State) -> nnx.State:
-            where = jax.tree.map(lambda p: NamedSharding(mesh, p), places(weights, fsdp=1))
-            return alike(jax.lax.with_sharding_constraint(lighter(weights), where), weights)
 
-        return body(gather, lambda x: jax.lax.with_sharding_constraint(x, over_rows(mesh)), stacked, x, seen)
+def _all_gather(x: jax.Array, stacked: P) -> jax.Array:
+    """One layer's parameter, gathered over `fsdp`. `stacked`: the spec of the stacked parameter, which has one more axis."""
+    axes = [i - 1 for i, name in enumerate(stacked) if name == "fsdp"]
+    return jax.lax.all_gather(x, "fsdp", axis=axes[0], tiled=True) if axes else x
 
-    def mapped(body: Body, stacked: nnx.State, x: jax.Array, seen: Seen) -> jax.Array:
-        divided = places(stacked, "tower/blocks/")
 
-        def on_device(stacked: nnx.State, x: jax.Array, seen: Seen) -> jax.Array:
-            def gather(weights: nnx.State) -> nnx.State:
-                def one(x: jax.Array, where: P) -> jax.Array:  # axes of `where` count the layers' too
-                    axes = [i - 1 for i, name in enumerate(where) if name == "fsdp"]
-                    return jax.lax.all_gather(x, "fsdp", axis=axes[0], tiled=True) if axes else x
+def _specs(weights: nnx.State, mesh: Mesh, prefix: str = "", **sizes: int) -> Any:
+    """The PartitionSpecs of a tower's layers, on the mesh or, with `sizes`, on one with other sizes of these axes."""
+    other = AbstractMesh(tuple((dict(mesh.shape) | sizes).values()), AXES, axis_types=AUTO)
+    return jax.tree_util.tree_map_with_path(lambda path, x: spec(prefix + _name(path), x.shape, other), weights)
 
-                return alike(jax.tree.map(one, lighter(weights), divided), weights)
 
-            return body(gather, lambda x: x, vary(stacked, BATCH), x, seen)
+def cast_kernels(weights: Any, dtype: str) -> Any:
+    """A tree of parameters, or an nnx.State, with all kernels in `dtype`."""
 
-        rows = P(None, BATCH)
-        return jax.shard_map(on_device, mesh=mesh, in_specs=(divided, rows, rows), out_specs=rows)(stacked, x, seen)
+    def cast(path: tuple, x: jax.Array) -> jax.Array:
+        return x.astype(jnp.dtype(dtype)) if _name(path).endswith("kernel") else x
 
-    return Placement(devices, mapped if mesh.shape["tensor"] == 1 else compiled)
+    return jax.tree_util.tree_map_with_path(cast, weights)
+
+
+def cast_like(weights: nnx.State, others: nnx.State) -> nnx.State:
+    """Each array in the dtype of the same array of `others`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), weights, others)
+
+
+def _name(path: tuple) -> str:
+    """The path of a parameter. In an nnx.State it has one more part, `value`."""
+    return keystr(path).removesuffix("/value")

@@ -1,4 +1,4 @@
-"""Captions: what keeps keys and values writes what does not, and every search finds what a plain one does."""
+"""Captions: the same with and without a cache, and every search finds what an exhaustive one does."""
 
 import functools
 import itertools
@@ -98,19 +98,19 @@ def whole(model):
     return read
 
 
-def write(model, how=Greedy(), mesh="1", images=None, index=None):  # noqa: B008
+def write(model, decoding=Greedy(), mesh="1", images=None, index=None):  # noqa: B008
     """Tokens and log-probabilities of pictures, as numpy."""
     images = pictures() if images is None else images
     index = np.arange(len(images), dtype=np.int32) if index is None else np.asarray(index, np.int32)
-    captioner, params = prepared(model, how, mesh)
+    captioner, params = prepared(model, decoding, mesh)
     batch = to_global({"image": images, "index": index}, captioner.mesh)
-    return jax.tree.map(np.asarray, captioner.write(params, batch["image"], batch["index"]))
+    return jax.tree.map(np.asarray, captioner.generate(params, batch["image"], batch["index"]))
 
 
 @functools.cache
-def prepared(model, how, mesh):
+def prepared(model, decoding, mesh):
     mesh = mesh_of(mesh)
-    captioner = Captioner(model, mesh, PICTURES, Words(END[model.text.vocab_size]), how)
+    captioner = Captioner(model, mesh, PICTURES, Words(END[model.text.vocab_size]), decoding)
     return captioner, jax.device_put(weights(model), shardings(weights(model), mesh))
 
 
@@ -149,9 +149,9 @@ def test_greedy_writes_what_is_written_without_a_cache(model):
 MODEL = CASES["untied, one MLP, cascade"]
 
 
-@pytest.mark.parametrize("how", [Beam(beams=1), Sample(top_k=1, temperature=3.0)], ids=["one beam", "top 1"])
-def test_is_greedy(how):
-    got, want = write(MODEL, how), write(MODEL)
+@pytest.mark.parametrize("decoding", [Beam(beams=1), Sample(top_k=1, temperature=3.0)], ids=["one beam", "top 1"])
+def test_is_greedy(decoding):
+    got, want = write(MODEL, decoding), write(MODEL)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logprob, want.logprob, rtol=1e-6)
 
@@ -215,27 +215,27 @@ def test_two_beams_are_those_of_a_plain_search():
     assert any(plain_beam(i, 1, 1.0) != plain_beam(i, 2, 1.0) for i in range(PICTURES))
 
 
-def among(logp, how):
+def among(logp, decoding):
     """Log of the distribution that is drawn from, by its definition."""
-    logp = log_softmax(logp / how.temperature)
+    logp = log_softmax(logp / decoding.temperature)
     for row in logp:
-        order = np.argsort(-row)[: how.top_k]
+        order = np.argsort(-row)[: decoding.top_k]
         share = np.exp(log_softmax(row[order]))
-        kept = order[: np.searchsorted(share.cumsum(), how.top_p) + 1]
+        kept = order[: np.searchsorted(share.cumsum(), decoding.top_p) + 1]
         row[np.setdiff1d(np.arange(len(row)), kept)] = -np.inf
     return log_softmax(logp)
 
 
 @pytest.mark.parametrize(
-    "how", [Sample(temperature=2.0), Sample(temperature=3.0, top_k=3, seed=1), Sample(top_p=0.9, temperature=2.0)], ids=str
+    "decoding", [Sample(temperature=2.0), Sample(temperature=3.0, top_k=3, seed=1), Sample(top_p=0.9, temperature=2.0)], ids=str
 )
-def test_captions_are_drawn_as_often_as_they_are_likely(how):
+def test_captions_are_drawn_as_often_as_they_are_likely(decoding):
     n, picture = 4096, 3
-    got = write(TINY, how, images=np.repeat(pictures()[[picture]], n, axis=0))
+    got = write(TINY, decoding, images=np.repeat(pictures()[[picture]], n, axis=0))
     counts = dict.fromkeys(every_caption(), 0)
     for row in got.tokens:
         counts[caption_of(row)] += 1
-    likely = {row: float(np.exp(p[picture])) for row, p in every_caption(lambda logp: among(logp, how)).items()}
+    likely = {row: float(np.exp(p[picture])) for row, p in every_caption(lambda logp: among(logp, decoding)).items()}
     assert sum(likely.values()) == pytest.approx(1)
     for row, p in likely.items():
         assert abs(counts[row] / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5, row
@@ -248,23 +248,23 @@ def test_captions_are_drawn_as_often_as_they_are_likely(how):
 
 def test_a_draw_belongs_to_the_picture():
     """Neither its place in the batch nor padding nor the number of devices changes it; another seed does."""
-    how = Sample(temperature=2.0)
-    want = write(MODEL, how)
+    decoding = Sample(temperature=2.0)
+    want = write(MODEL, decoding)
     order = np.random.default_rng(0).permutation(PICTURES)
-    moved = write(MODEL, how, images=pictures()[order], index=order)
+    moved = write(MODEL, decoding, images=pictures()[order], index=order)
     np.testing.assert_array_equal(moved.tokens, want.tokens[order])
     index = np.where(np.arange(PICTURES) % 3 == 0, -1, np.arange(PICTURES))
-    padded = write(MODEL, how, index=index)
+    padded = write(MODEL, decoding, index=index)
     np.testing.assert_array_equal(padded.tokens[index >= 0], want.tokens[index >= 0])
     assert not padded.tokens[index < 0, 1:].any()  # nothing is written for padding
-    np.testing.assert_array_equal(write(MODEL, how, "8").tokens, want.tokens)
-    assert (write(MODEL, how, index=np.arange(PICTURES) + PICTURES).tokens != want.tokens).any()
+    np.testing.assert_array_equal(write(MODEL, decoding, "8").tokens, want.tokens)
+    assert (write(MODEL, decoding, index=np.arange(PICTURES) + PICTURES).tokens != want.tokens).any()
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x2x2"])
-@pytest.mark.parametrize("how", [Greedy(), Beam(beams=3)], ids=["greedy", "beams"])
-def test_the_mesh_does_not_matter(how, mesh):
-    want, got = write(MODEL, how), write(MODEL, how, mesh)
+@pytest.mark.parametrize("decoding", [Greedy(), Beam(beams=3)], ids=["greedy", "beams"])
+def test_the_mesh_does_not_matter(decoding, mesh):
+    want, got = write(MODEL, decoding), write(MODEL, decoding, mesh)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logprob, want.logprob, rtol=1e-5)
 

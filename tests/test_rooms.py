@@ -156,7 +156,7 @@ from clipjax import config, losses, sharding
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import initial_state
-from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.step import jit_step, make_train_step
 shape = dict(width=8, depth=1, heads=1, mlp_dim=8, embed_dim=8)
 image, text = config.ImageTower(image_size=8, patch_size=8, **shape), config.TextTower(length=4, vocab_size=8, **shape)
 run = config.Run(model=config.Model(image=image, text=text), train=config.Train(batch_size=4))

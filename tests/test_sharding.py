@@ -14,7 +14,7 @@ from clipjax.config import ConfigError, ImageTower, Mesh, Model, TextTower
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import initial_state
-from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.step import jit_step, make_train_step
 from tests.train import tiny
 
 
@@ -210,7 +210,7 @@ def test_no_device_holds_a_whole_copy_of_what_is_sharded(shape, share):
     mesh = tiny.mesh_of(*shape)
     tx = make_optimizer(run.optim, run.train.steps, parameters(run.model))
     state = initial_state(run, tx, mesh)
-    step = compile_step(make_train_step(run, tx, mesh), state, mesh)
+    step = jit_step(make_train_step(run, tx, mesh), state, mesh)
     batch = sharding.to_global(tiny.batches(run, 1)[0], mesh)
     compiled = step.lower(state, batch).compile()
     made, metrics = compiled.output_shardings

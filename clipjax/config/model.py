@@ -7,7 +7,7 @@ from clipjax.config.fields import Strict, free, require
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
-# Width, depth, MLP width and heads by the field's names (Zhai et al. 2106.04560, table 2; So400m: 2305.13035).
+# Width, depth, MLP width and heads of the sizes that the literature names (Zhai et al. 2106.04560, table 2; So400m: 2305.13035).
 SIZES = {
     "Ti": (192, 12, 768, 3),
     "S": (384, 12, 1536, 6),
@@ -21,14 +21,21 @@ SIZES = {
 }
 
 
-def size(name: str) -> dict[str, int]:
+def size(name: str) -> dict[str, Any]:
     """`size("B")`: the width, depth, mlp_dim and heads of a published size, as keyword arguments for a tower."""
     require(name in SIZES, "size", name, f"use one of {', '.join(SIZES)}")
     return dict(zip(("width", "depth", "mlp_dim", "heads"), SIZES[name], strict=True))
 
 
-def _size_and_patch(name: str, changes: dict[str, Any]) -> dict[str, int]:
-    """Of "B/16". No size has one published patch (B/32 and B/16, CLIP L/14 and SigLIP L/16), so there is no default."""
+def _merged(*fields: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of all; the last ones win."""
+    return {name: value for part in fields for name, value in part.items()}
+
+
+def _size_and_patch(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The shape of "B/16". Every size was published with several patches (B/32 and B/16, CLIP L/14 and SigLIP L/16), so there
+    is no default.
+    """
     letter, slash, patch = name.partition("/")
     if not slash and "patch_size" in changes:
         return size(letter)
@@ -81,11 +88,10 @@ class ImageTower(Strict):
         fits = self.positions == "learned" or self.width % 4 == 0
         require(fits, "model.image.width", self.width, "must be a multiple of 4 for sincos2d positions")
         if self.attentional:
-            require(self.embed_dim is not None, "model.image.embed_dim", None, "set it: model.image.pool's poolers are so wide")
-            remedy = f"must divide model.image.embed_dim = {self.embed_dim}"
-            require(
-                self.pool_heads > 0 and self.embed_dim % self.pool_heads == 0, "model.image.pool_heads", self.pool_heads, remedy
-            )
+            width, heads = self.embed_dim or 0, self.pool_heads
+            require(width > 0, "model.image.embed_dim", None, "set it: it is the width of model.image.pool's poolers")
+            remedy = f"must divide model.image.embed_dim = {width}"
+            require(heads > 0 and width % heads == 0, "model.image.pool_heads", heads, remedy)
             least = 2 if self.pool == "single" else 1
             require(self.queries >= least, "model.image.queries", self.queries, f"must be at least {least}")
 
@@ -95,41 +101,41 @@ class ImageTower(Strict):
 
     @property
     def class_token(self) -> bool:
-        """Whether one comes before the patches."""
+        """Whether a class token comes before the patches."""
         return self.pool in ("cls", "single")
 
     @property
     def attentional(self) -> bool:
-        """Whether it pools as CoCa does."""
+        """Whether CoCa's attentional poolers pool it."""
         return self.pool in ("cascade", "parallel", "single")
 
     @property
-    def seen(self) -> tuple[int, int]:
-        """How many tokens of a picture a decoder sees, without patch dropout, and their width."""
+    def context(self) -> tuple[int, int]:
+        """The number of an image's tokens that a decoder attends to, without patch dropout, and their width."""
         if not self.attentional:
             return self.patches, self.width
-        return self.queries - (self.pool == "single"), self.embed_dim
+        return self.queries - (self.pool == "single"), self.embed_dim or self.width
 
     @classmethod
     def clip(cls, name: str, **changes: Any) -> "ImageTower":
         """`ImageTower.clip("B/16")`: a published CLIP tower."""
         shape = _size_and_patch(name, changes)
         embed_dim = {"B": 512, "L": 768, "H": 1024, "g": 1024, "G": 1280}.get(name.partition("/")[0], shape["width"])
-        return cls(**(shape | dict(embed_dim=embed_dim) | changes))
+        return cls(**_merged(shape, dict(embed_dim=embed_dim), changes))
 
     @classmethod
     def siglip(cls, name: str, **changes: Any) -> "ImageTower":
         """`ImageTower.siglip("B/16")`: a published SigLIP tower."""
         half = (0.5, 0.5, 0.5)
         family = dict(embed_dim=None, pool="map", pre_norm=False, patch_bias=True, norm_eps=1e-6, mean=half, std=half)
-        return cls(**(_size_and_patch(name, changes) | family | changes))
+        return cls(**_merged(_size_and_patch(name, changes), family, changes))
 
     @classmethod
     def coca(cls, name: str, **changes: Any) -> "ImageTower":
         """`ImageTower.coca("B/18")`: a CoCa tower, at 288 px and as wide as its embedding (2205.01917)."""
         shape = _size_and_patch(name, changes)
         family = dict(image_size=288, embed_dim=shape["width"], pool="cascade", pool_heads=shape["heads"], pre_norm=False)
-        return cls(**(shape | family | dict(patch_bias=True) | changes))
+        return cls(**_merged(shape, family, dict(patch_bias=True), changes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,31 +167,31 @@ class TextTower(Strict):
         fits = self.embed_dim is not None or not self.projection_bias
         require(fits, "model.text.projection_bias", self.projection_bias, "needs model.text.embed_dim: there is no projection")
         fits = self.pool == "cls" or not self.legacy_mask
-        require(fits, "model.text.legacy_mask", self.legacy_mask, "is of the class token that model.text.pool = cls has")
+        require(fits, "model.text.legacy_mask", self.legacy_mask, "applies to the class token of model.text.pool = cls")
 
     @property
     def positions(self) -> int:
-        """Rows of its layers: tokens, and a class token after them."""
+        """Rows of a layer's input: the tokens, and a class token after them."""
         return self.length + (self.pool == "cls")
 
     @classmethod
     def clip(cls, name: str, **changes: Any) -> "TextTower":
         """`TextTower.clip("B")`: CLIP's text tower beside an image tower of that size: two thirds of its width."""
-        width = {"B": 512, "L": 768, "H": 1024, "g": 1024, "G": 1280}.get(name, size(name)["width"])
+        width = {"B": 512, "L": 768, "H": 1024, "g": 1024, "G": 1280}.get(name) or size(name)["width"]
         shape = dict(width=width, depth={"H": 24, "g": 24, "G": 32}.get(name, 12), heads=width // 64, mlp_dim=4 * width)
-        return cls(**(shape | dict(embed_dim=width) | changes))
+        return cls(**_merged(shape, dict(embed_dim=width), changes))
 
     @classmethod
     def siglip(cls, name: str, **changes: Any) -> "TextTower":
         """`TextTower.siglip("B")`: SigLIP's text tower, of the image tower's size."""
         family = dict(length=64, vocab_size=32000, embed_dim=size(name)["width"], projection_bias=True, norm_eps=1e-6)
-        return cls(**(size(name) | family | dict(causal=False, pool="last") | changes))
+        return cls(**_merged(size(name), family, dict(causal=False, pool="last"), changes))
 
     @classmethod
     def coca(cls, name: str, **changes: Any) -> "TextTower":
         """`TextTower.coca("B")`: CoCa's unimodal layers, 12 of the image tower's width."""
         family = dict(depth=12, length=76, vocab_size=64000, embed_dim=size(name)["width"], pool="cls")
-        return cls(**(size(name) | family | changes))
+        return cls(**_merged(size(name), family, changes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +214,7 @@ class Decoder(Strict):
     def coca(cls, name: str, **changes: Any) -> "Decoder":
         """`Decoder.coca("B")`: CoCa's multimodal layers, 12 of the image tower's width."""
         shape = size(name)
-        return cls(**(dict(depth=12, heads=shape["heads"], mlp_dim=shape["mlp_dim"]) | changes))
+        return cls(**_merged(dict(depth=12, heads=shape["heads"], mlp_dim=shape["mlp_dim"]), changes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +240,7 @@ class Model(Strict):
         if self.decoder is not None:
             heads, width = self.decoder.heads, self.text.width
             require(width % heads == 0, "model.decoder.heads", heads, f"must divide model.text.width = {width}")
-            require(self.text.causal, "model.text.causal", False, "model.decoder writes from left to right: it must be causal")
+            require(self.text.causal, "model.text.causal", False, "model.decoder generates from left to right: it must be causal")
         require(self.init_scale > 0, "model.init_scale", self.init_scale, "must be positive")
         clamped = self.max_scale is None or 1 <= self.init_scale <= self.max_scale
         require(clamped, "model.init_scale", self.init_scale, f"must lie in [1, max_scale = {self.max_scale}]")

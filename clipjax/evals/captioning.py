@@ -25,7 +25,7 @@ from clipjax.generate import Captioner
 from clipjax.losses import caption_nll
 from clipjax.models.clip import Params, bind
 from clipjax.models.text import lengths
-from clipjax.placement import placement, token_nll_on
+from clipjax.placement import make_placement, token_nll_on
 from clipjax.sharding import over_rows
 
 WIDE_SHEET = 16  # a sheet of at least so many images has 8 in a row, a smaller one 4
@@ -104,7 +104,7 @@ class Captioning(Evaluation):
         """
 
         def generate_and_score(rows: dict[str, Array]) -> tuple[Array, ...]:
-            generated = self._captioner.write(params, rows["image"], rows["index"])
+            generated = self._captioner.generate(params, rows["image"], rows["index"])
             return rows["index"], generated.tokens, *self._score(params, rows["image"], rows["text"])
 
         results = (result for result, _ in self.encoder.map_batches(self._pairs, generate_and_score))
@@ -138,7 +138,7 @@ class Captioning(Evaluation):
     def _nll(self, params: Params, images: Array, tokens: Int[Array, "b t"]) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
         """The sum of -log p over each caption's tokens, and their number."""
         mesh, model = self.encoder.mesh, bind(self.encoder.model, params)
-        _, _, states = model.encode_pairs(images, tokens, place=placement(mesh, self.encoder.model.dtype))
+        _, _, states = model.encode_pairs(images, tokens, placement=make_placement(mesh, self.encoder.model.dtype))
         real = lengths(tokens)
         return caption_nll(states, model.words, tokens, real, token_nll_on(mesh)), real - 1
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from clipjax import config, distributed, preemption
 from clipjax.models.clip import Params, bind
-from clipjax.placement import placement
+from clipjax.placement import make_placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
 Batch = dict[str, np.ndarray]  # this process's rows
@@ -119,10 +119,10 @@ class Encoder(BatchedModel):
 
     def __init__(self, model: config.Model, mesh: Mesh, batch_size: int) -> None:
         super().__init__(model, mesh, batch_size)
-        rows, place = over_rows(mesh), placement(mesh, model.dtype)
+        rows, placement = over_rows(mesh), make_placement(mesh, model.dtype)
         self._towers = {
-            "image": jax.jit(lambda params, x: bind(model, params).encode_image(x, place=place), out_shardings=rows),
-            "text": jax.jit(lambda params, x: bind(model, params).encode_text(x, place), out_shardings=rows),
+            "image": jax.jit(lambda params, x: bind(model, params).encode_image(x, placement=placement), out_shardings=rows),
+            "text": jax.jit(lambda params, x: bind(model, params).encode_text(x, placement), out_shardings=rows),
         }
         stacked = NamedSharding(mesh, P(None, BATCH))
         self._allocate = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)

@@ -16,7 +16,7 @@ from clipjax.data.image import decode, fit, rgb
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
 from clipjax.files import resolve
-from clipjax.generate import GREEDY, Captioner, How
+from clipjax.generate import GREEDY, Captioner, Decoding
 
 ImageLike = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
 
@@ -32,7 +32,7 @@ class Loaded:
         self.run, self.params, self.step = load_params(name, self.mesh)
         self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length)
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
-        self._captioners: dict[tuple[int, How], Captioner] = {}
+        self._captioners: dict[tuple[int, Decoding], Captioner] = {}
 
     def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "n e"]:
         """Unit vectors, float32, of images of any size: PIL images, uint8 arrays [h, w, 3] or files."""
@@ -42,13 +42,13 @@ class Loaded:
         """Unit vectors, float32. Texts are truncated to the model's length."""
         return self._encode("text", self.tokenizer.encode(list(_checked_list(texts)))[0])
 
-    def caption(self, images: Sequence[ImageLike], how: How = GREEDY) -> list[str]:
+    def caption(self, images: Sequence[ImageLike], decoding: Decoding = GREEDY) -> list[str]:
         """Generated captions of images of any size. Raises ConfigError for a model without a captioning head."""
-        return [text for text, _ in self.captions(images, how)]
+        return [text for text, _ in self.captions(images, decoding)]
 
-    def captions(self, images: Sequence[ImageLike], how: How = GREEDY) -> list[tuple[str, float]]:
+    def captions(self, images: Sequence[ImageLike], decoding: Decoding = GREEDY) -> list[tuple[str, float]]:
         """The same, each with its log-probability."""
-        captioner = self._captioner(len(_checked_list(images)), how)
+        captioner = self._captioner(len(_checked_list(images)), decoding)
         pixels = self._pixels(images)
 
         def read() -> Iterator[Batch]:
@@ -60,12 +60,12 @@ class Loaded:
         rows = [(row, logprob) for generated in results for row, logprob in zip(*generated, strict=True)]
         return [(self.tokenizer.decode(row), float(logprob)) for row, logprob in rows[: len(pixels)]]
 
-    def _captioner(self, images: int, how: How) -> Captioner:
+    def _captioner(self, images: int, decoding: Decoding) -> Captioner:
         """For batches of the evaluation's size, or of the next power of two for fewer images."""
         size = min(self.encoder.batch_size, 1 << max(images - 1, 0).bit_length())
-        if (size, how) not in self._captioners:
-            self._captioners[size, how] = Captioner(self.run.model, self.mesh, size, self.tokenizer, how)
-        return self._captioners[size, how]
+        if (size, decoding) not in self._captioners:
+            self._captioners[size, decoding] = Captioner(self.run.model, self.mesh, size, self.tokenizer, decoding)
+        return self._captioners[size, decoding]
 
     def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
         size, resize = self.run.model.image.image_size, self.run.data.resize

@@ -52,7 +52,7 @@ def _refuse_decoder(model: Model, head: Decoder) -> None:
     image, text = model.image, model.text
     require(image.pool != "map", "model.image.pool", image.pool, "a tower of timm's gives open_clip's CoCa no tokens: use single")
     require(text.pool == "cls", "model.text.pool", text.pool, "open_clip's CoCa has a class token after the text: use cls")
-    width, remedy = image.seen[1], "must be as wide as what model.decoder sees of a picture: open_clip's decoder maps"
+    width, remedy = image.context[1], "must be as wide as what model.decoder sees of a picture: open_clip's decoder maps"
     require(width == text.width, "model.text.width", text.width, f"{remedy} keys from its own width, and that is {width}")
     remedy = "open_clip's decoder has gelu, or quick_gelu where both towers have it"
     require(text.activation != "gelu_tanh", "model.text.activation", text.activation, remedy)

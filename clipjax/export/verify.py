@@ -173,7 +173,7 @@ def write(model: Model, params: Mapping[str, Any], images: np.ndarray, words: To
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     captioner = Captioner(replace(model, dtype="float32"), mesh, len(images), words)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(captioner.write(jax.device_get(params), images, np.arange(len(images), dtype=np.int32)).tokens)
+        return np.asarray(captioner.generate(jax.device_get(params), images, np.arange(len(images), dtype=np.int32)).tokens)
 
 
 def _until_end(ids: np.ndarray, words: Tokenizer) -> list[int]:

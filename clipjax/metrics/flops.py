@@ -60,7 +60,7 @@ def _text_flops(c: TextTower) -> float:
 
 
 def _decoder_flops(model: Model) -> float:
-    c, d, tokens, (seen, width) = model.decoder, model.text.width, model.text.length - 1, model.image.seen
+    c, d, tokens, (seen, width) = model.decoder, model.text.width, model.text.length - 1, model.image.context
     own = 2 * 4 * d**2 + 2 * 2 * tokens * d + c.mlps * 2 * 2 * d * c.mlp_dim  # a token: self-attention and MLPs
     return c.depth * (tokens * (own + 2 * 2 * d**2) + _sees(tokens, seen, width, d)) + 2 * tokens * d * model.text.vocab_size
 

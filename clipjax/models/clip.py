@@ -1,4 +1,4 @@
-"""Two towers, a captioning head, the scalars of the loss, and how their parameters are made and bound."""
+"""The model: two towers, a captioning head, the scalars of the loss; how parameters are initialised and bound to the model."""
 
 import functools
 import math
@@ -10,48 +10,51 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from clipjax.config import Decoder as Head
-from clipjax.config import Model, TextTower
+from clipjax import config
 from clipjax.models.decoder import Decoder
-from clipjax.models.layers import WHEREVER, How, Placement, Scope, unit
-from clipjax.models.steps import apart, stepper
+from clipjax.models.layers import Scope, unit
+from clipjax.models.runner import ONE_DEVICE, Placement, Runner
+from clipjax.models.steps import make_layer_step, unstack_layers
 from clipjax.models.text import TextTransformer
 from clipjax.models.vit import ViT
 
 Params = dict[str, Any]  # nested by the parts of a path: params["image"]["blocks"]["norm1"]["scale"]
 
 
-class Written(NamedTuple):
-    """Keys and values of every layer: of n captions a picture as far as they are written, and of the pictures."""
+class CaptionCache(NamedTuple):
+    """Keys and values of every layer: of the tokens generated so far, n captions an image, and of the images' own tokens.
 
-    text: Any  # Cache [L, b, n, h, t, k], or a list of each layer's
-    decoder: Any
-    picture: Any  # [L, b, h, m, k]
+    Each is a pair of arrays with a leading axis of layers, or a list of each layer's pair (`steps.unstack_layers`).
+    """
+
+    text: Any  # Cache [L, b, n, h, t, k]
+    decoder: Any  # Cache [L, b, n, h, t, k]
+    image: Any  # [L, b, h, m, k]
 
 
-Writer = Callable[[Array, Array, Written], tuple[Float[Array, "b n v"], Written]]
+DecodeStep = Callable[[Array, Array, CaptionCache], tuple[Float[Array, "b n v"], CaptionCache]]
 
 
 class CLIP(nnx.Module):
-    def __init__(self, cfg: Model, key: Key[Array, ""]) -> None:
+    def __init__(self, cfg: config.Model, key: Key[Array, ""]) -> None:
         self.cfg = cfg
         scope = Scope(key, jnp.dtype(cfg.dtype))
         self.image = ViT(cfg.image, scope / "image")
         self.text = TextTransformer(cfg.text, scope / "text")
-        self.decoder = None if cfg.decoder is None else Decoder(cfg, scope / "decoder")
+        self.decoder = None if cfg.decoder is None else Decoder(cfg.decoder, cfg.text, cfg.image, scope / "decoder")
         # jnp.float32: a weakly typed scalar would make the train step compile again after the first update.
         self.log_scale = nnx.Param(jnp.float32(math.log(cfg.init_scale)))
         self.bias = None if cfg.init_bias is None else nnx.Param(jnp.float32(cfg.init_bias))
 
     def encode_image(
-        self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, place: Placement = WHEREVER
+        self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, placement: Placement = ONE_DEVICE
     ) -> Float[Array, "b e"]:
-        """Unit vectors, float32. `keys`, one an example, turns what is random in training on."""
-        return unit(self.image(images, keys, self._how(place))[0])
+        """Unit vectors, float32. `keys`, one an example, turn on what is random in training."""
+        return unit(self.image(images, keys, self._runner(placement))[0])
 
-    def encode_text(self, tokens: Int[Array, "b t"], place: Placement = WHEREVER) -> Float[Array, "b e"]:
+    def encode_text(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Float[Array, "b e"]:
         """Unit vectors, float32."""
-        return unit(self.text(tokens, self._how(place))[0])
+        return unit(self.text(tokens, self._runner(placement))[0])
 
     def encode_pairs(
         self,
@@ -59,64 +62,75 @@ class CLIP(nnx.Module):
         tokens: Int[Array, "bK t"],
         keys: Key[Array, " b"] | None = None,
         parallel: Bool[Array, " b"] | None = None,
-        place: Placement = WHEREVER,
+        placement: Placement = ONE_DEVICE,
     ) -> tuple[Float[Array, "b e"], Float[Array, "bK e"], Float[Array, "bK t-1 d"]]:
-        """`encode_image` and `encode_text`, and from the same pass the states from which each caption's next tokens are
-        foreseen: of all but the last position, [bK, t-1, d], to be met with `words` in `losses.token_nll`. K captions a picture,
-        one after the other. `parallel`: pictures whose captions are foreseen from them alone.
+        """`encode_image`, `encode_text`, and the captioning head's states from the same pass: [bK, t-1, d], each of which
+        predicts the next token (`losses.token_nll` of them and `words`). The K captions of an image come one after the other.
+        `parallel`: true for images whose captions are predicted from the image alone.
         """
-        how, each = self._how(place), len(tokens) // len(images)
-        image, seen = self.image(images, keys, how, seen=True)
-        text, states = self.text(tokens, how, states=True)
-        seen, parallel = (x if x is None or each == 1 else jnp.repeat(x, each, axis=0) for x in (seen, parallel))
-        return unit(image), unit(text), self.decoder(states, seen, how, parallel)
+        runner, captions = self._runner(placement), len(tokens) // len(images)
+        image, context = self.image(images, keys, runner, tokens=True)
+        text, states = self.text(tokens, runner, states=True)
+        assert context is not None
+        assert states is not None
+        if captions > 1:
+            context = jnp.repeat(context, captions, axis=0)
+            parallel = None if parallel is None else jnp.repeat(parallel, captions, axis=0)
+        return unit(image), unit(text), self._head(states, context, runner, parallel)
 
-    def begin(self, images: UInt8[Array, "b s s 3"], beams: int, place: Placement = WHEREVER) -> Written:
-        """Nothing written yet of `beams` captions for each picture; what every layer sees of the picture is made here, once."""
-        _, seen = self.image(images, None, self._how(place), seen=True)
+    def start_captions(self, images: UInt8[Array, "b s s 3"], beams: int, placement: Placement = ONE_DEVICE) -> CaptionCache:
+        """An empty cache for `beams` captions of each image, with every layer's keys and values of the image's tokens."""
+        _, context = self.image(images, None, self._runner(placement), tokens=True)
+        assert context is not None
+        assert self.cfg.decoder is not None
 
-        def room(part: TextTower | Head) -> Any:
+        def empty(part: config.TextTower | config.Decoder) -> Any:
             shape = part.depth, len(images), beams, part.heads, self.cfg.text.length - 1, self.cfg.text.width // part.heads
-            return apart((jnp.zeros(shape, seen.dtype), jnp.zeros(shape, seen.dtype)), self.cfg.unroll)
+            return unstack_layers((jnp.zeros(shape, context.dtype), jnp.zeros(shape, context.dtype)), self.cfg.unroll)
 
-        keys = apart(self.decoder.keys(seen), self.cfg.unroll)
-        return Written(room(self.cfg.text), room(self.cfg.decoder), keys)
+        keys = unstack_layers(self._head.keys(context), self.cfg.unroll)
+        return CaptionCache(empty(self.cfg.text), empty(self.cfg.decoder), keys)
 
-    def writer(self) -> Writer:
-        """A function that gives the logits, float32 [b, n, v], of what follows position `at` of tokens [b, n, t], once all before
-        it have been given in the same way. `encode_pairs` and `words` give the same of whole captions.
+    def decode_step(self) -> DecodeStep:
+        """A function that gives the logits, float32 [b, n, v], of the token after position `at` of tokens [b, n, t]. It must have
+        been called with every earlier position before. The logits are those of `encode_pairs` and `words` on the full caption.
         """
-        text, decoder = (stepper(part.blocks, self.cfg.unroll) for part in (self.text, self.decoder))
+        text, decoder = (make_layer_step(part.blocks, self.cfg.unroll) for part in (self.text, self._head))
         words = self.words.astype(jnp.dtype(self.cfg.dtype))
 
-        def step(tokens: Int[Array, "b n t"], at: Array, so_far: Written) -> tuple[Float[Array, "b n v"], Written]:
-            x, own, mask = self.text.step(tokens, at, so_far.text, text)
-            x, more = self.decoder.step(x, at, mask, so_far.decoder, so_far.picture, decoder)
+        def step(tokens: Int[Array, "b n t"], at: Array, cache: CaptionCache) -> tuple[Float[Array, "b n v"], CaptionCache]:
+            x, in_text, mask = self.text.step(tokens, at, cache.text, text)
+            x, in_decoder = self._head.step(x, at, mask, cache.decoder, cache.image, decoder)
             logits = jnp.einsum("bnd,vd->bnv", x, words, preferred_element_type=jnp.float32)
-            return logits, Written(own, more, so_far.picture)
+            return logits, CaptionCache(in_text, in_decoder, cache.image)
 
         return step
 
     @property
     def words(self) -> Float[Array, "v d"]:
-        """The vectors that a token's last state is met with."""
-        return (self.text.tokens if self.decoder.output is None else self.decoder.output.kernel)[...]
+        """The output projection: a state of the captioning head times a row is that word's logit."""
+        return (self.text.tokens if self._head.output is None else self._head.output.kernel)[...]
 
-    def _how(self, place: Placement) -> How:
+    @property
+    def _head(self) -> Decoder:
+        assert self.decoder is not None, "a model without a captioning head has no captions"
+        return self.decoder
+
+    def _runner(self, placement: Placement) -> Runner:
         remat = "none" if self.cfg.remat == "auto" else self.cfg.remat  # train.remat decides where there is a backward pass
-        return How(remat, self.cfg.unroll, place)
+        return Runner(remat, self.cfg.unroll, placement)
 
 
-def init(cfg: Model, seed: int) -> Params:
+def init(cfg: config.Model, seed: int) -> Params:
     """Fresh float32 parameters: a pure function of the configuration and the seed."""
     return nnx.to_pure_dict(nnx.state(CLIP(cfg, jax.random.key(seed))))
 
 
 @functools.cache
-def _graph(cfg: Model) -> nnx.GraphDef:
+def _graph(cfg: config.Model) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: CLIP(cfg, jax.random.key(0))))[0]
 
 
-def bind(cfg: Model, params: Params) -> CLIP:
-    """The model with these parameters, whichever arrays, tracers or shapes they are."""
+def bind(cfg: config.Model, params: Params) -> CLIP:
+    """The model with these parameters: arrays, tracers or shapes."""
     return nnx.merge(_graph(cfg), nnx.State(jax.tree.map(nnx.Param, params)))

@@ -1,4 +1,4 @@
-"""CoCa's captioning head (2205.01917): layers on top of the text tower's that also attend to a picture's tokens."""
+"""CoCa's captioning head (2205.01917): layers on top of the text tower's, which also attend to an image's tokens."""
 
 from typing import Any
 
@@ -8,13 +8,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from clipjax.config import Activation, Model
-from clipjax.models.layers import MLP, Cache, CrossAttention, How, LayerNorm, Scope, SelfAttention, normal
+from clipjax import config
+from clipjax.models.layers import MLP, Cache, CrossAttention, LayerNorm, Mask, Scope, SelfAttention, normal
+from clipjax.models.runner import Runner
 from clipjax.models.steps import Step
 
 
 class CrossBlock(nnx.Module):
-    """Cross-attention and an MLP, pre-norm, each added to what came in."""
+    """Cross-attention and an MLP, pre-norm, each added to its input."""
 
     def __init__(
         self,
@@ -24,7 +25,7 @@ class CrossBlock(nnx.Module):
         context: int,
         heads: int,
         mlp_dim: int,
-        activation: Activation,
+        activation: config.Activation,
         eps: float,
         out_std: float,
     ) -> None:
@@ -35,88 +36,92 @@ class CrossBlock(nnx.Module):
         self.mlp = MLP(scope / "mlp", width, mlp_dim, activation, std=(2 * width) ** -0.5, out_std=out_std)
 
     def __call__(self, x: Float[Array, "b t d"], context: Float[Array, "b m c"]) -> Float[Array, "b t d"]:
-        return self.see(x, *self.keys(context))
+        return self.attend(x, *self.keys(context))
 
     def keys(self, context: Float[Array, "b m c"]) -> tuple[Float[Array, "b h m k"], Float[Array, "b h m k"]]:
-        """All that it needs to know of a picture, once however many tokens are written."""
+        """Keys and values of an image's tokens: computed once for all tokens of a caption."""
         return self.attention.keys(self.norm_context(context))
 
-    def see(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
-        x = x + self.attention.see(self.norm1(x), key, value)
+    def attend(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
+        """As a call, with the `keys` of the image already computed."""
+        x = x + self.attention.attend(self.norm1(x), key, value)
         return x + self.mlp(self.norm2(x))
 
 
 class DecoderBlock(nnx.Module):
     """A multimodal layer: causal self-attention, with an MLP of its own in open_clip's form, then a CrossBlock."""
 
-    def __init__(self, scope: Scope, cfg: Model) -> None:
-        head, d, out_std = cfg.decoder, cfg.text.width, cfg.text.width**-0.5 * (2 * cfg.decoder.depth) ** -0.5
-        shape = dict(width=d, heads=head.heads, mlp_dim=head.mlp_dim, activation=cfg.text.activation, eps=cfg.text.norm_eps)
-        self.norm1 = LayerNorm(scope / "norm1", d, cfg.text.norm_eps)
-        self.attention = SelfAttention(scope / "attention", d, head.heads, causal=True, std=d**-0.5, out_std=out_std)
-        two, hidden = head.mlps == 2, dict(std=(2 * d) ** -0.5, out_std=out_std)
-        self.norm2 = LayerNorm(scope / "norm2", d, cfg.text.norm_eps) if two else None
-        self.mlp = MLP(scope / "mlp", d, head.mlp_dim, cfg.text.activation, **hidden) if two else None
-        self.cross = CrossBlock(scope / "cross", **shape, context=cfg.image.seen[1], out_std=out_std)
+    def __init__(self, scope: Scope, cfg: config.Decoder, text: config.TextTower, context: int) -> None:
+        d, eps, activation, out_std = text.width, text.norm_eps, text.activation, text.width**-0.5 * (2 * cfg.depth) ** -0.5
+        self.norm1 = LayerNorm(scope / "norm1", d, eps)
+        self.attention = SelfAttention(scope / "attention", d, cfg.heads, causal=True, std=d**-0.5, out_std=out_std)
+        two, mlp = cfg.mlps == 2, dict(std=(2 * d) ** -0.5, out_std=out_std)
+        self.norm2 = LayerNorm(scope / "norm2", d, eps) if two else None
+        self.mlp = MLP(scope / "mlp", d, cfg.mlp_dim, activation, **mlp) if two else None
+        shape = dict(width=d, heads=cfg.heads, mlp_dim=cfg.mlp_dim, context=context)
+        self.cross = CrossBlock(scope / "cross", **shape, activation=activation, eps=eps, out_std=out_std)
 
     def __call__(
-        self, x: Float[Array, "b t d"], context: Float[Array, "b m c"], mask: Bool[Array, "b t t"] | None = None
+        self, x: Float[Array, "b t d"], context: Float[Array, "b m c"], mask: Mask | None = None
     ) -> Float[Array, "b t d"]:
-        x = x + self.attention(self.norm1(x), mask)
-        if self.mlp is not None:
-            x = x + self.mlp(self.norm2(x))
-        return self.cross(x, context)
+        return self.cross(self._own_mlp(x + self.attention(self.norm1(x), mask)), context)
 
     def step(
         self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "b n 1 t"], key: Array, value: Array
     ) -> tuple[Float[Array, "b n d"], Cache]:
-        """The same for the tokens at position `at` of n captions, which see their picture's `cross.keys` together."""
-        seen, new = self.attention.step(self.norm1(x), cache, at, mask)
-        x = x + seen
-        if self.mlp is not None:
-            x = x + self.mlp(self.norm2(x))
-        return self.cross.see(x, key, value), new
+        """The same for one token of each of n captions, at position `at`. `key` and `value` are their image's `cross.keys`."""
+        y, new = self.attention.step(self.norm1(x), cache, at, mask)
+        return self.cross.attend(self._own_mlp(x + y), key, value), new
+
+    def _own_mlp(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return x if self.mlp is None or self.norm2 is None else x + self.mlp(self.norm2(x))
 
 
-class Words(nnx.Module):
-    """What a token's last state is met with: a row for each word, as in a table of tokens; else open_clip's initialisation."""
+class OutputProjection(nnx.Module):
+    """A row for each word of the vocabulary: a state times a row is that word's logit. Initialised as open_clip's."""
 
     def __init__(self, scope: Scope, count: int, width: int) -> None:
         self.kernel = scope.param("kernel", normal(width**-0.5), count, width)
 
 
 class Decoder(nnx.Module):
-    def __init__(self, cfg: Model, scope: Scope) -> None:
-        head, d = cfg.decoder, cfg.text.width
-        self.rows = cfg.text.length + cfg.image.seen[0]  # that a layer works on for each caption
-        self.blocks = DecoderBlock((scope / "blocks").stacked(head.depth), cfg)
-        self.norm = LayerNorm(scope / "norm", d, cfg.text.norm_eps)
-        self.output = None if head.tied else Words(scope / "output", cfg.text.vocab_size, d)
-        self.masks = scope.param("masks", normal(0.01), cfg.text.length - 1, d) if head.parallel else None
+    def __init__(self, cfg: config.Decoder, text: config.TextTower, image: config.ImageTower, scope: Scope) -> None:
+        d, (tokens, context) = text.width, image.context
+        self.rows = text.length + tokens  # of a layer's inputs, for one caption
+        self.blocks = DecoderBlock((scope / "blocks").stacked(cfg.depth), cfg, text, context)
+        self.norm = LayerNorm(scope / "norm", d, text.norm_eps)
+        self.output = None if cfg.tied else OutputProjection(scope / "output", text.vocab_size, d)
+        self.masks = scope.param("masks", normal(0.01), text.length - 1, d) if cfg.parallel else None
 
     def __call__(
-        self, states: Float[Array, "b t d"], context: Float[Array, "b m c"], how: How, parallel: Bool[Array, " b"] | None = None
+        self,
+        states: Float[Array, "b t d"],
+        context: Float[Array, "b m c"],
+        runner: Runner,
+        parallel: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b t-1 d"]:
-        """The text tower's states of a caption's tokens, and what is seen of its picture -> a state for each token but the
-        last, from which the next one is foreseen (`losses.token_nll`).
+        """The text tower's states of a caption's tokens, and its image's tokens -> for each token but the last, the state that
+        predicts the next one (`losses.token_nll`).
 
-        Where `parallel`, from the picture alone: learned states stand in for the text's, and see each other.
+        Where `parallel`, from the image alone: learned mask tokens replace the text's states, and attend to each other.
         """
         x, mask = states[:, :-1], None
         if parallel is not None:
+            assert self.masks is not None
             x = jnp.where(parallel[:, None, None], self.masks[...].astype(x.dtype), x)
-            mask = np.tri(x.shape[1], dtype=bool)[None] | parallel[:, None, None]
-        x, context, mask = (a if a is None else how.split(a, self.rows) for a in (x, context, mask))
-        return how.join(how.each(self.norm, how.layers(self.blocks, x, context, mask)))
+            mask = jnp.asarray(np.tri(x.shape[1], dtype=bool)[None] | parallel[:, None, None])
+        x, context = (runner.to_chunks(a, self.rows) for a in (x, context))
+        mask = None if mask is None else runner.to_chunks(mask, self.rows)
+        return runner.from_chunks(runner.map_chunks(self.norm, runner.layers(self.blocks, x, context, mask)))
 
     def keys(self, context: Float[Array, "b m c"]) -> tuple[Float[Array, "L b h m k"], Float[Array, "L b h m k"]]:
-        """What every layer needs to know of the pictures."""
+        """Every layer's keys and values of the images' tokens."""
         graphdef, stacked = nnx.split(self.blocks)
         return jax.lax.map(lambda weights: nnx.merge(graphdef, weights).cross.keys(context), stacked)
 
     def step(
-        self, x: Float[Array, "b n d"], at: Array, mask: Bool[Array, "b n 1 t"], caches: Any, keys: Any, through: Step
+        self, x: Float[Array, "b n d"], at: Array, mask: Bool[Array, "b n 1 t"], caches: Any, keys: Any, layer_step: Step
     ) -> tuple[Float[Array, "b n d"], Any]:
-        """From the text tower's states at position `at` those from which the next tokens are foreseen: `through` the blocks."""
-        x, caches = through(x, caches, at, mask, keys)
+        """The text tower's states at position `at` -> the states that predict the next tokens, and the caches with these."""
+        x, caches = layer_step(x, caches, at, mask, keys)
         return self.norm(x), caches

@@ -1,4 +1,4 @@
-"""How a picture's tokens become one: SigLIP's attention-pooling head, and CoCa's attentional poolers."""
+"""Poolers: how an image's tokens become its embedding. SigLIP's attention-pooling head, and CoCa's attentional poolers."""
 
 import einops
 import jax
@@ -11,7 +11,7 @@ from clipjax.models.layers import MLP, CrossAttention, LayerNorm, Linear, Scope,
 
 
 class AttentionPooling(nnx.Module):
-    """SigLIP's pooling head: a learned probe attends to all tokens, then a residual MLP."""
+    """SigLIP's pooling head (2303.15343): a learned probe attends to all tokens, then a residual MLP."""
 
     def __init__(self, cfg: ImageTower, scope: Scope) -> None:
         d, heads, std = cfg.width, (cfg.heads, cfg.width // cfg.heads), cfg.width**-0.5
@@ -23,15 +23,16 @@ class AttentionPooling(nnx.Module):
         self.mlp = MLP(scope / "mlp", d, cfg.mlp_dim, cfg.activation, std=(2 * d) ** -0.5, out_std=std)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-        query = self.query(self.probe[...].astype(x.dtype)[None, None])  # the same for every picture
+        query = self.query(self.probe[...].astype(x.dtype)[None, None])  # once for all images
         key, value = jnp.moveaxis(self.key_value(x), 2, 0)
         x = self.out(jax.nn.dot_product_attention(jnp.broadcast_to(query, (len(x), *query.shape[1:])), key, value))
         return (x + self.mlp(self.norm(x)))[:, 0]
 
 
 class AttentionalPooler(nnx.Module):
-    """CoCa's pooler (2205.01917, section 3.2; its norms as in open_clip): learned queries attend to all tokens, whose order does
-    not matter."""
+    """CoCa's pooler (2205.01917, section 3.2; its norms as in open_clip): learned queries attend to all tokens. The order of the
+    tokens has no effect.
+    """
 
     def __init__(self, scope: Scope, *, queries: int, width: int, context: int, heads: int, eps: float) -> None:
         self.queries = scope.param("queries", normal(1.0), queries, width)
@@ -40,6 +41,6 @@ class AttentionalPooler(nnx.Module):
         self.attention = CrossAttention(scope / "attention", width, context, heads, std=width**-0.5, out_std=width**-0.5)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b q d"]:
-        query = self.attention.query(self.norm_query(self.queries[...].astype(x.dtype))[None])  # the same for every picture
+        query = self.attention.query(self.norm_query(self.queries[...].astype(x.dtype))[None])  # once for all images
         query = einops.repeat(query, "1 q h k -> b h q k", b=len(x))
         return self.attention.out(attend(query, *self.attention.keys(self.norm_context(x))))

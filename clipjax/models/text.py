@@ -1,5 +1,5 @@
-"""The text tower: a transformer that can be CLIP's (causal, pooled at the end token), SigLIP's (bidirectional, last token) or
-CoCa's (causal, pooled at a class token of its own, which comes last, so that it sees all the others and none sees it)."""
+"""The text tower: a transformer. It can be CLIP's (causal, pooled at the end token), SigLIP's (bidirectional, pooled at the last
+token) or CoCa's (causal, pooled at a class token that comes last: it attends to all others, and none to it)."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import TextTower
-from clipjax.models.layers import Block, How, LayerNorm, Linear, Scope, normal
+from clipjax.models.layers import Block, LayerNorm, Linear, Scope, normal
+from clipjax.models.runner import Runner
 from clipjax.models.steps import Step
 
 
@@ -32,51 +33,55 @@ class TextTransformer(nnx.Module):
         else:
             self.projection = Linear(scope / "projection", (d,), (cfg.embed_dim,), std=d**-0.5, bias=cfg.projection_bias)
 
-    def __call__(self, tokens: Int[Array, "b t"], how: How, states: bool = False) -> tuple[Float[Array, "b e"], Array | None]:
-        """Token ids [b, t] -> embeddings, not normalised; and each token's state [b, t, d] after the last layer, if asked for."""
+    def __call__(
+        self, tokens: Int[Array, "b t"], runner: Runner, states: bool = False
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b t d"] | None]:
+        """Token ids -> embeddings, not normalised. With `states`, also each token's state after the last layer."""
         x, mask = self.embed(tokens), None
         if self.class_token is not None:
             last = jnp.broadcast_to(self.class_token[...] + self.positions[...][-1], (len(x), 1, self.cfg.width))
-            x, mask = jnp.concatenate([x, last.astype(self.dtype)], axis=1), self.visible(tokens)
-        x, tokens, mask = (a if a is None else how.split(a, self.cfg.positions) for a in (x, tokens, mask))
-        x = how.layers(self.blocks, x, mask)
-        z = how.join(how.each(self.pool, x, tokens))
-        return z, how.join(x[:, :, : self.cfg.length]) if states else None
+            x, mask = jnp.concatenate([x, last.astype(self.dtype)], axis=1), self.mask(tokens)
+        x, tokens = (runner.to_chunks(a, self.cfg.positions) for a in (x, tokens))
+        mask = None if mask is None else runner.to_chunks(mask, self.cfg.positions)
+        x = runner.layers(self.blocks, x, mask)
+        z = runner.from_chunks(runner.map_chunks(self.pool, x, tokens))
+        return z, runner.from_chunks(x[:, :, : self.cfg.length]) if states else None
 
     def embed(self, tokens: Int[Array, "b t"], start: int | Array = 0) -> Float[Array, "b t d"]:
-        """What the first layer sees of tokens at positions `start` and after."""
+        """The first layer's input, of tokens at positions `start` and after."""
         positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, tokens.shape[1])
         return (jnp.take(self.tokens[...], tokens, axis=0) + positions[None]).astype(self.dtype)
 
     def step(
-        self, tokens: Int[Array, "b n t"], at: Array, caches: Any, through: Step
+        self, tokens: Int[Array, "b n t"], at: Array, caches: Any, layer_step: Step
     ) -> tuple[Float[Array, "b n d"], Any, Bool[Array, "1 1 1 t-1"]]:
-        """The states of the tokens at position `at` of n captions a picture, taken `through` the blocks, and which positions are
-        not later; caches hold all but the last. All of them are real: a caption is written from left to right.
+        """The states of the tokens at position `at` of n captions an image, the caches with these tokens, and the mask of the
+        positions up to `at`. Caches have all positions but the last. A caption is generated from left to right, so every token
+        up to `at` is real, not padding.
         """
         one = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=2)
         x = self.embed(one.reshape(-1, 1), at).reshape(*one.shape[:2], self.cfg.width)
-        mask = before = (jnp.arange(tokens.shape[2] - 1) <= at)[None, None, None]
+        mask = past = (jnp.arange(tokens.shape[2] - 1) <= at)[None, None, None]
         if self.cfg.legacy_mask:
             real = jnp.roll(tokens != 0, 1, axis=2).at[..., 0].set(True)[..., :-1]
-            mask = before & real[:, :, None]
-        return *through(x, caches, at, mask, ()), before
+            mask = past & real[:, :, None]
+        return *layer_step(x, caches, at, mask, ()), past
 
-    def visible(self, tokens: Int[Array, "b t"]) -> Bool[Array, "b t+1 t+1"]:
-        """What each position, the class token's with them, may attend to: itself and those before it, without padding.
+    def mask(self, tokens: Int[Array, "b t"]) -> Bool[Array, "b t+1 t+1"]:
+        """True where a position, the class token's included, may attend to another: to itself and earlier ones, not to padding.
 
-        The legacy mask (open_clip 3.3, transformer.py `_build_additive_mask`) knows padding by its id, 0, and lies one too far:
-        the class token sees the first padding and, unless there is none, not itself.
+        The legacy mask (open_clip 3.3, transformer.py `_build_additive_mask`) finds padding by its id, 0, and is one position
+        late: the class token attends to the first padding token, and to itself only if there is no padding.
         """
         first = jnp.ones((len(tokens), 1), bool)
         if self.cfg.legacy_mask:
             real = jnp.concatenate([first, tokens != 0], axis=1)
         else:
             real = jnp.concatenate([np.arange(tokens.shape[1])[None] < lengths(tokens)[:, None], first], axis=1)
-        return np.tri(self.cfg.positions, dtype=bool)[None] & real[:, None]
+        return jnp.asarray(np.tri(self.cfg.positions, dtype=bool)[None] & real[:, None])
 
     def pool(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
-        if self.cfg.pool == "eot":  # what follows it is hidden by the causal mask
+        if self.cfg.pool == "eot":  # the causal mask hides what follows it
             x = jnp.take_along_axis(x, lengths(tokens)[:, None, None] - 1, axis=1)[:, 0]
         else:
             x = x[:, -1]
@@ -85,5 +90,5 @@ class TextTransformer(nnx.Module):
 
 
 def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:
-    """How many tokens of each text are real: up to the end token, which has the highest id."""
+    """The number of real tokens of each text, the end token included: that one has the highest id."""
     return tokens.argmax(-1) + 1

@@ -11,8 +11,7 @@ from clipjax.models import clip
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, abstract_state
-from clipjax.train.step import compile_step as jitted
-from clipjax.train.step import make_train_step
+from clipjax.train.step import jit_step, make_train_step
 
 
 def compile_run(run: config.Run, devices: Sequence[jax.Device]) -> aot.Compiled:
@@ -34,7 +33,7 @@ def lower_step(run: config.Run, mesh: Mesh, state: TrainState) -> jax.stages.Low
     sharding.check_batch(run, mesh)
     run = remat.resolved(run, mesh, state)
     step = make_train_step(run, make_optimizer(run.optim, run.train.steps, state.params), mesh)
-    return jitted(step, state, mesh).lower(state, abstract_batch(run, mesh))
+    return jit_step(step, state, mesh).lower(state, abstract_batch(run, mesh))
 
 
 def state_of(run: config.Run, mesh: Mesh) -> TrainState:

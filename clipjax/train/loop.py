@@ -22,7 +22,7 @@ from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress
 from clipjax.train.state import TrainState, abstract_state, initial_state
-from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.step import jit_step, make_train_step
 from clipjax.train.workdir import Workdir, changes, evaluated, restore_newest, save_config
 
 # Opens this process's batches from a step on.
@@ -71,7 +71,7 @@ def train(run: config.Run, workdir: Workdir, batches: Batches, evaluators: Seque
         decided = remat.resolved(run, mesh, placed)
         if decided != run:
             say(f"model.remat = auto: {decided.model.remat}")
-        step_fn = compile_step(make_train_step(decided, tx, mesh), state, mesh)
+        step_fn = jit_step(make_train_step(decided, tx, mesh), state, mesh)
         data = stack.enter_context(batches(start))
         save_config(run, workdir.path)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, start)))

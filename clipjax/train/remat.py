@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from clipjax import config, sharding
 from clipjax.chips import chip_of
-from clipjax.models.layers import PART, PARTED
+from clipjax.models.runner import CHUNK_TOKENS, CHUNKED_POLICIES
 from clipjax.train.state import TrainState
 
-POLICIES = ("none", "dots", "mlp", "full")  # from what keeps most
+POLICIES_BY_MEMORY = ("none", "dots", "mlp", "full")  # from what keeps most
 SHARE = {"tpu": 0.95, "gpu": 0.75}  # of a chip's memory, for a program: JAX takes three quarters of a GPU's
 
 
@@ -51,7 +51,7 @@ def resolved(run: config.Run, mesh: Mesh, state: TrainState) -> config.Run:
         policy = "none"
     else:
         has = SHARE[device.platform] * chip.capacity / chip.devices
-        policy = next((p for p in POLICIES if needed(run, mesh, state, p) <= has), "full")
+        policy = next((p for p in POLICIES_BY_MEMORY if needed(run, mesh, state, p) <= has), "full")
     return replace(run, model=replace(run.model, remat=policy))
 
 
@@ -67,7 +67,7 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str) -> int:
     # What exists of one layer, whichever is larger: its weights, gathered, and their gradients; the activations of a part.
     weights = max(tower.weights for tower in towers) // tensor * (size + 4)
     inner = max(bytes_kept(tower, "none", size, tensor) / tower.depth / (tower.tokens + tower.seen[0]) for tower in towers)
-    return math.ceil(sharding.own_bytes(state) + gradients + rows * row + at_once * kept + weights + PART * inner)
+    return math.ceil(sharding.own_bytes(state) + gradients + rows * row + at_once * kept + weights + CHUNK_TOKENS * inner)
 
 
 def layers(run: config.Run) -> Iterator[Layers]:
@@ -80,7 +80,7 @@ def layers(run: config.Run) -> Iterator[Layers]:
         yield Layers(text.depth, text.positions, text.width, text.heads, text.mlp_dim, text.activation)
         if decoder:
             shape = text.width, decoder.heads, decoder.mlps * decoder.mlp_dim, text.activation
-            yield Layers(decoder.depth, text.length - 1, *shape, seen=image.seen)
+            yield Layers(decoder.depth, text.length - 1, *shape, seen=image.context)
 
 
 def bytes_kept(of: Layers, policy: str, size: int, tensor: int = 1) -> int:
@@ -106,7 +106,7 @@ def bytes_kept(of: Layers, policy: str, size: int, tensor: int = 1) -> int:
         norms = 3 * 4 * (d * rows * (2 + crossing) + of.seen[1] * seen_rows)
         kept = norms + (2 + crossing) * inputs + size * of.seen[1] * seen_rows + attention + steps * hidden
     # An attention-pooling head's norm, keys and values, which are kept where a batch isn't seen in parts.
-    pooling = 24 * d * rows + 6 * inputs if of.pooled and policy not in PARTED else 0
+    pooling = 24 * d * rows + 6 * inputs if of.pooled and policy not in CHUNKED_POLICIES else 0
     once = size * of.seen[1] * seen_rows * 2  # what all layers see, and its gradient
     return math.ceil(of.depth * kept + pooling + once)
 

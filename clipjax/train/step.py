@@ -1,9 +1,9 @@
-"""One optimisation step: (state, batch) -> (state, metrics). Pure; knows no file or clock."""
+"""One optimisation step: (state, batch) -> (state, metrics). A pure function: it touches no file and no clock."""
 
 import functools
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,14 @@ from clipjax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Tuned = tuple[clip.Params, Memory]  # what the loss is differentiated by: weights, and the temperatures of a batch's examples
+Rows = dict[str, Any]  # a Batch, with `keys` of each example and `memory`, its rows of what a term remembers
+
+
+class Trainable(NamedTuple):
+    """What the loss is differentiated with respect to."""
+
+    params: clip.Params
+    temperatures: Memory  # of the batch's examples
 
 
 def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax.Array:
@@ -36,60 +43,66 @@ def make_train_step(
     """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3], `text` [B, t] or [B, K, t], `index`
     int32 [B] in the dataset, and what the objective's terms need: `id` int32 [B], `teacher_image` and `teacher_text` [B, f].
 
-    The metrics are float32 []: the loss and its parts, scale and bias, and the norms of the gradient before it is clipped, of
-    the update, which both are of the trained parameters, and of all parameters.
+    The metrics are float32 []: the loss and its parts, scale and bias, and three norms: of the gradient before it is clipped, of
+    the update (both over the trained parameters), and of all parameters.
     """
-    of_rows = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
-    loss_of = sharding.on_shards(of_rows, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))  # loss, logged, memory
-
     towers = placement.towers(mesh, run.model.dtype)
-
-    def encode(tuned: Tuned, rows: Batch) -> tuple[jax.Array, ...]:
-        model = clip.bind(run.model, stop_frozen(run.optim.rules, tuned[0]))
-        *captions, length = rows["text"].shape
-        tokens = rows["text"].reshape(-1, length)
-        if not run.captioning:
-            ztxt = model.encode_text(tokens, towers.place)
-            return model.encode_image(rows["image"], rows["keys"], towers.place), ztxt.reshape(*captions, -1)
-        share = run.model.decoder.parallel
-        parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), share))(rows["keys"]) if share else None
-        zimg, ztxt, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.place)
-        nll = losses.caption_nll(states, model.words, tokens, lengths(tokens), towers.token_nll)
-        return zimg, ztxt.reshape(*captions, -1), nll.reshape(len(zimg), -1).sum(1)
-
-    def compute_loss(tuned: Tuned, z: tuple[jax.Array, ...], rows: Batch) -> tuple[jax.Array, tuple[Metrics, Memory]]:
-        params, temperatures = tuned
-        scalars = stop_frozen(run.optim.rules, params)
-        teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
-        zimg, ztxt, *nll = z
-        foreseen = lengths(rows["text"]).reshape(len(zimg), -1) - 1  # tokens of each caption
-        caption = (*nll, foreseen.sum(1)) if run.captioning else None
-        seen = losses.Rows(zimg, ztxt, rows.get("id"), teacher, rows["memory"] | temperatures, caption)
-        loss, *found = loss_of(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
-        return loss, tuple(found)
-
+    encode, compute_loss = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh)
     value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, towers, run.train.micro_batches)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
         past = memory.read(state.memory, batch["index"]) if state.memory else {}
-        tuned = state.params, memory.temperatures(past)
-        (loss, (logged, seen)), (grads, of_temperatures) = value_and_grad(tuned, batch | {"keys": keys, "memory": past})
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        trainable = Trainable(state.params, memory.temperatures(past))
+        (loss, (logged, seen)), gradient = value_and_grad(trainable, batch | {"keys": keys, "memory": past})
+        updates, opt_state = tx.update(gradient.params, state.opt_state, state.params)
         params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
-        ema = None if state.ema is None else ema_update(state.ema, params, run.optim.ema, state.step)
-        norms = {"grad_norm": grads, "param_norm": params, "update_norm": updates}
+        decay = run.optim.ema
+        ema = None if state.ema is None or decay is None else ema_update(state.ema, params, decay, state.step)
+        norms = {"grad_norm": gradient.params, "param_norm": params, "update_norm": updates}
         scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
         metrics = {"loss": loss} | logged | scalars | {name: optax.tree.norm(tree) for name, tree in norms.items()}
         if seen:
-            seen = memory.write(state.memory, batch["index"], memory.learn(run, seen, of_temperatures))
+            seen = memory.write(state.memory, batch["index"], memory.learn(run, seen, gradient.temperatures))
         return TrainState(state.step + 1, params, opt_state, ema, seen), metrics
 
     return train_step
 
 
-def compile_step(train_step: Callable[..., Any], state: TrainState, mesh: Mesh) -> Callable[..., Any]:
-    """The jitted step: donates its state and keeps every array where it lies."""
+def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: Rows) -> tuple[jax.Array, ...]:
+    """Embeddings, [b, e] and [b, e] or [b, K, e]. With a captioning objective also -log p of each image's captions, [b]."""
+    model = clip.bind(run.model, stop_frozen(run.optim.rules, trainable.params))
+    *captions, length = rows["text"].shape
+    tokens = rows["text"].reshape(-1, length)
+    if not run.captioning:
+        ztxt = model.encode_text(tokens, towers.placement)
+        return model.encode_image(rows["image"], rows["keys"], towers.placement), ztxt.reshape(*captions, -1)
+    share, parallel = run.model.decoder.parallel if run.model.decoder else 0, None
+    if share:
+        parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), share))(rows["keys"])
+    zimg, ztxt, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.placement)
+    nll = losses.caption_nll(states, model.words, tokens, lengths(tokens), towers.token_nll)
+    return zimg, ztxt.reshape(*captions, -1), nll.reshape(len(zimg), -1).sum(1)
+
+
+def _loss(
+    run: config.Run, mesh: Mesh, trainable: Trainable, z: tuple[jax.Array, ...], rows: Rows
+) -> tuple[jax.Array, tuple[Metrics, Memory]]:
+    """The objective of all embeddings; what it logs, and what its terms remember of the batch's examples."""
+    of_rows = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
+    objective = sharding.on_shards(of_rows, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))
+    scalars = stop_frozen(run.optim.rules, trainable.params)
+    teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
+    zimg, ztxt, *nll = z
+    predicted = lengths(rows["text"]).reshape(len(zimg), -1) - 1  # tokens of each caption
+    caption = (nll[0], predicted.sum(1)) if run.captioning else None
+    seen = losses.Rows(zimg, ztxt, rows.get("id"), teacher, rows["memory"] | trainable.temperatures, caption)
+    loss, logged, remembered = objective(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
+    return loss, (logged, remembered)
+
+
+def jit_step(train_step: Callable[..., Any], state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    """The jitted step. It donates its state, and gives the new one with the same shardings."""
     placed = jax.tree.map(lambda x: x.sharding, state)
-    rows, whole = sharding.over_rows(mesh), sharding.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, whole))
+    rows, replicated = sharding.over_rows(mesh), sharding.replicated(mesh)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, replicated))

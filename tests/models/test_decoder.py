@@ -1,4 +1,4 @@
-"""CoCa's poolers, class token and captioning head: what depends on what (METHODS C.8), and the published sizes."""
+"""CoCa's poolers, class token and captioning head: what depends on what, and the published sizes."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import pytest
 from clipjax.config import ConfigError, Decoder, ImageTower, Model, TextTower
 from clipjax.losses import clip_loss, token_nll
 from clipjax.models.clip import bind, init
-from clipjax.models.layers import How
+from clipjax.models.runner import Runner
 from clipjax.models.text import lengths
 from tests.models.test_towers import loud
 
@@ -42,7 +42,7 @@ def inputs(n=4, length=LENGTH):
 
 @functools.partial(jax.jit, static_argnums=0)
 def pairs(cfg, params, images, tokens, parallel=None):
-    """Embeddings of pictures and texts, and states: `CLIP.encode_pairs`."""
+    """Embeddings of images and texts, and states: `CLIP.encode_pairs`."""
     return bind(cfg, params).encode_pairs(images, tokens, None, parallel)
 
 
@@ -57,7 +57,7 @@ def far(a, b):
     return float(np.abs(np.asarray(a) - np.asarray(b)).max())
 
 
-def test_a_state_knows_no_later_token(cascade):
+def test_a_state_depends_on_no_later_token(cascade):
     cfg, params, images, tokens = cascade
     _, text, states = pairs(cfg, params, images, tokens)
     other = tokens.copy()
@@ -65,7 +65,7 @@ def test_a_state_knows_no_later_token(cascade):
     _, text_after, after = pairs(cfg, params, images, other)
     assert far(states[3, :5], after[3, :5]) == 0
     assert far(states[3, 5:], after[3, 5:]) > 1e-3
-    assert far(text[3], text_after[3]) > 1e-3  # the class token sees it
+    assert far(text[3], text_after[3]) > 1e-3  # the class token attends to it
     assert far(states[:3], after[:3]) == 0
 
 
@@ -83,10 +83,10 @@ def test_padding_changes_nothing_whatever_its_id(cascade, pool):
     assert far(np.where(padding[:, 1:, None], 0, states), np.where(padding[:, 1:, None], 0, after)) == 0
 
 
-def test_the_class_token_sees_every_real_token_and_no_token_sees_it(cascade):
+def test_the_class_token_attends_to_every_real_token_and_no_token_to_it(cascade):
     cfg, params, images, tokens = cascade
     _, text, states = pairs(cfg, params, images, tokens)
-    for position in range(4):  # the end is where it ends
+    for position in range(4):  # the fifth is the end
         other = tokens.copy()
         other[1, position] = 5
         assert far(pairs(cfg, params, images, other)[1][1], text[1]) > 1e-4, position
@@ -96,28 +96,29 @@ def test_the_class_token_sees_every_real_token_and_no_token_sees_it(cascade):
     assert far(text_after, text) > 1e-3
 
 
-def test_the_legacy_mask_sees_the_first_padding_and_not_itself():
-    """open_clip's: shifted by one, and by the id of padding, 0."""
+def test_with_the_legacy_mask_the_class_token_attends_to_the_first_padding_and_not_itself():
+    """open_clip's: one position late, and it finds padding by its id, 0."""
     cfg = model(legacy_mask=True)
     _, tokens = inputs()
-    seen = bind(cfg, init(cfg, 0)).text.visible(tokens)[:, -1]
-    for row, count in zip(seen, (3, 5, 7, 9), strict=True):
+    mask = bind(cfg, init(cfg, 0)).text.mask(tokens)[:, -1]
+    for row, count in zip(mask, (3, 5, 7, 9), strict=True):
         assert row.tolist() == [j <= count for j in range(LENGTH + 1)]
-    right = bind(model(), init(model(), 0)).text.visible(tokens)[:, -1]
+    right = bind(model(), init(model(), 0)).text.mask(tokens)[:, -1]
     for row, count in zip(right, (3, 5, 7, 9), strict=True):
         assert row.tolist() == [j < count or j == LENGTH for j in range(LENGTH + 1)]
 
 
-def test_poolers_see_a_set_of_tokens(cascade):
-    """Their own order changes nothing; nor does that of a picture's tokens to the head."""
+def test_the_order_of_tokens_does_not_matter_to_poolers(cascade):
+    """Nor does the order of an image's tokens to the captioning head."""
     cfg, params, images, tokens = cascade
     m, order = bind(cfg, params), np.random.default_rng(0).permutation(16)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 16, 32)), jnp.float32)
     np.testing.assert_allclose(m.image.pooler(x), m.image.pooler(x[:, order]), atol=1e-5)
-    _, seen = m.image(images, None, How(), seen=True)
-    _, states = m.text(tokens, How(), states=True)
-    assert seen.shape == (4, 5, 24)
-    np.testing.assert_allclose(m.decoder(states, seen, How()), m.decoder(states, seen[:, ::-1], How()), atol=1e-4)
+    _, context = m.image(images, None, Runner(), tokens=True)
+    _, states = m.text(tokens, Runner(), states=True)
+    assert context.shape == (4, 5, 24)
+    got, want = (m.decoder(states, tokens, Runner()) for tokens in (context[:, ::-1], context))
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +130,11 @@ def test_a_head_on_every_pooling(pool):
     params = loud(init(cfg, 0))
     image, text, states = pairs(cfg, params, images, tokens)
     m = bind(cfg, params)
-    assert m.image(images, None, How(), seen=True)[1].shape == (4, *cfg.image.seen)
+    assert m.image(images, None, Runner(), tokens=True)[1].shape == (4, *cfg.image.context)
     assert states.shape == (4, LENGTH - 1, 32)
     np.testing.assert_allclose(image, m.encode_image(images), atol=1e-6)
     np.testing.assert_allclose(text, m.encode_text(tokens), atol=1e-6)
-    assert far(states, pairs(cfg, params, images[::-1], tokens)[2]) > 1e-3  # it looks at the picture
+    assert far(states, pairs(cfg, params, images[::-1], tokens)[2]) > 1e-3  # it depends on the image
 
 
 @pytest.mark.slow
@@ -150,7 +151,7 @@ def test_contrast_has_no_gradient_to_the_head(cascade):
     assert all(not np.any(g) for g in jax.tree.leaves(contrast["decoder"]))
     assert all(np.any(g) for g in jax.tree.leaves(caption["decoder"]))
     assert not np.any(caption["text"]["projection"]["kernel"])
-    assert not np.any(caption["image"]["contrastive"]["queries"])  # on top of what the head sees
+    assert not np.any(caption["image"]["contrastive"]["queries"])  # on top of the tokens that the head attends to
     assert np.any(caption["image"]["pooler"]["queries"])
 
 
@@ -166,7 +167,7 @@ def test_twice_the_length_in_padding_changes_no_token(cascade):
     np.testing.assert_allclose(text_after, text, atol=1e-6)
 
 
-def test_in_parallel_captions_are_foreseen_from_the_picture_alone():
+def test_in_parallel_captions_are_predicted_from_the_image_alone():
     cfg = model(parallel=0.5)
     params = loud(init(cfg, 0))
     images, tokens = inputs()
@@ -181,10 +182,12 @@ def test_in_parallel_captions_are_foreseen_from_the_picture_alone():
     np.testing.assert_allclose(states[1::2], none[1::2], atol=1e-5)
     masks = params["decoder"]["masks"]
     moved = params | {"decoder": params["decoder"] | {"masks": masks.at[-1].set(masks[-1, ::-1])}}
-    assert far(pairs(cfg, moved, images, tokens, chosen)[2][0, 0], states[0, 0]) > 1e-4  # they see each other, both ways
+    assert (
+        far(pairs(cfg, moved, images, tokens, chosen)[2][0, 0], states[0, 0]) > 1e-4
+    )  # they attend to each other, in both directions
 
 
-def test_several_captions_of_a_picture(cascade):
+def test_several_captions_of_an_image(cascade):
     cfg, params, images, tokens = cascade
     _, text, states = pairs(cfg, params, images[:2], tokens)  # two each
     _, want_text, want = pairs(cfg, params, np.repeat(images[:2], 2, axis=0), tokens)
@@ -192,7 +195,7 @@ def test_several_captions_of_a_picture(cascade):
     np.testing.assert_allclose(states, want, atol=1e-5)
 
 
-def test_a_tied_head_foresees_with_the_table_of_tokens():
+def test_a_tied_head_predicts_with_the_table_of_tokens():
     cfg = model(tied=True)
     params = init(cfg, 0)
     assert "output" not in params["decoder"]
@@ -217,7 +220,7 @@ def count(cfg):
 
 @pytest.mark.parametrize(("name", "patch", "millions"), [("B", 18, 383), ("L", 18, 787)])
 def test_published_sizes(name, patch, millions):
-    """2205.01917, table 1. The poolers are not told there and come on top, 4 to 6 e^2 each."""
+    """2205.01917, table 1. It leaves out the poolers: 4 to 6 e^2 each on top."""
     cfg = Model(image=ImageTower.coca(f"{name}/{patch}"), text=TextTower.coca(name), decoder=Decoder.coca(name))
     assert count(cfg) == pytest.approx(millions, rel=0.02)
 

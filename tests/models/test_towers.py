@@ -52,7 +52,7 @@ def encode(model: Model, params, images, tokens, keys=None):
 
 
 def loud(params):
-    """Larger weights than an initialisation's, so that no part is drowned by the residual stream."""
+    """Larger weights than an initialisation's, so that the residual stream hides no part."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape).astype(np.float32), params)
 
@@ -93,7 +93,7 @@ def test_clip_starts_as_published():
     assert {x.dtype for x in params.values()} == {np.dtype("float32")}
 
 
-def test_layers_are_drawn_apart():
+def test_layers_are_drawn_independently():
     for path, x in by_path(init(CLIP, 0)).items():
         if path.endswith("kernel") and "/blocks/" in path:
             rows = np.asarray(x).reshape(len(x), -1)
@@ -257,7 +257,7 @@ def test_remat_and_unroll_change_neither_values_nor_gradients(model):
 
 
 def test_remat_keeps_less():
-    """What the backward pass is left with shrinks from none to dots, mlp and full, or the setting would be a name only."""
+    """What is kept for the backward pass shrinks from none to dots, mlp and full."""
     images, tokens = inputs(CLIP, 64)
     params = jax.eval_shape(lambda: init(CLIP, 0))
     model = dataclasses.replace(
@@ -277,7 +277,7 @@ def test_remat_keeps_less():
     assert none > 1.5 * dots
     assert dots > 1.2 * mlp
     assert mlp > 1.3 * full
-    assert residuals("auto") == none  # where nobody has decided
+    assert residuals("auto") == none  # where no policy was chosen
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
@@ -353,7 +353,7 @@ def test_what_follows_the_end_token_matters_only_without_a_causal_mask(model):
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-def test_pictures_travel_as_bytes_and_are_normalised_on_the_device(model):
+def test_images_travel_as_bytes_and_are_normalised_on_the_device(model):
     images, tokens = inputs(model)
     params = loud(init(model, 0))
     want, _ = encode(model, params, images, tokens)

@@ -18,7 +18,7 @@ from clipjax.metrics.flops import model_flops
 from clipjax.models import clip
 from clipjax.train.optimizer import trained_names
 from clipjax.train.state import TrainState
-from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.step import jit_step, make_train_step
 from tests.train import tiny
 
 pytestmark = pytest.mark.usefixtures("uncached")
@@ -77,7 +77,7 @@ def program(run, shape):
         return jax.device_put(state, sharding.shardings(state, mesh))
 
     rows = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch_of(run).items()}
-    return compile_step(make_train_step(run, RECORD, mesh), start(), mesh).lower(start(), rows).compile(), start
+    return jit_step(make_train_step(run, RECORD, mesh), start(), mesh).lower(start(), rows).compile(), start
 
 
 def gradient(run, shape, batch):

@@ -11,7 +11,7 @@ from clipjax.generate import Captioner
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import initial_state
-from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.step import jit_step, make_train_step
 from tests.train import tiny
 
 
@@ -35,11 +35,13 @@ def test_eight_pictures_by_heart(parallel):
     mesh = tiny.mesh_of(2)
     tx = make_optimizer(run.optim, run.train.steps, jax.eval_shape(lambda: clip.init(model, 0)))
     state = initial_state(run, tx, mesh)
-    step = compile_step(make_train_step(run, tx, mesh), state, mesh)
+    step = jit_step(make_train_step(run, tx, mesh), state, mesh)
     for i in range(run.train.steps):
         index = np.arange(8 * i, 8 * i + 8, dtype=np.int32)  # of other examples, for what is drawn by it
         state, metrics = step(state, sharding.to_global(dict(image=images, text=tokens, index=index), mesh))
-    written = Captioner(model, mesh, 8, Words()).write(state.params, *sharding.to_global(dict(i=images, n=index), mesh).values())
+    written = Captioner(model, mesh, 8, Words()).generate(
+        state.params, *sharding.to_global(dict(i=images, n=index), mesh).values()
+    )
     np.testing.assert_array_equal(written.tokens, tokens)
     if not parallel:  # else half of what is foreseen has but the picture to go by
         assert metrics["caption_loss"] < 0.05

@@ -206,13 +206,13 @@ def test_what_a_batch_has_reaches_the_devices(tmp_path, monkeypatch):
     """All that a loss may need, row by row over the mesh; what is counted stays on the host."""
     from clipjax.train import loop
 
-    compile_step, seen = loop.compile_step, []
+    jit_step, seen = loop.jit_step, []
 
     def watched(*args):
-        step = compile_step(*args)
+        step = jit_step(*args)
         return lambda state, rows: (seen.append(rows), step(state, rows))[1]
 
-    monkeypatch.setattr(loop, "compile_step", watched)
+    monkeypatch.setattr(loop, "jit_step", watched)
     numbers, rows = np.arange(16, dtype=np.int32), np.arange(48, dtype=np.float32).reshape(16, 3)
     more = {"index": numbers, "id": numbers // 2, "teacher_image": rows, "teacher_text": -rows}
     run_it(during(steps=4), tmp_path, **more)

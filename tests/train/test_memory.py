@@ -13,7 +13,7 @@ from clipjax.models import clip
 from clipjax.train import memory
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import abstract_state, initial_state
-from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.step import jit_step, make_train_step
 
 from . import tiny
 
@@ -27,7 +27,7 @@ def train(cfg, mesh, steps, state=None, skip=0):
     """The state after some steps, each of 16 of the 40 examples, and the temperature gradients' check values."""
     tx = make_optimizer(cfg.optim, cfg.train.steps, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
     state = initial_state(cfg, tx, mesh) if state is None else state
-    step = compile_step(make_train_step(cfg, tx, mesh), state, mesh)
+    step = jit_step(make_train_step(cfg, tx, mesh), state, mesh)
     rng = np.random.default_rng(1)
     orders = [rng.permutation(EXAMPLES)[:16].astype(np.int32) for _ in range(steps)]
     for batch, index in list(zip(tiny.batches(cfg, steps), orders, strict=True))[skip:]:

@@ -10,7 +10,7 @@ import pytest
 
 from clipjax import aot, config, plan, sharding
 from clipjax.config.load import load_config
-from clipjax.models.layers import POLICIES
+from clipjax.models.runner import REMAT_POLICIES
 from clipjax.plan.program import state_of
 from clipjax.train import remat
 from tests.train import tiny
@@ -32,8 +32,8 @@ def chosen(run: config.Run, kind: str, devices: int = 4) -> str:
 
 
 def test_the_estimate_s_policies_are_the_model_s():
-    assert set(remat.POLICIES) == POLICIES.keys()
-    assert list(config.Model.__annotations__["remat"].__args__) == ["auto", *remat.POLICIES]
+    assert set(remat.POLICIES_BY_MEMORY) == REMAT_POLICIES.keys()
+    assert list(config.Model.__annotations__["remat"].__args__) == ["auto", *remat.POLICIES_BY_MEMORY]
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,13 @@ def test_each_policy_keeps_less_whatever_the_shape():
     for tower, seen in itertools.product(towers, [(0, 0), (255, 1024)]):
         of = remat.Layers(tower.depth, tower.patches, tower.width, tower.heads, tower.mlp_dim, tower.activation, seen=seen)
         for size in (2, 4):
-            sizes = [remat.bytes_kept(of, policy, size) for policy in remat.POLICIES]
+            sizes = [remat.bytes_kept(of, policy, size) for policy in remat.POLICIES_BY_MEMORY]
             assert sizes == sorted(sizes, reverse=True)
             assert len(set(sizes)) == 4
-            assert all(remat.bytes_kept(of, policy, size, tensor=2) <= n for policy, n in zip(remat.POLICIES, sizes, strict=True))
+            assert all(
+                remat.bytes_kept(of, policy, size, tensor=2) <= n
+                for policy, n in zip(remat.POLICIES_BY_MEMORY, sizes, strict=True)
+            )
 
 
 def test_what_goes_through_the_layers():
@@ -105,7 +108,7 @@ def test_what_goes_through_the_layers():
     model = dataclasses.replace(tiny.CLIP, decoder=config.Decoder(depth=3, heads=4, mlp_dim=64, mlps=2))
     *_, decoder = remat.layers(tiny.run(model))
     assert (decoder.depth, decoder.mlp_dim) == (3, 128)
-    assert (decoder.tokens, decoder.seen) == (tiny.CLIP.text.length - 1, model.image.seen)
+    assert (decoder.tokens, decoder.seen) == (tiny.CLIP.text.length - 1, model.image.context)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from clipjax import config, losses, sharding
 from clipjax.metrics.flops import model_flops
-from clipjax.models import clip, layers
+from clipjax.models import clip, runner
 from clipjax.train.optimizer import trained_names
 from clipjax.train.step import example_keys
 
@@ -36,7 +36,7 @@ def test_every_mesh_gives_the_losses_of_one_device(model, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 1, 2)], ids=str)
 def test_every_mesh_gives_the_captioning_losses_of_one_device(shape):
-    """The last divides the words, the first two do not; half of the captions are foreseen in parallel."""
+    """The last shards the words, the first two do not. Half of the captions are predicted in parallel."""
     run = tiny.run(tiny.COCA)
     _, want, _ = tiny.train(run, tiny.mesh_of(), 20)
     _, got, _ = tiny.train(run, jax.make_mesh(shape, sharding.AXES, axis_types=sharding.AUTO), 20)
@@ -45,7 +45,7 @@ def test_every_mesh_gives_the_captioning_losses_of_one_device(shape):
 
 @pytest.mark.slow
 def test_a_captioning_weight_of_0_is_a_model_without_a_head():
-    """Weight decay aside, which shrinks whatever no gradient reaches."""
+    """But for weight decay, which shrinks parameters without a gradient."""
     off = (config.Softmax(), config.Caption(weight=0.0))
     bare = dataclasses.replace(tiny.COCA, decoder=None)
     with_head, losses_with, _ = tiny.train(tiny.run(tiny.COCA, objective=off), tiny.mesh_of(2), 20)
@@ -65,19 +65,19 @@ def test_a_contrastive_weight_of_0_trains_a_captioner():
     state, found, _ = tiny.train(run, tiny.mesh_of(2), 20)
     assert found[0] == pytest.approx(np.log(run.model.text.vocab_size), rel=0.1)
     assert found[-1] < found[0] - 0.1
-    assert float(state.params["log_scale"]) == float(params["log_scale"])  # nothing moves it
+    assert float(state.params["log_scale"]) == float(params["log_scale"])  # it has no gradient
 
 
-PARTED = [pytest.param(shape, marks=SLOW) for shape in ((4, 1, 1), (1, 4, 1), (1, 2, 2))]
+CHUNKED = [pytest.param(shape, marks=SLOW) for shape in ((4, 1, 1), (1, 4, 1), (1, 2, 2))]
 
 
-@pytest.mark.parametrize("shape", PARTED, ids=["mapped", "layers mapped", "compiled"])
-def test_parts_of_a_batch_give_the_same_losses(shape, monkeypatch):
-    """With full rematerialisation each device sees its rows in parts, however the mesh makes it run the layers."""
+@pytest.mark.parametrize("shape", CHUNKED, ids=["data", "fsdp", "tensor"])
+def test_chunks_of_a_batch_give_the_same_losses(shape, monkeypatch):
+    """With full rematerialisation each device runs its rows in chunks, in all three ways of clipjax/placement.py."""
     _, want, _ = tiny.train(tiny.run(DROPOUT), tiny.mesh_of(), 4)
-    monkeypatch.setattr(layers, "PART", 32)  # 16 patches a picture: two of a device's four or eight at a time
-    assert layers.How("full").split(jnp.zeros((8, 3)), 16).shape == (4, 2, 3)
-    assert layers.How("dots").split(jnp.zeros((8, 3)), 16).shape == (1, 8, 3)
+    monkeypatch.setattr(runner, "CHUNK_TOKENS", 32)  # 16 patches an image: two of a device's four or eight at a time
+    assert runner.Runner("full").to_chunks(jnp.zeros((8, 3)), 16).shape == (4, 2, 3)
+    assert runner.Runner("dots").to_chunks(jnp.zeros((8, 3)), 16).shape == (1, 8, 3)
     _, got, _ = tiny.train(tiny.run(dataclasses.replace(DROPOUT, remat="full")), tiny.mesh_of(*shape), 4)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -133,7 +133,7 @@ def test_a_frozen_tower_keeps_every_bit_and_has_no_backward_pass(frozen):
     assert {name for name in before if not np.array_equal(before[name], after[name])} == trained
 
 
-def test_the_gradients_norm_is_of_what_is_trained():
+def test_the_gradients_norm_is_over_trained_parameters():
     optim = dataclasses.replace(tiny.OPTIM, rules=(config.Rule(pattern="image/.*", lr=0.0), *config.RULES))
     locked = tiny.run(optim=optim)
     state, _, step = tiny.train(locked, tiny.mesh_of(), 0)

@@ -14,7 +14,7 @@ from clipjax.models import clip
 from clipjax.train import loop
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, initial_state
-from clipjax.train.step import compile_step, make_train_step
+from clipjax.train.step import jit_step, make_train_step
 from clipjax.train.workdir import open_workdir
 
 SHAPE = dict(width=32, depth=2, heads=4, mlp_dim=64)
@@ -71,7 +71,7 @@ def train(cfg: config.Run, mesh: Mesh, steps: int) -> tuple[TrainState, list[flo
     """The state after some steps, the losses, and the step function."""
     tx = make_optimizer(cfg.optim, cfg.train.steps, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
     state = initial_state(cfg, tx, mesh)
-    step = compile_step(make_train_step(cfg, tx, mesh), state, mesh)
+    step = jit_step(make_train_step(cfg, tx, mesh), state, mesh)
     losses = []
     for batch in batches(cfg, steps):
         state, metrics = step(state, sharding.to_global(batch, mesh))
