@@ -1,4 +1,4 @@
-"""Kinds of arguments of the command line. What is wrong with one is an ArgumentTypeError, told before anything is done."""
+"""Types of command-line arguments. A wrong value raises ArgumentTypeError, before any work begins."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from clipjax.config import ConfigError
 
 
 def positive(text: str) -> int:
-    """A number of things."""
+    """A whole number of 1 or more."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be positive")
@@ -17,7 +17,7 @@ def positive(text: str) -> int:
 
 
 def writable_file(text: str) -> Path:
-    """A file that can be written, local or on gs:// or s3://. Said before hours of work, not after; nothing stays behind."""
+    """A file that can be written, local or on gs:// or s3://. Checked before hours of work, not after; creates nothing."""
     path = _place(text)
     if files.scheme(path) is None and path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
@@ -26,7 +26,7 @@ def writable_file(text: str) -> Path:
 
 
 def writable_folder(text: str) -> Path:
-    """A folder that is there or can be made, local or on gs:// or s3://, to write into."""
+    """A folder to write into, local or on gs:// or s3://, that exists or can be made."""
     path = _place(text)
     if files.scheme(path) is None:
         return local_folder(text)
@@ -45,11 +45,11 @@ def _place(text: str) -> Path:
 
 
 def local_folder(text: str) -> Path:
-    """A folder of this machine that is there or can be made, to write into."""
+    """A folder of this machine to write into, that exists or can be made."""
     if files.scheme(_place(text)):
         raise argparse.ArgumentTypeError(f"{text} is remote: name a folder of this machine, and copy that")
     path = Path(text).absolute()
-    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))  # unlike Path.exists, also where nobody may look
+    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))  # Path.exists raises where a parent is not readable
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"{nearest} is a file: name a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
@@ -58,7 +58,7 @@ def local_folder(text: str) -> Path:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults are told where there is one to tell."""
+    """Shows the default of an option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default not in (None, False) else action.help

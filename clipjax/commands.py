@@ -1,13 +1,13 @@
 """What each command does, given its parsed arguments. The exit status is what it returns, or 0.
 
-Everything heavy is imported by the command that needs it: `clipjax --help` loads no JAX.
+Each command imports the heavy modules that it needs: `clipjax --help` loads no JAX.
 """
 
 import argparse
 import json
 import sys
 import zlib
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import clipjax
 from clipjax import config
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _configured(args: argparse.Namespace, needed: str = "") -> config.Run | None:
-    """The run of CONFIG.py|NAME and the options that name its fields; None where only help was asked for."""
+    """The run of CONFIG.py|NAME, with the options that name its fields. None if the user asked for --help without a config."""
     if args.config is None:
         if not args.help:
             args.parser.error("CONFIG.py is needed, or a NAME that `clipjax configs` lists")
@@ -76,13 +76,13 @@ def _load(args: argparse.Namespace) -> "Loaded":
 
 
 def _register(args: argparse.Namespace) -> None:
-    """Executes the file of --config, for what it registers: losses that clipjax lacks and the run has."""
+    """Executes the file of --config, because it may register losses or evaluations that the run's configuration names."""
     if args.config:
         load_config(args.config)
 
 
 def _say(text: str, file: TextIO | None = None) -> None:
-    """From one process only."""
+    """Prints, in the first process only."""
     if _first():
         print(text, file=file)
 
@@ -136,7 +136,7 @@ def _evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> No
 
 
 def embed(args: argparse.Namespace) -> None:
-    """`clipjax embed`: a dataset's unit vectors in a file."""
+    """`clipjax embed`: writes the embeddings of a dataset."""
     from clipjax.evals.embed import embed, write_npz
     from clipjax.evals.inputs import eval_data
 
@@ -147,29 +147,29 @@ def embed(args: argparse.Namespace) -> None:
 
 
 def caption(args: argparse.Namespace) -> None:
-    """`clipjax caption`: what a run writes of pictures."""
+    """`clipjax caption`: generates captions of image files."""
     from clipjax.evals.report import write_json
     from clipjax.generate import GREEDY, Beam, Sample
 
-    def given(*names: str) -> dict[str, float]:
+    def given(*names: str) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(args, name)) is not None}
 
-    drawn, searched = given("temperature", "top_k", "top_p", "seed"), given("beams", "alpha")
-    if drawn and searched:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in drawn)
-        args.parser.error(f"{names}: of captions that are drawn; --beams and --alpha, of those that are searched for")
-    how = Sample(**drawn) if drawn else Beam(**searched) if searched else GREEDY
+    sampling, search = given("temperature", "top_k", "top_p", "seed"), given("beams", "alpha")
+    if sampling and search:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sampling)
+        args.parser.error(f"{names}: only for sampled captions; --beams and --alpha are for beam search")
+    decoding = Sample(**sampling) if sampling else Beam(**search) if search else GREEDY
     model = _load(args)
-    pairs = zip(args.images, model.captions(args.images, how), strict=True)
-    written = [dict(image=image, caption=text, logprob=logprob) for image, (text, logprob) in pairs]
-    for row in written:
+    pairs = zip(args.images, model.captions(args.images, decoding), strict=True)
+    rows = [dict(image=image, caption=text, logprob=logprob) for image, (text, logprob) in pairs]
+    for row in rows:
         _say(f"{row['image']}: {row['caption']}")
     if args.json:
-        write_json(args.json, written)
+        write_json(args.json, rows)
 
 
 def export(args: argparse.Namespace) -> int:
-    """`clipjax export`: a run as a folder of open_clip's or transformers', and whether it does the same there."""
+    """`clipjax export`: writes a run for open_clip or transformers; with --verify returns 1 if the results differ there."""
     from clipjax.checkpoint import TOKENIZER
     from clipjax.export.folder import export
     from clipjax.export.verify import require_packages, verify
@@ -190,7 +190,7 @@ def export(args: argparse.Namespace) -> int:
     examples = [source[i] for i in chosen[: args.examples]]
     images, texts = [x.image for x in examples], [x.captions[0] for x in examples]
     report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, images, texts)
-    print(f"verified in PyTorch on {report.examples} examples; largest differences, of an embedding's norm:")
+    print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
     for figures in report.figures:
         print(f"  {figures}")
     for note in report.notes:
@@ -201,17 +201,17 @@ def export(args: argparse.Namespace) -> int:
 
 
 def import_run(args: argparse.Namespace) -> None:
-    """`clipjax import`: another library's model as a run."""
+    """`clipjax import`: makes a workdir from a model of another library."""
     from clipjax.export.imported import import_open_clip
 
     _, notes = import_open_clip(args.source, args.out)
     print(f"{args.out}: step 0, from {args.source}")
     for note in notes:
-        print(f"  not taken over: {note}")
+        print(f"  not imported: {note}")
 
 
 def plan(args: argparse.Namespace) -> int:
-    """`clipjax plan`: what a run needs and does on chips that need not be there."""
+    """`clipjax plan`: memory, traffic and estimated time of a run on chips that need not be present."""
     if (run := _configured(args, "--topology T")) is None:
         return 0
     from clipjax.plan import command
@@ -220,14 +220,14 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def bench_loss(args: argparse.Namespace) -> None:
-    """`clipjax bench loss`: what streaming costs and saves."""
+    """`clipjax bench loss`: the streamed losses beside dense ones."""
     from clipjax.bench.loss import run
 
     run(args)
 
 
 def bench_step(args: argparse.Namespace) -> int:
-    """`clipjax bench step`: how long a run's step takes on the devices here."""
+    """`clipjax bench step`: how long a run's train step takes on the devices of this machine."""
     if (run := _configured(args)) is None:
         return 0
     from clipjax import distributed
@@ -238,7 +238,7 @@ def bench_step(args: argparse.Namespace) -> int:
 
 
 def bench_input(args: argparse.Namespace) -> None:
-    """`clipjax bench input`: how fast a run's batches are made here."""
+    """`clipjax bench input`: how fast this machine makes a run's batches."""
     if (run := _configured(args)) is None:
         return
     from clipjax.bench import input as reading
@@ -247,7 +247,7 @@ def bench_input(args: argparse.Namespace) -> None:
 
 
 def data_prepare(args: argparse.Namespace) -> None:
-    """`clipjax data prepare`: builds a dataset, unless it is there, and tells its folder."""
+    """`clipjax data prepare`: builds a dataset, unless it exists, and prints its folder."""
     from clipjax.data.emoji import prepare_emoji
     from clipjax.data.tfds_source import data_dir
 
@@ -255,7 +255,7 @@ def data_prepare(args: argparse.Namespace) -> None:
 
 
 def data_inspect(args: argparse.Namespace) -> None:
-    """`clipjax data inspect`: figures to read and pictures to look at."""
+    """`clipjax data inspect`: prints statistics of a dataset and draws a contact sheet."""
     from clipjax.data.inspect import describe, inspect
     from clipjax.data.tokenizer import Tokenizer
 

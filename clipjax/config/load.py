@@ -26,8 +26,8 @@ _neighbours: set[str] = set()  # names of the modules that the latest config fil
 def load_config(path: str) -> Run:
     """What the `config()` of a Python file returns. `path` may also be the NAME of a packaged config.
 
-    The file can import its neighbours: its folder is first on sys.path while it is loaded. Raises ConfigError where there is no
-    such file, or it fails.
+    The file can import its neighbours: its folder is first on sys.path while it is loaded. Raises ConfigError if there is no such
+    file, or if it raises.
     """
     file = config_path(path).absolute()  # as tracebacks name it
     require(file.is_file(), "CONFIG.py", path, "is not a file; `clipjax configs` lists those that come with clipjax")
@@ -38,7 +38,7 @@ def load_config(path: str) -> Run:
             run = module.config()
     except ConfigError:
         raise
-    except Exception as error:  # whatever the file may raise
+    except Exception as error:  # the file can raise anything
         numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         if isinstance(error, SyntaxError) and error.filename == str(file):
             numbers.append(error.lineno)
@@ -52,7 +52,8 @@ def _execute(file: Path) -> ModuleType:
     """The module of a config file. It stays in sys.modules, where pydantic and `inspect` look up a class that it defines."""
     name = _module_name(file)
     spec = importlib.util.spec_from_file_location(name, file)
-    require(spec is not None and spec.loader is not None, "CONFIG.py", str(file), "is not a Python file")
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"CONFIG.py = {str(file)!r}: is not a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -65,7 +66,7 @@ def _module_name(file: Path) -> str:
 
 @contextlib.contextmanager
 def _neighbours_of(file: Path) -> Iterator[None]:
-    """Lets a config file import what lies in its folder.
+    """Lets a config file import the modules of its folder.
 
     The next config file starts without these modules: its own folder may hold others of the same names.
     """
@@ -74,7 +75,7 @@ def _neighbours_of(file: Path) -> Iterator[None]:
     _neighbours.clear()
     folder, before = file.resolve().parent, {*sys.modules, _module_name(file)}
     sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()  # a neighbour may be newer than what Python remembers of the folder
+    importlib.invalidate_caches()  # Python's list of the folder may be older than a neighbour
     try:
         yield
     finally:
@@ -91,30 +92,30 @@ def _lies_in(module: ModuleType, folder: Path) -> bool:
 
 
 def override(run: Run, args: Sequence[str], prog: str) -> Run:
-    """`run` with `--any.field VALUE ...`; rules by parameter name are set in the file only.
+    """`run` with the options `--any.field VALUE ...`. Rules by parameter name can be set in the file only.
 
-    Raises ConfigError for an unknown field, naming the nearest, and for an impossible value; an ill-typed one exits with 2.
+    Raises ConfigError for an unknown field, with the nearest one, and for an impossible value. Exits with 2 for a wrong type.
     """
     import tyro
 
     rules = run.optim.rules
-    run = replace(run, optim=replace(run.optim, rules=()))  # tyro makes no option of what is empty
+    run = replace(run, optim=replace(run.optim, rules=()))  # tyro makes no options of an empty tuple
     fields = [name for name, _, value in (line.partition(" = ") for line in lines(run)) if value != "()"]
     for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
         name = option.removeprefix("--").replace("-", "_")
-        require(not name.startswith("optim.rules"), "optim.rules", option, "rules are set in CONFIG.py, not here")
+        require(not name.startswith("optim.rules"), "optim.rules", option, "rules are set in CONFIG.py, not by options")
         if name not in (*fields, "help"):
             nearest = difflib.get_close_matches(name, fields, 1, cutoff=0)[0]
             raise ConfigError(f"{option}: there is no such field; the nearest is --{nearest} (`{prog} --help` lists all)")
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             run = tyro.cli(Run, default=run, args=list(args), prog=prog, config=options, registry=_registry())
     except SystemExit as stop:
-        if refusal := _refusal(stop):
-            raise refusal from None
-        print(said.getvalue(), end="", file=sys.stderr)
+        if cause := _config_error(stop):
+            raise cause from None
+        print(printed.getvalue(), end="", file=sys.stderr)
         raise
     return replace(run, optim=replace(run.optim, rules=rules))
 
@@ -135,8 +136,8 @@ def _registry() -> "ConstructorRegistry":
     return registry
 
 
-def _refusal(stop: BaseException | None) -> ConfigError | None:
-    """The ConfigError of a __post_init__ that led to `stop`; tyro says it in a box, broken over lines, and with another name."""
+def _config_error(stop: BaseException | None) -> ConfigError | None:
+    """The ConfigError of a __post_init__ that led to `stop`. tyro would print it in a box, with line breaks and another name."""
     while stop is not None and not isinstance(stop, ConfigError):
         stop = stop.__context__
     return stop
