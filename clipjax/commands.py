@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import zlib
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import clipjax
 from clipjax import config
@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     from clipjax.evals.loaded import Loaded
 
 
+def _wrong_use(args: argparse.Namespace, message: str) -> NoReturn:
+    """Prints the command's usage and the message, and exits with 2."""
+    parser: argparse.ArgumentParser = args.parser
+    parser.error(message)
+
+
 def _configured(args: argparse.Namespace, needed: str = "") -> config.Run | None:
     """The run of CONFIG.py|NAME, with the options that name its fields. None if the user asked for --help without a config."""
     if args.config is None:
         if not args.help:
-            args.parser.error("CONFIG.py is needed, or a NAME that `clipjax configs` lists")
+            _wrong_use(args, "CONFIG.py is needed, or a NAME that `clipjax configs` lists")
         args.parser.print_help()
         return None
     rest = ["--help"] if args.help else args.rest
@@ -46,7 +52,7 @@ def train(args: argparse.Namespace) -> None:
     if (run := _configured(args, "--workdir RUN")) is None:
         return
     if args.workdir is None:
-        args.parser.error("--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
+        _wrong_use(args, "--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
     from clipjax import build, distributed, sharding
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators
@@ -157,7 +163,7 @@ def caption(args: argparse.Namespace) -> None:
     sampling, search = given("temperature", "top_k", "top_p", "seed"), given("beams", "alpha")
     if sampling and search:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sampling)
-        args.parser.error(f"{names}: only for sampled captions; --beams and --alpha are for beam search")
+        _wrong_use(args, f"{names}: only for sampled captions; --beams and --alpha are for beam search")
     decoding = Sample(**sampling) if sampling else Beam(**search) if search else GREEDY
     model = _load(args)
     pairs = zip(args.images, model.captions(args.images, decoding), strict=True)
