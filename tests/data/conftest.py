@@ -14,14 +14,14 @@ IMAGES = 41
 
 @pytest.fixture(scope="session")
 def emoji_dir(tmp_path_factory):
-    """A tfds data_dir that holds the whole of emoji."""
+    """A tfds data_dir that holds all of emoji."""
     folder = tmp_path_factory.mktemp("tfds")
     prepare_emoji(folder)
     return folder
 
 
 @pytest.fixture
-def emoji_here(emoji_dir, monkeypatch):
+def emoji_dataset(emoji_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(emoji_dir))
     return emoji_dir
 

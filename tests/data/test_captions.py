@@ -52,12 +52,12 @@ def test_near_duplicates_share_an_id(one, other):
 
 
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
-def test_others_do_not(one, other):
+def test_different_captions_do_not_share_an_id(one, other):
     assert normalise(one) != normalise(other)
     assert caption_id(one) != caption_id(other)
 
 
-def test_captions_without_a_word_stay_apart():
+def test_captions_without_a_word_stay_different():
     assert len({caption_id(text) for text in EMPTY}) == len(EMPTY)
     assert caption_id(" ... ") == caption_id("…")  # alike but for white space and width
     assert all(normalise(text) for text in EMPTY if text)
@@ -71,7 +71,7 @@ def test_normal_form_is_stable():
         assert normalise(once) == once, hex(ord(text[len(text) // 2]))
 
 
-def test_names_of_emoji_keep_their_ids_apart():
+def test_names_of_emoji_have_different_ids():
     """In every language, and the emoji themselves as captions."""
     package.config.load_language()
     known = {s: names for s, names in package.EMOJI_DATA.items() if names["status"] == package.STATUS["fully_qualified"]}
@@ -83,7 +83,7 @@ def test_names_of_emoji_keep_their_ids_apart():
 
 
 def test_id_is_an_int32_and_the_same_in_every_process():
-    """Pinned: a run that is resumed, on any machine, must find the ids it had."""
+    """Pinned: a run that is resumed, on any machine, must compute the same ids."""
     ids = [caption_id(text) for text in ("a dog", "नमस्ते", "", "\ud800")]
     assert ids == [211330204, 543612987, 154724242, 476916723]
     code = "from clipjax.data.captions import caption_id as c; print(c('a dog'), c('नमस्ते'), c(''), c('\\ud800'))"
@@ -108,7 +108,7 @@ def test_draws():
     assert (np.abs(counts - 400) < 5 * np.sqrt(400 * 11 / 13)).all()  # each of the 13 others in 2 of 13 draws
 
 
-def test_one_of_several_is_drawn_as_it_always_was():
-    """The stream of a run that was begun before there was data.captions_per_image."""
+def test_one_of_several_is_chosen_as_in_earlier_versions():
+    """The same stream as in runs from before data.captions_per_image existed."""
     ours, plain = np.random.default_rng(7), np.random.default_rng(7)
     assert [choose(5, 1, ours)[0] for _ in range(20)] == [int(plain.integers(5)) for _ in range(20)]

@@ -19,12 +19,12 @@ COUPLE = "1f469-1f3ff-200d-2764-fe0f-200d-1f469-1f3fb"
 
 
 @pytest.fixture
-def train(emoji_here):
+def train(emoji_dataset):
     return open_source(config.Data(split="train"))
 
 
 @pytest.fixture
-def test(emoji_here):
+def test(emoji_dataset):
     return open_source(config.Data(split="test"))
 
 
@@ -43,7 +43,7 @@ def keys(source):
 
 
 def test_counts(train, test):
-    """Those of DESIGN, with the font and the names that they were counted with."""
+    """With the font and the names of these versions."""
     if emoji.sources(emoji.find_font()) == {"font": "Noto Color Emoji 2.042", "emoji": "2.16.0"}:
         assert (len(train), len(test)) == (3426, 363)
     assert len(train) > 3000
@@ -63,7 +63,7 @@ def test_no_leak_from_train_to_test(train, test):
 
 
 def test_test_combines_what_train_has_seen(train, test):
-    """Nearly every word of a test name is in a training name, and no name whole."""
+    """Nearly every word of a test name is in a training name, and no full name is."""
     words = {w for c in train.captions() for w in c.split()}
     assert all(w in words for c in test.captions() for w in c.split())
 
@@ -85,7 +85,7 @@ def test_classes_are_the_names_of_both_splits(train, test):
         assert all(source.classnames[source.record(i).label] == source.record(i).captions[0] for i in range(0, len(source), 7))
 
 
-def test_captions_in_all_languages(emoji_here):
+def test_captions_in_all_languages(emoji_dataset):
     source = open_source(config.Data(split="test", text_field="captions"))
     captions = source.record(keys(source).index(COUPLE)).captions
     assert len(captions) == len(emoji.LANGUAGES) == 14
@@ -102,7 +102,7 @@ def test_language_without_a_name_gets_the_english_one(monkeypatch):
 
 
 def test_one_glyph_only(train, test):
-    """What the font lacks (empty) or draws as several images (wider) is left out."""
+    """A sequence that the font lacks (empty) or draws as several glyphs (wider) is left out."""
     known = {*keys(train), *keys(test)}
     face = emoji.find_font().face
     for sequence, data in package.EMOJI_DATA.items():
@@ -132,7 +132,7 @@ def test_prepare_is_done_once_and_again_when_the_package_changes(few, monkeypatc
 
 
 def test_another_process_was_first(few, monkeypatch):
-    """Two hosts with one file system build at once: the second finds the dataset there and lets it be."""
+    """Two hosts that share a file system build at once: the second finds the dataset and does not replace it."""
     rename, first = Path.rename, []
 
     def after_the_other(self, target):
@@ -168,7 +168,7 @@ def test_missing_font(monkeypatch, tmp_path):
         open_source(config.Data())
 
 
-def test_dataset_needs_no_font_once_it_is_there(emoji_here, monkeypatch, caplog):
+def test_a_built_dataset_needs_no_font(emoji_dataset, monkeypatch, caplog):
     monkeypatch.setattr(Path, "rglob", lambda *_: [])
     assert len(open_source(config.Data(split="test"))) > 300
     assert not caplog.records

@@ -74,7 +74,7 @@ def test_a_large_dataset_is_sampled(images_tsv, tmp_path, monkeypatch):
     assert "the figures below are of 11, evenly spread" in describe(report)
 
 
-def test_contact_sheet_shows_the_images(emoji_here, tmp_path):
+def test_contact_sheet_shows_the_images(emoji_dataset, tmp_path):
     data = Data(split="test")
     inspect(data, None, tmp_path / "one.png")
     inspect(data, None, tmp_path / "two.png")
@@ -94,7 +94,7 @@ def test_contact_sheet_shows_the_images(emoji_here, tmp_path):
             assert np.median(text) == 255
 
 
-def test_long_captions_are_cut():
+def test_long_captions_are_shortened():
     font = sheets.ImageFont.load_default(13)
     lines = sheets._wrap("a very long caption " * 20, font)
     assert len(lines) == sheets.LINES

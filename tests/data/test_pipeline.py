@@ -92,7 +92,7 @@ def test_order_and_augmentation_are_functions_of_the_seed(batches):
 
 
 def test_epochs(batches, tokenizer):
-    """41 images, batches of 8: five whole batches an epoch without a repetition, each epoch in another order and with
+    """41 images, batches of 8: five full batches an epoch without a repetition, each epoch in another order and with
     other augmentations."""
     seen = [numbers(batch, tokenizer) for batch in batches(20)]
     epochs = [list(itertools.chain(*seen[i : i + 5])) for i in range(0, 20, 5)]
@@ -102,7 +102,7 @@ def test_epochs(batches, tokenizer):
     assert set(itertools.chain(*epochs)) == set(range(IMAGES))  # what one epoch leaves out, another has
 
 
-def test_each_visit_is_augmented_anew(batches, tokenizer):
+def test_each_visit_is_augmented_differently(batches, tokenizer):
     images = {}
     for batch in batches(20):
         for number, image in zip(numbers(batch, tokenizer), batch["image"], strict=True):
@@ -183,7 +183,7 @@ def test_several_captions_on_any_workers_hosts_and_from_any_step(batches, severa
     assert not np.array_equal(batches(1, seed=1, **chosen)[0]["text"], straight[0]["text"])
 
 
-def test_fewer_captions_come_again_in_turn(batches, tokenizer, several):
+def test_fewer_captions_are_repeated_in_turn(batches, tokenizer, several):
     for batch in batches(2, batch_size=12, source=several, captions_per_image=5):
         five = shown(batch, tokenizer)
         for i, captions in zip(batch["index"], five, strict=True):
@@ -197,7 +197,7 @@ def test_fewer_captions_come_again_in_turn(batches, tokenizer, several):
         batches(1, batch_size=2, source=few, captions_per_image=3)
 
 
-def test_captions_cut_are_counted_one_by_one(batches, several):
+def test_truncated_captions_are_counted_one_by_one(batches, several):
     short = Tokenizer.train(["number"], 265, lowercase=True, length=5)  # room for one digit
     (batch,) = batches(1, batch_size=12, source=several, captions_per_image=5, text=short)
     assert batch["truncated"][:, 1:].all()
@@ -216,7 +216,7 @@ def test_ids_of_main_captions(batches, several):
         assert len(set(seen.values())) == 11
 
 
-def test_a_stand_in_brings_its_own_id(batches, images_tsv, tmp_path):
+def test_a_replacement_has_its_own_id(batches, images_tsv, tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes() if i else b"torn")
     source = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, [(f'{i}.png', f'number {i}') for i in range(4)])}"))
@@ -226,7 +226,7 @@ def test_a_stand_in_brings_its_own_id(batches, images_tsv, tmp_path):
     assert len(set(ids.values())) == 3
 
 
-def test_emojis_languages(emoji_here):
+def test_emojis_languages(emoji_dataset):
     """With a tokenizer trained on all of them, each column of all fourteen is one language."""
     data = Data(split="test", text_field="captions", captions_per_image=14, ids="caption", workers=2)
     source = open_source(data)
@@ -248,7 +248,7 @@ def test_truncation_is_counted(batches, images_tsv):
     assert (batch["text"][:, -1] == short.end_id).all()
 
 
-def test_unreadable_images_travel_as_replaced(batches, images_tsv, tokenizer, caplog):
+def test_unreadable_images_are_marked_as_replaced(batches, images_tsv, tokenizer, caplog):
     folder = images_tsv.parent / "damaged"
     folder.mkdir()
     for i in range(10):
@@ -302,7 +302,7 @@ def evaluate(data, batch_size=16, **where):
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop"])
-def test_evaluation_is_whole_in_order_and_plain(data, resize):
+def test_evaluation_is_complete_in_order_and_not_augmented(data, resize):
     data = config.Data(**(vars(data) | {"resize": resize}))
     seen = evaluate(data)
     assert [b["image"].shape for b in seen] == [(16, SIZE, SIZE, 3)] * 3
@@ -341,7 +341,7 @@ def test_eval_captions(tmp_path):
     assert owner.dtype == np.int32
 
 
-def test_emoji_labels(emoji_here):
+def test_emoji_labels(emoji_dataset):
     data = Data(split="test", workers=2)
     source = open_source(data)
     with eval_batches(source, data, image_size=32, batch_size=256) as iterator:

@@ -110,7 +110,7 @@ def test_captions_nested_as_in_coco(toy):
 
 
 def test_sequence_of_sequences(toy):
-    """tfds needs TensorFlow to write one, so the record is made here as tfds would: values and row lengths apart."""
+    """tfds needs TensorFlow to write one, so the record is made here as tfds would: values and row lengths in two features."""
     source = toy({"texts": (FEATURES.Sequence(FEATURES.Text()), lambda i: ["a"])})
     record = tf_example_pb2.Example.FromString(source._records[0])
     texts = record.features.feature.pop("texts").bytes_list.value
@@ -174,7 +174,7 @@ def test_can_be_pickled_and_read_by_threads(toy):
         (dict(image_field="a"), r"data.image_field = 'a': choose one image field of tfds:toy/train; there are image \(Image"),
     ],
 )
-def test_what_is_not_there(toy, fields, message):
+def test_missing_datasets_splits_and_fields(toy, fields, message):
     toy({"a": TEXT, "b": TEXT}, text_field="a")
     with pytest.raises(ConfigError, match=message):
         open_source(config.Data(**({"spec": "tfds:toy"} | fields)))
@@ -272,14 +272,14 @@ TITLES = {  # as they stand in the file -> as they are read
 }
 
 
-def test_a_quote_in_a_tsv_swallows_no_rows(tmp_path):
+def test_a_quote_in_a_tsv_hides_no_rows(tmp_path):
     path = write_tsv(tmp_path, [(f"{i}.png", title) for i, title in enumerate(TITLES)])
     assert list(open_source(config.Data(spec=f"tsv:{path}")).captions()) == list(TITLES.values())
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
     assert list(open_source(config.Data(spec=f"tsv:{path}")).captions()) == list(TITLES.values())
 
 
-def test_names_tell_the_split_where_there_is_one(toy, images_tsv):
+def test_names_include_the_split_if_there_is_one(toy, images_tsv):
     assert toy({"caption": TEXT}, split="train[:4]").name == "tfds:toy/train[:4]"
     for split in ("train", "test"):
         assert open_source(config.Data(spec=f"tsv:{images_tsv}", split=split)).name == f"tsv:{images_tsv}"
@@ -326,7 +326,7 @@ def test_examples_without_a_caption_are_replaced_too(toy):
     assert all(e.captions == (str(np.asarray(e.image)[0, 0, 0] // 20),) for e in examples)
 
 
-def test_examples_without_a_image_and_torn_records_are_replaced_too(toy, caplog):
+def test_examples_without_an_image_and_torn_records_are_replaced_too(toy, caplog):
     source = toy({"caption": TEXT, "label": LABEL})
     bare, torn = (tf_example_pb2.Example.FromString(source._records[i]) for i in (2, 5))
     caption = bare.features.feature["caption"].bytes_list.value[0].decode()
@@ -348,8 +348,8 @@ def test_examples_without_a_image_and_torn_records_are_replaced_too(toy, caplog)
     assert len(list(source)) == 10  # the sequence has an end
 
 
-def test_a_bad_example_keeps_no_exception_alive(damaged, monkeypatch):
-    """An exception holds its frames, and a frame the image that was being read."""
+def test_a_bad_example_keeps_no_exception_in_memory(damaged, monkeypatch):
+    """An exception holds its frames, and a frame holds the image that was being read."""
     large = []
 
     def fail(source, min_side=None):

@@ -48,7 +48,7 @@ def batches(source, tokenizer, data, n=6, **where):
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_each_example_brings_its_teachers_rows(source, tokenizer, whole, images_tsv, kind):
+def test_each_example_has_its_teachers_rows(source, tokenizer, whole, images_tsv, kind):
     image, text = vectors()
     data = Data(spec=f"tsv:{images_tsv}", teacher=whole, workers=2, worker_kind=kind)
     for batch in batches(source, tokenizer, data):
@@ -57,7 +57,7 @@ def test_each_example_brings_its_teachers_rows(source, tokenizer, whole, images_
         np.testing.assert_array_equal(batch["teacher_text"], text[batch["index"]])
 
 
-def test_none_is_asked_for(source, tokenizer, images_tsv):
+def test_a_run_without_a_teacher(source, tokenizer, images_tsv):
     (batch,) = batches(source, tokenizer, Data(spec=f"tsv:{images_tsv}", workers=1), 1)
     assert not {"teacher_image", "teacher_text"} & batch.keys()
 
@@ -97,13 +97,13 @@ def test_arrays_are_what_numpy_reads(write, save):
 
 
 def test_an_unreadable_image_needs_no_row(tokenizer, images_tsv, tmp_path, write):
-    """`clipjax embed` leaves it out; its stand-in brings rows of its own."""
+    """`clipjax embed` leaves it out; its replacement has rows of its own."""
     for i in range(10):
         (tmp_path / f"{i}.png").write_bytes((images_tsv.parent / f"{i}.png").read_bytes() if i != 6 else b"torn")
     data = Data(spec=f"tsv:{write_tsv(tmp_path, [(f'{i}.png', f'number {i}') for i in range(10)])}", workers=1)
     image, text = vectors(10)
-    there = [i for i in range(10) if i != 6]
-    path = write(image=image[there], text=text[there], key=[f"{i}.png" for i in there])
+    readable = [i for i in range(10) if i != 6]
+    path = write(image=image[readable], text=text[readable], key=[f"{i}.png" for i in readable])
     source = open_source(data)
     for batch in batches(source, tokenizer, Data(spec=data.spec, teacher=path, workers=1), 2):
         shown = np.array([int(tokenizer.decode(row).split()[1]) for row in batch["text"]])
@@ -138,7 +138,7 @@ def test_a_file_of_other_data_is_refused(source, tokenizer, images_tsv, write, a
         batches(source, tokenizer, Data(spec=f"tsv:{images_tsv}", teacher=path))
 
 
-def test_a_file_that_is_none(source, tmp_path):
+def test_a_file_that_is_no_npz(source, tmp_path):
     with pytest.raises(ConfigError, match=r"no\.npz': there is no such file; write it with `clipjax embed RUN --data SPEC"):
         Teacher(str(tmp_path / "no.npz"), source)
     np.save(tmp_path / "one.npy", vectors()[0])

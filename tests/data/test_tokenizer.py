@@ -22,7 +22,7 @@ def test_special_ids():
 
 
 def test_pinned_ids():
-    """They are in every exported model: a change of library or of code must not change them unseen."""
+    """Every exported model holds them: no change of a library or of the code may change them unnoticed."""
     ids, truncated = train().encode(["red apple", "Green  apples"])
     assert ids.tolist() == [
         [1, 260, 267, 279, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -80,7 +80,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_agrees_with_the_library_alone(tmp_path):
-    """transformers and open_clip truncate and pad with the library's own means."""
+    """transformers and open_clip truncate and pad with the library's own functions."""
     trained = train(length=7)
     trained.save(tmp_path / "tokenizer.json")
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Captions of a dataset against its own: metrics by hand, perplexity in float64, and the same figures on every mesh."""
+"""Generated captions compared with a dataset's own: metrics by hand, perplexity in float64, the same results on every mesh."""
 
 import dataclasses
 import io
@@ -58,7 +58,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def toy(images):
-    """Ten images: of the fifth there is no file, the third has two captions."""
+    """Ten images: the fifth can't be read, the third has two captions."""
     return InMemory(images, [[w] + ["a photo"] * (i == 2) for i, w in enumerate(WORDS[:10])])
 
 
@@ -88,7 +88,7 @@ def test_images_that_can_be_read_have_captions_of_their_own(found):
 
 
 @pytest.mark.parametrize(("mesh", "batch"), [("8", 16), ("2x2x2", 4)])
-def test_neither_devices_nor_batches_nor_padding_change_the_figures(toy, params, found, mesh, batch):
+def test_devices_batches_and_padding_do_not_change_the_metrics(toy, params, found, mesh, batch):
     other = Captioning(Encoder(COCA, mesh_of(mesh), batch), TOKENIZER, toy, Data(workers=1)).run(params)
     assert other.captions == found.captions
     assert other.metrics == pytest.approx(found.metrics, rel=1e-6)
@@ -118,7 +118,7 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary(on_one, params):
     assert on_one.run(even).metrics["perplexity"] == pytest.approx(COCA.text.vocab_size, rel=1e-6)
 
 
-def test_what_the_model_writes_is_right_where_it_is_the_reference(on_one, params, found):
+def test_a_generated_caption_is_correct_if_it_is_a_reference(on_one, params, found):
     own = [[found.captions.get(i, "none")] for i in range(10)]
     assert of(on_one, own).run(params).metrics | {"perplexity": None, "cider": None} == pytest.approx(
         {"exact_match": 1, "perplexity": None, "bleu": 100, "chrf": 100, "cider": None}
@@ -134,7 +134,7 @@ def test_without_a_caption_in_the_dataset_there_is_nothing_to_measure(on_one, pa
         of(on_one, [[]] * 10).run(params)
 
 
-def test_a_reference_counts_as_the_tokenizer_gives_it_back(on_one):
+def test_a_reference_counts_as_the_tokenizer_decodes_it(on_one):
     long = "fox " * 40
     accepted = of(on_one, [["One oʼclock"], [long]] + [["x"]] * 8)._accepted
     assert accepted[0] == ["One oʼclock", "one o'clock"]
@@ -143,7 +143,7 @@ def test_a_reference_counts_as_the_tokenizer_gives_it_back(on_one):
     assert TOKENIZER.encode([long])[1].all()
 
 
-def test_exact_match_looks_past_case_and_punctuation():
+def test_exact_match_ignores_case_and_punctuation():
     wanted = [["Man: dark skin tone", "a man"], ["keycap #"], ["x"]]
     assert metrics.exact_match(["man dark  skin tone", "keycap *", "x"], wanted) == pytest.approx(2 / 3)
     assert metrics.exact_match(["A man!", "Keycap: #", ""], wanted) == pytest.approx(2 / 3)
@@ -173,7 +173,7 @@ def test_cider_by_hand():
     assert metrics.cider(["a b", "a c"], [["a b"], ["a c"]]) == pytest.approx(10 * 2 / 4)  # `a` is of both and weighs nothing
 
 
-def test_what_is_not_installed_is_null(on_one, params, found, toy, monkeypatch, caplog):
+def test_a_metric_without_its_package_is_none(on_one, params, found, toy, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     with caplog.at_level(logging.WARNING):
@@ -222,7 +222,7 @@ def test_in_training(tsv, params, tmp_path, capsys):
     np.testing.assert_array_equal(np.asarray(Image.open(file)), found["samples"])
 
 
-def test_what_can_not_be_is_refused_before_training(tsv, monkeypatch):
+def test_what_is_impossible_is_refused_before_training(tsv, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.decoder = None: only a model with a captioning head"):
         make_evaluators(run_of(tsv, MODEL), mesh_of("1"), TOKENIZER)
     with pytest.raises(ConfigError, match=r"evals\.samples = -1"):

@@ -26,7 +26,7 @@ def sphere(n, d, seed=0):
 
 
 def offset(a, n, d, noise, seed=0):
-    """Centred pairs z, w, moved apart by 2a along an axis of their own."""
+    """Centred pairs z, w, shifted by 2a along an axis of their own."""
     z = sphere(n // 2, d, seed)
     w = unit(z + noise * sphere(n // 2, d, seed + 1))
     z, w = np.concatenate([z, -z]), np.concatenate([w, -w])
@@ -103,7 +103,7 @@ def test_the_offset_is_what_is_measured():
     assert found["uniformity_image"] > closed["uniformity_image"] + 0.3
 
 
-def test_a_cone_costs_rank_until_the_mean_is_taken_off():
+def test_a_cone_lowers_rankme_unless_it_is_centred():
     cone, ball = (g.geometry(*offset(a, 1000, 32, noise=0.5)) for a in (0.8, 0))
     assert cone["rankme_image"] < ball["rankme_image"] - 4
     assert cone["rankme_centred_image"] == pytest.approx(ball["rankme_centred_image"], abs=1e-3)
@@ -112,12 +112,12 @@ def test_a_cone_costs_rank_until_the_mean_is_taken_off():
 def test_relative_modality_gap_against_all_pairs():
     x, y = offset(0.2, 40, 6, noise=1.0)
 
-    def apart(a, b):
+    def distance(a, b):
         return (1 - a @ b.T) / 2
 
     off = ~np.eye(40, dtype=bool)
-    within = (apart(x, x)[off].mean() + apart(y, y)[off].mean()) / 2
-    between = np.diagonal(apart(x, y)).mean()
+    within = (distance(x, x)[off].mean() + distance(y, y)[off].mean()) / 2
+    between = np.diagonal(distance(x, y)).mean()
     assert g.relative_modality_gap(x, y) == pytest.approx(between / (between + within), rel=1e-13)
     assert g.relative_modality_gap(x, x) == pytest.approx(0, abs=1e-15)
     assert g.relative_modality_gap(sphere(4000, 64), sphere(4000, 64, 1)) == pytest.approx(0.5, abs=0.01)
@@ -144,7 +144,7 @@ def test_logistic_regression_is_at_its_optimum(c):
     np.testing.assert_allclose(g.logistic_regression(z, label, c), newton(z, label, c), atol=2e-5)
 
 
-def test_separability_of_what_is_mixed_and_what_is_apart():
+def test_separability_of_mixed_and_of_separate_clouds():
     mixed = g.linear_separability(sphere(5000, 32), sphere(5000, 32, 1))
     assert mixed == pytest.approx(0.5, abs=0.03)
     assert g.linear_separability(sphere(5000, 32), sphere(5000, 32, 1)) == mixed  # the same fifth
@@ -153,8 +153,8 @@ def test_separability_of_what_is_mixed_and_what_is_apart():
     assert g.linear_separability(x, y) == 1  # of 6 pairs 2 are held out
 
 
-def test_a_pair_is_held_out_whole():
-    """With few pairs in many dimensions, what is learned by heart of one side of a pair must not be asked of the other."""
+def test_both_sides_of_a_pair_are_held_out():
+    """With few pairs in many dimensions a classifier memorises one side of a pair. It must not be tested on the other side."""
     x = sphere(100, 256)
     assert g.linear_separability(x, x) == 0.5
     y = unit(x + 0.05 * sphere(100, 256, 1))

@@ -17,7 +17,7 @@ from tests.evals.tiny import MODEL, TOKENIZER, WORDS
 
 
 @pytest.mark.parametrize(
-    ("trained", "here"),
+    ("trained", "available"),
     [
         ((-1, 1, 1), (8, 1, 1)),
         ((-1, 4, 1), (2, 4, 1)),
@@ -28,15 +28,15 @@ from tests.evals.tiny import MODEL, TOKENIZER, WORDS
         ((-1, 16, 1), (8, 1, 1)),
     ],
 )
-def test_the_mesh_is_that_of_training_where_it_fits(trained, here):
+def test_the_mesh_is_that_of_training_where_it_fits(trained, available):
     assert tuple(mesh_for(config.Mesh(**dict(zip(("data", "fsdp", "tensor"), trained, strict=True)))).shape.values()) == (
         1,
-        *here,
+        *available,
     )
 
 
 def test_a_run_is_loaded_in_shards(tmp_path):
-    """What takes fsdp and tensor to train takes them to evaluate; the vectors are those of a single axis."""
+    """A model that is trained with fsdp and tensor is evaluated with them. The vectors are those of a single axis."""
     run = config.Run(model=MODEL, mesh=config.Mesh(fsdp=2, tensor=2), train=config.Train(steps=3000))
     mesh = make_mesh(run.mesh)
     state = initial_state(run, make_optimizer(run.optim, 3000, jax.eval_shape(lambda: clip.init(MODEL, 0))), mesh)

@@ -16,7 +16,7 @@ def unit(x):
 
 
 def batches(z, index, mesh, size):
-    """As the encoder leaves them: padded to whole batches, each divided over the devices. Padding is the worst: a copy."""
+    """As the encoder gives them: padded to full batches, each sharded over the devices. The padding is a copy, the worst case."""
     pad = -len(z) % size
     z = np.concatenate([z, np.repeat(z[:1], pad, 0)]).astype(np.float32)
     index = np.concatenate([index, np.full(pad, -1)]).astype(np.int32)
@@ -75,7 +75,7 @@ def test_which_is_which():
     assert found["text_retrieval_recall@1"] == pytest.approx(1)  # image -> text: each has its caption nearest
 
 
-def test_any_caption_counts_and_the_others_do_no_harm():
+def test_any_caption_counts_and_the_others_change_nothing():
     images = np.eye(16)[:12]
     texts = np.repeat(images, 5, 0)
     texts[::5] = np.eye(16)[15]  # one of five is hopeless
@@ -128,7 +128,7 @@ def test_rounding_is_a_tie_and_a_difference_is_not():
 
 
 def test_no_device_holds_the_matrix():
-    """Compiled for 8 devices: memory grows with the rows, far below the share of the whole matrix."""
+    """Compiled for 8 devices: memory grows with the rows, far below the share of the full matrix."""
     mesh = mesh_of("8")
     rows = NamedSharding(mesh, P(None, BATCH))
 

@@ -11,6 +11,7 @@ from clipjax.evals.embed import embed, write_npz
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.report import report, write_json
 from clipjax.evals.retrieval import Retrieval
+from clipjax.evals.table import EVALUATIONS
 from clipjax.evals.training import make_evaluators
 from clipjax.evals.zeroshot import Zeroshot
 from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, tokenize
@@ -56,6 +57,7 @@ def test_evaluators_equal_the_dense_reference(run, model, params, images, mesh):
     want = {f"image_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_image, strict=True)}
     want |= {f"text_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_text, strict=True)}
     assert retrieval.run(params, 100) == pytest.approx(want, abs=1e-12)
+    assert want.keys() == set(config.Retrieval.metrics)
 
     classes = np.asarray(model.encode_text(jnp.asarray(tokenize(WORDS))))
     labels = np.array([i % 9 for i in READABLE])
@@ -64,6 +66,15 @@ def test_evaluators_equal_the_dense_reference(run, model, params, images, mesh):
     assert found["acc1"] == pytest.approx(top1, abs=1e-12)
     assert found["acc5"] == pytest.approx(top5, abs=1e-12)
     assert found == zeroshot.run(params, 200)  # the second time from memory
+    assert found.keys() == set(config.Zeroshot.metrics)
+
+
+def test_every_evaluation_of_clipjax_has_its_class():
+    own = {member.config for member in config.TrainingEvaluation.members.values() if member.source is None}
+    assert EVALUATIONS.keys() == own
+    fewer = {c: evaluation for c, evaluation in EVALUATIONS.items() if c is not config.Geometry}
+    with pytest.raises(TypeError, match="classes of TrainingEvaluation that nothing is bound to: Geometry"):
+        config.TrainingEvaluation.bind(fewer)
 
 
 def test_cadence_and_names(run, tsv):
@@ -74,7 +85,7 @@ def test_cadence_and_names(run, tsv):
     assert [s for s in range(1, 501) if retrieval.due(s)] == [100, 200, 300, 400, 500]
 
 
-def test_in_training_there_is_no_null(run, params, tsv):
+def test_in_training_no_metric_is_none(run, params, tsv):
     (tsv / "four.tsv").write_text(f"filepath\ttitle\n0.png\t{WORDS[0]}\n2.png\t{WORDS[2]}\n")
     (tsv / "four.txt").write_text("\n".join(WORDS[:4]) + "\n")
     encoder = Encoder(MODEL, mesh_of("1"), 4)
@@ -102,7 +113,7 @@ def test_geometry_in_training_has_metrics_and_a_plot_a_step(run, params, tmp_pat
     assert len(list((tmp_path / "geometry").iterdir())) == 2
 
 
-def test_what_can_not_be_had_is_refused_before_training(run):
+def test_what_can_not_be_read_is_refused_before_training(run):
     for evals, match in (
         (config.Zeroshot(data=run.data.spec), "has none of its own: give a file"),
         (config.Zeroshot(data=run.data.spec, classnames="nowhere"), "classnames = 'nowhere'"),
