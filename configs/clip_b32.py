@@ -15,11 +15,11 @@ from clipjax.config import Augment, Cosine, Data, ImageTower, Model, Optim, Run,
 
 def config() -> Run:
     return Run(
-        # The paper's one augmentation is a square crop; how much of it to take, it does not say: open_clip takes 0.9 to 1.
+        # The paper's only augmentation is a random square crop. It does not say of which area; open_clip takes 0.9 to 1.
         data=Data(spec="tfds:laion400m/images", resize="crop", augment=Augment(crop=0.9), workers=32),
         tokenizer=TokenizerFile(path="tokenizer.json"),
         model=Model(image=ImageTower.clip("B/32"), text=TextTower.clip("B")),
-        # Tables 19 and 20 of the paper; open_clip's params.py has the same rate and moments. It warms up over 10,000 if not told.
+        # Tables 19 and 20 of the paper; open_clip's params.py has the same rate and betas, and a default warm-up of 10,000.
         optim=Optim(lr=5e-4, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2, schedule=Cosine(warmup=2000)),
         train=Train(steps=390_625, batch_size=32_768, log_every=100, checkpoint_every=2500),
     )

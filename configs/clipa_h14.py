@@ -6,7 +6,7 @@ Needs:    a tokenizer.json of at most 32,000 tokens (CLIPA's own: bert-base-unca
 Topology: v5e:16x16
 Memory:   8.17 GiB a chip as compiled; 2.15 with --model.remat full
 Cost:     not yet run; 1.1 days at 40 % of the chips' bf16 peak
-Expected: zero-shot ImageNet before it is tuned at 224 px: 72.1 % on LAION-2B, 75.6 % on DataComp-1B (clipa_jax/README.MD), by
+Expected: zero-shot ImageNet, before fine-tuning at 224 px, 72.1 % on LAION-2B, 75.6 % on DataComp-1B (clipa_jax/README.MD), by
           `clipjax eval zeroshot RUN --data tfds:imagenet2012 --split validation --templates imagenet`
 """
 
@@ -14,9 +14,10 @@ from clipjax.config import Augment, Cosine, Data, ImageTower, Mesh, Model, Optim
 
 
 def config() -> Run:
-    # After clipa_jax/configs/model_h/84_8_pre_training.py and, for the towers, clipa_jax/models. What differs: captions lose
-    # their tails where CLIPA keeps nouns; all pictures have their colours changed, not 80 % with hue and 20 % grey; they have no
-    # class token, which CLIPA's attend to and do not use, and are normalised before the mean over their patches, not after.
+    # Sources: clipa_jax/configs/model_h/84_8_pre_training.py and, for the towers, clipa_jax/models. Differences: captions lose
+    # their ends, where CLIPA keeps nouns. All images get colour jitter, where CLIPA's get it in 80 % of cases, with hue, and 20 %
+    # become grey. The image tower has no class token; CLIPA's patches attend to one, which it does not use otherwise. The last
+    # normalisation of the image tower comes before the mean over the patches, not after.
     flax = dict(activation="gelu_tanh", norm_eps=1e-6)
     return Run(
         data=Data(
@@ -41,14 +42,14 @@ def config() -> Run:
             max_scale=None,
         ),
         optim=Optim(
-            lr=8e-6 * 65_536 / 256,  # of a batch of 256, times their number
+            lr=8e-6 * 65_536 / 256,  # the rate for a batch of 256, times the number of such batches
             b2=0.95,
             eps=1e-8,
-            weight_decay=0.2,  # times the rate, as here: CLIPA changed big_vision's order to PyTorch's (optim/build_optax.py)
+            weight_decay=0.2,  # multiplied by lr, as here: CLIPA replaced big_vision's order by PyTorch's (optim/build_optax.py)
             mu_dtype="bfloat16",
-            schedule=Cosine(warmup=3200),  # fewer steps made it collapse, its config says
+            schedule=Cosine(warmup=3200),  # with fewer steps it collapsed, says CLIPA's config
             rules=(Rule(pattern=".*/kernel"), Rule(pattern=".*", decay=0.0)),
         ),
         train=Train(steps=195_490, batch_size=65_536, log_every=100, checkpoint_every=1000),
-        mesh=Mesh(data=-1, fsdp=16),  # one side of the pod's torus; for fewer chips --mesh.fsdp
+        mesh=Mesh(data=-1, fsdp=16),  # one side of the pod's torus; use --mesh.fsdp for fewer chips
     )

@@ -37,9 +37,9 @@ def config() -> Run:
             text=TextTower.clip("L", length=76, pool="cls", legacy_mask=True),
             decoder=Decoder(depth=12, heads=12, mlp_dim=3072, mlps=2),
         ),
-        # The weights are open_clip's defaults, 2 for captions; batch and pairs those its model's name tells, laion2b_s13b_b90k.
-        # What rate it was trained with is told nowhere that we found: the moments and decay are CLIP's, the rate open_clip's
-        # usual one for such batches.
+        # The loss weights are open_clip's defaults, with 2 for captions. Batch and pairs come from the name of its model,
+        # laion2b_s13b_b90k. We found no source for its learning rate: betas and decay are CLIP's, the rate is open_clip's usual
+        # one for such batches.
         objective=(Softmax(), Caption(weight=2.0)),
         optim=Optim(lr=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.2, schedule=Cosine(warmup=2000)),
         train=Train(steps=144_264, batch_size=90_112, log_every=100, checkpoint_every=2500),

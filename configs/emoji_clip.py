@@ -1,4 +1,4 @@
-"""A small CLIP on colour emoji and their English names; it has not seen the combinations it is tested on.
+"""A small CLIP on colour emoji and their English names, tested on held-out combinations of them.
 
 Run:      clipjax train emoji_clip --workdir runs/emoji
 Cost:     about four minutes on two CPU cores
@@ -13,7 +13,7 @@ SHAPE = dict(width=192, heads=3, mlp_dim=768, embed_dim=192)
 
 def config() -> Run:
     return Run(
-        # A crop that keeps most of the picture, and no flip or colour jitter: names speak of left, right and skin tones.
+        # A crop that keeps most of the image, and no flip or colour jitter: names contain left, right and skin tones.
         data=Data(spec="emoji", augment=Augment(crop=0.8, aspect=1.1)),
         model=Model(
             image=ImageTower(image_size=48, patch_size=12, depth=6, **SHAPE),

@@ -1,4 +1,4 @@
-"""A small CoCa on colour emoji: it finds names for pictures, and writes them. Its form is open_clip's, so it exports there.
+"""A small CoCa on colour emoji: it retrieves names and generates them. It exports to open_clip, whose form of CoCa it has.
 
 Run:      clipjax train emoji_coca --workdir runs/emoji_coca
 Cost:     eight minutes on two CPU cores
@@ -28,7 +28,7 @@ SHAPE = dict(width=192, heads=3, mlp_dim=768, embed_dim=192)
 
 def config() -> Run:
     return Run(
-        # A crop that keeps most of the picture, and no flip or colour jitter: names speak of left, right and skin tones.
+        # A crop that keeps most of the image, and no flip or colour jitter: names contain left, right and skin tones.
         data=Data(spec="emoji", augment=Augment(crop=0.8, aspect=1.1)),
         model=Model(
             image=ImageTower(image_size=48, patch_size=12, depth=6, pool="single", queries=17, pool_heads=3, **SHAPE),

@@ -19,13 +19,13 @@ def config() -> Run:
         data=Data(spec="tfds:laion400m/images", workers=32),
         tokenizer=TokenizerFile(path="tokenizer.json"),
         model=Model(
-            # GELU is the exact one: open_clip's towers of this shape have it, so that an export is the same function.
+            # GELU is the exact one, as in open_clip's towers of this shape: then an export computes the same function.
             image=ImageTower.siglip("B/16"),
             text=TextTower.siglip("B"),
             init_scale=10.0,
             max_scale=None,
             init_bias=-10.0,
-            remat="full",  # the least memory; with auto as much is kept as fits, and less is computed
+            remat="full",  # the least memory; auto keeps as much as fits, and recomputes less
         ),
         objective=(Sigmoid(),),
         optim=Optim(
@@ -36,7 +36,7 @@ def config() -> Run:
             weight_decay=0.1,
             clip_norm=1.0,
             mu_dtype="bfloat16",
-            # Batch, warm-up, cosine and examples are those of SigLIP 2 (2502.14786); the first paper's code has no such config.
+            # Batch, warm-up, cosine and number of examples are from SigLIP 2 (2502.14786); the code of SigLIP has no such config.
             schedule=Cosine(warmup=20_000),
             rules=(Rule(pattern=".*/kernel"), Rule(pattern=".*", decay=0.0)),  # unlike CLIP's, token embeddings do not decay
         ),

@@ -34,10 +34,10 @@ def config() -> Run:
             weight_decay=0.1,
             clip_norm=1.0,
             mu_dtype="bfloat16",
-            # Batch, warm-up, cosine and examples are those of SigLIP 2 (2502.14786); the first paper's code has no such config.
+            # Batch, warm-up, cosine and number of examples are from SigLIP 2 (2502.14786); the code of SigLIP has no such config.
             schedule=Cosine(warmup=20_000),
             rules=(Rule(pattern=".*/kernel"), Rule(pattern=".*", decay=0.0)),  # unlike CLIP's, token embeddings do not decay
         ),
         train=Train(steps=1_220_703, batch_size=32_768, log_every=100, checkpoint_every=2500),
-        mesh=Mesh(data=-1, fsdp=16),  # one side of the pod's torus: 0.4 GiB of state a chip; for fewer chips --mesh.fsdp
+        mesh=Mesh(data=-1, fsdp=16),  # one side of the pod's torus: 0.4 GiB of state a chip; use --mesh.fsdp for fewer chips
     )

@@ -21,12 +21,12 @@ def config() -> Run:
         tokenizer=TokenizerFile(path="tokenizer.json"),
         model=Model(
             image=ImageTower.siglip("So400m/14"),
-            # 16 tokens, as the published 224 px model has (big_vision's SigLIP_demo.ipynb); that of 384 px has 64.
+            # 16 tokens, as the published 224 px model has (big_vision's SigLIP_demo.ipynb); the one for 384 px has 64.
             text=TextTower.siglip("So400m", length=16),
             init_scale=10.0,
             max_scale=None,
             init_bias=-10.0,
-            remat="full",  # the least memory; with auto as much is kept as fits, and less is computed
+            remat="full",  # the least memory; auto keeps as much as fits, and recomputes less
         ),
         objective=(Sigmoid(),),
         optim=Optim(
@@ -37,10 +37,10 @@ def config() -> Run:
             weight_decay=0.1,
             clip_norm=1.0,
             mu_dtype="bfloat16",
-            # Batch, warm-up, cosine and examples are those of SigLIP 2 (2502.14786); the first paper's code has no such config.
+            # Batch, warm-up, cosine and number of examples are from SigLIP 2 (2502.14786); the code of SigLIP has no such config.
             schedule=Cosine(warmup=20_000),
             rules=(Rule(pattern=".*/kernel"), Rule(pattern=".*", decay=0.0)),  # unlike CLIP's, token embeddings do not decay
         ),
         train=Train(steps=1_220_703, batch_size=32_768, log_every=100, checkpoint_every=2500),
-        mesh=Mesh(data=-1, fsdp=128),  # 1152 = 9 x 128: no larger power of two divides the widths; for fewer chips --mesh.fsdp
+        mesh=Mesh(data=-1, fsdp=128),  # 1152 = 9 x 128: no larger power of two divides the widths; --mesh.fsdp for fewer chips
     )
