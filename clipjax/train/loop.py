@@ -34,8 +34,11 @@ AHEAD = 2  # steps that the devices are given before the first must be done: kee
 class Evaluator(Protocol):
     """What the loop needs of an evaluation."""
 
-    task: str
-    dataset: str
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def dataset(self) -> str: ...
 
     def due(self, step: int) -> bool: ...
 
