@@ -69,7 +69,7 @@ def _outcome(error: BaseException, resumes: bool) -> tuple[int, str, bool]:
         case preemption.Preempted():
             return error.status, str(error), True
         case KeyboardInterrupt():
-            return 130, "interrupted" + "; the same command goes on from the newest checkpoint" * resumes, True
+            return 130, "interrupted" + "; the same command resumes from the newest checkpoint" * resumes, True
     return 1, "".join(traceback.format_exception(error)), False
 
 

@@ -64,7 +64,7 @@ def test_help(command, capsys):
 
 def test_rules_are_no_options(capsys):
     assert run("train", CONFIG, "--help") == 0
-    assert "rules" not in capsys.readouterr().out
+    assert "optim.rules" not in capsys.readouterr().out
 
 
 def test_version(capsys):
@@ -99,7 +99,7 @@ def test_dashes_and_underscores_both_do(name):
 
 
 def test_every_name_that_scripts_use_is_an_option():
-    """DESIGN, section 2."""
+    """Scripts outside the repository rely on them."""
     names = (
         "seed train.steps train.batch_size train.log_every train.checkpoint_every mesh.data mesh.fsdp mesh.tensor "
         "model.image.image_size model.image.patch_size model.text.length model.text.vocab_size model.remat optim.lr "
@@ -129,7 +129,7 @@ REFUSED = {
     "no dataset": (["data", "inspect", "tfds:nothing"], "data.spec = 'tfds:nothing': not among the datasets"),
     "no spec": (["data", "inspect", "webdata:x"], "data.spec = 'webdata:x': must be emoji, tfds:"),
     "a folder as json": (["eval", "retrieval", "RUN", "--data", "emoji", "--json", "."], "--json: . is a folder: name a file"),
-    "a folder as picture": (["eval", "geometry", "RUN", "--data", "emoji", "--png", "."], "--png: . is a folder: name a file"),
+    "a folder as png": (["eval", "geometry", "RUN", "--data", "emoji", "--png", "."], "--png: . is a folder: name a file"),
     "a folder as npz": (["embed", "RUN", "--data", "emoji", "--out", "."], "--out: . is a folder: name a file"),
     "a folder as sheet": (["data", "inspect", "emoji", "--png", "."], "--png: . is a folder: name a file"),
     "in a file": (["embed", "RUN", "--data", "emoji", "--out", f"{CONFIG}/new/a.npz"], f"{CONFIG} is a file: name a folder"),
@@ -139,7 +139,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("args", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_wrong_use_is_told(args, message, capsys, tmp_path, monkeypatch):
+def test_wrong_use_is_refused(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(*args) == 2
     said = capsys.readouterr()
@@ -159,7 +159,7 @@ def test_wrong_use_is_told(args, message, capsys, tmp_path, monkeypatch):
         ["data", "inspect", "emoji"],
     ],
 )
-def test_what_can_not_be_written_is_told_before_any_work(args, capsys, tmp_path, monkeypatch):
+def test_what_can_not_be_written_is_refused_before_any_work(args, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # tests may run as root, who may all
     assert run(*args) == 2
@@ -169,7 +169,7 @@ def test_what_can_not_be_written_is_told_before_any_work(args, capsys, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_fails_all_the_same_is_told_in_a_line(tmp_path, capsys, monkeypatch):
+def test_an_error_of_a_file_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file"))
     assert run("data", "prepare", "emoji") == 2
@@ -186,7 +186,7 @@ def test_a_file_that_fails_all_the_same_is_told_in_a_line(tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", CONFIG, "--workdir", "run"], "interrupted; the same command goes on from the newest checkpoint"),
+        (["train", CONFIG, "--workdir", "run"], "interrupted; the same command resumes from the newest checkpoint"),
         (["data", "inspect", "emoji"], "interrupted"),
     ],
 )
@@ -212,7 +212,7 @@ class Terminal(io.StringIO):
 def train(*_):
     with Progress(10, screen) as progress:
         progress.update(1)
-        logging.getLogger("clipjax.data").warning("a picture can't be read")
+        logging.getLogger("clipjax.data").warning("an image can't be read")
         progress.update(10)
     raise FloatingPointError
 commands.load_config, screen = train, Terminal()
@@ -221,7 +221,7 @@ print(repr(screen.getvalue()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     shown = ast.literal_eval(done.stdout)
-    assert "\x1b[K\r\x1b[KWARNING: a picture can't be read\n\rstep 10/10" in shown
+    assert "\x1b[K\r\x1b[KWARNING: an image can't be read\n\rstep 10/10" in shown
     assert done.stderr == "clipjax: \n"
 
 
@@ -251,7 +251,7 @@ WRONG_FIELDS = {
 
 
 @pytest.mark.parametrize("option", ["--optim.lr -1", "--model.image.image_size 20", "--train.steps 10", "--mesh.fsdp -1"])
-def test_an_impossible_value_is_told_in_one_line(option, capsys):
+def test_an_impossible_value_is_refused_in_one_line(option, capsys):
     assert run("train", CONFIG, *option.split(), "--workdir", "run") == 2
     line, rest = capsys.readouterr().err.split("\n")
     assert line.startswith("clipjax: ")
@@ -395,7 +395,7 @@ def test_zeroshot(workdir, tmp_path, capsys, caplog):
     assert metrics.keys() == {"acc1", "acc5", "mean_per_class_recall"}
     assert all(round(363 * metrics[name], 6) % 1 == 0 for name in ("acc1", "acc5"))
     assert 0 <= metrics["acc1"] <= metrics["acc5"] < 1
-    assert metrics["mean_per_class_recall"] == pytest.approx(metrics["acc1"])  # one picture a name
+    assert metrics["mean_per_class_recall"] == pytest.approx(metrics["acc1"])  # one image a name
     assert any("of 3789 prompts were truncated to 8 tokens" in record.getMessage() for record in caplog.records)
 
 
@@ -467,8 +467,8 @@ def test_geometry(workdir, embedded, tmp_path, capsys, monkeypatch):
 
     assert run("eval", "geometry", f"{workdir}@3", "--data", "emoji", "--split", "test") == 0
     assert json.loads(capsys.readouterr().out)["pretrained"] == "step 3"
-    with Image.open("geometry-emoji-test.png") as picture:
-        assert picture.format == "PNG"
+    with Image.open("geometry-emoji-test.png") as opened:
+        assert opened.format == "PNG"
     assert run("eval", "geometry", workdir, "--data", "emoji", "--json", "g.json", "--png", "mine.png") == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["g.json", "geometry-emoji-test.png", "mine.png", "new"]
 
@@ -527,27 +527,27 @@ def test_load_encodes_what_embed_does(model, embedded, workdir):
 
     source = open_source(config.Data(split="test"))
     chosen = [0, 1, 17, 362]
-    pictures = [source[i].image for i in chosen]
+    images = [source[i].image for i in chosen]
     assert [source[i].key for i in chosen] == embedded["key"][chosen].tolist()
-    image, text = model.encode_image(pictures), model.encode_text([source[i].captions[0] for i in chosen])
+    image, text = model.encode_image(images), model.encode_text([source[i].captions[0] for i in chosen])
     for got, want in ((image, embedded["image"][chosen]), (text, embedded["text"][chosen])):
         assert (got.shape, got.dtype) == ((4, 32), np.float32)
         np.testing.assert_allclose(got, want, atol=1e-6)
     assert (model.step, model.workdir, model.run) == (6, workdir, overridden(*STEPS))
-    assert np.abs(image - clipjax.load(f"{workdir}@3").encode_image(pictures)).max() > 1e-4
+    assert np.abs(image - clipjax.load(f"{workdir}@3").encode_image(images)).max() > 1e-4
 
 
-def test_load_takes_pictures_as_they_come(model, tmp_path):
+def test_load_takes_images_of_any_kind(model, tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (40, 25, 3), np.uint8)
-    picture = Image.fromarray(pixels)
-    picture.save(tmp_path / "a.png")
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
     alpha = np.dstack([pixels, np.full((40, 25), 255, np.uint8)])
     alpha[:20, :, 3] = 0
     on_white = pixels.copy()
     on_white[:20] = 255
-    grey = picture.convert("L")
-    same = model.encode_image([picture, pixels, tmp_path / "a.png", str(tmp_path / "a.png")])
+    grey = image.convert("L")
+    same = model.encode_image([image, pixels, tmp_path / "a.png", str(tmp_path / "a.png")])
     np.testing.assert_array_equal(same, np.repeat(same[:1], 4, axis=0))
     seen = model.encode_image([Image.fromarray(alpha), on_white, grey, grey.convert("RGB")])
     np.testing.assert_array_equal(seen[::2], seen[1::2])
@@ -601,7 +601,7 @@ def test_verification_without_torch_is_refused_before_anything_is_written(workdi
 
 
 @pytest.mark.parametrize(("cleaned", "crops", "notes"), [(0, False, 0), (2, True, 2)])
-def test_what_a_verification_does_not_judge_is_told(workdir, tmp_path, capsys, monkeypatch, cleaned, crops, notes):
+def test_a_verification_says_what_it_does_not_judge(workdir, tmp_path, capsys, monkeypatch, cleaned, crops, notes):
     from clipjax.export import verify
 
     report = verify.Report(32, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6, cleaned, crops)
@@ -623,9 +623,9 @@ def test_inspect(tmp_path, workdir, capsys):
     assert rows["truncated"].endswith("at 8 tokens")
     assert 0 < float(rows["truncated"].split("%")[0]) < 100
     assert f"contact sheet: {sheet}" in said
-    with Image.open(sheet) as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 1000
+    with Image.open(sheet) as opened:
+        assert opened.format == "PNG"
+        assert min(opened.size) > 1000
 
 
 def test_prepare_names_the_folder(capsys):

@@ -155,8 +155,8 @@ REFUSED = {
     "no embedding": (tower(embed_dim=0), r"model\.image\.embed_dim = 0: must be positive or None"),
     "patch": (tower(image_size=225), r"model\.image\.image_size = 225: must be a multiple of model\.image\.patch_size = 16"),
     "no patch": (tower(patch_size=0), r"model\.image\.patch_size = 0: must be positive"),
-    "no picture": (tower(image_size=0), r"model\.image\.image_size = 0: must be positive"),
-    "negative picture": (tower(image_size=-224), r"model\.image\.image_size = -224: must be positive"),
+    "no image size": (tower(image_size=0), r"model\.image\.image_size = 0: must be positive"),
+    "negative image size": (tower(image_size=-224), r"model\.image\.image_size = -224: must be positive"),
     "patch of letters": (lambda: ImageTower.clip("B/x"), r"size = 'B/x': must name the patch too, in pixels: as B/16$"),
     "empty patch": (lambda: ImageTower.clip("B/", patch_size=16), r"size = 'B/': must name the patch too"),
     "patch left out": (lambda: ImageTower.clip("H"), r"size = 'H': must name the patch too, in pixels: as B/16$"),
@@ -383,7 +383,7 @@ def test_another_kind_differs_by_every_field_that_only_one_has():
     ]
 
 
-def test_the_best_of_two_datasets_is_told_by_its_own():
+def test_the_best_of_two_datasets_is_chosen_by_its_name():
     evals = (config.Zeroshot(), config.Zeroshot(data="tfds:cifar10"), config.Retrieval(), config.Zeroshot(data="tsv:a/b.tsv"))
     for name in (
         "zeroshot_classification/emoji/test/acc1",

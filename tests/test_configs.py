@@ -1,6 +1,6 @@
 """The files in configs/: what each says of itself, what it is as text, and that it trains and fits.
 
-After a change that is meant, `python -m tests.test_configs` writes the texts anew.
+After a change that is meant, `python -m tests.test_configs` writes the texts again.
 """
 
 import ast
@@ -86,7 +86,7 @@ def test_a_file_says_how_it_is_run_what_it_costs_and_gives(name):
 
 
 # Millions of parameters and GFLOPs of a forward pass of a pair at full length: open_clip's docs/model_profile.csv. CLIPA's there
-# has a class token, 257 learned positions for pictures and 32 for texts, of which this stage has but the last, and 8.
+# has a class token, 257 learned positions for images and 32 for texts; this stage has neither of the first two, and 8 for texts.
 PUBLISHED = {
     "clip_b32": (151.28, 14.78),
     "clip_b16": (149.62, 41.09),
@@ -105,7 +105,7 @@ def test_the_model_has_its_published_size_and_cost(name):
     full = ("--model.image.image_size", "224", "--model.text.length", "32") if name == "clipa_h14" else ()
     run = load(name)
     assert sum(x.size for x in jax.tree.leaves(parameters(run))) / 1e6 == pytest.approx(millions, abs=0.006)
-    # Of a CoCa open_clip's profile also counts the poolers' queries for every picture, and the last token, which foresees none.
+    # Of a CoCa open_clip's profile also counts the poolers' queries for every image, and the last token, which predicts none.
     assert model_flops(load(name, *full).model) / 3e9 == pytest.approx(gflops, rel=1.2e-2 if "coca" in name else 2e-3)
 
 
@@ -214,13 +214,13 @@ def test_a_small_one_trains(name, tokenizer, tmp_path, capsys):
         ("clip_b32", ("--data.spec", "emoji", "--train.batch_size", "32"), "tokenizer.path = 'tokenizer.json': there is no such"),
     ],
 )
-def test_what_a_user_still_has_to_bring_is_told(name, options, message, tmp_path, monkeypatch, capsys):
+def test_what_the_user_must_bring_is_named(name, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", str(FILES[name]), "--workdir", str(tmp_path / "run"), *options]) == 2
     assert message in capsys.readouterr().err
 
 
-LIMITS = {"siglip_b16": 3.6, "siglip_so400m": 3.0}  # GiB a chip; of DESIGN's cases
+LIMITS = {"siglip_b16": 3.6, "siglip_so400m": 3.0}  # GiB a chip: the figures that README promises
 
 
 @pytest.mark.slow
