@@ -5,7 +5,7 @@ of the latter.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import numpy as np
@@ -18,8 +18,8 @@ from clipjax.data.source import Source
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import caption_metrics
-from clipjax.evals.encoder import Batch, CachedBatches, Encoder, Metrics, to_host
-from clipjax.evals.evaluation import Evaluation, Results
+from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
+from clipjax.evals.evaluation import Evaluation, Metrics, Results
 from clipjax.evals.inputs import image_batches
 from clipjax.generate import Captioner
 from clipjax.losses import caption_nll
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sample:
+class CaptionSample:
     """An image, its generated caption, and the caption that was expected."""
 
     image: Image.Image
@@ -53,7 +53,7 @@ class CaptioningResults(Results):
     """The metrics, and the generated caption of each image that can be read, by the image's number."""
 
     captions: Mapping[int, str]
-    samples: Sequence[Sample]
+    samples: Sequence[CaptionSample]
     image_name: ClassVar = "samples"
 
     def lines(self) -> Sequence[str]:
@@ -63,7 +63,7 @@ class CaptioningResults(Results):
         return sheet(self.samples, title) if self.samples else None
 
 
-class Captioning(Evaluation):
+class CaptioningEvaluation(Evaluation):
     """Every image of a dataset. All its captions are references."""
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, source: Source, data: config.Data, samples: int = 0) -> None:
@@ -84,7 +84,7 @@ class Captioning(Evaluation):
             log.warning("captioning: without %s some metrics are null: %s", packages, caption_metrics.INSTALL)
 
     @classmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Captioning) -> "Captioning":
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Captioning) -> Self:
         return cls(encoder, tokenizer, open_source(data), data, cfg.samples)
 
     @classmethod
@@ -125,15 +125,15 @@ class Captioning(Evaluation):
             "cider": caption_metrics.cider(generated, references),
         }
 
-    def samples(self, captions: Mapping[int, str], n: int) -> list[Sample]:
+    def samples(self, captions: Mapping[int, str], n: int) -> list[CaptionSample]:
         """At most n images with these captions. They are the same images every time, so that two steps can be compared."""
         chosen = np.random.default_rng(0).permutation(list(captions))[:n].tolist()
         return [self._sample(i, captions[i]) for i in chosen]
 
-    def _sample(self, i: int, caption: str) -> Sample:
+    def _sample(self, i: int, caption: str) -> CaptionSample:
         example = self._source[i]
         correct = caption_metrics.exact_match([caption], [self._accepted[i]]) == 1
-        return Sample(example.image, example.key, caption, example.captions[0], correct)
+        return CaptionSample(example.image, example.key, caption, example.captions[0], correct)
 
     def _nll(self, params: Params, images: Array, tokens: Int[Array, "b t"]) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
         """The sum of -log p over each caption's tokens, and their number."""
@@ -143,13 +143,13 @@ class Captioning(Evaluation):
         return caption_nll(states, model.words, tokens, real, token_nll_on(mesh)), real - 1
 
 
-def sheet(samples: Sequence[Sample], title: str) -> Image.Image:
+def sheet(samples: Sequence[CaptionSample], title: str) -> Image.Image:
     """Images with their captions: black if correct, else vermilion above the main reference in grey."""
     cells = [Cell(sample.image, _texts(sample)) for sample in samples]
     return contact_sheet(title, cells, 4 if len(cells) < WIDE_SHEET else 8)
 
 
-def _texts(sample: Sample) -> list[tuple[str, str]]:
+def _texts(sample: CaptionSample) -> list[tuple[str, str]]:
     if sample.correct:
         return [(sample.caption, CORRECT)]
     return [(sample.caption or "(nothing)", WRONG), (f"({sample.reference})", REFERENCE)]

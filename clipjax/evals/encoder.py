@@ -21,7 +21,6 @@ from clipjax.placement import make_placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
 Batch = dict[str, np.ndarray]  # this process's rows
-Metrics = dict[str, float | list[float] | None]  # None: the metric is not defined here; a list is a curve
 CACHE_BYTES = 256 * 2**20  # a dataset whose batches are at most so large stays in host memory between two evaluations
 PROGRESS_DELAY = 5.0  # seconds before a progress line is shown
 IN_FLIGHT = 2  # batches given to the devices before the first must be done: bounds memory, keeps the devices busy

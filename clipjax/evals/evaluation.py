@@ -9,8 +9,10 @@ from PIL import Image
 
 from clipjax import config
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Encoder, Metrics
+from clipjax.evals.encoder import Encoder
 from clipjax.models.clip import Params
+
+Metrics = dict[str, float | list[float] | None]  # None: the metric is not defined; a list is a curve
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ and in how many dimensions. Everything is computed in float64 on the host.
 """
 
 import dataclasses
+from typing import Self
 
 import numpy as np
 import scipy.optimize
@@ -13,8 +14,8 @@ from PIL import Image
 from clipjax import config
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.embed import MainPairs
-from clipjax.evals.encoder import Encoder, Metrics, to_host
-from clipjax.evals.evaluation import Evaluation, Results
+from clipjax.evals.encoder import Encoder, to_host
+from clipjax.evals.evaluation import Evaluation, Metrics, Results
 from clipjax.models.clip import Params
 
 MIN_PAIRS = 5  # a fifth of them is held out
@@ -38,7 +39,7 @@ class GeometryResults(Results):
         return plot(self, title)
 
 
-class Geometry(Evaluation):
+class GeometryEvaluation(Evaluation):
     """The pairs of a dataset. An image is paired with its main caption only: several captions of one image would count as
     spread of the texts.
     """
@@ -49,7 +50,7 @@ class Geometry(Evaluation):
         self.encoder, self.pairs, self.dataset = encoder, pairs, pairs.name
 
     @classmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Geometry) -> "Geometry":
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Geometry) -> Self:
         return cls(encoder, MainPairs(encoder, tokenizer, data))
 
     def run(self, params: Params) -> GeometryResults:

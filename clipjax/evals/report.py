@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from PIL import Image
 
-from clipjax.evals.encoder import Metrics
+from clipjax.evals.evaluation import Metrics
 from clipjax.files import write_atomic
 
 

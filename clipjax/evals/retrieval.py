@@ -6,6 +6,7 @@ are compared tile by tile. Memory is linear in the number of images and captions
 
 import functools
 from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from clipjax import config
 from clipjax.data.pipeline import eval_captions
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import CachedBatches, Embeddings, Encoder, Metrics
-from clipjax.evals.evaluation import Evaluation, Results
+from clipjax.evals.encoder import CachedBatches, Embeddings, Encoder
+from clipjax.evals.evaluation import Evaluation, Metrics, Results
 from clipjax.evals.inputs import caption_batches, image_batches
 from clipjax.models.clip import Params
 from clipjax.sharding import BATCH
@@ -34,7 +35,7 @@ Tiles = tuple[Float[Array, "n c e"], Int[Array, "n c"]]  # n tiles of c keys, an
 Tile = tuple[Float[Array, "c e"], Int[Array, " c"]]
 
 
-class Retrieval(Evaluation):
+class RetrievalEvaluation(Evaluation):
     """Every image of a dataset against every caption."""
 
     def __init__(self, encoder: Encoder, images: CachedBatches, captions: CachedBatches) -> None:
@@ -43,7 +44,7 @@ class Retrieval(Evaluation):
         self.dataset = images.name
 
     @classmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Retrieval) -> "Retrieval":
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Retrieval) -> Self:
         source = open_source(data)
         captions = caption_batches(encoder, tokenizer, *eval_captions(source), source.name)
         return cls(encoder, image_batches(encoder, source, data), captions)

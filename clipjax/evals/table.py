@@ -1,17 +1,17 @@
 """Which class does the work of which evaluation's configuration."""
 
 from clipjax import config
-from clipjax.evals.captioning import Captioning
+from clipjax.evals.captioning import CaptioningEvaluation
 from clipjax.evals.evaluation import Evaluation
-from clipjax.evals.geometry import Geometry
-from clipjax.evals.retrieval import Retrieval
-from clipjax.evals.zeroshot import Zeroshot
+from clipjax.evals.geometry import GeometryEvaluation
+from clipjax.evals.retrieval import RetrievalEvaluation
+from clipjax.evals.zeroshot import ZeroshotEvaluation
 
 EVALUATIONS: dict[type[config.TrainingEvaluation], type[Evaluation]] = {
-    config.Zeroshot: Zeroshot,
-    config.Retrieval: Retrieval,
-    config.Geometry: Geometry,
-    config.Captioning: Captioning,
+    config.Zeroshot: ZeroshotEvaluation,
+    config.Retrieval: RetrievalEvaluation,
+    config.Geometry: GeometryEvaluation,
+    config.Captioning: CaptioningEvaluation,
 }
 
 config.TrainingEvaluation.bind(EVALUATIONS)  # fails here, at import, where a class of clipjax's own has no row

@@ -1,5 +1,7 @@
 """Zero-shot classification: class embeddings from ensembled prompts; acc1, acc5 and mean-per-class recall."""
 
+from typing import Self
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from clipjax.models.layers import unit
 from clipjax.sharding import replicated
 
 
-class Zeroshot(Evaluation):
+class ZeroshotEvaluation(Evaluation):
     """The images of a dataset, each assigned to the class with the nearest embedding."""
 
     def __init__(self, encoder: Encoder, images: CachedBatches, prompts: CachedBatches, classes: int) -> None:
@@ -32,7 +34,7 @@ class Zeroshot(Evaluation):
         self._count = jax.jit(_count, out_shardings=full, donate_argnums=0)
 
     @classmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Zeroshot) -> "Zeroshot":
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Zeroshot) -> Self:
         """Templates are as in `prompts.templates`, class names as in `inputs.with_classes`."""
         source, classes = with_classes(open_source(data), cfg.classnames)
         prompts = prompt_batches(encoder, tokenizer, classes, templates(cfg.templates))

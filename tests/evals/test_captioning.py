@@ -17,7 +17,7 @@ from clipjax import cli, config
 from clipjax.config import ConfigError, Data
 from clipjax.data.source import Record, Source
 from clipjax.evals import caption_metrics as metrics
-from clipjax.evals.captioning import Captioning, sheet
+from clipjax.evals.captioning import CaptioningEvaluation, sheet
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.training import make_evaluators
 from clipjax.models import clip
@@ -64,7 +64,7 @@ def toy(images):
 
 @pytest.fixture(scope="module")
 def on_one(toy):
-    return Captioning(Encoder(COCA, mesh_of("1"), 4), TOKENIZER, toy, Data(workers=1))
+    return CaptioningEvaluation(Encoder(COCA, mesh_of("1"), 4), TOKENIZER, toy, Data(workers=1))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def found(on_one, params):
 
 def of(evaluation, captions):
     """The same evaluation, and its compiled programs, against other references."""
-    other = Captioning(evaluation.encoder, TOKENIZER, InMemory(evaluation._source.images, captions), Data(workers=1))
+    other = CaptioningEvaluation(evaluation.encoder, TOKENIZER, InMemory(evaluation._source.images, captions), Data(workers=1))
     other._captioner, other._score = evaluation._captioner, evaluation._score
     return other
 
@@ -89,7 +89,7 @@ def test_images_that_can_be_read_have_captions_of_their_own(found):
 
 @pytest.mark.parametrize(("mesh", "batch"), [("8", 16), ("2x2x2", 4)])
 def test_devices_batches_and_padding_do_not_change_the_metrics(toy, params, found, mesh, batch):
-    other = Captioning(Encoder(COCA, mesh_of(mesh), batch), TOKENIZER, toy, Data(workers=1)).run(params)
+    other = CaptioningEvaluation(Encoder(COCA, mesh_of(mesh), batch), TOKENIZER, toy, Data(workers=1)).run(params)
     assert other.captions == found.captions
     assert other.metrics == pytest.approx(found.metrics, rel=1e-6)
 

@@ -202,7 +202,7 @@ def test_a_collapsed_model_has_what_is_defined():
 @pytest.fixture(scope="module", params=["1", "8"])
 def evaluation(request, tsv):
     data = Data(spec=f"tsv:{tsv}/pairs.tsv", workers=1)
-    return g.Geometry.prepare(Encoder(MODEL, mesh_of(request.param), 4), TOKENIZER, data, Config())
+    return g.GeometryEvaluation.prepare(Encoder(MODEL, mesh_of(request.param), 4), TOKENIZER, data, Config())
 
 
 def test_pairs_are_readable_images_and_their_main_captions(evaluation, model, params, images, tsv):
@@ -219,7 +219,7 @@ def test_pairs_are_readable_images_and_their_main_captions(evaluation, model, pa
 
 def test_the_bias_of_a_model_that_has_one(params, tsv):
     biased = Encoder(dataclasses.replace(MODEL, init_bias=-10.0), mesh_of("1"), 4)
-    evaluation = g.Geometry.prepare(biased, TOKENIZER, Data(spec=f"tsv:{tsv}/pairs.tsv", workers=1), Config())
+    evaluation = g.GeometryEvaluation.prepare(biased, TOKENIZER, Data(spec=f"tsv:{tsv}/pairs.tsv", workers=1), Config())
     found = evaluation.run(params | {"bias": jnp.float32(-9.5), "log_scale": jnp.log(jnp.float32(10))}).metrics
     assert (found["scale"], found["bias"]) == (pytest.approx(10, rel=1e-6), -9.5)
 
@@ -231,10 +231,10 @@ def test_what_can_not_be_measured_is_refused(evaluation, params, tsv):
     few = tsv / "few.tsv"
     few.write_text("filepath\ttitle\n" + "".join(f"{i}.png\t{WORDS[i]}\n" for i in range(4)))
     with pytest.raises(ConfigError, match=r"data\.spec = 'tsv:.*few\.tsv': has 4 pairs of .* name a split with at least 5"):
-        g.Geometry.prepare(evaluation.encoder, TOKENIZER, Data(spec=f"tsv:{few}", workers=1), Config())
+        g.GeometryEvaluation.prepare(evaluation.encoder, TOKENIZER, Data(spec=f"tsv:{few}", workers=1), Config())
     few.write_text(few.read_text() + f"4.png\t{WORDS[4]}\n")  # which can't be read: known once it was tried
     with pytest.raises(ConfigError, match=r"has 4 pairs of a readable image"):
-        g.Geometry.prepare(evaluation.encoder, TOKENIZER, Data(spec=f"tsv:{few}", workers=1), Config()).run(params)
+        g.GeometryEvaluation.prepare(evaluation.encoder, TOKENIZER, Data(spec=f"tsv:{few}", workers=1), Config()).run(params)
 
 
 def test_the_plane_is_that_of_both():

@@ -10,10 +10,10 @@ from clipjax.config import ConfigError, Data
 from clipjax.evals.embed import embed, write_npz
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.report import report, write_json
-from clipjax.evals.retrieval import Retrieval
+from clipjax.evals.retrieval import RetrievalEvaluation
 from clipjax.evals.table import EVALUATIONS
 from clipjax.evals.training import make_evaluators
-from clipjax.evals.zeroshot import Zeroshot
+from clipjax.evals.zeroshot import ZeroshotEvaluation
 from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, tokenize
 
 READABLE = [0, 1, 2, 3, 5, 6, 7, 8, 9]
@@ -90,7 +90,7 @@ def test_in_training_no_metric_is_none(run, params, tsv):
     (tsv / "four.txt").write_text("\n".join(WORDS[:4]) + "\n")
     encoder = Encoder(MODEL, mesh_of("1"), 4)
     data, names = Data(spec=f"tsv:{tsv}/four.tsv", workers=1), str(tsv / "four.txt")
-    assert Zeroshot.prepare(encoder, TOKENIZER, data, plain(names)).run(params).metrics["acc5"] is None
+    assert ZeroshotEvaluation.prepare(encoder, TOKENIZER, data, plain(names)).run(params).metrics["acc5"] is None
     evals = (config.Zeroshot(data=data.spec, templates="plain", classnames=names),)
     (evaluator,) = make_evaluators(config.Run(model=MODEL, data=data, evals=evals), mesh_of("1"), TOKENIZER)
     assert evaluator.run(params, 100).keys() == {"acc1", "mean_per_class_recall"}
@@ -127,8 +127,8 @@ def test_what_can_not_be_read_is_refused_before_training(run):
 
 def test_no_labels_at_all(run, params, tsv):
     encoder = Encoder(MODEL, mesh_of("1"), 4)
-    zeroshot = Zeroshot.prepare(encoder, TOKENIZER, run.data, plain(str(tsv / "names.txt")))
-    without_labels = Retrieval.prepare(encoder, TOKENIZER, run.data, config.Retrieval())
+    zeroshot = ZeroshotEvaluation.prepare(encoder, TOKENIZER, run.data, plain(str(tsv / "names.txt")))
+    without_labels = RetrievalEvaluation.prepare(encoder, TOKENIZER, run.data, config.Retrieval())
     zeroshot.images = without_labels.images
     with pytest.raises(ConfigError, match="none has a label"):
         zeroshot.run(params)

@@ -7,7 +7,7 @@ from clipjax.evals import zeroshot
 from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.evals.inputs import prompt_batches
 from clipjax.evals.prompts import fill, templates
-from clipjax.evals.zeroshot import Zeroshot
+from clipjax.evals.zeroshot import ZeroshotEvaluation
 from clipjax.sharding import over_rows, replicated
 from tests.evals.tiny import MODEL, TOKENIZER, WORDS, image_batches, mesh_of, tokenize
 
@@ -35,7 +35,8 @@ def dense_metrics(images, weights, labels):
 @pytest.mark.parametrize("prompts", ["plain", "simple"])
 def test_class_embeddings_are_ensembled(encoder, model, params, prompts):
     prompts = templates(prompts)
-    evaluation = Zeroshot(encoder, CachedBatches(list, 0, "", ""), prompt_batches(encoder, TOKENIZER, WORDS, prompts), len(WORDS))
+    texts = prompt_batches(encoder, TOKENIZER, WORDS, prompts)
+    evaluation = ZeroshotEvaluation(encoder, CachedBatches(list, 0, "", ""), texts, len(WORDS))
     got = evaluation.class_embeddings(params)
     assert got.sharding.is_fully_replicated
     np.testing.assert_allclose(got, dense_weights(model, WORDS, prompts), atol=1e-6)
@@ -51,7 +52,8 @@ def test_equals_the_dense_reference(encoder, model, params, images, names):
     assert 0 < want["acc1"] < 1
     assert want["mean_per_class_recall"] != pytest.approx(want["acc1"])
     images = image_batches(images, encoder, label=labels)
-    found = Zeroshot(encoder, images, prompt_batches(encoder, TOKENIZER, names, prompts), len(names)).run(params).metrics
+    texts = prompt_batches(encoder, TOKENIZER, names, prompts)
+    found = ZeroshotEvaluation(encoder, images, texts, len(names)).run(params).metrics
     assert found == pytest.approx(want, abs=1e-12)
     assert (found["acc5"] is None) == (len(names) < 5)
 
@@ -85,7 +87,7 @@ def test_recall_weighs_classes_and_accuracy_images(params):
     """Nine of A, one of B, all are taken for A."""
     encoder = Encoder(MODEL, mesh_of("1"), 10)
     images = image_batches(np.zeros((10, 8, 8, 3), np.uint8), encoder, label=np.array([0] * 9 + [1], np.int32))
-    evaluation = Zeroshot(encoder, images, CachedBatches(list, 0, "", ""), 2)
+    evaluation = ZeroshotEvaluation(encoder, images, CachedBatches(list, 0, "", ""), 2)
     z = next(encoder.stream(params, images))[0][0]
     evaluation.class_embeddings = lambda _: jnp.stack([z, -z])
     assert evaluation.run(params).metrics == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5}
@@ -98,14 +100,14 @@ def test_order_of_the_classes_does_not_matter(params, images):
     runs = []
     for names, label in ((WORDS, labels), ([WORDS[i] for i in order], np.argsort(order)[labels].astype(np.int32))):
         prompts = prompt_batches(encoder, TOKENIZER, names, templates("simple"))
-        runs.append(Zeroshot(encoder, image_batches(images, encoder, label=label), prompts, 11).run(params).metrics)
+        runs.append(ZeroshotEvaluation(encoder, image_batches(images, encoder, label=label), prompts, 11).run(params).metrics)
     assert runs[0] == pytest.approx(runs[1], abs=1e-12)
 
 
 def test_a_device_holds_only_its_images_cosines():
     mesh = mesh_of("8")
     encoder = Encoder(MODEL, mesh, 1024)
-    evaluation = Zeroshot(encoder, CachedBatches(list, 0, "", ""), CachedBatches(list, 0, "", ""), 4096)
+    evaluation = ZeroshotEvaluation(encoder, CachedBatches(list, 0, "", ""), CachedBatches(list, 0, "", ""), 4096)
 
     def shape(*shape, dtype=jnp.float32, rows=False):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=(over_rows if rows else replicated)(mesh))
