@@ -28,7 +28,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipjax.losses import token_nll
-from clipjax.losses.pairwise.tiles import vary
+from clipjax.losses.pairwise.axes import vary
 from clipjax.models.runner import ONE_DEVICE, Body, Context, Gather, Placement, RunLayers, run_on_one_device
 from clipjax.sharding import AUTO, AXES, BATCH, batch_devices, keystr, over_rows, spec
 

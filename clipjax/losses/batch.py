@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from clipjax.losses.pairwise.tiles import Axis, device_count, finite
+from clipjax.losses.pairwise.axes import Axis, device_count
+from clipjax.losses.pairwise.partials import finite
 
 # float32 products whatever the default: on a TPU that is one bfloat16 pass, which costs CLIP's loss its fourth digit.
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from clipjax.losses.batch import einsum
-from clipjax.losses.pairwise.tiles import Axis, finite, vary
+from clipjax.losses.pairwise.axes import Axis, vary
+from clipjax.losses.pairwise.partials import finite
 
 TILE = (4096, 4096)  # tokens and words: 64 MiB of logits, and many products for each number read
 

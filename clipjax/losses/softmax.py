@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from clipjax.losses.batch import einsum, log_mean_exp, mean, occurrences, size
 from clipjax.losses.pairwise import Axis, Reduced, pairwise_logsumexp
-from clipjax.losses.pairwise.tiles import finite
+from clipjax.losses.pairwise.partials import finite
 from clipjax.losses.ranking import Ranked, Ranking, loss_alone
 
 Ids = Int[Array, " b"] | None

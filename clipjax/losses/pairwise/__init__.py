@@ -9,9 +9,9 @@ Differentiate outside `shard_map` in either mode, or inside it with check_vma=Tr
 wrong, here as for every function whose result is the same on all devices (METHODS 0.3), and can't be told apart.
 """
 
+from clipjax.losses.pairwise.axes import Axis
 from clipjax.losses.pairwise.cross_entropy import pairwise_cross_entropy
 from clipjax.losses.pairwise.logsumexp import Reduced, pairwise_logsumexp
 from clipjax.losses.pairwise.softplus import pairwise_softplus
-from clipjax.losses.pairwise.tiles import Axis
 
 __all__ = ["Axis", "Reduced", "pairwise_cross_entropy", "pairwise_logsumexp", "pairwise_softplus"]

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clipjax.losses.pairwise.operands import TILE, Plan, both, dot, make_plan, only
-from clipjax.losses.pairwise.tiles import Axis, Meeting, Partial, Travel, finite, log_sum_exp, sweep, vary
+from clipjax.losses.pairwise.axes import Axis, vary
+from clipjax.losses.pairwise.geometry import TilePairs
+from clipjax.losses.pairwise.operands import TILE, PairwiseOptions, both, dot, make_options, only
+from clipjax.losses.pairwise.partials import Partial, finite, log_sum_exp
+from clipjax.losses.pairwise.tiles import Travel, sweep
 
 # The largest logit, and the log of the sum of exp(logit - largest). Added up they would lose the digits by which a row's two
 # softmaxes, each of sum 1, cancel in the gradient.
@@ -43,31 +46,31 @@ def pairwise_cross_entropy(
 
     There is no gradient to the teacher.
     """
-    plan = make_plan(x, y, axis, tile, travel, dtype)
+    options = make_options(x, y, axis, tile, travel, dtype)
     teacher = jax.lax.stop_gradient((teacher_x, teacher_y, jnp.float32(teacher_scale)))
-    return _cross_entropy(plan, *vary((x, y, jnp.float32(scale), *teacher), axis))
+    return _cross_entropy(options, *vary((x, y, jnp.float32(scale), *teacher), axis))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
-    plan: Plan, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
+    options: PairwiseOptions, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
 ) -> tuple[Array, Array]:
-    return _cross_entropy_fwd(plan, x, y, scale, tx, ty, teacher_scale)[0]
+    return _cross_entropy_fwd(options, x, y, scale, tx, ty, teacher_scale)[0]
 
 
-def _taught(plan: Plan, x: Array, y: Array, tx: Array, ty: Array) -> tuple[Taught, Taught]:
+def _taught(options: PairwiseOptions, x: Array, y: Array, tx: Array, ty: Array) -> tuple[Taught, Taught]:
     own = (x * y).sum(1)
-    return tuple(Taught(z.astype(plan.dtype), t.astype(plan.dtype), own) for z, t in ((x, tx), (y, ty)))
+    return tuple(Taught(z.astype(options.dtype), t.astype(options.dtype), own) for z, t in ((x, tx), (y, ty)))
 
 
 def _cross_entropy_fwd(
-    plan: Plan, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
+    options: PairwiseOptions, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    def tile(r: Taught, c: Taught, where: Meeting) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), plan.dtype)
-        others = both(~where.own, where.real)
+    def tile(r: Taught, c: Taught, pairs: TilePairs) -> tuple[Partial, Partial]:
+        cos = dot(r.z, c.z, (1, 1), options.dtype)
+        others = both(~pairs.own, pairs.real)
         logits = jnp.where(others, scale * cos, -jnp.inf)
-        teacher = only(where.real, teacher_scale * dot(r.teacher, c.teacher, (1, 1), plan.dtype), -jnp.inf)
+        teacher = only(pairs.real, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options.dtype), -jnp.inf)
 
         def along(axis: int, own: Array) -> Partial:
             behind = jnp.where(others, own - cos, 0)  # 0 for the own pair, whatever the rounding
@@ -75,8 +78,8 @@ def _cross_entropy_fwd(
 
         return along(1, r.own[:, None]), along(0, c.own[None])
 
-    rows, cols = _taught(plan, x, y, tx, ty)
-    found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
+    rows, cols = _taught(options, x, y, tx, ty)
+    found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
 
     def value(side: Partial) -> tuple[Array, Lse, Lse]:
         (m, (total,)), (teacher_m, (teacher_total, behind)) = side.lse
@@ -91,24 +94,24 @@ def _cross_entropy_fwd(
     return (of_rows[0], of_cols[0]), (x, y, scale, tx, ty, teacher_scale, *of_rows[1:], *of_cols[1:])
 
 
-def _cross_entropy_bwd(plan: Plan, kept: tuple[Array, ...], ct: tuple[Array, Array]) -> tuple[Array, ...]:
+def _cross_entropy_bwd(options: PairwiseOptions, kept: tuple[Array, ...], ct: tuple[Array, Array]) -> tuple[Array, ...]:
     x, y, scale, tx, ty, teacher_scale, *lse = kept
 
-    def tile(r: Taught, c: Taught, where: Meeting) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), plan.dtype)
-        logits, teacher = scale * cos, teacher_scale * dot(r.teacher, c.teacher, (1, 1), plan.dtype)
+    def tile(r: Taught, c: Taught, pairs: TilePairs) -> tuple[Partial, Partial]:
+        cos = dot(r.z, c.z, (1, 1), options.dtype)
+        logits, teacher = scale * cos, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options.dtype)
         sides = (jax.tree.map(lambda v: v[:, None], r[3:]), jax.tree.map(lambda v: v[None], c[3:]))
 
         def softmax(logits: Array, lse: Lse) -> Array:
             return jnp.exp(logits - lse[0] - lse[1])
 
         g = sum(ct * (softmax(logits, lse) - softmax(teacher, teacher_lse)) for lse, teacher_lse, ct in sides)
-        g = only(where.real, g, 0)
-        return Partial((dot(g, c.z, (1, 0), plan.dtype), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), plan.dtype),))
+        g = only(pairs.real, g, 0)
+        return Partial((dot(g, c.z, (1, 0), options.dtype), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), options.dtype),))
 
-    rows, cols = _taught(plan, x, y, tx, ty)
+    rows, cols = _taught(options, x, y, tx, ty)
     rows, cols = Taught(*rows[:3], *lse[:2], ct[0]), Taught(*cols[:3], *lse[2:], ct[1])
-    found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
+    found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
     (dx, d_scale), (dy,) = found[0].total, found[1].total
     zeros = (jnp.zeros_like(a) for a in (tx, ty, teacher_scale))
     return (scale * dx).astype(x.dtype), (scale * dy).astype(y.dtype), d_scale.sum(), *zeros

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from clipjax.losses.pairwise.operands import TILE, Ids, Keep, Plan, Side, dot, make_plan, masks, only, sides
-from clipjax.losses.pairwise.tiles import Axis, Meeting, Partial, Travel, finite, log_sum_exp, sweep, vary
+from clipjax.losses.pairwise.axes import Axis, vary
+from clipjax.losses.pairwise.geometry import TilePairs
+from clipjax.losses.pairwise.operands import TILE, Ids, KeptPairs, PairwiseOptions, Side, dot, make_options, masks, only, sides
+from clipjax.losses.pairwise.partials import Partial, finite, log_sum_exp
+from clipjax.losses.pairwise.tiles import Travel, sweep
 
 
 class Reduced(NamedTuple):
@@ -29,7 +32,7 @@ def pairwise_logsumexp(
     col_scale: Float[Array, "*c"] | None = None,
     *,
     axis: Axis = None,
-    keep: Keep = "all",
+    keep: KeptPairs = "all",
     ids: Ids | None = None,
     columns: bool = True,
     y_gradient: bool = True,
@@ -49,74 +52,76 @@ def pairwise_logsumexp(
         raise ValueError("row_scale is one number for each row: give col_scale too")
     if keep == "distinct" and ids is None:
         raise ValueError("keep='distinct' needs ids")
-    plan = make_plan(x, y, axis, tile, travel, dtype, keep=keep, columns=columns, y_gradient=y_gradient)
+    options = make_options(x, y, axis, tile, travel, dtype, keep=keep, columns=columns, y_gradient=y_gradient)
     scales = (row_scale, len(x)), (row_scale if col_scale is None else col_scale, len(y))
     rows, cols = (jnp.broadcast_to(jnp.asarray(s, jnp.float32), n) for s, n in scales)
-    return _logsumexp(plan, *vary((x, y, rows, cols, ids), axis))
+    return _logsumexp(options, *vary((x, y, rows, cols, ids), axis))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logsumexp(plan: Plan, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None) -> Reduced:
-    return _logsumexp_fwd(plan, x, y, row_scale, col_scale, ids)[0]
+def _logsumexp(options: PairwiseOptions, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None) -> Reduced:
+    return _logsumexp_fwd(options, x, y, row_scale, col_scale, ids)[0]
 
 
-def _logsumexp_fwd(plan: Plan, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None) -> tuple[Reduced, tuple]:
-    def tile(r: Side, c: Side, where: Meeting) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), plan.dtype)
-        kept, positive = masks(plan.keep, r, c, where)
+def _logsumexp_fwd(
+    options: PairwiseOptions, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None
+) -> tuple[Reduced, tuple]:
+    def tile(r: Side, c: Side, pairs: TilePairs) -> tuple[Partial, Partial]:
+        cos = dot(r.z, c.z, (1, 1), options.dtype)
+        kept, positive = masks(options.keep, r, c, pairs)
         positives = None if positive is None else jnp.where(positive, cos, 0)
 
         def along(axis: int, scale: Array) -> Partial:
             lse = log_sum_exp(only(kept, scale * cos, -jnp.inf), axis)
             return Partial(() if positives is None else (positives.sum(axis),), (), (lse,))
 
-        return along(1, r.scale[:, None]), along(0, c.scale[None]) if plan.columns else Partial()
+        return along(1, r.scale[:, None]), along(0, c.scale[None]) if options.columns else Partial()
 
-    rows, cols = sides(plan, x, y, row_scale, col_scale, ids)
-    found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
+    rows, cols = sides(options, x, y, row_scale, col_scale, ids)
+    found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
 
     def reduced(side: Partial, scale: Array, z: Array) -> tuple[Array, Array, Array | None]:
         ((m, (total,)),) = side.lse
         visible = 0 * z.sum(1)  # an infinite vector must not pass for one that nothing is kept of
         return finite(m) + jnp.log(total) + visible, m / scale, side.total[0] if side.total else None
 
-    of_rows, of_cols = reduced(found[0], row_scale, x), reduced(found[1], col_scale, y) if plan.columns else (None,) * 3
-    if not plan.columns:  # nor an infinite column, which then has no output of its own
+    of_rows, of_cols = reduced(found[0], row_scale, x), reduced(found[1], col_scale, y) if options.columns else (None,) * 3
+    if not options.columns:  # nor an infinite column, which then has no output of its own
         of_rows = of_rows[0] + 0 * y.sum(), *of_rows[1:]
     out = Reduced(*(z for pair in zip(of_rows, of_cols, strict=True) for z in pair))
     return out, (x, y, row_scale, col_scale, ids, out.rows, out.cols)
 
 
-def _logsumexp_bwd(plan: Plan, kept_values: tuple, ct: Reduced) -> tuple[Array, Array, Array, Array, None]:
+def _logsumexp_bwd(options: PairwiseOptions, kept_values: tuple, ct: Reduced) -> tuple[Array, Array, Array, Array, None]:
     x, y, row_scale, col_scale, ids, row_lse, col_lse = kept_values
 
-    def tile(r: Side, c: Side, where: Meeting) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), plan.dtype)
-        kept, positive = masks(plan.keep, r, c, where)
+    def tile(r: Side, c: Side, pairs: TilePairs) -> tuple[Partial, Partial]:
+        cos = dot(r.z, c.z, (1, 1), options.dtype)
+        kept, positive = masks(options.keep, r, c, pairs)
 
         def weights(scale: Array, lse: Array, ct: Array) -> Array:  # the softmax of each row (column), times its cotangent
             return only(kept, ct * jnp.exp(scale * cos - lse), 0)
 
         row_w = weights(r.scale[:, None], r.lse[:, None], r.ct[:, None])
         g = r.scale[:, None] * row_w  # of the cosines
-        if plan.columns:
+        if options.columns:
             col_w = weights(c.scale[None], c.lse[None], c.ct[None])
             g += c.scale[None] * col_w
         if positive is not None:
-            g += jnp.where(positive, r.positive_ct[:, None] + (c.positive_ct[None] if plan.columns else 0), 0)
-        to_y = (dot(g, r.z, (0, 0), plan.dtype),) if plan.y_gradient else ()
-        to_col_scale = ((col_w * cos).sum(0),) if plan.columns else ()
-        return Partial((dot(g, c.z, (1, 0), plan.dtype), (row_w * cos).sum(1))), Partial((*to_y, *to_col_scale))
+            g += jnp.where(positive, r.positive_ct[:, None] + (c.positive_ct[None] if options.columns else 0), 0)
+        to_y = (dot(g, r.z, (0, 0), options.dtype),) if options.y_gradient else ()
+        to_col_scale = ((col_w * cos).sum(0),) if options.columns else ()
+        return Partial((dot(g, c.z, (1, 0), options.dtype), (row_w * cos).sum(1))), Partial((*to_y, *to_col_scale))
 
-    rows, cols = sides(plan, x, y, row_scale, col_scale, ids)
+    rows, cols = sides(options, x, y, row_scale, col_scale, ids)
     rows = rows._replace(lse=finite(row_lse), ct=ct.rows, positive_ct=ct.row_positive)
-    if plan.columns:
+    if options.columns:
         cols = cols._replace(lse=finite(col_lse), ct=ct.cols, positive_ct=ct.col_positive)
-    found = sweep(tile, rows, cols, axis=plan.axis, tile=plan.tile, travel=plan.travel)
+    found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
     dx, d_row = found[0].total
     to_columns = list(found[1].total)
-    dy = to_columns.pop(0) if plan.y_gradient else jnp.zeros_like(y)
-    d_col = to_columns.pop(0) if plan.columns else jnp.zeros_like(col_scale)
+    dy = to_columns.pop(0) if options.y_gradient else jnp.zeros_like(y)
+    d_col = to_columns.pop(0) if options.columns else jnp.zeros_like(col_scale)
     return dx.astype(x.dtype), dy.astype(y.dtype), d_row, d_col, None
 
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from clipjax.losses.pairwise.tiles import Axis, Meeting, Travel, choose
+from clipjax.losses.pairwise.axes import Axis
+from clipjax.losses.pairwise.geometry import TilePairs
+from clipjax.losses.pairwise.tiles import Travel, choose
 
-Keep = Literal["all", "off_diagonal", "distinct"]
+KeptPairs = Literal["all", "off_diagonal", "distinct"]
 Mask = Bool[Array, "r c"] | None
 Ids = tuple[Int[Array, " b"], Int[Array, " c"]]
 TILE = 512  # rows and columns of a tile
@@ -27,24 +29,24 @@ class Side(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PairwiseOptions:
     """What is fixed when a program is traced."""
 
     axis: Axis
     tile: int
     travel: Travel
     dtype: jnp.dtype
-    keep: Keep = "all"
+    keep: KeptPairs = "all"
     columns: bool = True
     y_gradient: bool = True
 
 
-def make_plan(
+def make_options(
     x: Array, y: Array, axis: Axis, tile: int, travel: Travel | None, dtype: jax.typing.DTypeLike, **kw: object
-) -> Plan:
+) -> PairwiseOptions:
     if x.shape[1] != y.shape[1] or len(y) % len(x):
         raise ValueError(f"x {x.shape} and y {y.shape}: as many numbers a row, and y a multiple of x's rows")
-    return Plan(axis, tile, choose(travel, len(y), y.shape[1], axis), jnp.dtype(dtype), **kw)
+    return PairwiseOptions(axis, tile, choose(travel, len(y), y.shape[1], axis), jnp.dtype(dtype), **kw)
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Float[Array, "m n"]:
@@ -55,12 +57,12 @@ def dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Floa
     return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), dims, precision, jnp.float32)
 
 
-def masks(keep: Keep, r: Side, c: Side, where: Meeting) -> tuple[Mask, Mask]:
+def masks(keep: KeptPairs, r: Side, c: Side, pairs: TilePairs) -> tuple[Mask, Mask]:
     """Which entries are kept, and with ids which are positives other than the own pair. None: all of them, or no ids."""
     same = None if r.ids is None else r.ids[:, None] == c.ids[None]
-    rule = {"all": None, "off_diagonal": ~where.own, "distinct": None if same is None else ~same}[keep]
-    positive = None if same is None else same & ~where.own
-    return both(rule, where.real), None if positive is None else both(positive, where.real)
+    rule = {"all": None, "off_diagonal": ~pairs.own, "distinct": None if same is None else ~same}[keep]
+    positive = None if same is None else same & ~pairs.own
+    return both(rule, pairs.real), None if positive is None else both(positive, pairs.real)
 
 
 def both(a: Mask, b: Mask) -> Mask:
@@ -71,6 +73,8 @@ def only(mask: Mask, values: Array, other: float) -> Array:
     return values if mask is None else jnp.where(mask, values, other)
 
 
-def sides(plan: Plan, x: Array, y: Array, row_scale: Array | None, col_scale: Array | None, ids: Ids | None) -> tuple[Side, Side]:
+def sides(
+    options: PairwiseOptions, x: Array, y: Array, row_scale: Array | None, col_scale: Array | None, ids: Ids | None
+) -> tuple[Side, Side]:
     x_ids, y_ids = ids or (None, None)
-    return Side(x.astype(plan.dtype), row_scale, x_ids), Side(y.astype(plan.dtype), col_scale, y_ids)
+    return Side(x.astype(options.dtype), row_scale, x_ids), Side(y.astype(options.dtype), col_scale, y_ids)
