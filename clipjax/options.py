@@ -52,7 +52,7 @@ def _json(what: str) -> Argument:
 SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], or tsv:FILE with columns filepath and title"
 RUN = (
     _argument("workdir", "RUN", "a workdir of `clipjax train`, local or on gs:// or s3://: its newest checkpoint, or RUN@STEP"),
-    _argument("--config", "CONFIG.py", "load this file first: it registers the losses that the run's own config file brought"),
+    _argument("--config", "CONFIG.py", "load this config file first: it registers losses or evaluations that the run uses"),
 )
 DATA = (
     *RUN,
