@@ -68,6 +68,7 @@ def test_the_wheel_holds_the_package_its_types_and_its_configs(wheel):
     assert {f"Version: {__version__}", "License-Expression: Apache-2.0", "Author: The clipjax developers"} <= set(metadata)
 
 
+@pytest.mark.slow
 def test_a_user_trains_on_a_tsv_of_their_own(clipjax, tmp_path):
     listed = run(clipjax, "configs", cwd=tmp_path)
     assert [line.split()[0] for line in listed.splitlines()] == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
