@@ -5,16 +5,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipjax.evals.loaded import Loaded
+    from clipjax.evals.loaded import LoadedRun
 
 __version__ = "0.2.0"
 
 
-def load(run: str) -> "Loaded":
+def load(run: str) -> "LoadedRun":
     """The model of `RUN` or `RUN@STEP`, for `encode_image(images)` and `encode_text(texts)`: unit vectors, float32 [n, e]."""
-    from clipjax.evals.loaded import Loaded  # here: `import clipjax` and `clipjax --help` stay instant
+    from clipjax.evals.loaded import LoadedRun  # here: `import clipjax` and `clipjax --help` stay instant
 
-    return Loaded(str(run))
+    return LoadedRun(str(run))
 
 
 def register(

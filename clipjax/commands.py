@@ -16,7 +16,7 @@ from clipjax.config.load import load_config, override
 from clipjax.config.packaged import packaged_config, packaged_configs, summary
 
 if TYPE_CHECKING:
-    from clipjax.evals.loaded import Loaded
+    from clipjax.evals.loaded import LoadedRun
 
 
 def _wrong_use(args: argparse.Namespace, message: str) -> NoReturn:
@@ -72,7 +72,7 @@ def train(args: argparse.Namespace) -> None:
     loop.train(run, workdir, batches, make_evaluators(run, mesh, tokenizer, workdir.path), mesh)
 
 
-def _load(args: argparse.Namespace) -> "Loaded":
+def _load(args: argparse.Namespace) -> "LoadedRun":
     """The run to evaluate, on the devices of all processes."""
     from clipjax import distributed
 

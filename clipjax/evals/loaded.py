@@ -21,7 +21,7 @@ from clipjax.generate import GREEDY, Captioner, Decoding
 ImageLike = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
 
 
-class Loaded:
+class LoadedRun:
     """A run's weights, tokenizer and preprocessing on all devices. The weights are sharded as in training where that fits."""
 
     def __init__(self, name: str) -> None:
