@@ -81,11 +81,11 @@ def _neighbours_of(file: Path) -> Iterator[None]:
     finally:
         sys.path.remove(str(folder))
         new = {name: module for name, module in sys.modules.items() if name.partition(".")[0] not in before}
-        local = {name for name, module in new.items() if "." not in name and _lies_in(module, folder)}
+        local = {name for name, module in new.items() if "." not in name and _belongs_to(module, folder)}
         _neighbours.update(name for name in new if name.partition(".")[0] in local)
 
 
-def _lies_in(module: ModuleType, folder: Path) -> bool:
+def _belongs_to(module: ModuleType, folder: Path) -> bool:
     """Whether a top-level module is a file or a package of `folder`."""
     places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None)]
     return any(Path(place).parent == folder for place in places if place)
