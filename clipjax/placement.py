@@ -11,10 +11,11 @@ One of three ways, by the mesh: the first row below whose axis has more than one
 | data   | a device's rows, in a shard_map   | as on one device          | on every device           | once, in float32, after   |
 |        | around both towers                |                           |                           | the last micro-batch      |
 
-Reasons, from measurements. Left to the compiler, `data` summed gradients in the products' dtype, and after every chunk. Left to
-the compiler, `fsdp` sharded activations over their width in every layer, and summed attention scores over devices, instead of
-gathering the layer's weights. Where weights are sharded, a device cannot sum its own gradients first: that sum would be a full
-copy of the weights. Evaluation and captions have no gradient: they always get the global batch.
+Reasons, from measurements. Left to the compiler, `data` summed gradients in the products' dtype, and after every part of the
+batch. Left to the compiler, `fsdp` sharded activations over their width in every layer, and summed attention scores over devices,
+instead of gathering the layer's weights. Where weights are sharded, a device cannot sum its own gradients first: that sum would
+be a full copy of the weights. Evaluation and captions have no gradient: they always get the global batch. docs/towers.md has a
+diagram.
 """
 
 import functools

@@ -16,7 +16,6 @@ from tensorboardX.proto.event_pb2 import Event
 
 from clipjax.chips import chip_of
 from clipjax.config import ImageTower, Model, Rule, TextTower
-from clipjax.metrics import flops
 from clipjax.metrics.clock import Clock
 from clipjax.metrics.flops import mfu, model_flops, peak_flops
 from clipjax.metrics.writer import MetricsWriter, NonFiniteError
@@ -124,7 +123,8 @@ def test_what_is_frozen_needs_less(frozen, passes):
         return (model.encode_image(images) * model.encode_text(tokens)).sum() * model.log_scale[...]
 
     made = model_flops(cfg, trained_names(rules, params))
-    assert made == passes[0] * flops._image_flops(image) + passes[1] * flops._text_flops(text)
+    facts = clip.facts(cfg)
+    assert made == passes[0] * facts["image"].flops + passes[1] * facts["text"].flops
     # Pictures need no gradient; frozen attention still passes one to each of two factors.
     assert made == pytest.approx(dots(jax.make_jaxpr(jax.grad(loss))(params, *shapes).jaxpr) / b, rel=0.05)
 
@@ -132,8 +132,9 @@ def test_what_is_frozen_needs_less(frozen, passes):
 def test_model_flops_of_published_sizes():
     """open_clip's model profile, GFLOPs of one forward pass (METHODS.md E.7)."""
     image, text = ImageTower.clip("B/16"), TextTower.clip("B")
-    assert flops._image_flops(image) / 1e9 == pytest.approx(35.13, abs=0.01)
-    assert flops._text_flops(text) / 1e9 == pytest.approx(5.96, abs=0.01)
+    facts = clip.facts(Model(image=image, text=text))
+    assert facts["image"].flops / 1e9 == pytest.approx(35.13, abs=0.01)
+    assert facts["text"].flops / 1e9 == pytest.approx(5.96, abs=0.01)
     assert model_flops(Model(image=image, text=text)) / 3e9 == pytest.approx(41.09, abs=0.01)
     siglip = Model(image=ImageTower.siglip("B/16"), text=TextTower.siglip("B"))
     assert model_flops(siglip) / 3e9 == pytest.approx(46.44, abs=0.01)

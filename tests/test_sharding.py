@@ -1,4 +1,4 @@
-"""The mesh and where everything lies on it."""
+"""The mesh, and how everything is sharded over it."""
 
 import dataclasses
 import math
@@ -73,7 +73,7 @@ def test_a_batch_that_does_not_divide_is_refused(size, near):
     run = tiny.run(train=config.Train(batch_size=size))
     with pytest.raises(ConfigError, match=f"^train.batch_size = {size}: must be a multiple of the 8 devices .*; try {near}$"):
         sharding.check_batch(run, tiny.mesh_of(2, 4))
-    sharding.check_batch(run, tiny.mesh_of(1, 1, 8))  # the tensor axis does not divide it
+    sharding.check_batch(run, tiny.mesh_of(1, 1, 8))  # the tensor axis does not shard it
 
 
 CASES = {  # width 768, 12 heads, MLP 3072
@@ -99,7 +99,7 @@ CASES = {  # width 768, 12 heads, MLP 3072
 
 @pytest.mark.parametrize("prefix", ["", "params/", "opt_state/inner_states/train/inner_state/1/mu/"])
 @pytest.mark.parametrize("path", CASES)
-def test_where_a_parameter_and_its_moments_lie(path, prefix):
+def test_how_a_parameter_and_its_moments_are_sharded(path, prefix):
     shape, want = CASES[path]
     assert sharding.spec(prefix + path, shape, abstract(2, 4, 4)) == want
 
@@ -112,7 +112,7 @@ def test_axes_of_one_device_are_not_named(path):
     assert sharding.spec(path, shape, abstract(1, 1, 4)) == P(*["tensor" if axis == "tensor" else None for axis in want])
 
 
-def test_heads_that_do_not_divide_stay_whole():
+def test_heads_that_do_not_divide_are_replicated():
     assert sharding.spec("image/blocks/attention/qkv/kernel", (12, 768, 3, 12, 64), abstract(1, 1, 8)) == P(*[None] * 5)
     assert sharding.spec("text/blocks/mlp/up/kernel", (12, 768, 3072), abstract(1, 1, 8)) == P(None, None, "tensor")
 
@@ -131,26 +131,26 @@ def test_the_axis_of_the_layers_is_never_sharded(model):
 
 @pytest.mark.parametrize("model", [B16, SO400M], ids=["B/16", "So400m"])
 @pytest.mark.parametrize("fsdp", [4, 16, 32])
-def test_what_fits_is_divided_nearly_whole(model, fsdp):
+def test_nearly_everything_is_sharded(model, fsdp):
     tree = parameters(model)
     placed = sharding.shardings(tree, abstract(2, fsdp))
-    whole = sharding.unsharded(tree, placed, "fsdp")
+    left = sharding.unsharded(tree, placed, "fsdp")
     total = sum(x.size * 4 for x in jax.tree.leaves(tree))
-    assert sum(whole.values()) < 0.05 * total
-    assert {"log_scale"} <= whole.keys()
+    assert sum(left.values()) < 0.05 * total
+    assert {"log_scale"} <= left.keys()
     mine = sum(4 * math.prod(s.shard_shape(x.shape)) for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True))
-    assert mine == pytest.approx((total - sum(whole.values())) / fsdp + sum(whole.values()))
+    assert mine == pytest.approx((total - sum(left.values())) / fsdp + sum(left.values()))
 
 
 @pytest.mark.parametrize(("fsdp", "use"), [(5, "none but 1"), (256, "2, 4, 8, 16, 32, 64, 128")])
-def test_a_mesh_that_leaves_too_much_whole_is_refused_by_name(fsdp, use):
+def test_a_mesh_that_replicates_too_much_is_refused_by_name(fsdp, use):
     """1152 and 4304 are no multiples of 256: every kernel of the blocks would be on every device."""
     tree = parameters(SO400M)
     with pytest.raises(
-        ConfigError, match=rf"^mesh\.fsdp = {fsdp}: only \d+% of the bytes can be divided so; use {use}\. "
+        ConfigError, match=rf"^mesh\.fsdp = {fsdp}: only \d+% of the bytes can be sharded so; use {use}\. "
     ) as error:
         sharding.shardings(tree, abstract(1, fsdp))
-    assert "Whole: image/blocks/mlp/" in str(error.value)  # largest first
+    assert "Replicated: image/blocks/mlp/" in str(error.value)  # largest first
     assert f"({27 * 1152 * 4304 * 4:,} bytes)" in str(error.value)
     sharding.shardings(tree, abstract(fsdp, 1))  # replicating on purpose is fine
 
@@ -167,7 +167,7 @@ class Chip:
 
 
 def test_slices_are_the_outer_part_of_data():
-    """Interleaved as jax.devices() may list them; weights stay within a slice, whichever axes divide them."""
+    """Interleaved as jax.devices() may list them; weights stay within a slice, whichever axes shard them."""
     chips = [Chip(i, i % 2) for i in range(16)]
     mesh = sharding.make_mesh(Mesh(data=-1, fsdp=2, tensor=2), chips)
     assert mesh.shape == dict(zip(sharding.AXES, (2, 2, 2, 2), strict=True))
@@ -204,8 +204,8 @@ def test_on_shards_sees_its_rows_and_returns_one_value():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shape", "share"), [((2, 4, 1), 0.28), ((2, 2, 2), 0.36)])
-def test_no_device_holds_a_whole_copy_of_what_is_sharded(shape, share):
-    """The state is born sharded, the compiled step takes and gives it so, and says that it holds no more than its part."""
+def test_no_device_holds_a_full_copy_of_what_is_sharded(shape, share):
+    """The state is initialised sharded. The compiled step takes and gives it so, and needs no more memory than the shards."""
     run = tiny.run(optim=dataclasses.replace(tiny.OPTIM, ema=0.9))
     mesh = tiny.mesh_of(*shape)
     tx = make_optimizer(run.optim, run.train.steps, parameters(run.model))

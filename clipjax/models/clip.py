@@ -11,7 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from clipjax import config
+from clipjax.models import decoder, text, vit
 from clipjax.models.decoder import Decoder
+from clipjax.models.facts import TowerFacts
 from clipjax.models.layers import Scope, unit
 from clipjax.models.runner import ONE_DEVICE, Placement, Runner
 from clipjax.models.steps import make_layer_step, unstack_layers
@@ -119,6 +121,12 @@ class CLIP(nnx.Module):
     def _runner(self, placement: Placement) -> Runner:
         remat = "none" if self.cfg.remat == "auto" else self.cfg.remat  # train.remat decides where there is a backward pass
         return Runner(remat, self.cfg.unroll, placement)
+
+
+def facts(cfg: config.Model) -> dict[str, TowerFacts]:
+    """Of each tower, by its name in a parameter's path and in the configuration."""
+    towers = {"image": vit.facts(cfg.image), "text": text.facts(cfg.text)}
+    return towers if cfg.decoder is None else towers | {"decoder": decoder.facts(cfg.decoder, cfg.text, cfg.image)}
 
 
 def init(cfg: config.Model, seed: int) -> Params:

@@ -1,6 +1,8 @@
 """CoCa's captioning head (2205.01917): layers on top of the text tower's, which also attend to an image's tokens."""
 
-from typing import Any
+import functools
+import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from clipjax import config
-from clipjax.models.layers import MLP, Cache, CrossAttention, LayerNorm, Mask, Scope, SelfAttention, normal
+from clipjax.models.attention import Cache, CrossAttention, Mask, SelfAttention
+from clipjax.models.block import Block
+from clipjax.models.facts import BlockShape, Layout, TowerFacts
+from clipjax.models.layers import MLP, Layer, LayerNorm, Scope, normal
 from clipjax.models.runner import Runner
 from clipjax.models.steps import Step
 
@@ -84,7 +89,9 @@ class OutputProjection(nnx.Module):
         self.kernel = scope.param("kernel", normal(width**-0.5), count, width)
 
 
-class Decoder(nnx.Module):
+class Decoder(Layer):
+    TENSOR_AXES: ClassVar = {"output/kernel": -2}  # words
+
     def __init__(self, cfg: config.Decoder, text: config.TextTower, image: config.ImageTower, scope: Scope) -> None:
         d, (tokens, context) = text.width, image.context
         self.rows = text.length + tokens  # of a layer's inputs, for one caption
@@ -125,3 +132,24 @@ class Decoder(nnx.Module):
         """The text tower's states at position `at` -> the states that predict the next tokens, and the caches with these."""
         x, caches = layer_step(x, caches, at, mask, keys)
         return self.norm(x), caches
+
+
+def facts(cfg: config.Decoder, text: config.TextTower, image: config.ImageTower) -> TowerFacts:
+    d, context, tokens = text.width, image.context, text.length - 1
+    layer = BlockShape(tokens, d, cfg.heads, cfg.mlps * cfg.mlp_dim, text.activation)  # its MLPs as one
+    flops = cfg.depth * (Block.flops(layer) + CrossAttention.flops(tokens, d, context)) + 2 * tokens * d * text.vocab_size
+    return TowerFacts(
+        flops=flops,
+        depth=cfg.depth,
+        tokens=tokens + context[0],
+        layer_weights=Block.weights(layer) + 2 * d * (d + context[1]),
+        kept=functools.partial(_kept, cfg.depth, layer, context),
+        tensor_sizes={"heads": cfg.heads, "mlp_dim": cfg.mlp_dim},
+        after_blocks=frozenset({"norm", "output"}),
+        per_caption=True,
+    )
+
+
+def _kept(depth: int, layer: BlockShape, context: tuple[int, int], policy: str, layout: Layout) -> int:
+    of_layer = Block.kept(policy, layout, layer) + CrossAttention.kept(policy, layout, layer, context)
+    return math.ceil(depth * of_layer + 2 * layout.bytes(*context))  # the context, which all layers share, and its gradient

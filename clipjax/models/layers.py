@@ -1,21 +1,21 @@
-"""What the towers are made of: named parameters, linear maps, norms, attention, blocks. clipjax.models.runner runs them.
+"""What the towers are made of: named parameters, linear maps, norms, MLPs.
 
 Letters: b batch, t tokens, d width, h heads, k width of a head, f width of the MLP, e embedding, n patches, L layers.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-import einops
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from clipjax.config import Activation
+from clipjax.models.facts import BlockShape, Layout
 from clipjax.models.runner import HIDDEN
 
 Init = Callable[..., Array]
@@ -49,6 +49,25 @@ class Scope:
         return nnx.Param(draw(jax.random.split(key, self.layers)))
 
 
+TENSOR_AXES: dict[str, int] = {}  # of all layers: the last two parts of a parameter's path -> Layer.TENSOR_AXES
+
+
+class Layer(nnx.Module):
+    """A module that says which of its parameters are sharded over the mesh axis `tensor`.
+
+    Defining a subclass adds its TENSOR_AXES to those of all layers. Raises TypeError where two layers contradict each other.
+    """
+
+    # A parameter, as "out/kernel" -> its axis that is sharded, counted from the end. Others are not sharded over `tensor`.
+    TENSOR_AXES: ClassVar[Mapping[str, int]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, axis in cls.TENSOR_AXES.items():
+            if name.count("/") != 1 or TENSOR_AXES.setdefault(name, axis) != axis:
+                raise TypeError(f"{cls.__name__}.TENSOR_AXES: {name!r} must have two parts, and one axis in all layers")
+
+
 class Linear(nnx.Module):
     """A linear map from one group of axes to another: `Linear(scope, (d,), (h, k), std=s)` maps [..., d] to [..., h, k]."""
 
@@ -75,6 +94,11 @@ class LayerNorm(nnx.Module):
         self.scale = scope.param("scale", ones, width)
         self.bias = scope.param("bias", zeros, width)
 
+    @staticmethod
+    def kept(policy: str, layout: Layout, tokens: int, width: int) -> int:
+        """Bytes kept for the backward pass, of one example: three steps in float32."""
+        return 3 * 4 * width * layout.rows(tokens) if policy == "none" else 0
+
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
@@ -90,7 +114,9 @@ def activate(x: Array, name: Activation) -> Array:
     return jax.nn.gelu(x, approximate=name == "gelu_tanh")
 
 
-class MLP(nnx.Module):
+class MLP(Layer):
+    TENSOR_AXES: ClassVar = {"up/kernel": -1, "up/bias": -1, "down/kernel": -2}  # hidden units
+
     activation: Activation
 
     def __init__(self, scope: Scope, width: int, mlp_dim: int, activation: Activation, *, std: float, out_std: float) -> None:
@@ -101,109 +127,20 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.down(activate(checkpoint_name(self.up(x), HIDDEN), self.activation))
 
+    @staticmethod
+    def flops(tokens: int, width: int, mlp_dim: int) -> int:
+        """Of a forward pass on one example."""
+        return tokens * 2 * 2 * width * mlp_dim
 
-Mask = Bool[Array | np.ndarray, "..."]
-
-
-def attend(
-    q: Float[Array, "b h t k"], k: Float[Array, "b h s k"], v: Float[Array, "b h s k"], mask: Mask | None = None
-) -> Float[Array, "b t h k"]:
-    """Scaled dot-product attention. Scores and softmax are float32, whatever the dtype. `mask` broadcasts to [b, h, t, s]; it is
-    true where a query may attend to a key.
-    """
-    scores = jnp.einsum("bhtk,bhsk->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    return jnp.einsum("bhts,bhsk->bthk", jax.nn.softmax(scores).astype(v.dtype), v)
-
-
-# Keys and values of one layer for the tokens generated so far, of n captions an image; 0 at later positions.
-Cache = tuple[Float[Array, "b n h t k"], Float[Array, "b n h t k"]]
-
-
-class SelfAttention(nnx.Module):
-    def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
-        self.causal = causal
-        self.qkv = Linear(scope / "qkv", (width,), (3, heads, width // heads), std=std)
-        self.out = Linear(scope / "out", (heads, width // heads), (width,), std=out_std)
-
-    def __call__(self, x: Float[Array, "b t d"], mask: Mask | None = None) -> Float[Array, "b t d"]:
-        """`mask` [b, t, t]: true where a token (axis 1) may attend to another (axis 2). None: all true, or lower-triangular if
-        causal.
-        """
-        if mask is not None:
-            mask = mask[:, None]
-        elif self.causal:
-            mask = np.tri(x.shape[1], dtype=bool)
-        q, k, v = self.heads(x)
-        return self.out(attend(q, k, v, mask))
-
-    def heads(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b h t k"], ...]:
-        """Queries, keys and values."""
-        # Three products that each write [b, h, t, k] directly. One fused product has to be split and transposed, which cost a
-        # tenth of the step's time on a CPU.
-        assert self.qkv.bias is not None
-        kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
-        return tuple(jnp.einsum("btd,dhk->bhtk", x, kernel[:, i]) + bias[i][None, :, None] for i in range(3))
-
-    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "b n 1 t"]) -> tuple[Array, Cache]:
-        """One token of each caption, at position `at`: the attention's output, and the new token's keys and values.
-
-        The cache holds the earlier tokens and is 0 at `at`. It is only read here, so XLA need not copy it.
-        """
-        q, k, v = (einops.rearrange(y, "b h n k -> b n h k") for y in self.heads(x))
-        q, own = q * q.shape[-1] ** -0.5, (jnp.arange(mask.shape[-1]) == at)[None, None, None]
-        scores = jnp.einsum("bnhk,bnhtk->bnht", q, cache[0], preferred_element_type=jnp.float32)
-        scores = scores + own * jnp.einsum("bnhk,bnhk->bnh", q, k, preferred_element_type=jnp.float32)[..., None]
-        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(v.dtype)
-        out = jnp.einsum("bnht,bnhtk->bnhk", weights, cache[1]) + (weights * own).sum(-1, keepdims=True) * v
-        return self.out(out), (k[..., None, :], v[..., None, :])
-
-
-class CrossAttention(nnx.Module):
-    """Attention of one sequence's tokens to those of another."""
-
-    def __init__(self, scope: Scope, width: int, context: int, heads: int, *, std: float, out_std: float) -> None:
-        shape = heads, width // heads
-        self.query = Linear(scope / "query", (width,), shape, std=std)
-        self.key_value = Linear(scope / "key_value", (context,), (2, *shape), std=context**-0.5)
-        self.out = Linear(scope / "out", shape, (width,), std=out_std)
-
-    def __call__(self, x: Float[Array, "b t d"], context: Float[Array, "b s c"]) -> Float[Array, "b t d"]:
-        return self.attend(x, *self.keys(context))
-
-    def keys(self, context: Float[Array, "b s c"]) -> tuple[Float[Array, "b h s k"], Float[Array, "b h s k"]]:
-        """Keys and values of the other sequence."""
-        key, value = einops.rearrange(self.key_value(context), "b s two h k -> two b h s k")
-        return key, value
-
-    def attend(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
-        """As a call, with the `keys` of the other sequence already computed."""
-        return self.out(attend(einops.rearrange(self.query(x), "b t h k -> b h t k"), key, value))
-
-
-class Block(nnx.Module):
-    """A pre-norm transformer block. Built in a stacked scope it holds every layer of a tower, which `Runner.layers` runs."""
-
-    def __init__(
-        self, scope: Scope, *, width: int, depth: int, heads: int, mlp_dim: int, activation: Activation, eps: float, causal: bool
-    ) -> None:
-        # CLIP's initialisation (2103.00020, and openai/CLIP model.py `initialize_parameters`).
-        std, out_std = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
-        self.norm1 = LayerNorm(scope / "norm1", width, eps)
-        self.attention = SelfAttention(scope / "attention", width, heads, causal=causal, std=std, out_std=out_std)
-        self.norm2 = LayerNorm(scope / "norm2", width, eps)
-        self.mlp = MLP(scope / "mlp", width, mlp_dim, activation, std=(2 * width) ** -0.5, out_std=out_std)
-
-    def __call__(self, x: Float[Array, "b t d"], mask: Mask | None = None) -> Float[Array, "b t d"]:
-        x = x + self.attention(self.norm1(x), mask)
-        return x + self.mlp(self.norm2(x))
-
-    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "b n 1 t"]) -> tuple[Array, Cache]:
-        """The same for one token of each caption, at position `at`; also that token's keys and values."""
-        y, new = self.attention.step(self.norm1(x), cache, at, mask)
-        x = x + y
-        return x + self.mlp(self.norm2(x)), new
+    @staticmethod
+    def kept(policy: str, layout: Layout, shape: BlockShape) -> float:
+        """Bytes kept for the backward pass, of one example: hidden units, and the input with its norm."""
+        hidden = layout.bytes(shape.tokens, shape.mlp_dim) / layout.tensor
+        if policy != "none":
+            return 0 if policy == "full" else hidden
+        steps = 6 if shape.activation == "gelu_tanh" else 4  # of the function between the two products
+        x = layout.bytes(shape.tokens, shape.width)
+        return LayerNorm.kept(policy, layout, shape.tokens, shape.width) + x + steps * hidden
 
 
 def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:

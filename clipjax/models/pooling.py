@@ -1,17 +1,54 @@
-"""Poolers: how an image's tokens become its embedding. SigLIP's attention-pooling head, and CoCa's attentional poolers."""
+"""Poolers: how an image's tokens become its embedding.
+
+POOLERS has those that are a function from all tokens to one vector. CoCa's also give the tokens that a decoder attends to.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import einops
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from clipjax.config import ImageTower
-from clipjax.models.layers import MLP, CrossAttention, LayerNorm, Linear, Scope, attend, normal
+from clipjax.models.attention import CrossAttention, attend, attention_flops
+from clipjax.models.facts import Layout
+from clipjax.models.layers import MLP, Layer, LayerNorm, Linear, Scope, normal
+from clipjax.models.runner import CHUNKED_POLICIES
 
 
-class AttentionPooling(nnx.Module):
+class Pooler(Layer):
+    """From all tokens of an image to one vector, after the tower's last norm."""
+
+    def __init__(self, cfg: ImageTower, scope: Scope) -> None:
+        pass
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(cfg: ImageTower, tokens: int) -> int:
+        """Of a forward pass on one image; dot products only. What is computed once for all images does not count."""
+        return 0
+
+    @staticmethod
+    def kept(policy: str, layout: Layout, cfg: ImageTower, tokens: int) -> int:
+        """Bytes kept for the backward pass, of one image."""
+        return 0
+
+
+class MeanPooling(Pooler):
+    """The mean of the tokens."""
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        return x.mean(1)
+
+
+class AttentionPooling(Pooler):
     """SigLIP's pooling head (2303.15343): a learned probe attends to all tokens, then a residual MLP."""
+
+    TENSOR_AXES: ClassVar = CrossAttention.TENSOR_AXES
 
     def __init__(self, cfg: ImageTower, scope: Scope) -> None:
         d, heads, std = cfg.width, (cfg.heads, cfg.width // cfg.heads), cfg.width**-0.5
@@ -28,8 +65,23 @@ class AttentionPooling(nnx.Module):
         x = self.out(jax.nn.dot_product_attention(jnp.broadcast_to(query, (len(x), *query.shape[1:])), key, value))
         return (x + self.mlp(self.norm(x)))[:, 0]
 
+    @staticmethod
+    def flops(cfg: ImageTower, tokens: int) -> int:
+        d = cfg.width
+        return _flops(1, tokens, d, d) + MLP.flops(1, d, cfg.mlp_dim)
 
-class AttentionalPooler(nnx.Module):
+    @staticmethod
+    def kept(policy: str, layout: Layout, cfg: ImageTower, tokens: int) -> int:
+        return _kept(policy, layout, tokens, cfg.width)
+
+
+POOLERS: Mapping[str, type[Pooler]] = {  # by config.ImageTower.pool, which is also the path of its parameters: image/map/...
+    "mean": MeanPooling,
+    "map": AttentionPooling,
+}
+
+
+class AttentionalPooler(Layer):
     """CoCa's pooler (2205.01917, section 3.2; its norms as in open_clip): learned queries attend to all tokens. The order of the
     tokens has no effect.
     """
@@ -44,3 +96,25 @@ class AttentionalPooler(nnx.Module):
         query = self.attention.query(self.norm_query(self.queries[...].astype(x.dtype))[None])  # once for all images
         query = einops.repeat(query, "1 q h k -> b h q k", b=len(x))
         return self.attention.out(attend(query, *self.attention.keys(self.norm_context(x))))
+
+    @staticmethod
+    def flops(queries: int, tokens: int, context: int, width: int) -> int:
+        """Of a forward pass on one image, with tokens of width `context`."""
+        return _flops(queries, tokens, context, width)
+
+    @staticmethod
+    def kept(policy: str, layout: Layout, tokens: int, context: int) -> int:
+        """Bytes kept for the backward pass, of one image, with tokens of width `context`."""
+        return _kept(policy, layout, tokens, context)
+
+
+def _flops(queries: int, tokens: int, context: int, width: int) -> int:
+    """Of attention to an image's tokens: keys and values, scores and weighted values, the output. Queries are computed once for
+    all images.
+    """
+    return 2 * tokens * context * 2 * width + attention_flops(queries, tokens, width) + 2 * queries * width**2
+
+
+def _kept(policy: str, layout: Layout, tokens: int, context: int) -> int:
+    """Bytes kept of attention to an image's tokens: their norm in float32, keys and values. In chunks, all is recomputed."""
+    return 0 if policy in CHUNKED_POLICIES else 24 * context * layout.rows(tokens) + 6 * layout.bytes(tokens, context)

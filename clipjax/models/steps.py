@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from clipjax.models.layers import Cache
+from clipjax.models.attention import Cache
 
 # x [b, n, d] of the tokens at one position, the caches of all layers, the position, the mask, each layer's further arguments
 # -> x after the last layer, and the caches with these tokens in them.

@@ -1,6 +1,8 @@
 """The text tower: a transformer. It can be CLIP's (causal, pooled at the end token), SigLIP's (bidirectional, pooled at the last
 token) or CoCa's (causal, pooled at a class token that comes last: it attends to all others, and none to it)."""
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -10,7 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import TextTower
-from clipjax.models.layers import Block, LayerNorm, Linear, Scope, normal
+from clipjax.models.block import Block
+from clipjax.models.facts import BlockShape, Layout, TowerFacts
+from clipjax.models.layers import LayerNorm, Linear, Scope, normal
 from clipjax.models.runner import Runner
 from clipjax.models.steps import Step
 
@@ -92,3 +96,21 @@ class TextTransformer(nnx.Module):
 def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:
     """The number of real tokens of each text, the end token included: that one has the highest id."""
     return tokens.argmax(-1) + 1
+
+
+def facts(cfg: TextTower) -> TowerFacts:
+    layer = BlockShape(cfg.positions, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation)
+    return TowerFacts(
+        flops=cfg.depth * Block.flops(layer) + 2 * cfg.width * (cfg.embed_dim or 0),
+        depth=cfg.depth,
+        tokens=layer.tokens,
+        layer_weights=Block.weights(layer),
+        kept=functools.partial(_kept, cfg.depth, layer),
+        tensor_sizes={"heads": cfg.heads, "mlp_dim": cfg.mlp_dim},
+        after_blocks=frozenset({"norm", "projection"}),
+        per_caption=True,
+    )
+
+
+def _kept(depth: int, layer: BlockShape, policy: str, layout: Layout) -> int:
+    return math.ceil(depth * Block.kept(policy, layout, layer))

@@ -1,6 +1,7 @@
 """The image tower: a vision transformer. It can be CLIP's (2103.00020), SigLIP's (2303.15343) or CoCa's (2205.01917)."""
 
 import functools
+import math
 
 import einops
 import jax
@@ -10,8 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from clipjax.config import ImageTower
-from clipjax.models.layers import Block, LayerNorm, Linear, Scope, normal
-from clipjax.models.pooling import AttentionalPooler, AttentionPooling
+from clipjax.models.block import Block
+from clipjax.models.facts import BlockShape, Layout, TowerFacts
+from clipjax.models.layers import LayerNorm, Linear, Scope, normal
+from clipjax.models.pooling import POOLERS, AttentionalPooler
 from clipjax.models.runner import Runner
 
 
@@ -31,7 +34,8 @@ class ViT(nnx.Module):
         self.blocks = Block(blocks, **shape, activation=cfg.activation, eps=cfg.norm_eps, causal=False)
         e = cfg.embed_dim or d
         self.norm = LayerNorm(scope / "norm", e if cfg.pool == "single" else d, cfg.norm_eps)
-        self.map = AttentionPooling(cfg, scope / "map") if cfg.pool == "map" else None
+        if cfg.pool in POOLERS:  # the attribute's name is the path of its parameters
+            setattr(self, cfg.pool, POOLERS[cfg.pool](cfg, scope / cfg.pool))
         pooler = functools.partial(AttentionalPooler, width=e, heads=cfg.pool_heads, eps=cfg.norm_eps)
         self.pooler = pooler(scope / "pooler", queries=cfg.queries, context=d) if cfg.attentional else None
         own, context = cfg.pool in ("cascade", "parallel"), e if cfg.pool == "cascade" else d
@@ -81,17 +85,22 @@ class ViT(nnx.Module):
                 tokens = self.pooler(x)
                 z = self.contrastive(tokens if self.cfg.pool == "cascade" else x)[:, 0]
             else:
-                z = x.mean(1) if self.map is None else self.map(x)
+                z = getattr(self, self.cfg.pool)(x)
         return z if self.projection is None else self.projection(z), tokens if with_tokens else None
 
 
 def drop_patches(x: Float[Array, "b n d"], keys: Key[Array, " b"], rate: float) -> Float[Array, "b m d"]:
     """A random subset, m = n (1 - rate), of each example's patches, drawn by its own key (FLIP, 2212.00794)."""
     n = x.shape[1]
-    keep = max(1, round(n * (1 - rate)))
+    keep = kept_patches(n, rate)
     noise = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
     kept = jnp.argsort(-noise)[:, :keep]  # top_k would gather the global batch's noise on every device
     return jnp.take_along_axis(x, kept[..., None], axis=1)
+
+
+def kept_patches(n: int, rate: float) -> int:
+    """The number of n patches that dropping a share of them leaves: at least one."""
+    return max(1, round(n * (1 - rate)))
 
 
 def sincos2d(cfg: ImageTower) -> Float[Array, "n d"]:
@@ -101,3 +110,43 @@ def sincos2d(cfg: ImageTower) -> Float[Array, "n d"]:
     omega = 10000.0 ** -np.linspace(0, 1, cfg.width // 4)[None]
     table = np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], axis=1)
     return jnp.asarray(np.pad(table, ((int(cfg.class_token), 0), (0, 0))), jnp.float32)
+
+
+def facts(cfg: ImageTower) -> TowerFacts:
+    tokens, e = kept_patches(cfg.patches, cfg.patch_dropout) + cfg.class_token, cfg.embed_dim or 0
+    layer = BlockShape(tokens, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation)
+    patches = 2 * cfg.patches * 3 * cfg.patch_size**2 * cfg.width  # of all patches: they are dropped afterwards
+    projection = 2 * (e if cfg.attentional else cfg.width) * e
+    pool_heads = {"pool_heads": cfg.pool_heads} if cfg.attentional else {}
+    return TowerFacts(
+        flops=patches + cfg.depth * Block.flops(layer) + _pool_flops(cfg, tokens) + projection,
+        depth=cfg.depth,
+        tokens=tokens,
+        layer_weights=Block.weights(layer),
+        kept=functools.partial(_kept, cfg, layer),
+        tensor_sizes={"heads": cfg.heads, "mlp_dim": cfg.mlp_dim} | pool_heads,
+        after_blocks=frozenset({"norm", "pooler", "contrastive", "projection", *POOLERS}),
+    )
+
+
+def _pool_flops(cfg: ImageTower, tokens: int) -> int:
+    if cfg.pool in POOLERS:
+        return POOLERS[cfg.pool].flops(cfg, tokens)
+    if not cfg.attentional:
+        return 0
+    width = cfg.embed_dim or cfg.width
+    flops = AttentionalPooler.flops(cfg.queries, tokens, cfg.width, width)
+    if cfg.pool == "cascade":
+        flops += AttentionalPooler.flops(1, cfg.queries, width, width)
+    elif cfg.pool == "parallel":
+        flops += AttentionalPooler.flops(1, tokens, cfg.width, width)
+    return flops
+
+
+def _kept(cfg: ImageTower, layer: BlockShape, policy: str, layout: Layout) -> int:
+    pooler = 0
+    if cfg.pool in POOLERS:
+        pooler = POOLERS[cfg.pool].kept(policy, layout, cfg, layer.tokens)
+    elif cfg.attentional:
+        pooler = AttentionalPooler.kept(policy, layout, layer.tokens, cfg.width)
+    return math.ceil(cfg.depth * Block.kept(policy, layout, layer) + pooler)

@@ -5,11 +5,14 @@ import itertools
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clipjax import aot, config, plan, sharding
 from clipjax.config.load import load_config
+from clipjax.models import clip, decoder, vit
+from clipjax.models.facts import Layout
 from clipjax.models.runner import REMAT_POLICIES
 from clipjax.plan.program import state_of
 from clipjax.train import remat
@@ -86,29 +89,37 @@ def test_a_cpu_makes_nothing_again():
 
 
 def test_each_policy_keeps_less_whatever_the_shape():
-    towers = [config.ImageTower.siglip(f"{size}/16") for size in config.model.SIZES]
-    for tower, seen in itertools.product(towers, [(0, 0), (255, 1024)]):
-        of = remat.Layers(tower.depth, tower.patches, tower.width, tower.heads, tower.mlp_dim, tower.activation, seen=seen)
-        for size in (2, 4):
-            sizes = [remat.bytes_kept(of, policy, size) for policy in remat.POLICIES_BY_MEMORY]
-            assert sizes == sorted(sizes, reverse=True)
-            assert len(set(sizes)) == 4
-            assert all(
-                remat.bytes_kept(of, policy, size, tensor=2) <= n
-                for policy, n in zip(remat.POLICIES_BY_MEMORY, sizes, strict=True)
-            )
+    context = config.ImageTower(pool="single", queries=256, embed_dim=1024)  # 255 tokens of width 1024
+    for size in config.model.SIZES:
+        head = decoder.facts(config.Decoder.coca(size), config.TextTower.coca(size), context)
+        for facts, bytes_each in itertools.product((vit.facts(config.ImageTower.siglip(f"{size}/16")), head), (2, 4)):
+            kept = [facts.kept(policy, Layout(bytes_each)) for policy in remat.POLICIES_BY_MEMORY]
+            assert kept == sorted(kept, reverse=True)
+            assert len(set(kept)) == 4
+            half = [facts.kept(policy, Layout(bytes_each, tensor=2)) for policy in remat.POLICIES_BY_MEMORY]
+            assert all(n <= m for n, m in zip(half, kept, strict=True))
 
 
 def test_what_goes_through_the_layers():
-    data = config.Data(captions_per_image=3, ids="caption")
     model = dataclasses.replace(tiny.CLIP, image=dataclasses.replace(tiny.CLIP.image, patch_dropout=0.5))
-    image, *texts = remat.layers(tiny.run(model, data=data))
-    assert image.tokens == tiny.CLIP.image.patches // 2 + 1  # with the class token
-    assert [text.tokens for text in texts] == [tiny.CLIP.text.length] * 3
+    facts = clip.facts(model)
+    assert facts["image"].tokens == tiny.CLIP.image.patches // 2 + 1  # with the class token
+    assert facts["text"].tokens == tiny.CLIP.text.length
+    assert [facts[tower].per_caption for tower in ("image", "text")] == [False, True]
     model = dataclasses.replace(tiny.CLIP, decoder=config.Decoder(depth=3, heads=4, mlp_dim=64, mlps=2))
-    *_, decoder = remat.layers(tiny.run(model))
-    assert (decoder.depth, decoder.mlp_dim) == (3, 128)
-    assert (decoder.tokens, decoder.seen) == (tiny.CLIP.text.length - 1, model.image.context)
+    head, d, (tokens, width) = clip.facts(model)["decoder"], tiny.CLIP.text.width, model.image.context
+    assert (head.depth, head.tokens) == (3, tiny.CLIP.text.length - 1 + tokens)
+    assert head.layer_weights == 4 * d**2 + 2 * d * 128 + 2 * d * (d + width)
+
+
+def test_every_caption_counts():
+    """Of what is kept, and of the rows themselves only images: a caption's tokens are small."""
+    run = tiny.run(dataclasses.replace(tiny.CLIP, remat="full"))
+    mesh = sharding.make_mesh(run.mesh, jax.devices()[:1])
+    three = dataclasses.replace(run, data=config.Data(captions_per_image=3, ids="caption"))
+    one, more = (remat.needed(r, mesh, state_of(r, mesh), "full") for r in (run, three))
+    text = clip.facts(run.model)["text"].kept("full", Layout(jnp.dtype(run.model.dtype).itemsize))
+    assert more - one == 2 * run.train.batch_size * text
 
 
 @pytest.mark.slow

@@ -1,0 +1,136 @@
+"""Attention: of a sequence to itself, at once or token by token with a cache, and to another sequence."""
+
+from typing import ClassVar
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from clipjax.models.facts import BlockShape, Layout
+from clipjax.models.layers import Layer, LayerNorm, Linear, Scope
+
+Mask = Bool[Array | np.ndarray, "..."]
+
+
+def attend(
+    q: Float[Array, "b h t k"], k: Float[Array, "b h s k"], v: Float[Array, "b h s k"], mask: Mask | None = None
+) -> Float[Array, "b t h k"]:
+    """Scaled dot-product attention. Scores and softmax are float32, whatever the dtype. `mask` broadcasts to [b, h, t, s]; it is
+    true where a query may attend to a key.
+    """
+    scores = jnp.einsum("bhtk,bhsk->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    return jnp.einsum("bhts,bhsk->bthk", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+# Keys and values of one layer for the tokens generated so far, of n captions an image; 0 at later positions.
+Cache = tuple[Float[Array, "b n h t k"], Float[Array, "b n h t k"]]
+
+
+def attention_flops(queries: int, keys: int, width: int) -> int:
+    """Of a forward pass: scores and weighted values, without the linear maps."""
+    return 2 * 2 * queries * keys * width
+
+
+class SelfAttention(Layer):
+    TENSOR_AXES: ClassVar = {"qkv/kernel": -2, "qkv/bias": -2, "out/kernel": -3}  # heads
+
+    def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
+        self.causal = causal
+        self.qkv = Linear(scope / "qkv", (width,), (3, heads, width // heads), std=std)
+        self.out = Linear(scope / "out", (heads, width // heads), (width,), std=out_std)
+
+    def __call__(self, x: Float[Array, "b t d"], mask: Mask | None = None) -> Float[Array, "b t d"]:
+        """`mask` [b, t, t]: true where a token (axis 1) may attend to another (axis 2). None: all true, or lower-triangular if
+        causal.
+        """
+        if mask is not None:
+            mask = mask[:, None]
+        elif self.causal:
+            mask = np.tri(x.shape[1], dtype=bool)
+        q, k, v = self.heads(x)
+        return self.out(attend(q, k, v, mask))
+
+    def heads(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b h t k"], ...]:
+        """Queries, keys and values."""
+        # Three products that each write [b, h, t, k] directly. One fused product has to be split and transposed, which cost a
+        # tenth of the step's time on a CPU.
+        assert self.qkv.bias is not None
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
+        return tuple(jnp.einsum("btd,dhk->bhtk", x, kernel[:, i]) + bias[i][None, :, None] for i in range(3))
+
+    def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "b n 1 t"]) -> tuple[Array, Cache]:
+        """One token of each caption, at position `at`: the attention's output, and the new token's keys and values.
+
+        The cache holds the earlier tokens and is 0 at `at`. It is only read here, so XLA need not copy it.
+        """
+        q, k, v = (einops.rearrange(y, "b h n k -> b n h k") for y in self.heads(x))
+        q, own = q * q.shape[-1] ** -0.5, (jnp.arange(mask.shape[-1]) == at)[None, None, None]
+        scores = jnp.einsum("bnhk,bnhtk->bnht", q, cache[0], preferred_element_type=jnp.float32)
+        scores = scores + own * jnp.einsum("bnhk,bnhk->bnh", q, k, preferred_element_type=jnp.float32)[..., None]
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(v.dtype)
+        out = jnp.einsum("bnht,bnhtk->bnhk", weights, cache[1]) + (weights * own).sum(-1, keepdims=True) * v
+        return self.out(out), (k[..., None, :], v[..., None, :])
+
+    @staticmethod
+    def flops(tokens: int, width: int) -> int:
+        """Of a forward pass on one example. Causal attention counts in full, as it is computed."""
+        return tokens * 2 * 4 * width**2 + attention_flops(tokens, tokens, width)
+
+    @staticmethod
+    def kept(policy: str, layout: Layout, shape: BlockShape) -> float:
+        """Bytes kept for the backward pass, of one example."""
+        x = layout.bytes(shape.tokens, shape.width)
+        if policy == "dots":
+            return x + 3 * x / layout.tensor  # its output; queries, keys and values
+        if policy != "none":
+            return 0
+        scores = shape.heads * layout.rows(shape.tokens) * layout.lanes(shape.tokens) * (4 + layout.size)  # and weights
+        norm = LayerNorm.kept(policy, layout, shape.tokens, shape.width)
+        return norm + x + (scores + 4 * x) / layout.tensor
+
+
+class CrossAttention(Layer):
+    """Attention of one sequence's tokens to those of another."""
+
+    TENSOR_AXES: ClassVar = {"query/kernel": -2, "query/bias": -2, "key_value/kernel": -2, "key_value/bias": -2, "out/kernel": -3}
+
+    def __init__(self, scope: Scope, width: int, context: int, heads: int, *, std: float, out_std: float) -> None:
+        shape = heads, width // heads
+        self.query = Linear(scope / "query", (width,), shape, std=std)
+        self.key_value = Linear(scope / "key_value", (context,), (2, *shape), std=context**-0.5)
+        self.out = Linear(scope / "out", shape, (width,), std=out_std)
+
+    def __call__(self, x: Float[Array, "b t d"], context: Float[Array, "b s c"]) -> Float[Array, "b t d"]:
+        return self.attend(x, *self.keys(context))
+
+    def keys(self, context: Float[Array, "b s c"]) -> tuple[Float[Array, "b h s k"], Float[Array, "b h s k"]]:
+        """Keys and values of the other sequence."""
+        key, value = einops.rearrange(self.key_value(context), "b s two h k -> two b h s k")
+        return key, value
+
+    def attend(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
+        """As a call, with the `keys` of the other sequence already computed."""
+        return self.out(attend(einops.rearrange(self.query(x), "b t h k -> b h t k"), key, value))
+
+    @staticmethod
+    def flops(tokens: int, width: int, context: tuple[int, int]) -> int:
+        """Of a forward pass on one example. `context`: tokens and width of the other sequence."""
+        keys_values = 2 * context[0] * context[1] * 2 * width
+        return tokens * 2 * 2 * width**2 + keys_values + attention_flops(tokens, context[0], width)
+
+    @staticmethod
+    def kept(policy: str, layout: Layout, shape: BlockShape, context: tuple[int, int]) -> float:
+        """Bytes kept for the backward pass, of one example."""
+        (tokens, width), (others, other_width) = shape[:2], context
+        x, key = layout.bytes(tokens, width), layout.bytes(others, width)
+        if policy == "dots":
+            return x + (x + 2 * key) / layout.tensor  # its output; queries, keys and values
+        if policy != "none":
+            return 0
+        scores = shape.heads * layout.rows(tokens) * layout.lanes(others) * (4 + layout.size)  # and weights
+        norms = LayerNorm.kept(policy, layout, tokens, width) + LayerNorm.kept(policy, layout, others, other_width)
+        return norms + x + layout.bytes(others, other_width) + (scores + 2 * x + 2 * key) / layout.tensor
