@@ -1,4 +1,4 @@
-"""Writes the folder that open_clip or transformers loads as it is: weights, config, preprocessing and tokenizer."""
+"""Writes a folder that open_clip or transformers loads unchanged: weights, config, preprocessing and tokenizer."""
 
 import contextlib
 import json
@@ -21,14 +21,14 @@ Format = Literal["open_clip", "transformers"]
 Resize = Literal["squash", "crop"]
 FORMATS = {"open_clip": open_clip, "transformers": transformers}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-PRODUCER = "clipjax"  # in the weights' metadata: how a later export knows that it may replace a folder
+PRODUCER = "clipjax"  # in the weights' metadata, by which a later export knows that it may replace the folder
 
 
 def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Resize, out: Path, to: Format) -> None:
-    """Writes `out`, whole or not at all. `params` are float32 whatever `model.dtype`; `tokenizer` is a tokenizer.json.
+    """Writes `out`, completely or not at all. `params`: float32 for any `model.dtype`. `tokenizer`: a tokenizer.json.
 
-    Fixed sine and cosine positions become learned ones of the same values. Raises ConfigError where the format has no such
-    tower, where it would find another end token than ours, and where `out` holds anything but an earlier export.
+    Fixed sine and cosine positions become learned ones with the same values. Raises ConfigError if the format has no such
+    tower, if it would find another end token than ours, and if `out` holds anything but an earlier export.
     """
     layout, out = FORMATS[to], out.resolve()
     model, params = with_learned_positions(model, params)
@@ -52,7 +52,7 @@ def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Res
 
 
 def with_learned_positions(model: Model, params: Mapping[str, Any]) -> tuple[Model, Mapping[str, Any]]:
-    """The same model with its positions among its parameters."""
+    """The same model with its positions as parameters."""
     if model.image.positions == "learned":
         return model, params
     image = dict(params["image"], positions=sincos2d(model.image))
@@ -60,10 +60,10 @@ def with_learned_positions(model: Model, params: Mapping[str, Any]) -> tuple[Mod
 
 
 def _load_tokenizer(path: Path, model: Model) -> Tokenizer:
-    """The tokenizer, whose backend cuts and pads to the model's length whoever loads it.
+    """The tokenizer. Its backend truncates and pads to the model's length in any library.
 
-    Raises ConfigError unless the end token has the highest id where the text tower pools there: open_clip and we look for the
-    highest id, transformers for the end token's.
+    Raises ConfigError if the text tower pools at the end token and that has not the highest id: open_clip and clipjax look for
+    the highest id, transformers for the id of the end token.
     """
     words = Tokenizer.load(path, model.text.length)
     if model.text.pool == "eot":
@@ -76,9 +76,9 @@ def _load_tokenizer(path: Path, model: Model) -> Tokenizer:
 
 
 def _tokenizer_configs(words: Tokenizer, special: Mapping[str, int | None]) -> dict[str, Any]:
-    """tokenizer_config.json and special_tokens_map.json, by which transformers (and open_clip through it) reads tokenizer.json.
+    """tokenizer_config.json and special_tokens_map.json: transformers, and open_clip through it, need them beside tokenizer.json.
 
-    Of its outputs only the ids are asked for: SigLIP attends to padding, and CLIP's causal mask hides it already.
+    Of the tokenizer's outputs the models need the ids only: SigLIP attends to padding, and CLIP's causal mask hides it.
     """
     texts = {f"{role}_token": words.backend.id_to_token(index) for role, index in special.items() if index is not None}
     config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=words.length, model_input_names=["input_ids"])
@@ -89,7 +89,7 @@ def _tokenizer_configs(words: Tokenizer, special: Mapping[str, int | None]) -> d
 
 
 def _refuse_to_overwrite(out: Path) -> None:
-    """Raises ConfigError unless `out` is absent, empty, or what an earlier export wrote and nobody added to."""
+    """Raises ConfigError unless `out` is absent or empty, or holds an earlier export and nothing else."""
     if not out.exists():
         return
     require(out.is_dir(), "--out", str(out), "is a file: name a folder")
@@ -100,7 +100,7 @@ def _refuse_to_overwrite(out: Path) -> None:
 
 
 def _written_by_export(out: Path) -> set[str]:
-    """The names that an export may have written, if its weights are here."""
+    """The names of files that an export may have written, if `out` holds its weights."""
     for layout in FORMATS.values():
         weights = out / layout.WEIGHTS
         if weights.is_file():

@@ -1,4 +1,4 @@
-"""Makes a workdir of another library's model: what `clipjax eval`, `embed`, `caption` and `export` take is then there."""
+"""Makes a workdir from another library's model, for `clipjax eval`, `embed`, `caption` and `export`."""
 
 from pathlib import Path
 
@@ -18,11 +18,10 @@ from clipjax.train.workdir import save_config
 
 
 def import_open_clip(source: Path, out: Path) -> tuple[Run, list[str]]:
-    """Writes the workdir `out` from a folder of open_clip's, with a checkpoint of step 0, and returns its run, and what is not
-    taken over.
+    """Writes the workdir `out` from a folder of open_clip's, with a checkpoint of step 0.
 
-    Raises ConfigError for a model that we have not, for weights that do not fit it, where the folder has no tokenizer, and
-    unless `out` is new or empty.
+    Returns its run, and notes on what is not imported. Raises ConfigError for a model that clipjax has not, for weights that do
+    not fit it, for a folder without tokenizer, and unless `out` is new or empty.
     """
     require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "--out", str(out), "is not empty: name a new folder")
     found = open_clip_read.read(source)
@@ -33,14 +32,14 @@ def import_open_clip(source: Path, out: Path) -> tuple[Run, list[str]]:
     tokenizer = TokenizerFile(path=str((source / TOKENIZER).resolve()))
     run = Run(model=model, data=Data(resize=found.resize), tokenizer=tokenizer, objective=terms)
     tx = make_optimizer(run.optim, run.train.steps, shapes)
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, sharding.make_mesh(Mesh())))
-    placed = jax.tree.map(jax.device_put, params, where.params)
-    fresh = jax.jit(tx.init, out_shardings=where.opt_state)(placed)
-    state = TrainState(jax.device_put(np.int32(0), where.step), placed, fresh, None)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, sharding.make_mesh(Mesh())))
+    placed = jax.tree.map(jax.device_put, params, shardings.params)
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(placed)
+    state = TrainState(jax.device_put(np.int32(0), shardings.step), placed, opt_state, None)
     words.save(out / TOKENIZER)
     with Checkpoints(out, run) as checkpoints:
         checkpoints.save(0, state)
-    save_config(run, out)  # last: what has it is a workdir
+    save_config(run, out)  # last: a folder with a config.json is a workdir
     return run, found.notes
 
 

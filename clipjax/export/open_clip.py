@@ -1,4 +1,4 @@
-"""open_clip 3.3's layout: its native CLIP, SigLIP as a CustomTextCLIP whose image tower is one of timm's by name, and CoCa."""
+"""open_clip 3.3's layout of its native CLIP, of SigLIP (a CustomTextCLIP with an image tower of timm's), and of CoCa."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ from clipjax.config import SIZES, Decoder, ImageTower, Model, TextTower, require
 from clipjax.export.table import BlockNames, Row, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "open_clip_model.safetensors"
-EPS = 1e-5  # of the norms that open_clip's configuration can't reach: the pooler's and the decoder's
+EPS = 1e-5  # of the pooler's and the decoder's norms, which open_clip's configuration can't change
 NATIVE = BlockNames("ln_1.{w}", ("attn.in_proj_{w}",), "attn.out_proj.{w}", "ln_2.{w}", "mlp.c_fc.{w}", "mlp.c_proj.{w}")
 TIMM = BlockNames("norm1.{w}", ("attn.qkv.{w}",), "attn.proj.{w}", "norm2.{w}", "mlp.fc1.{w}", "mlp.fc2.{w}")
 
-# open_clip 3.3 can't pass a size or an activation to timm: (tower, patch, image size) must be one that timm has a name for.
+# open_clip 3.3 can't pass a size or an activation to timm: only towers that timm has a name for can be exported.
+# (size, patch, image size, activation) -> timm's name
 TRUNKS = {
     **{("B", 16, side, "gelu"): f"vit_base_patch16_siglip_{side}" for side in (224, 256, 384, 512)},
     ("B", 32, 256, "gelu_tanh"): "vit_base_patch32_siglip_256",
@@ -22,10 +23,12 @@ TRUNKS = {
 
 
 def refuse(model: Model) -> None:
-    """Raises ConfigError where open_clip 3.3 has no such tower, with the reason."""
+    """Raises ConfigError, with the reason, if open_clip 3.3 has no such model."""
     image, text = model.image, model.text
-    require(image.pool != "mean", "model.image.pool", image.pool, "open_clip 3.3 has no tower without class token that averages")
-    remedy = "open_clip 3.3 names them, and fails when they are used: of CoCa's poolers it has single"
+    require(
+        image.pool != "mean", "model.image.pool", image.pool, "open_clip 3.3 has no tower that averages without a class token"
+    )
+    remedy = "open_clip 3.3 accepts it and then fails: of CoCa's poolers only single works there"
     require(image.pool not in ("cascade", "parallel"), "model.image.pool", image.pool, remedy)
     if image.pool == "map":
         remedy = "open_clip 3.3 can name SigLIP towers only at timm's published sizes, and this is none of "
@@ -52,7 +55,7 @@ def _refuse_decoder(model: Model, head: Decoder) -> None:
     image, text = model.image, model.text
     require(image.pool != "map", "model.image.pool", image.pool, "a tower of timm's gives open_clip's CoCa no tokens: use single")
     require(text.pool == "cls", "model.text.pool", text.pool, "open_clip's CoCa has a class token after the text: use cls")
-    width, remedy = image.context[1], "must be as wide as what model.decoder sees of a picture: open_clip's decoder maps"
+    width, remedy = image.context[1], "must be as wide as what model.decoder sees of an image: open_clip's decoder maps"
     require(width == text.width, "model.text.width", text.width, f"{remedy} keys from its own width, and that is {width}")
     remedy = "open_clip's decoder has gelu, or quick_gelu where both towers have it"
     require(text.activation != "gelu_tanh", "model.text.activation", text.activation, remedy)
@@ -65,7 +68,7 @@ def _refuse_decoder(model: Model, head: Decoder) -> None:
 
 
 def custom(model: Model) -> bool:
-    """Whether open_clip keeps the text tower apart, under names of its own: as a CustomTextCLIP or a CoCa."""
+    """Whether it is a CustomTextCLIP or a CoCa in open_clip, where the names of the text tower begin with `text.`."""
     return model.image.pool == "map" or model.text.pool == "cls"
 
 
@@ -73,7 +76,7 @@ def trunk(image: ImageTower) -> str | None:
     """timm's name for a SigLIP image tower, or None."""
     shape = (image.width, image.depth, image.mlp_dim, image.heads)
     size = next((name for name, published in SIZES.items() if published == shape), None)
-    return TRUNKS.get((size, image.patch_size, image.image_size, image.activation))
+    return TRUNKS.get((size, image.patch_size, image.image_size, image.activation)) if size else None
 
 
 def _shape(image: ImageTower) -> str:
@@ -81,7 +84,7 @@ def _shape(image: ImageTower) -> str:
 
 
 def table(model: Model) -> Table:
-    """Every tensor of the model, in open_clip's names."""
+    """Every tensor of the model, with its name in open_clip."""
     text = _text(model.text, "text." if custom(model) else "")
     return Table((*_scalars(model), *_image(model.image), *text, *(_decoder() if model.decoder is not None else [])))
 
@@ -131,16 +134,16 @@ def _pooler(theirs: str, ours: str, joint: bool) -> list[Row]:
 
 
 def _cross_attention(theirs: str, ours: str, joint: bool) -> list[Row]:
-    """`joint`: whether keys are made from as wide a sequence as queries. torch then has one matrix for both and the values, else
-    three; and one bias in any case.
+    """`joint`: the context has the width of the queries. torch then keeps queries, keys and values in one matrix, else in three;
+    the bias is always one.
     """
     query, key_value = (f"{ours}/query", "d h k -> (h k) d"), (f"{ours}/key_value", "d s h k -> (s h k) d")
     weight, bias = joined((theirs + "in_proj_{w}",), (query, key_value))
-    apart = [
+    separate = [
         *linear(theirs + "q_proj_{w}", *query, bias=False),
         *joined((theirs + "k_proj_{w}", theirs + "v_proj_{w}"), (key_value,), bias=False),
     ]
-    return [*([weight] if joint else apart), bias, *linear(theirs + "out_proj.{w}", f"{ours}/out", "h k d -> d (h k)")]
+    return [*([weight] if joint else separate), bias, *linear(theirs + "out_proj.{w}", f"{ours}/out", "h k d -> d (h k)")]
 
 
 def _text(text: TextTower, prefix: str) -> list[Row]:
@@ -176,33 +179,35 @@ def _decoder() -> list[Row]:
 
 
 def configs(model: Model, special: dict[str, int | None], resize: str) -> dict[str, Any]:
-    """open_clip_config.json. The tokenizer's files are the folder's own, whatever `hf_tokenizer_name` says."""
+    """open_clip_config.json. open_clip takes the tokenizer's files from the folder, whatever `hf_tokenizer_name` says."""
     image, text = model.image, model.text
     if image.pool == "map":
         project = "none" if image.embed_dim is None else "linear"
-        vision = dict(timm_model_name=trunk(image), timm_model_pretrained=False, timm_pool="map", timm_proj=project)
+        vision_cfg: dict[str, Any] = dict(
+            timm_model_name=trunk(image), timm_model_pretrained=False, timm_pool="map", timm_proj=project
+        )
     else:
         shape = dict(layers=image.depth, width=image.width, head_width=image.width // image.heads, patch_size=image.patch_size)
-        vision = dict(**shape, **_kwargs(image), no_ln_pre=not image.pre_norm)
+        vision_cfg = dict(**shape, **_kwargs(image), no_ln_pre=not image.pre_norm)
         if image.pool == "single":
-            vision |= dict(attentional_pool=True, attn_pooler_queries=image.queries, attn_pooler_heads=image.pool_heads)
-    words = dict(
+            vision_cfg |= dict(attentional_pool=True, attn_pooler_queries=image.queries, attn_pooler_heads=image.pool_heads)
+    text_cfg = dict(
         **dict(context_length=text.length, vocab_size=text.vocab_size, hf_tokenizer_name="in-this-folder"),
         **dict(width=text.width, heads=text.heads, layers=text.depth, no_causal_mask=not text.causal, **_kwargs(text)),
         **dict(pool_type="argmax" if text.pool == "eot" else "last", pad_id=special["pad"], eos_id=special["eos"]),
         **dict(proj_type="none" if text.embed_dim is None else "linear", proj_bias=text.projection_bias),
     )
-    if text.pool == "cls":  # the mask knows padding by this id
-        words |= dict(embed_cls=True, pad_id=0)
-    vision["image_size"] = image.image_size
-    config: dict[str, Any] = dict(embed_dim=model.embed_dim, vision_cfg=vision, text_cfg=words)
+    if text.pool == "cls":  # the mask finds padding by this id
+        text_cfg |= dict(embed_cls=True, pad_id=0)
+    vision_cfg["image_size"] = image.image_size
+    config: dict[str, Any] = dict(embed_dim=model.embed_dim, vision_cfg=vision_cfg, text_cfg=text_cfg)
     if text.activation == "quick_gelu":
         config["quick_gelu"] = True
     if custom(model):
         config["custom_text"] = True
     if (head := model.decoder) is not None:
-        vision["output_tokens"] = words["output_tokens"] = True
-        same = {name: words[name] for name in ("context_length", "vocab_size", "width")}
+        vision_cfg["output_tokens"] = text_cfg["output_tokens"] = True
+        same = {name: text_cfg[name] for name in ("context_length", "vocab_size", "width")}
         config["multimodal_cfg"] = dict(
             **same, heads=head.heads, layers=head.depth, attn_pooler_heads=image.pool_heads, mlp_ratio=4
         )
@@ -214,7 +219,7 @@ def configs(model: Model, special: dict[str, int | None], resize: str) -> dict[s
 
 
 def _kwargs(tower: ImageTower | TextTower) -> dict[str, Any]:
-    """What both native towers are told. open_clip multiplies the width by `mlp_ratio` and truncates."""
+    """The fields of both native towers. open_clip multiplies the width by `mlp_ratio` and truncates."""
     ratio = tower.mlp_dim / tower.width
     if int(tower.width * ratio) != tower.mlp_dim:
         ratio = (tower.mlp_dim + 0.5) / tower.width

@@ -8,7 +8,7 @@ from clipjax.data.tokenizer import Tokenizer
 
 
 def greedy(model: Any, pixels: Any, words: Tokenizer) -> np.ndarray:
-    """Ids [n, t] for pixels [n, 3, s, s], float32 and normalised: start, text, end, padding."""
+    """Greedy captions, ids [n, t]: start, text, end, padding. `pixels`: float32 [n, 3, s, s], normalised."""
     from open_clip import coca_model
 
     if not coca_model._has_transformers:
@@ -19,13 +19,13 @@ def greedy(model: Any, pixels: Any, words: Tokenizer) -> np.ndarray:
 
 
 def _restore(coca_model: Any) -> None:
-    """open_clip 3.3 does without all of transformers' generation where there is no BeamSearchScorer, which transformers 5 has
-    not. Only its beam search needs that."""
+    """open_clip 3.3 disables all of its generation if transformers has no BeamSearchScorer, as transformers 5. Only beam search
+    needs it: this enables the rest."""
     from transformers import generation
 
     names = ("LogitsProcessorList", "TopPLogitsWarper", "TopKLogitsWarper", "RepetitionPenaltyLogitsProcessor")
     names += ("MinLengthLogitsProcessor", "MaxLengthCriteria", "StoppingCriteriaList")
     for name in names:
         setattr(coca_model, name, getattr(generation, name))
-    coca_model.GENERATION_TYPES.update(top_k=generation.TopKLogitsWarper, top_p=generation.TopPLogitsWarper)
+    coca_model.GENERATION_TYPES.update(top_k=coca_model.TopKLogitsWarper, top_p=coca_model.TopPLogitsWarper)
     coca_model._has_transformers = True

@@ -1,8 +1,9 @@
-"""A table between our parameters and another library's tensors, read in both directions.
+"""A table that maps our parameters to another library's tensors, and back.
 
-A row equates some of ours with some of theirs: ours, each rearranged by its einops pattern and concatenated along the first
-axis, are theirs concatenated along the first axis. A name of theirs with {i} stands for one tensor a layer, where ours have a
-leading axis of layers. `to_theirs` and `to_ours` are exact inverses, and refuse whatever a table leaves out.
+A row is an equation. On the left: some of our parameters, each rearranged by its einops pattern, concatenated along the first
+axis. On the right: some of their tensors, concatenated along the first axis. A name of theirs with {i} stands for one tensor a
+layer; our parameter then has a leading axis of layers. `to_theirs` and `to_ours` are exact inverses. Both raise ConfigError if
+the table does not name every parameter and every tensor.
 """
 
 import math
@@ -21,7 +22,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Row:
-    """`theirs`: names; `ours`: pairs of a parameter's path and the pattern that lays it out as theirs."""
+    """`theirs`: names of tensors; `ours`: pairs of a parameter's path and the einops pattern from its layout to theirs."""
 
     theirs: tuple[str, ...]
     ours: tuple[tuple[str, str], ...]
@@ -30,31 +31,36 @@ class Row:
     def layered(self) -> bool:
         return "{i}" in self.theirs[0]
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of our parameters."""
+        return tuple(path for path, _ in self.ours)
+
     def names(self, layers: int) -> list[list[str]]:
-        """Their names, one list a layer; a single list where the row is not of layers."""
+        """Of their tensors, one list for each layer; a single list if the row is not layered."""
         return [[name.replace("{i}", str(i)) for name in self.theirs] for i in range(layers if self.layered else 1)]
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a format, and the tensors that the other library has where our model has nothing: they are zero."""
+    """All rows of a format. `zeros`: tensors that the other library has and our model has not, with their shapes; all zero."""
 
     rows: tuple[Row, ...]
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def row(theirs: str, ours: str, pattern: str) -> Row:
-    """One of theirs, one of ours."""
+    """One tensor of theirs is one parameter of ours."""
     return Row((theirs,), ((ours, pattern),))
 
 
 def linear(theirs: str, ours: str, pattern: str, bias: bool = True) -> list[Row]:
-    """A linear map: `theirs` holds {w} for weight or bias, `pattern` lays the kernel out as the weight, output axes first."""
+    """A linear map. `theirs` has {w} for weight or bias. `pattern`: from our kernel to their weight, output axes first."""
     return joined((theirs,), ((ours, pattern),), bias)
 
 
 def joined(theirs: tuple[str, ...], ours: tuple[tuple[str, str], ...], bias: bool = True) -> list[Row]:
-    """Linear maps from one input, whose outputs one side joins where the other has them apart."""
+    """Linear maps of the same input, which one side keeps in one matrix and the other in several."""
     rows = [_fill(theirs, "weight", [(f"{path}/kernel", pattern) for path, pattern in ours])]
     if bias:
         rows.append(_fill(theirs, "bias", [(f"{path}/bias", _outputs(pattern)) for path, pattern in ours]))
@@ -68,7 +74,7 @@ def norm(theirs: str, ours: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class BlockNames:
-    """What another library calls the parts of a transformer block."""
+    """The names that another library gives to the parts of a transformer block."""
 
     norm1: str
     qkv: tuple[str, ...]
@@ -79,7 +85,7 @@ class BlockNames:
 
 
 def blocks(names: BlockNames, theirs: str, ours: str) -> list[Row]:
-    """All layers of a tower; `theirs` is a prefix with {i}."""
+    """All layers of a tower. `theirs`: a prefix with {i}."""
     attention, mlp = f"{ours}/attention", f"{ours}/mlp"
     return [
         *norm(theirs + names.norm1, f"{ours}/norm1"),
@@ -96,13 +102,13 @@ def _fill(names: tuple[str, ...], part: str, ours: list[tuple[str, str]]) -> Row
 
 
 def _outputs(pattern: str) -> str:
-    """The bias's pattern: the first group of a weight's. `d s h k -> (s h k) d` gives `s h k -> (s h k)`."""
-    group = re.match(r"\(.*?\)|\w+", pattern.split(" -> ")[1]).group()
+    """The pattern of a bias, from that of its weight: `d s h k -> (s h k) d` gives `s h k -> (s h k)`."""
+    group = re.findall(r"^(?:\(.*?\)|\w+)", pattern.split(" -> ")[1])[0]
     return f"{group.strip('()')} -> {group}"
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`image/norm/scale` and its leaf, for every leaf of nested parameters."""
+    """The path, as `image/norm/scale`, and the leaf, for every leaf of nested parameters."""
     for key, value in params.items():
         yield from flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
 
@@ -120,68 +126,83 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_theirs(table: Table, params: Mapping[str, Any]) -> Tensors:
-    """Their tensors, float32 and contiguous, from our parameters. Raises ConfigError listing all that is left out or missing."""
+    """Their tensors, float32 and contiguous, from our parameters. Raises ConfigError with all names left out or missing."""
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params)}
-    mapped = {path for r in table.rows for path, _ in r.ours}
+    mapped = {path for r in table.rows for path in r.paths}
     _refuse("export", {"without a row in the table": leaves.keys() - mapped, "missing from the model": mapped - leaves.keys()})
     tensors = {name: np.zeros(shape, np.float32) for name, shape in table.zeros.items()}
     for r in table.rows:
-        for i, names in enumerate(r.names(len(leaves[r.ours[0][0]]) if r.layered else 1)):
+        for i, names in enumerate(r.names(len(leaves[r.paths[0]]) if r.layered else 1)):
             parts = [einops.rearrange(leaves[path][i] if r.layered else leaves[path], pattern) for path, pattern in r.ours]
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            pieces = [whole] if len(names) == 1 else np.split(whole, len(names))
+            joint = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            pieces = [joint] if len(names) == 1 else np.split(joint, len(names))
             tensors |= {name: np.array(piece, order="C") for name, piece in zip(names, pieces, strict=True)}
     return tensors
 
 
 def to_ours(table: Table, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Our nested parameters from their tensors. `shapes` holds anything with a shape, as `jax.eval_shape` of `init` gives.
+    """Our nested parameters, float32, from their tensors. `shapes`: anything with a shape, as `jax.eval_shape` of `init` gives.
 
-    Raises ConfigError listing every tensor left out, missing, of another shape, or not zero where our model has nothing.
+    Raises ConfigError with every tensor that is left out, missing, of another shape, or not zero although our model has nothing
+    like it.
     """
-    want = {path: tuple(leaf.shape) for path, leaf in flatten(shapes)}
-    mapped = {path for r in table.rows for path, _ in r.ours}
-    layers = {r: want[r.ours[0][0]][0] for r in table.rows if r.layered and r.ours[0][0] in want}
-    names = {name for r in table.rows for group in r.names(layers.get(r, 0)) for name in group} | table.zeros.keys()
-    nonzero = {name for name in table.zeros if name in tensors and np.any(tensors[name])}
-    _refuse(
-        "import",
-        {
-            "with nothing for them in the model": (tensors.keys() - names) | nonzero,
-            "missing from the weights": names - tensors.keys(),
-            "of the model without a row in the table": want.keys() - mapped,
-            "of the table that the model has not": mapped - want.keys(),
-        },
-    )
-    leaves, wrong = {}, set()
+    expected = {path: tuple(leaf.shape) for path, leaf in flatten(shapes)}
+    _check_names(table, tensors, expected)
+    leaves, misshapen = {}, set()
     for r in table.rows:
-        per_layer: list[list[np.ndarray]] = []
-        for group in r.names(layers.get(r, 1)):
+        layers = []
+        for names in r.names(_layers(r, expected)):
+            pieces = [np.asarray(tensors[name], np.float32) for name in names]
             try:
-                per_layer.append(_ours(r, [np.asarray(tensors[name], np.float32) for name in group], want))
+                layers.append(_split(r, pieces, [expected[path][1:] if r.layered else expected[path] for path in r.paths]))
             except (einops.EinopsError, ValueError):
-                wrong |= {f"{name} {tensors[name].shape}" for name in group}
-        for (path, _), layer in zip(r.ours, zip(*per_layer, strict=True), strict=False):
-            leaves[path] = np.stack(layer) if r.layered else layer[0]
-    _refuse("import", {"of another shape than the model's": wrong})
+                misshapen |= {f"{name} {tensors[name].shape}" for name in names}
+        if not misshapen:
+            parameters = (np.stack(parts) if r.layered else parts[0] for parts in zip(*layers, strict=True))
+            leaves |= dict(zip(r.paths, parameters, strict=True))
+    _refuse("import", {"of another shape than the model's": misshapen})
     return unflatten(leaves)
 
 
-def _ours(r: Row, pieces: list[np.ndarray], want: Mapping[str, tuple[int, ...]]) -> list[np.ndarray]:
-    """Our side of a row, for one layer."""
-    whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    shapes = [want[path][1:] if r.layered else want[path] for path, _ in r.ours]
-    if math.prod(whole.shape) != sum(map(math.prod, shapes)):
+def _layers(r: Row, expected: Mapping[str, tuple[int, ...]]) -> int:
+    """The number of layers of a row; 0 if the model has not its parameter."""
+    path = r.paths[0]
+    return expected[path][0] if r.layered and path in expected else 0
+
+
+def _check_names(table: Table, tensors: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the table names exactly the tensors and exactly the parameters. `expected`: by path."""
+    names = {name for r in table.rows for layer in r.names(_layers(r, expected)) for name in layer} | table.zeros.keys()
+    not_zero = {name for name in table.zeros if name in tensors and np.any(tensors[name])}
+    mapped = {path for r in table.rows for path in r.paths}
+    _refuse(
+        "import",
+        {
+            "with nothing for them in the model": (tensors.keys() - names) | not_zero,
+            "missing from the weights": names - tensors.keys(),
+            "of the model without a row in the table": expected.keys() - mapped,
+            "of the table that the model has not": mapped - expected.keys(),
+        },
+    )
+
+
+def _split(r: Row, pieces: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Our side of a row, for one layer: their `pieces`, concatenated and split into parameters of these shapes.
+
+    Raises ValueError or EinopsError if the pieces have other shapes.
+    """
+    joint = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    if math.prod(joint.shape) != sum(map(math.prod, shapes)):
         raise ValueError
-    parts = [whole]
+    parts = [joint]
     if len(shapes) > 1:
-        rows = [math.prod(shape) // math.prod(whole.shape[1:]) for shape in shapes]
-        parts = np.split(whole, np.cumsum(rows)[:-1])
-    out = []
+        rows = [math.prod(shape) // math.prod(joint.shape[1:]) for shape in shapes]
+        parts = np.split(joint, np.cumsum(rows)[:-1])
+    split = []
     for part, shape, (_, pattern) in zip(parts, shapes, r.ours, strict=True):
         left, right = pattern.split(" -> ")
-        out.append(einops.rearrange(part, f"{right} -> {left}", **dict(zip(left.split(), shape, strict=True))))
-    return out
+        split.append(einops.rearrange(part, f"{right} -> {left}", **dict(zip(left.split(), shape, strict=True))))
+    return split
 
 
 def _refuse(direction: str, problems: Mapping[str, set[str]]) -> None:

@@ -1,4 +1,4 @@
-"""transformers' layout: CLIPModel and SiglipModel."""
+"""transformers' layout of CLIPModel and SiglipModel."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "
 
 
 def refuse(model: Model) -> None:
-    """Raises ConfigError where neither CLIPModel nor SiglipModel is the model, with the reason."""
+    """Raises ConfigError, with the reason, if the model is neither a CLIPModel nor a SiglipModel."""
     image, text = model.image, model.text
     require(model.decoder is None, "model.decoder", model.decoder, "transformers has no CoCa; use --to open_clip")
     remedy = "neither CLIPModel nor SiglipModel has CoCa's poolers; use --to open_clip"
@@ -34,7 +34,7 @@ def refuse(model: Model) -> None:
 
 
 def table(model: Model) -> Table:
-    """Every tensor of the model, in transformers' names."""
+    """Every tensor of the model, with its name in transformers."""
     siglip = model.image.pool == "map"
     text = [
         row("text_model.embeddings.token_embedding.weight", "text/tokens", "v d -> v d"),
@@ -82,14 +82,14 @@ def configs(model: Model, special: dict[str, int | None], resize: str) -> dict[s
     image, text, siglip = model.image, model.text, model.image.pool == "map"
     kind, name = ("siglip", "Siglip") if siglip else ("clip", "CLIP")
     ids = {f"{role}_token_id": special[role] for role in ("bos", "eos", "pad")}
-    words = dict(vocab_size=text.vocab_size, max_position_embeddings=text.length, **ids, **_tower(text))
-    pictures = dict(image_size=image.image_size, patch_size=image.patch_size, **_tower(image))
+    text_config = dict(vocab_size=text.vocab_size, max_position_embeddings=text.length, **ids, **_tower(text))
+    vision_config = dict(image_size=image.image_size, patch_size=image.patch_size, **_tower(image))
     config: dict[str, Any] = dict(architectures=[f"{name}Model"], model_type=kind, dtype="float32")
-    config |= dict(text_config=words, vision_config=pictures)
+    config |= dict(text_config=text_config, vision_config=vision_config)
     if siglip:
-        words["projection_size"] = model.embed_dim
+        text_config["projection_size"] = model.embed_dim
     else:
-        config["projection_dim"] = words["projection_dim"] = pictures["projection_dim"] = model.embed_dim
+        config["projection_dim"] = text_config["projection_dim"] = vision_config["projection_dim"] = model.embed_dim
     side, crop = dict(height=image.image_size, width=image.image_size), resize == "crop"
     pixels = dict(
         **dict(image_processor_type=f"{name}ImageProcessor", processor_class=f"{name}Processor", do_convert_rgb=True),

@@ -1,4 +1,4 @@
-"""What the tests of exports share."""
+"""Fixtures for the tests of exports."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Smooth pictures of several shapes, larger and smaller than the towers' input."""
+def images():
+    """Smooth images of several shapes, larger and smaller than the towers' input."""
     rng = np.random.default_rng(0)
     shapes = [(136, 128), (128, 136), (50, 90), (64, 64), (21, 30)]
     coarse = [Image.fromarray(rng.integers(0, 256, (h // 8 + 2, w // 8 + 2, 3), np.uint8)) for w, h in shapes]

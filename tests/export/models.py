@@ -1,4 +1,4 @@
-"""Small models with weights drawn afresh, what they read, and their comparison with an exported folder."""
+"""Small models with random weights, their inputs, and the comparison with an exported folder."""
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def siglip(image=None, text=None, **model) -> Model:
 
 
 def coca(image=None, text=None, head=None, **model) -> Model:
-    """In the one form that open_clip has."""
+    """In the only form that open_clip has."""
     tower, words = IMAGE | dict(embed_dim=32, pool="single", queries=7, pool_heads=2), TEXT | dict(embed_dim=32, pool="cls")
     return Model(
         image=ImageTower(**tower | (image or {})),
@@ -44,7 +44,7 @@ def coca(image=None, text=None, head=None, **model) -> Model:
 
 
 def parameters(model: Model) -> dict:
-    """Drawn afresh: as after training, no bias is zero and no gain is one."""
+    """Random: as after training, no bias is zero and no scale is one."""
     rng = np.random.default_rng(0)
     centre = {"scale": 1.0, "log_scale": 2.0}
 
@@ -55,7 +55,7 @@ def parameters(model: Model) -> dict:
     return unflatten({path: draw(path, leaf) for path, leaf in flatten(jax.eval_shape(lambda: init(model, 0)))})
 
 
-def check(folder, to, model, params, tokenizer, pictures, resize="squash"):
+def check(folder, to, model, params, tokenizer, images, resize="squash"):
     _, truncated = Tokenizer.load(tokenizer, LENGTH).encode(CAPTIONS)
     assert truncated.tolist() == [False, False, False, True, False]
-    return verify(folder, to, model, params, tokenizer, resize, pictures, CAPTIONS)
+    return verify(folder, to, model, params, tokenizer, resize, images, CAPTIONS)

@@ -50,22 +50,22 @@ CASES = {
 
 
 @pytest.mark.parametrize("model", CASES.values(), ids=CASES.keys())
-def test_same_embeddings_and_caption_logits(tmp_path, tokenizer, pictures, model):
+def test_same_embeddings_and_caption_logits(tmp_path, tokenizer, images, model):
     words = Tokenizer.load(tokenizer, LENGTH)
     model = replace(model, text=replace(model.text, vocab_size=words.vocab_size))  # open_clip may write ids that no token has
     params = parameters(model)
     export(model, params, tokenizer, "squash", tmp_path / "out", "open_clip")
-    report = check(tmp_path / "out", "open_clip", model, params, tokenizer, pictures)
+    report = check(tmp_path / "out", "open_clip", model, params, tokenizer, images)
     assert report.failures == []
-    assert max(report.image, report.text, report.logits, report.words) < 1e-5
-    assert report.written == 0
+    assert max(report.image, report.text, report.logits, report.token_logits) < 1e-5
+    assert report.other_captions == 0
     theirs = load(tmp_path / "out", "open_clip")
-    captions = theirs.write(theirs.pixels(pictures), words)
-    assert len({tuple(row) for row in captions}) > 1  # or that they are equal would say little
+    captions = theirs.generate(theirs.pixels(images), words)
+    assert len({tuple(row) for row in captions}) > 1  # else it would mean little that they are equal
 
 
 def captions() -> np.ndarray:
-    """Of every length from the shortest to one that fills the row: start, words, end, padding of id 0."""
+    """Captions of many lengths, from one word to a full row: start, words, end, padding of id 0."""
     rng = np.random.default_rng(1)
     rows = np.zeros((8, LENGTH), np.int32)
     for row, words in zip(rows, (1, 2, 3, 5, 8, 11, LENGTH - 3, LENGTH - 2), strict=True):
@@ -103,8 +103,8 @@ def test_logits_against_open_clip(both):
     model, params, images, tokens, _, _, out, _, _ = both
     ours = encode(model, params, images, tokens)
     words = out["logits"].detach().numpy()
-    assert ours.words.shape == words.shape == (8, LENGTH - 1, TEXT["vocab_size"])
-    np.testing.assert_allclose(ours.words, words, rtol=0, atol=1e-5 * np.abs(words).max())
+    assert ours.token_logits.shape == words.shape == (8, LENGTH - 1, TEXT["vocab_size"])
+    np.testing.assert_allclose(ours.token_logits, words, rtol=0, atol=1e-5 * np.abs(words).max())
     for got, name in ((ours.image, "image_features"), (ours.text, "text_features")):
         np.testing.assert_allclose(got, out[name].detach().numpy(), rtol=0, atol=1e-5)
 
@@ -125,11 +125,11 @@ def test_every_gradient_against_torch(both):
         np.testing.assert_allclose(ours[name], want[name], rtol=0, atol=1e-5 * np.abs(want[name]).max(), err_msg=name)
 
 
-def test_the_legacy_mask_is_felt(both):
+def test_the_legacy_mask_matters(both):
     """With the mask by position the same weights give other embeddings: the comparison above can fail."""
     model, params, images, tokens, *_ = both
-    right = replace(model, text=replace(model.text, legacy_mask=False))
-    far = np.linalg.norm(encode(right, params, images, tokens).text - encode(model, params, images, tokens).text, axis=1)
+    by_position = replace(model, text=replace(model.text, legacy_mask=False))
+    far = np.linalg.norm(encode(by_position, params, images, tokens).text - encode(model, params, images, tokens).text, axis=1)
     assert far[:-1].min() > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Exported folders, loaded by open_clip and transformers themselves and compared with us from picture and string to embedding."""
+"""Exported folders, loaded by open_clip and transformers and compared with ours, from image file and string to embedding."""
 
 import json
 from dataclasses import replace
@@ -32,11 +32,11 @@ CASES = {
 
 
 @pytest.mark.parametrize(("model", "to", "resize"), CASES.values(), ids=CASES.keys())
-def test_same_embeddings(tmp_path, tokenizer, pictures, model, to, resize):
+def test_same_embeddings(tmp_path, tokenizer, images, model, to, resize):
     params = parameters(model)
     assert model.dtype == "bfloat16"  # the towers' arithmetic, not the weights'
     export(model, params, tokenizer, resize, tmp_path / "out", to)
-    report = check(tmp_path / "out", to, model, params, tokenizer, pictures, resize)
+    report = check(tmp_path / "out", to, model, params, tokenizer, images, resize)
     assert report.failures == []
     assert max(report.image, report.text, report.logits) < 1e-5
     assert report.cleaned == 0  # open_clip straightens the curly quote, and so does our tokenizer
@@ -45,64 +45,64 @@ def test_same_embeddings(tmp_path, tokenizer, pictures, model, to, resize):
     assert {tensor.dtype for tensor in weights.values()} == {np.dtype("float32")}
 
 
-def test_what_is_not_judged_is_told(tmp_path, tokenizer, pictures):
-    """open_clip makes characters of HTML entities before its tokenizer sees them; transformers does not."""
+def test_what_is_no_failure_is_reported(tmp_path, tokenizer, images):
+    """open_clip turns HTML entities into characters before it tokenizes a string; transformers does not."""
     model = clip()
     captions = [*CAPTIONS[:4], "man &amp; woman"]
     for to, resize in (("open_clip", "squash"), ("transformers", "crop")):
         export(model, parameters(model), tokenizer, resize, tmp_path / to, to)
-    report = verify(tmp_path / "open_clip", "open_clip", model, parameters(model), tokenizer, "squash", pictures, captions)
+    report = verify(tmp_path / "open_clip", "open_clip", model, parameters(model), tokenizer, "squash", images, captions)
     assert report.failures == []
     assert len(report.notes) == 1
-    assert report.notes[0].startswith("captions that open_clip's cleaning gives other ids than ours: 1")
-    report = verify(tmp_path / "transformers", "transformers", model, parameters(model), tokenizer, "crop", pictures, captions)
+    assert report.notes[0].startswith("strings whose ids change when open_clip cleans them: 1")
+    report = verify(tmp_path / "transformers", "transformers", model, parameters(model), tokenizer, "crop", images, captions)
     assert report.failures == []
     assert len(report.notes) == 1
-    assert report.notes[0].startswith("embeddings from a picture: transformers rounds the margins")
+    assert report.notes[0].startswith("embeddings of an image file: transformers rounds the margins")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "side", "activation"), [("B/32", 256, "gelu_tanh")])
-def test_siglip_in_open_clip(tmp_path, tokenizer, pictures, name, side, activation):
+def test_siglip_in_open_clip(tmp_path, tokenizer, images, name, side, activation):
     """timm's towers have one size each, so this is a real one."""
     image = ImageTower.siglip(name, image_size=side, activation=activation)
     text = TextTower.siglip("B", **TEXT | dict(embed_dim=768, activation=activation))
     model = Model(image=image, text=text, init_bias=-10.0)
     params = parameters(model)
     export(model, params, tokenizer, "squash", tmp_path / "out", "open_clip")
-    report = check(tmp_path / "out", "open_clip", model, params, tokenizer, pictures)
+    report = check(tmp_path / "out", "open_clip", model, params, tokenizer, images)
     assert report.failures == []
     assert max(report.image, report.text) < 1e-5
 
 
 @pytest.mark.parametrize("to", ["open_clip", "transformers"])
-def test_verify_sees_what_differs(tmp_path, tokenizer, pictures, to):
+def test_verify_finds_what_differs(tmp_path, tokenizer, images, to):
     model, out = clip(), tmp_path / "out"
     params = parameters(model)
     export(model, params, tokenizer, "squash", out, to)
 
     def failures():
-        return [failure.split()[0] for failure in check(out, to, model, params, tokenizer, pictures).failures]
+        return [failure.split()[0] for failure in check(out, to, model, params, tokenizer, images).failures]
 
     file = next(out.glob("*.safetensors"))
     weights = safetensors.numpy.load_file(file)
     name = {"open_clip": "visual.ln_post.bias", "transformers": "vision_model.post_layernorm.bias"}[to]
     safetensors.numpy.save_file(weights | {name: weights[name] + 3e-3}, file, {"format": "pt"})
-    assert failures() == ["image", "logits", "picture"]
+    assert failures() == ["image", "logits", "image_file"]
     safetensors.numpy.save_file(weights, file, {"format": "pt"})
     assert failures() == []
     file = out / {"open_clip": "open_clip_config.json", "transformers": "preprocessor_config.json"}[to]
     text = file.read_text()
     file.write_text(text.replace("0.48145466", "0.47"))
-    assert failures() == ["picture"]
+    assert failures() == ["image_file"]
     file.write_text(text)
     words = json.loads((out / "tokenizer.json").read_text())
     words["normalizer"]["normalizers"] = [n for n in words["normalizer"]["normalizers"] if n["type"] != "Lowercase"]
     (out / "tokenizer.json").write_text(json.dumps(words))
-    assert failures() == ["caption"]
+    assert failures() == ["string"]
 
 
-def test_transformers_auto_processor(tmp_path, tokenizer, pictures):
+def test_transformers_auto_processor(tmp_path, tokenizer, images):
     """What a user of transformers calls first: `AutoProcessor` and the model's own forward on its output."""
     from transformers import AutoModel, AutoProcessor
 
@@ -110,11 +110,11 @@ def test_transformers_auto_processor(tmp_path, tokenizer, pictures):
         out = tmp_path / model.image.pool
         export(model, parameters(model), tokenizer, "squash", out, "transformers")
         processor = AutoProcessor.from_pretrained(out)
-        batch = processor(text=CAPTIONS, images=pictures, padding="max_length", truncation=True, return_tensors="pt")
+        batch = processor(text=CAPTIONS, images=images, padding="max_length", truncation=True, return_tensors="pt")
         np.testing.assert_array_equal(batch["input_ids"], Tokenizer.load(tokenizer, LENGTH).encode(CAPTIONS)[0])
         reference = load(out, "transformers")
         # The default backend resizes with torchvision, whose rounding differs from PIL's by up to one level of 255.
-        pixels = reference.pixels(pictures)
+        pixels = reference.pixels(images)
         assert (batch["pixel_values"] - pixels).abs().max() <= 1.01 / 255 / min(model.image.std)
         assert AutoModel.from_pretrained(out)(**batch).logits_per_image.shape == (5, 5)
 

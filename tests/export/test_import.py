@@ -1,4 +1,4 @@
-"""Folders of open_clip's as runs: what was exported comes back bit for bit, and what we have not is refused."""
+"""Folders of open_clip's as runs: an export is imported bit for bit, and a model that clipjax has not is refused."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_there_and_back(tmp_path, tokenizer, capsys, model, resize):
         np.testing.assert_array_equal(got[path], want[path], err_msg=path)
     assert cli.main(["export", str(tmp_path / "run"), "--to", "open_clip", "--out", str(tmp_path / "again")]) == 0
     for file in (tmp_path / "out").iterdir():
-        if file.name != WEIGHTS:  # which are compared above; their header has no one order
+        if file.name != WEIGHTS:  # compared above; the order in their header may change
             assert (tmp_path / "again" / file.name).read_text() == file.read_text(), file.name
     before = sorted((tmp_path / "run").rglob("*"))
     assert cli.main(["import", "--from", "open_clip", str(tmp_path / "out"), "--out", str(tmp_path / "run")]) == 2
@@ -56,7 +56,7 @@ def test_there_and_back(tmp_path, tokenizer, capsys, model, resize):
 
 
 def write(folder: Path, cfg: dict, theirs: torch.nn.Module, words: Path) -> Path:
-    """As open_clip's `save_for_hf` writes it: the configuration with what its author gave, under its other name for weights."""
+    """As open_clip's `save_for_hf` writes it: only the fields that its author gave, and another name for the weights."""
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(dict(model_cfg=cfg, preprocess_cfg=dict(resize_mode="squash"))))
     weights = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
@@ -83,30 +83,30 @@ THEIRS = {
 
 
 @pytest.mark.parametrize(("kind", "cfg"), THEIRS.values(), ids=THEIRS.keys())
-def test_what_open_clip_writes(tmp_path, tokenizer, pictures, kind, cfg):
-    """Where a configuration is silent, open_clip's defaults hold; `mlp_ratio` of a decoder it overlooks."""
+def test_a_folder_that_open_clip_wrote(tmp_path, tokenizer, images, kind, cfg):
+    """open_clip's defaults hold for missing fields, and it ignores the `mlp_ratio` of a decoder."""
     torch.manual_seed(0)
     theirs = kind(**cfg).eval()
     folder = write(tmp_path / "theirs", cfg, theirs, tokenizer)
     run, notes = import_open_clip(folder, tmp_path / "run")
     assert notes == []
     loaded = clipjax.load(tmp_path / "run")
-    images = np.stack([fit(picture, 32, "squash") for picture in pictures])
+    pixels = np.stack([fit(image, 32, "squash") for image in images])
     tokens = loaded.tokenizer.encode(CAPTIONS)[0]
     if kind is open_clip.CLIP:
         found = loaded.encode_text(CAPTIONS)  # as `clipjax embed` and the evaluations do
-        assert (found * encode(run.model, loaded.params, images, tokens).text).sum(1).min() > 0.999  # bfloat16
-    ours = encode(run.model, loaded.params, images, tokens)
+        assert (found * encode(run.model, loaded.params, pixels, tokens).text).sum(1).min() > 0.999  # bfloat16
+    ours = encode(run.model, loaded.params, pixels, tokens)
     mean, std = np.float32(run.model.image.mean), np.float32(run.model.image.std)
-    pixels = torch.from_numpy(((np.float32(images) / 255 - mean) / std).transpose(0, 3, 1, 2).copy())
+    normalised = torch.from_numpy(((np.float32(pixels) / 255 - mean) / std).transpose(0, 3, 1, 2).copy())
     with torch.inference_mode():
         ids = torch.from_numpy(tokens).long()
-        image, text = theirs.encode_image(pixels, normalize=True), theirs.encode_text(ids, normalize=True)
+        image, text = theirs.encode_image(normalised, normalize=True), theirs.encode_text(ids, normalize=True)
         np.testing.assert_allclose(ours.image, image.numpy(), rtol=0, atol=1e-5)
         np.testing.assert_allclose(ours.text, text.numpy(), rtol=0, atol=1e-5)
         if run.model.decoder is not None:
-            words = theirs(pixels, ids)["logits"].numpy()
-            np.testing.assert_allclose(ours.words, words, rtol=0, atol=1e-5 * np.abs(words).max())
+            words = theirs(normalised, ids)["logits"].numpy()
+            np.testing.assert_allclose(ours.token_logits, words, rtol=0, atol=1e-5 * np.abs(words).max())
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-H-14", "coca_ViT-B-32", "coca_ViT-L-14", "ViT-B-16-SigLIP"])
@@ -166,7 +166,7 @@ REFUSED = {
         lambda f: (f / WEIGHTS).rename(f / "open_clip_pytorch_model.bin"),
         "open_clip_pytorch_model.bin only, .*save_file",
     ),
-    "torn": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:999]), "is not a whole file of safetensors"),
+    "torn": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:999]), "is not a complete safetensors file"),
     "other width": (
         lambda f: change(f, "text_cfg", vocab_size=401),
         r"of another shape than the model's: token_embedding.weight",
@@ -176,7 +176,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_refuses_what_we_have_not(tmp_path, tokenizer, spoil, message):
+def test_refuses_what_clipjax_has_not(tmp_path, tokenizer, spoil, message):
     model = clip()
     export(model, parameters(model), tokenizer, "crop", tmp_path / "src", "open_clip")
     spoil(tmp_path / "src")
@@ -185,7 +185,7 @@ def test_refuses_what_we_have_not(tmp_path, tokenizer, spoil, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_not_taken_over_is_told(tmp_path, tokenizer):
+def test_what_is_not_imported_is_reported(tmp_path, tokenizer):
     model = clip()
     export(model, parameters(model), tokenizer, "crop", tmp_path / "src", "open_clip")
     change(tmp_path / "src", "text_cfg", tokenizer_kwargs=dict(clean="canonicalize"))

@@ -1,4 +1,4 @@
-"""The tables of names: what a row means, and what they refuse."""
+"""The tables of names: the meaning of a row, and what is refused."""
 
 import re
 
