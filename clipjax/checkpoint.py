@@ -1,4 +1,4 @@
-"""A run's checkpoints: asynchronous, atomic, state and configuration under one step; and the workdir they live in."""
+"""A run's checkpoints in its workdir: written asynchronously and atomically, each with the state and the configuration."""
 
 import contextlib
 import errno
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,13 +25,15 @@ from clipjax.models import clip
 from clipjax.train.state import TrainState
 
 TOKENIZER = "tokenizer.json"
-DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/: those that could not be read
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, or under the limit of a file
+DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/, for checkpoints that could not be read
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota or the largest size of a file is reached
 
-# What TensorStore, which writes the arrays, says of files that are missing, cut or garbled; and of a storage that may well have
-# them and does not answer now: that is no reason to give up a checkpoint.
-_TORN = re.compile(r"\b(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE)\b|Encountered error while reading array index")
-_AWAY = re.compile(r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b")
+# What TensorStore, which writes the arrays, says of files that are missing, truncated or garbled; and of a storage that does not
+# answer now, but may well have the files: such a checkpoint is not damaged.
+_DAMAGE = re.compile(r"\b(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE)\b|Encountered error while reading array index")
+_NO_ANSWER = re.compile(
+    r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b"
+)
 _ERRNO = re.compile(r"os_error_code='(\d+)'")
 
 
@@ -39,25 +42,26 @@ class SaveError(OSError):
 
 
 class DamagedError(OSError):
-    """A checkpoint is there and can't be read: files are missing, cut or garbled."""
+    """A checkpoint exists and can't be read: files are missing, truncated or garbled."""
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, for the run that writes them. Use as a context manager: leaving it waits for the writes."""
+    """The checkpoints of one workdir, for the run that writes them. A context manager: its end waits for the writes."""
 
     def __init__(self, workdir: Path, run: config.Run) -> None:
         policies = ocp.checkpoint_managers
-        keep, score = [policies.LatestN(run.train.keep)], None
+        keep: list[ocp.checkpoint_managers.PreservationPolicy] = [policies.LatestN(run.train.keep)]
+        score = None
         if run.train.best:
             score = functools.partial(_score, run.train.best)
             keep.append(policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True,  # what a killed save left behind
+            cleanup_tmp_directories=True,  # removes what a killed save left
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=score,  # chooses nothing beside a policy, but without it metrics are not written: a resumed run needs them
+            best_fn=score,  # a policy chooses, not this; but without it Orbax writes no metrics, and a resumed run needs them
             **s3.options(workdir),
         )
-        _ignore_latecomers()
+        _ignore_closed_loop()
         self._manager = _Manager(resolve(workdir) / "checkpoints", options=options)
         self._workdir, self._run = workdir, run
 
@@ -69,28 +73,26 @@ class Checkpoints:
             self._manager.close()
 
     def latest(self) -> int | None:
-        """The newest finished step on disk, or None."""
+        """The newest step on disk, or None."""
         return self._manager.latest_step()
 
     def steps_after(self, step: int) -> list[int]:
-        """The finished steps on disk that are newer than `step`."""
+        """The steps on disk that are newer than `step`, in order."""
         return [s for s in sorted(self._manager.all_steps()) if s > step]
 
     def last_good(self) -> str:
-        """What a message says of what is left, also after a save that failed: Orbax still counts that one."""
-        self._manager.reload()
+        """The part of a message that names the newest checkpoint on disk."""
+        self._manager.reload()  # after a save that failed, Orbax still counts that one
         good = self.latest()
-        return (
-            f"no checkpoint had been written to {self._workdir}"
-            if good is None
-            else f"the last good checkpoint is {self._workdir}@{good}"
-        )
+        if good is None:
+            return f"no checkpoint had been written to {self._workdir}"
+        return f"the last good checkpoint is {self._workdir}@{good}"
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        """Starts to write; returns once the state has left the devices, so that the next step may donate it.
+        """Starts to write. Returns once the state is copied from the devices, so that the next step may donate it.
 
-        `metrics` (`task/name` and `task/dataset/name` -> value) are what train.best looks at. A step that is on disk already is
-        left alone. Raises SaveError, also for an earlier save that has failed meanwhile.
+        `metrics` (`task/name` and `task/dataset/name` -> value) are the values that train.best can name. Does nothing for a step
+        that is on disk already. Raises SaveError, also for an earlier save that has failed since.
         """
         if step in self._manager.all_steps():
             return
@@ -106,36 +108,38 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=tracked)
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises SaveError where that failed."""
+        """Returns when everything is on disk. Raises SaveError if that failed."""
         with self._writing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
+        """For `with`: turns an error of the storage into a SaveError."""
         try:
             yield
         except Exception as error:
-            if (reason := _storage_says(error)) is None:
+            if (reason := _storage_error(error)) is None:
                 raise
             remedy = "make room there, and the same command goes on from it"
             raise SaveError(f"a checkpoint could not be written ({reason}); {self.last_good()}. Remedy: {remedy}") from error
 
     def set_aside(self, step: int, why: str) -> None:
-        """Moves a checkpoint that can't be read from checkpoints/ to damaged/, where it can be looked at, and says so."""
+        """Moves a checkpoint that can't be read from checkpoints/ to damaged/, for a person to look at, and logs a warning."""
         if jax.process_index() == 0:
             aside = self._workdir / DAMAGED
             aside.mkdir(exist_ok=True)
-            there = aside.iterdir() if aside.exists() else ()  # on gs:// and s3:// an empty folder is none
-            place = aside / f"{step}.{sum(p.name.split('.')[0] == str(step) for p in there)}"
-            (self._workdir / "checkpoints" / str(step)).rename(place)
-            logging.warning(f"{why}; it now lies in {place}")
+            before = aside.iterdir() if aside.exists() else ()  # on gs:// and s3:// an empty folder does not exist
+            target = aside / f"{step}.{sum(p.name.split('.')[0] == str(step) for p in before)}"
+            (self._workdir / "checkpoints" / str(step)).rename(target)
+            logging.warning(f"{why}; it was moved to {target}")
         multihost_utils.sync_global_devices(f"aside {step}")
         self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state as it was saved, placed as `abstract` (shapes with shardings) says, on whatever mesh that is.
+        """The state as it was saved, sharded as `abstract` (shapes with shardings) says. Its mesh may differ from the saved one.
 
-        Raises DamagedError, on all processes where one of them can't read its part."""
+        Raises DamagedError on all processes if one of them can't read its part.
+        """
         items = {"params": ocp.args.StandardRestore(abstract.params)}
         items["training"] = ocp.args.StandardRestore(_training(abstract))
         if abstract.ema is not None:
@@ -153,15 +157,17 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax asks JAX at each save whether the run is told to stop. JAX counts who asks how often; that is the loop's to ask."""
+    """Orbax asks JAX at each save whether a stop is requested. Only the loop may ask: all processes must ask equally often."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
 
 
 @functools.cache  # once in a process
-def _ignore_latecomers() -> None:
-    """Where one array can't be read or written, Orbax closes its event loop, and each other one complains of that in the end."""
+def _ignore_closed_loop() -> None:
+    """Silences follow-up errors. Where one array can't be read or written, Orbax closes its event loop; later each of the other
+    arrays reports the closed loop.
+    """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
@@ -172,9 +178,10 @@ def _ignore_latecomers() -> None:
     sys.unraisablehook = hook
 
 
-def _training(state: TrainState) -> dict[str, object]:
-    """What only training needs, as it is stored."""
-    return {"step": state.step, "opt_state": state.opt_state} | ({"memory": state.memory} if state.memory else {})
+def _training(state: TrainState) -> dict[str, Any]:
+    """The part of the state that only training needs, with the names that it has on disk."""
+    values: dict[str, Any] = {"step": state.step, "opt_state": state.opt_state}
+    return values | ({"memory": state.memory} if state.memory else {})
 
 
 def _score(name: str, metrics: dict[str, float]) -> float:
@@ -182,7 +189,7 @@ def _score(name: str, metrics: dict[str, float]) -> float:
 
 
 def split_name(name: str) -> tuple[Path, int | None]:
-    """`RUN` or `RUN@STEP` -> the workdir and the step. Raises ConfigError unless it is a run that can be reached."""
+    """`RUN` or `RUN@STEP` -> the workdir, and the step or None. Raises ConfigError unless it is a workdir that can be read."""
     path, at, step = name.rpartition("@")
     workdir, step = (as_path(path), int(step)) if at and step.isdigit() else (as_path(name), None)
     found = reach(workdir, (workdir / "config.json").exists)
@@ -191,53 +198,56 @@ def split_name(name: str) -> tuple[Path, int | None]:
 
 
 def _reader(workdir: Path, *, alone: bool = False) -> ocp.CheckpointManager:
-    """Of a workdir that has checkpoints; it writes nothing and clears nothing away. `alone`: of this process's part, which waits
-    for no other: one of them may find damage where the others find none."""
+    """Reads a workdir that has checkpoints. Writes nothing and removes nothing.
+
+    `alone`: this process reads its part without waiting for the others, because it may find damage where they find none.
+    """
     me = jax.process_index()
-    parts = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}")
-    more = s3.options(workdir) | ({"multiprocessing_options": parts} if alone else {})
-    options = ocp.CheckpointManagerOptions(read_only=True, **more)
+    only_me = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}")
+    parts = only_me if alone else ocp.options.MultiprocessingOptions()
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=parts, **s3.options(workdir))
     return ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
 
 
 def read_config(reader: ocp.CheckpointManager, step: int) -> config.Run:
+    """The configuration that was saved with a checkpoint."""
     saved = reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-    return config.from_json(json.dumps(saved.config))
+    return config.from_json(json.dumps(saved["config"]))
 
 
 @contextlib.contextmanager
 def _reading(workdir: Path, step: int) -> Iterator[None]:
-    """Turns what damage looks like into DamagedError."""
+    """For `with`: turns an error that means damage into a DamagedError."""
     try:
-        for item in ("config/metadata", "params/_METADATA", "training/_METADATA"):  # without them Orbax would guess from the rest
+        for item in ("config/metadata", "params/_METADATA", "training/_METADATA"):  # Orbax would guess if one is missing
             if not (file := workdir / "checkpoints" / str(step) / item).exists():
                 raise FileNotFoundError(f"{file} is missing")
         yield
     except Exception as error:
-        causes = [error]
+        causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
         text = "\n".join(map(str, causes))
-        torn = any(isinstance(e, FileNotFoundError | json.JSONDecodeError) for e in causes) or _TORN.search(text)
-        if not torn or _AWAY.search(text):
+        damaged = any(isinstance(e, FileNotFoundError | json.JSONDecodeError) for e in causes) or _DAMAGE.search(text)
+        if not damaged or _NO_ANSWER.search(text):
             raise
         raise DamagedError(f"{workdir}@{step} can't be read: {str(causes[-1]).splitlines()[0]:.200}") from error
 
 
-def _storage_says(error: BaseException) -> str | None:
-    """Why the storage refused to write, in its own words; None where something else is the matter."""
+def _storage_error(error: BaseException) -> str | None:
+    """The storage's own message, if it refused to write; None for any other error."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     if found := _ERRNO.search(str(error)):
         return os.strerror(int(found[1]))
-    return str(error).splitlines()[0][:200] if _AWAY.search(str(error)) else None
+    return str(error).splitlines()[0][:200] if _NO_ANSWER.search(str(error)) else None
 
 
 def newest(workdir: Path) -> tuple[int, config.Run] | None:
-    """The step of a workdir's newest finished checkpoint and the configuration saved with it; None where there is none.
+    """The step and the configuration of a workdir's newest checkpoint; None where there is no checkpoint.
 
-    One whose configuration can't be read is passed over. Raises DamagedError where that leaves none of those that were there:
-    a run must not begin anew without its user's knowing.
+    Skips checkpoints whose configuration can't be read. Raises DamagedError where there are some and none can be read: a run must
+    not start again from step 0 unless its user says so.
     """
     if not (workdir / "checkpoints").exists():
         return None
@@ -248,9 +258,9 @@ def newest(workdir: Path) -> tuple[int, config.Run] | None:
             with contextlib.suppress(DamagedError), _reading(workdir, step):
                 return step, read_config(reader, step)
     if steps or aside:
-        there = ", ".join([str(step) for step in steps] + [f"{DAMAGED}/{name}" for name in aside])
+        names = ", ".join([str(step) for step in steps] + [f"{DAMAGED}/{name}" for name in aside])
         remedy = f"put a copy into {workdir / 'checkpoints'}, choose a new --workdir, or remove these to begin at step 0"
-        raise DamagedError(f"{workdir}: none of its checkpoints can be read ({there}). Remedy: {remedy}")
+        raise DamagedError(f"{workdir}: none of its checkpoints can be read ({names}). Remedy: {remedy}")
     return None
 
 
@@ -264,8 +274,11 @@ def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
     config.require(exists, "RUN", name, "has no checkpoint yet: it was stopped before the first was written")
     with _reader(workdir) as reader:
         steps = sorted(reader.all_steps())
-        step = step if step is not None else steps[-1] if steps else None
-        config.require(step in steps, "RUN", name, f"has checkpoints of steps {', '.join(map(str, steps)) or '(none)'} only")
+        if step is None and steps:
+            step = steps[-1]
+        if step is None or step not in steps:
+            found = ", ".join(map(str, steps)) or "(none)"
+            raise config.ConfigError(f"RUN = {name!r}: has checkpoints of steps {found} only")
         with _reading(workdir, step):
             run = read_config(reader, step)
             target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)

@@ -16,7 +16,7 @@ from clipjax.evals.report import png_name, save_png
 from clipjax.evals.table import class_of
 from clipjax.metrics.writer import EvaluationResults
 from clipjax.models.clip import Params
-from clipjax.train.loop import say
+from clipjax.train.report import say
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""From a configuration, batches and evaluators to a finished run in its workdir."""
+"""The training loop: from a configuration, batches and evaluators to a finished run in its workdir."""
 
 import contextlib
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,25 +9,26 @@ from typing import Protocol
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from clipjax import config, distributed, preemption, sharding
-from clipjax.checkpoint import FULL, Checkpoints
-from clipjax.metrics.clock import Clock, DataCounts
-from clipjax.metrics.flops import mfu, model_flops
+from clipjax.checkpoint import DISK_FULL, Checkpoints
+from clipjax.metrics.flops import model_flops
 from clipjax.metrics.writer import EvaluationResults, MetricsWriter, NonFiniteError
 from clipjax.models import clip
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress
+from clipjax.train.report import Report, say
 from clipjax.train.state import TrainState, abstract_state, initial_state
-from clipjax.train.step import jit_step, make_train_step
+from clipjax.train.step import Batch, Metrics, jit_step, make_train_step
 from clipjax.train.workdir import Workdir, changes, evaluated, restore_newest, save_config
 
-# Opens this process's batches from a step on.
+# Opens this process's batches, beginning with the one that follows a number of finished steps.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
-ON_DEVICE = ("image", "text", "index", "id", "teacher_image", "teacher_text")  # as far as a batch has it; the rest is counted
-AHEAD = 2  # steps that the devices are given before the first must be done: keeps them busy, and the clock honest
+ON_DEVICE = ("image", "text", "index", "id", "teacher_image", "teacher_text")  # keys of a batch that the step may read
+STEPS_AHEAD = 2  # how many steps the host may be ahead: the devices never wait for it, and the clock stays exact
 
 
 class Evaluator(Protocol):
@@ -46,104 +46,188 @@ class Evaluator(Protocol):
 
 
 def train(run: config.Run, workdir: Workdir, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
-    """Trains to `train.steps` finished steps, from the newest checkpoint if the workdir has one.
+    """Trains until `train.steps` steps are finished, from the checkpoint that `open_workdir` found, or from the start.
 
-    Raises ConfigError for a rule without a parameter and for a mesh that would replicate what it should shard, FloatingPointError
-    where a loss is not finite, OSError where the disk is full, and Preempted where a stop was requested and the state is on disk.
+    Raises ConfigError for an optimizer rule without a parameter and for a mesh that would replicate what it should shard,
+    FloatingPointError where a loss is not finite, OSError where the disk is full, and Preempted where a stop was requested and
+    the state is saved.
     """
-    cfg = run.train
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
-    tx = make_optimizer(run.optim, cfg.steps, params)
-    placed = abstract_state(run, tx, mesh)
-    # Nothing is written above this line: the run is sound.
+    tx = make_optimizer(run.optim, run.train.steps, params)
+    abstract = abstract_state(run, tx, mesh)
+    # Nothing is written above this line: the run is known to be sound.
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir.path, run))
-        stack.enter_context(_naming_the_last_good(checkpoints, workdir.path))
-        saved, state = restore_newest(run, workdir, checkpoints, placed) or (None, initial_state(run, tx, mesh))
-        start = saved.step if saved else 0
-        # An evaluation that failed or was cut short, as the last one of a preempted run, is missed.
-        missed = [e for e in evaluators if start and (start >= cfg.steps or e.due(start))]
-        done = evaluated(workdir.path, start, [(e.task, e.dataset) for e in missed])
-        missed = [e for e, it_is in zip(missed, done, strict=True) if not it_is]
-        if start >= cfg.steps and not missed:
-            say(f"{workdir.path}: finished, with all its {cfg.steps:,} steps; raise train.steps or choose a new --workdir")
+        stack.enter_context(_name_last_good(checkpoints, workdir.path))
+        saved, state = restore_newest(run, workdir, checkpoints, abstract) or (None, initial_state(run, tx, mesh))
+        schedule = _Schedule(run.train, evaluators, saved.step if saved else 0, workdir.path)
+        if schedule.is_finished:
+            say(f"{workdir.path}: finished, with all its {run.train.steps:,} steps; raise train.steps or choose a new --workdir")
             return state
         if saved:
             changed = "; ".join(changes(saved.run, run))
-            say(f"{workdir.path}: resuming at step {start:,} of {cfg.steps:,}" + (f"; changed: {changed}" if changed else ""))
-        decided = remat.resolved(run, mesh, placed)
-        if decided != run:
-            say(f"model.remat = auto: {decided.model.remat}")
-        step_fn = jit_step(make_train_step(decided, tx, mesh), state, mesh)
-        data = stack.enter_context(batches(start))
+            changed = f"; changed: {changed}" if changed else ""
+            say(f"{workdir.path}: resuming at step {saved.step:,} of {run.train.steps:,}{changed}")
+        resolved = remat.resolved(run, mesh, abstract)
+        if resolved != run:
+            say(f"model.remat = auto: {resolved.model.remat}")
+        devices = _Devices(resolved, tx, mesh, state)
+        data = stack.enter_context(batches(schedule.start))
         save_config(run, workdir.path)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, start)))
-        progress = stack.enter_context(Progress(cfg.steps))
-        clock, counts, running = Clock(), DataCounts(), deque(maxlen=AHEAD)
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, schedule.start)))
+        progress = stack.enter_context(Progress(run.train.steps))
         flops = model_flops(run.model_at_work, trained_names(run.optim.rules, params), run.data.captions_per_image)
-        for step in range(start, cfg.steps + 1):
-            # Here `state` and `data` both describe exactly `step` finished steps. Keep this order.
-            last, stop = step == cfg.steps, preemption.requested()
-            due = missed if step == start else [e for e in evaluators if last or e.due(step)]
-            save = stop or last or step % cfg.checkpoint_every == 0
-            if due or (save and step > start):
-                distributed.enter_stage(step, "evaluating or saving")
-                with clock.paused(state):
-                    progress.update(step, writer.flush())  # a state gone bad is found before it is evaluated or saved
-                    best = None
-                    try:
-                        results = _evaluate([] if stop else due, step, state, writer)
-                        best = results if cfg.best in results else None
-                    except preemption.Preempted:  # in the midst of it
-                        stop = save = True
-                    finally:  # an evaluation that fails does not cost the steps since the last checkpoint
-                        if save or best:
-                            checkpoints.save(step, state, best)
-            if stop:
-                checkpoints.wait()
-                raise preemption.Preempted(f" at step {step:,}: saved; the same command goes on")
-            if last:
-                break
-            if len(running) == AHEAD:
-                running[0].block_until_ready()
-            distributed.enter_stage(step, "reading data")
-            with clock.waiting(running[-1] if running else None):
-                batch = next(data)
-            counts.count(batch)
-            rows = sharding.to_global({k: batch[k] for k in ON_DEVICE if k in batch}, mesh)
-            distributed.enter_stage(step, "compiling" if step == start else "training")
-            if step == start:  # the compilation, and with it the first step, is no part of the rate
-                with clock.paused(), jax.transfer_guard("disallow"):
-                    state, metrics = jax.block_until_ready(step_fn(state, rows))
-                stack.enter_context(preemption.listening())  # until now there was nothing to lose: a signal ended it at once
-            else:
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, rows)
-                clock.count(cfg.batch_size)
-            running.append(metrics["loss"])
-            log = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
-            host = _rates(clock, flops, mesh) | counts.read() if log else None
-            progress.update(step + 1, writer.push(step + 1, metrics, host))
-    _say_what_was_mended(counts.total, (cfg.steps - start) * cfg.batch_size, run)
-    return state
+        report = Report(run, mesh, writer, progress, flops)
+        _Loop(run.train, schedule, devices, data, checkpoints, report).run()
+    report.say_repairs(run.train.steps - schedule.start)
+    return devices.state
 
 
-def say(text: str) -> None:
-    """A line for the person who watches, from one process only."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+class _Schedule:
+    """Decides what is due when a number of steps is finished."""
+
+    def __init__(self, cfg: config.Train, evaluators: Sequence[Evaluator], start: int, workdir: Path) -> None:
+        """`start`: the finished steps of the state that the run starts from."""
+        self._cfg, self._evaluators, self.start = cfg, evaluators, start
+        # Evaluations of step `start` that failed or were cut short have no line yet, as in a run that was preempted at its end.
+        due = [e for e in evaluators if start and (start >= cfg.steps or e.due(start))]
+        done = evaluated(workdir, start, [(e.task, e.dataset) for e in due])
+        self._missed = [e for e, is_done in zip(due, done, strict=True) if not is_done]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.start >= self._cfg.steps and not self._missed
+
+    def evaluations(self, step: int) -> Sequence[Evaluator]:
+        """The evaluations that are due: all of them at the end."""
+        if step == self.start:
+            return self._missed
+        return [e for e in self._evaluators if step == self._cfg.steps or e.due(step)]
+
+    def saves(self, step: int, stop: bool) -> bool:
+        """Whether the state must be saved. That of the start is on disk, or new."""
+        return step > self.start and (stop or step == self._cfg.steps or step % self._cfg.checkpoint_every == 0)
 
 
-def _say_what_was_mended(total: Mapping[str, int], examples: int, run: config.Run) -> None:
-    if total["replaced"]:
-        say(f"{total['replaced']:,} of {examples:,} pictures could not be read; others stood in for them")
-    if total["truncated"]:
-        captions, length = examples * run.data.captions_per_image, run.model.text.length
-        say(f"{total['truncated']:,} of {captions:,} captions were cut to model.text.length = {length} tokens")
+class _Devices:
+    """The state on the devices, and the compiled step that updates it."""
+
+    def __init__(self, run: config.Run, tx: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> None:
+        self.state = state
+        self._mesh = mesh
+        self._step = jit_step(make_train_step(run, tx, mesh), state, mesh)
+        self._losses: deque[jax.Array] = deque(maxlen=STEPS_AHEAD)  # of the newest steps, which may still be running
+
+    @property
+    def newest_loss(self) -> jax.Array | None:
+        """The loss of the newest step, which may still be running; None before the first step."""
+        return self._losses[-1] if self._losses else None
+
+    def wait(self) -> None:
+        """Returns when the devices have fewer than STEPS_AHEAD steps to do."""
+        if len(self._losses) == STEPS_AHEAD:
+            self._losses[0].block_until_ready()
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
+        """This process's part of a global batch, on the devices."""
+        return sharding.to_global({k: batch[k] for k in ON_DEVICE if k in batch}, self._mesh)
+
+    def step(self, batch: Batch) -> Metrics:
+        """Starts one step. Returns its metrics, which the devices may still be computing."""
+        with jax.transfer_guard("disallow"):
+            self.state, metrics = self._step(self.state, batch)
+        self._losses.append(metrics["loss"])
+        return metrics
+
+
+class _Loop:
+    """A run between its first and its last step."""
+
+    def __init__(
+        self,
+        cfg: config.Train,
+        schedule: _Schedule,
+        devices: _Devices,
+        data: Iterator[dict[str, np.ndarray]],
+        checkpoints: Checkpoints,
+        report: Report,
+    ) -> None:
+        self._cfg, self._schedule, self._devices = cfg, schedule, devices
+        self._data, self._checkpoints, self._report = data, checkpoints, report
+
+    def run(self) -> None:
+        """Trains to the end. Raises Preempted where a stop was requested, once the state is saved."""
+        with contextlib.ExitStack() as stack:
+            for step in range(self._schedule.start, self._cfg.steps + 1):
+                # Here the state and the data both describe exactly `step` finished steps, so a checkpoint that is saved here
+                # resumes bit-exactly. Keep this order: evaluate, save, stop, and only then read the next batch.
+                stop = preemption.requested()
+                due, save = self._schedule.evaluations(step), self._schedule.saves(step, stop)
+                if due or save:
+                    stop |= self._evaluate_and_save(step, [] if stop else due, save)
+                if stop:
+                    self._checkpoints.wait()
+                    raise preemption.Preempted(f" at step {step:,}: saved; the same command goes on")
+                if step == self._cfg.steps:
+                    return
+                metrics = self._train_step(step)
+                if step == self._schedule.start:  # before, a signal ends the process at once: there is nothing to save
+                    stack.enter_context(preemption.listening())
+                self._report.log(step + 1, metrics)
+
+    def _evaluate_and_save(self, step: int, due: Sequence[Evaluator], save: bool) -> bool:
+        """Runs evaluations, then saves the state if `save`, or if train.best was among the results.
+
+        Returns whether a stop was requested meanwhile; then the state is saved, too.
+        """
+        distributed.enter_stage(step, "evaluating or saving")
+        best, stop = None, False
+        with self._report.clock.paused(self._devices.state):
+            self._report.flush(step)  # first: a state that is not finite must be neither evaluated nor saved
+            try:
+                results = self._evaluate(step, due)
+                best = results if self._cfg.best in results else None
+            except preemption.Preempted:  # raised in the middle of an evaluation, which is done after the restart
+                stop = save = True
+            finally:  # also where an evaluation fails: that must not cost the steps since the last checkpoint
+                if save or best:
+                    self._checkpoints.save(step, self._devices.state, best)
+        return stop
+
+    def _evaluate(self, step: int, due: Sequence[Evaluator]) -> dict[str, float]:
+        """Runs evaluations and reports them. Returns all metrics, each as `task/metric` and as `task/dataset/metric`."""
+        values = {}
+        for evaluator in due:
+            results = evaluator.run(self._devices.state.evaluated, step)
+            metrics = self._report.evaluation(step, evaluator.task, evaluator.dataset, results)
+            for prefix in (evaluator.task, f"{evaluator.task}/{evaluator.dataset}"):
+                values |= {f"{prefix}/{name}": value for name, value in metrics.items()}
+        return values
+
+    def _train_step(self, step: int) -> Metrics:
+        """Reads a batch and starts a step on it."""
+        first, clock = step == self._schedule.start, self._report.clock
+        self._devices.wait()
+        distributed.enter_stage(step, "reading data")
+        with clock.waiting(self._devices.newest_loss):
+            batch = next(self._data)
+        self._report.counts.count(batch)
+        rows = self._devices.put(batch)
+        distributed.enter_stage(step, "compiling" if first else "training")
+        if first:
+            with clock.paused():  # the first step compiles, so it does not count for the rate
+                metrics = self._devices.step(rows)
+                jax.block_until_ready((self._devices.state, metrics))
+        else:
+            metrics = self._devices.step(rows)
+            clock.count(self._cfg.batch_size)
+        return metrics
 
 
 @contextlib.contextmanager
-def _naming_the_last_good(checkpoints: Checkpoints, workdir: Path) -> Iterator[None]:
+def _name_last_good(checkpoints: Checkpoints, workdir: Path) -> Iterator[None]:
+    """For `with`: a loss that is not finite, or a full disk, becomes an error that names the last good checkpoint."""
     try:
         yield
     except NonFiniteError as error:
@@ -151,29 +235,9 @@ def _naming_the_last_good(checkpoints: Checkpoints, workdir: Path) -> Iterator[N
         remedy = "lower optim.lr or set optim.clip_norm, in a new workdir"
         raise FloatingPointError(f"{error}; {checkpoints.last_good()}. Remedy: {remedy}") from error
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
-        with contextlib.suppress(OSError):  # the last save may have met the same
+        with contextlib.suppress(OSError):  # the last save may have failed for the same reason
             checkpoints.wait()
         remedy = "make room there, and the same command goes on from it"
         raise OSError(f"{workdir}: {error.strerror}; {checkpoints.last_good()}. Remedy: {remedy}") from error
-
-
-def _evaluate(due: Sequence[Evaluator], step: int, state: TrainState, writer: MetricsWriter) -> dict[str, float]:
-    """Runs evaluators and writes their lines; all values as `task/metric` and `task/dataset/metric`."""
-    results = {}
-    for evaluator in due:
-        found = evaluator.run(state.evaluated, step)
-        metrics = writer.evaluation(step, evaluator.task, found, dataset=evaluator.dataset)
-        say(f"step {step:,}  {evaluator.task} on {evaluator.dataset}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        for prefix in (evaluator.task, f"{evaluator.task}/{evaluator.dataset}"):
-            results |= {f"{prefix}/{name}": value for name, value in metrics.items()}
-    return results
-
-
-def _rates(clock: Clock, flops: float, mesh: Mesh) -> dict[str, float]:
-    values = clock.read()
-    if not values["examples_per_second"]:  # the first step alone, which has no rate
-        return {}
-    utilisation = mfu(values["examples_per_second"] * flops, list(mesh.devices.flat))
-    return values if utilisation is None else values | {"mfu": utilisation}

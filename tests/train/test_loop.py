@@ -26,7 +26,7 @@ def during(evals=(), **changes):
 
 
 def batches(**marks):
-    """The same examples for every start, with what else there is in a batch; a number: so many were mended."""
+    """The same examples for every start, with what else there is in a batch; a number: so many were repaired."""
     made = tiny.batches(RUN, TRAIN.steps)
     marks = {k: np.arange(16) < v if isinstance(v, int) else v for k, v in ({"replaced": 0, "truncated": 0} | marks).items()}
     return lambda start: contextlib.nullcontext(iter([batch | marks for batch in made[start:]]))
@@ -181,20 +181,20 @@ def test_another_runs_workdir_is_left_as_it_is(tmp_path):
     assert newest(tmp_path / "nowhere") is None
 
 
-def test_what_was_mended_is_counted_by_line_and_said_in_the_end(tmp_path, capsys):
+def test_what_was_repaired_is_counted_by_line_and_said_in_the_end(tmp_path, capsys):
     run_it(during(steps=8), tmp_path, truncated=3)
     said = capsys.readouterr().err
     assert "24 of 128 captions were cut to model.text.length = 8 tokens" in said
-    assert "pictures" not in said
+    assert "images" not in said
     run_it(RUN, tmp_path, replaced=1)
     said = capsys.readouterr().err
-    assert "4 of 64 pictures could not be read" in said
+    assert "4 of 64 images could not be read" in said
     assert "captions" not in said
     counts = [(r["step"], r["replaced"], r["truncated"]) for r in records(tmp_path)]
     assert counts == [(5, 0, 15), (8, 0, 9), (10, 2, 0), (12, 2, 0)]
     run_it(RUN, tmp_path / "sound")
     said = capsys.readouterr().err
-    assert "pictures" not in said
+    assert "images" not in said
     assert "captions" not in said
     several = dataclasses.replace(during(steps=8), data=config.Data(captions_per_image=3))
     cut = np.arange(48).reshape(16, 3) < 18

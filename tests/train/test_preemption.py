@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(tmp_path, 
     assert written(workdir) == [line for line in written(whole[1]) if "loss" in line]
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "root"]
     assert warning.startswith(f"{workdir}@9 can't be read: ")
-    assert warning.endswith(f"; it now lies in {workdir / 'damaged' / '9.0'}")
+    assert warning.endswith(f"; it was moved to {workdir / 'damaged' / '9.0'}")
 
 
 @pytest.mark.slow
