@@ -1,4 +1,4 @@
-"""The training's part of a configuration: optimizer, schedule, mesh, cadences."""
+"""The part of a configuration that is about training: optimizer, schedule, mesh, and how often what is done."""
 
 import re
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ Schedule = Annotated[Cosine | Rsqrt | Constant, TAGGED]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Strict):
-    """For the parameters whose path matches `pattern` entirely: factors on the learning rate and on the weight decay."""
+    """Factors on the learning rate and on the weight decay, for the parameters whose whole path matches `pattern`."""
 
     pattern: str  # a regular expression, for whole paths as `image/blocks/mlp/up/kernel`
     lr: float = 1.0  # factor on the learning rate; 0 freezes
@@ -66,7 +66,7 @@ RULES = (Rule(pattern=".*/kernel|text/tokens"), Rule(pattern=".*", decay=0.0))
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Strict):
-    """The optimizer, its schedule and what they do to which parameter."""
+    """The optimizer, its schedule, and the rules that say what they do to each parameter."""
 
     kind: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"  # the optimizer
     lr: float = 5e-4  # learning rate at the peak of the schedule
@@ -74,10 +74,10 @@ class Optim(Strict):
     b2: float = 0.98  # decay of the second moment
     eps: float = 1e-6  # added to the root of the second moment
     weight_decay: float = 0.2  # multiplied by the learning rate
-    clip_norm: float | None = None  # the gradient's largest global norm; None: unbounded
-    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment
+    clip_norm: float | None = None  # gradients of a larger global norm are scaled down to it; None: no clipping
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # type of the first moment
     schedule: Schedule = Cosine()  # the learning rate over the steps
-    rules: tuple[Rule, ...] = RULES  # the first that matches holds; every parameter must match one
+    rules: tuple[Rule, ...] = RULES  # the first that matches counts; every parameter must match one
     ema: float | None = None  # decay of a moving average of the weights, which evaluations use; None: no average
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class Optim(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh(Strict):
-    """How many devices lie along each axis. The batch is sharded over data x fsdp, the weights over fsdp x tensor."""
+    """How many devices each axis of the mesh has. The batch is sharded over data x fsdp, the weights over fsdp x tensor."""
 
     data: int = free(-1)  # shards the batch; -1: all devices that are left
     fsdp: int = free(1)  # shards the batch and the weights
@@ -117,18 +117,18 @@ class Mesh(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Strict):
-    """How long, how large, and how often what is written."""
+    """How long a run is, how large its batch is, how often it logs and saves, and which checkpoints it keeps."""
 
     steps: int = 10000  # updates of the weights
     batch_size: int = 1024  # pairs a step, over all devices
-    micro_batches: int = free(1)  # parts that the towers see in turn: the same gradient in less memory, one more forward pass
+    micro_batches: int = free(1)  # parts of a batch, seen in turn: less memory, the same gradient, one more forward pass
     log_every: int = free(50)  # steps between two lines of metrics
     checkpoint_every: int = free(1000)  # steps between two checkpoints; there is always one at the end
     keep: int = free(3)  # how many of the newest checkpoints are kept
     # Also keep the best checkpoint by this metric, as `zeroshot_retrieval/image_retrieval_recall@1`; where several evaluations
     # have that task, as `zeroshot_retrieval/emoji/test/image_retrieval_recall@1`.
     best: str | None = free(None)
-    eval_batch_size: int = free(256)  # examples an evaluation puts through a tower at once, over all devices
+    eval_batch_size: int = free(256)  # examples that an evaluation encodes at once, over all devices
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size"):

@@ -1,7 +1,8 @@
-"""What a term of the objective remembers of every training example: SogCLR's moving averages, iSogCLR's temperatures.
+"""Values that a term of the objective stores for every training example: SogCLR's moving averages, iSogCLR's temperatures.
 
-A dict of float32 [n], n at least the number of examples, by their index in the dataset; it lies over the devices of the batch. A
-batch's rows are read before the loss and written after it; no index comes twice in a batch.
+They are a dict of float32 [n], indexed by the example's position in the dataset, so n is at least the number of examples. They
+are sharded over the same devices as the batch. A batch's rows are read before the loss and written after it; an index appears
+only once in a batch.
 """
 
 import jax
@@ -12,21 +13,21 @@ from clipjax.losses.sogclr import UNSEEN
 
 Memory = dict[str, jax.Array]
 SIDES = ("image", "text")
-ROUND = 1024  # n is a multiple of it, so that it divides over any usual mesh, and a run may go on on another
-LARGEST = 5.0  # gradient of a temperature that is taken at its word (2305.11965's code)
+MULTIPLE = 1024  # n is a multiple of it: it divides over any usual mesh, and a run may resume on another mesh
+MAX_GRADIENT = 5.0  # a temperature's gradient is clipped to [-5, 5], as in iSogCLR's code (2305.11965)
 
 
 def term_of(run: config.Run) -> config.Sogclr | config.Isogclr | None:
-    """The term that remembers, if there is one."""
+    """The term that stores values of every example, or None."""
     return next((t for t in run.objective if isinstance(t, config.Sogclr | config.Isogclr) and t.weight), None)
 
 
 def initial(run: config.Run) -> Memory:
-    """Before the first visit of any example."""
+    """The values before any example was seen."""
     term = term_of(run)
     if term is None:
         return {}
-    n = -(-term.examples // ROUND) * ROUND
+    n = -(-term.examples // MULTIPLE) * MULTIPLE
     made = {f"log_u_{side}": jnp.full(n, UNSEEN) for side in SIDES}
     if isinstance(term, config.Isogclr):
         made |= {f"temperature_{side}": jnp.full(n, term.temperature) for side in SIDES}
@@ -35,32 +36,34 @@ def initial(run: config.Run) -> Memory:
 
 
 def read(memory: Memory, index: jax.Array) -> Memory:
-    """The rows of a batch, [B] each."""
+    """The values of a batch's examples, [B] each. `index`: int32 [B]."""
     return {name: values[index] for name, values in memory.items()}
 
 
 def write(memory: Memory, index: jax.Array, rows: Memory) -> Memory:
-    """With the rows of a batch in their places."""
+    """`memory` with the values of a batch's examples replaced by `rows`, [B] each."""
     return {name: values.at[index].set(rows[name], unique_indices=True) for name, values in memory.items()}
 
 
 def temperatures(rows: Memory) -> Memory:
-    """Those of the rows, which the loss is differentiated by."""
+    """The temperatures among the rows: the loss is differentiated with respect to them."""
     return {name: values for name, values in rows.items() if name.startswith("temperature_")}
 
 
 def learn(run: config.Run, rows: Memory, gradients: Memory) -> Memory:
-    """`rows` with their temperatures moved: momentum, and a step that stays within bounds (2305.11965; METHODS A.11).
+    """`rows` with their temperatures updated: one step of gradient descent with momentum, within bounds (iSogCLR, 2305.11965).
 
-    `gradients` are of the loss, in which an example has weight / 2B of its own objective.
+    `gradients` [B] are those of the loss with respect to the temperatures. In the loss, an example's own objective has the factor
+    weight / (2 B).
     """
     if not gradients:
         return rows
     term = term_of(run)
+    assert isinstance(term, config.Isogclr), "only iSogCLR has temperatures of its examples"
     moved = {}
     for side in SIDES:
         gradient = gradients[f"temperature_{side}"]
-        own = jnp.clip(2 * len(gradient) / term.weight * gradient, -LARGEST, LARGEST)
+        own = jnp.clip(2 * len(gradient) / term.weight * gradient, -MAX_GRADIENT, MAX_GRADIENT)
         momentum = term.temperature_momentum * rows[f"momentum_{side}"] + (1 - term.temperature_momentum) * own
         temperature = rows[f"temperature_{side}"] - term.temperature_lr * momentum
         moved[f"momentum_{side}"] = momentum

@@ -1,8 +1,8 @@
-"""From `config.Optim` to one optax transformation: which update, how fast, for which parameter. Pure; knows no step or state.
+"""From `config.Optim` to one optax transformation. Pure: no step or state is stored here.
 
-Every kind ends in the same decoupled form, p <- p - lr(step) * rule.lr * (u + weight_decay * rule.decay * p), where u is the
-kind's direction, made of optax's blocks (LAMB scales the whole bracket). One list of rules says what is frozen, what decays
-and how fast it learns.
+Every kind updates in the same decoupled form, p <- p - lr(step) * rule.lr * (u + weight_decay * rule.decay * p). Here u is the
+kind's direction, made of optax's transformations (LAMB scales the whole bracket). One list of rules says which parameters are
+frozen, which decay, and how fast each learns.
 """
 
 import math
@@ -19,11 +19,11 @@ Params = Any  # nested dict of float32 arrays, or of their ShapeDtypeStructs
 
 
 def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
-    """The learning rate of the update that follows `count` finished ones: float32 [], positive for 0 <= count < steps.
+    """The learning rate of the update after `count` finished ones: float32 [], positive for 0 <= count < steps.
 
-    Warm-up is peak * (count + 1) / warmup, so the first update moves too. Cosine reaches `final` * peak at count = steps;
-    rsqrt is peak / sqrt(1 + (count - warmup) / timescale) (Zhai et al. 2106.04560); the cool-down of rsqrt and constant is a
-    factor (steps - count) / cooldown.
+    Warm-up is peak * (count + 1) / warmup, so the first update changes the weights too. Cosine reaches `final` * peak at
+    count = steps. Rsqrt is peak / sqrt(1 + (count - warmup) / timescale) (Zhai et al. 2106.04560). The cool-down of rsqrt and
+    constant multiplies by (steps - count) / cooldown.
     """
     schedule = optim.schedule
 
@@ -47,9 +47,9 @@ def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
 
 
 def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str | None:
-    """Whether a run of `old_steps` may go on at `at_step` as one of `new_steps`: None, or the message that says how to go on.
+    """Whether a run of `old_steps` may continue at `at_step` as a run of `new_steps`: None if so, else a message with the remedy.
 
-    It may where every rate used so far is the one that the new schedule gives, so that both runs are the same up to here.
+    It may if the new schedule gives the same learning rate for every step so far, so that both runs are equal up to here.
     """
     if new_steps == old_steps:
         return None
@@ -66,13 +66,16 @@ def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str 
 
 
 def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
-    """The rule of every parameter by its path, as `image/blocks/mlp/up/kernel`: the first that matches the whole path.
+    """Path -> rule for every parameter; a path is as `image/blocks/mlp/up/kernel`. The first rule that matches all of it counts.
 
-    Raises ConfigError if a parameter matches no rule, or if no parameter is left for a rule: a typo must not pass in silence.
+    Raises ConfigError if a parameter matches no rule, or if no parameter is left for a rule, which is most likely a typo.
     """
     shapes = {_name(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
-    found = {name: next((r for r in rules if re.fullmatch(r.pattern, name)), None) for name in shapes}
-    if missed := [f"{name} {shapes[name]}" for name, rule in found.items() if rule is None]:
+    found: dict[str, Rule] = {}
+    for name in shapes:
+        if rule := next((r for r in rules if re.fullmatch(r.pattern, name)), None):
+            found[name] = rule
+    if missed := [f"{name} {shape}" for name, shape in shapes.items() if name not in found]:
         raise ConfigError(f"optim.rules: no rule matches {', '.join(missed)}; end the list with Rule(pattern='.*')")
     for i, rule in enumerate(rules):
         if not any(r is rule for r in found.values()):
@@ -84,20 +87,20 @@ def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
 
 
 def trained_names(rules: tuple[Rule, ...], params: Params) -> set[str]:
-    """The paths of the parameters that no rule freezes."""
+    """The paths of the parameters that are trained: those whose rule has lr > 0."""
     return {name for name, rule in match_rules(rules, params).items() if rule.lr != 0}
 
 
 def stop_frozen(rules: tuple[Rule, ...], params: Params) -> Params:
-    """`params`, for the forward pass, with no gradient to what is frozen: XLA leaves that part of the backward pass out."""
+    """`params` for the forward pass, without gradients of frozen ones. So XLA leaves out their part of the backward pass."""
     trained = trained_names(rules, params)
     return jax.tree.map_with_path(lambda path, p: p if _name(path) in trained else jax.lax.stop_gradient(p), params)
 
 
 def make_optimizer(optim: Optim, steps: int, params: Params) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` updates for parameters named and shaped like `params` (values are not read).
+    """The optimizer of a run of `steps` updates, for parameters with the names and shapes of `params` (values are not read).
 
-    Frozen parameters (rule.lr = 0) have no state, get an update of exactly 0 and stay out of the clipped norm. Raises
+    Frozen parameters (rule.lr = 0) have no state, get an update of exactly 0 and do not count in the norm that is clipped. Raises
     ConfigError as `match_rules` does.
     """
     rules = match_rules(optim.rules, params)
@@ -126,14 +129,14 @@ def make_optimizer(optim: Optim, steps: int, params: Params) -> optax.GradientTr
 
 
 def clamp_scale(params: Params, max_scale: float | None) -> Params:
-    """`params` with log_scale in [0, log max_scale]. For after the update: a clip in the forward pass would end its gradient."""
+    """`params` with log_scale in [0, log max_scale]. For use after the update: before, it would stop the gradient."""
     if max_scale is None:
         return params
     return params | {"log_scale": jnp.clip(params["log_scale"], 0.0, math.log(max_scale))}
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.typing.ArrayLike) -> Params:
-    """d * ema + (1 - d) * params, where d = min(decay, (1 + step) / (10 + step)) forgets the start and `step` counts from 0."""
+    """d * ema + (1 - d) * params with d = min(decay, (1 + step) / (10 + step)), which forgets the start. `step` counts from 0."""
     d = jnp.minimum(decay, (1 + step) / (10 + step))
     return optax.incremental_update(params, ema, 1 - d)
 
@@ -143,7 +146,7 @@ def _name(path: tuple) -> str:
 
 
 def _labels(label: Any) -> Any:
-    """For optax.partition: a function that puts `label(name)` in each parameter's place."""
+    """For optax.partition: a function from a tree of parameters to the tree of `label(name)`."""
     return lambda tree: jax.tree.map_with_path(lambda path, _: label(_name(path)), tree)
 
 
@@ -153,9 +156,9 @@ def _with_path(f: Any) -> optax.GradientTransformation:
 
 
 def _by_layer(inner: optax.GradientTransformation, names: set[str]) -> optax.GradientTransformation:
-    """`inner` on every layer by itself, where scanned layers lie stacked along axis 0 of one array (`.../blocks/...`).
+    """Applies `inner` to every layer separately, where scanned layers are stacked along axis 0 of one array (`.../blocks/...`).
 
-    Each stack is a group of its own, as the towers differ in depth.
+    Each stack is a group of its own, because the towers differ in depth.
     """
 
     def stack(name: str) -> str:
@@ -167,9 +170,9 @@ def _by_layer(inner: optax.GradientTransformation, names: set[str]) -> optax.Gra
 
 
 def _trust_ratio(rules: dict[str, Rule], names: set[str]) -> optax.GradientTransformation:
-    """LAMB's factor |p| / |u| (You et al. 1904.00962, algorithm 2), for what decays only, as in the authors' code.
+    """LAMB's factor |p| / |u| (You et al. 1904.00962, algorithm 2), only for parameters that decay, as in the authors' code.
 
-    A bias that starts at 0 would otherwise grow by a factor of 1 + lr a step, from nearly nothing.
+    Otherwise a bias that starts near 0 would only grow by a factor of 1 + lr a step.
     """
     adapted = {name for name in names if rules[name].decay != 0}
     ratio = _by_layer(optax.scale_by_trust_ratio(), adapted)
@@ -177,17 +180,18 @@ def _trust_ratio(rules: dict[str, Rule], names: set[str]) -> optax.GradientTrans
 
 
 def _factored_rms(optim: Optim) -> optax.GradientTransformation:
-    """Adafactor's scaling as vision transformers use it (Zhai et al. 2106.04560, section 3.4): no scaling by the weights' size,
-    and b2 as the cap of the decay 1 - t^-0.8. eps is compared with gradients as in Adam, so its square is added to theirs.
+    """Adafactor's scaling as vision transformers use it (Zhai et al. 2106.04560, section 3.4): no scaling by the size of the
+    weights, and a decay of 1 - t^-0.8 but at most b2. eps has the unit of a gradient, as in Adam, so its square is added.
     """
 
     def decay(count: jax.Array, power: float) -> jax.Array:
         return jnp.minimum(optim.b2, 1 - (count + 1.0) ** -power)
 
-    # 32, not optax's 128: kernels keep heads apart, and 64 to 104 channels a head are worth factoring.
-    return optax.scale_by_factored_rms(min_dim_size_to_factor=32, epsilon=optim.eps**2, decay_rate_fn=decay)
+    # 32, not optax's 128: kernels have an axis of their own for heads, and the 64 to 104 channels of a head are worth factoring.
+    rate: Any = decay  # optax calls it with an array and a float, and declares wider types
+    return optax.scale_by_factored_rms(min_dim_size_to_factor=32, epsilon=optim.eps**2, decay_rate_fn=rate)
 
 
 def _momentum(optim: Optim) -> optax.GradientTransformation:
-    """Adafactor's first moment, after the scaling; b1 = 0 saves its memory."""
+    """Adafactor's first moment, taken after the scaling. b1 = 0 turns it off and saves its memory."""
     return optax.ema(optim.b1, debias=False, accumulator_dtype=optim.mu_dtype) if optim.b1 else optax.identity()

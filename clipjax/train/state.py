@@ -1,4 +1,4 @@
-"""What a training step maps to its next value, and how it is made on the mesh."""
+"""The state that a training step updates, and how it is made on the mesh."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ class TrainState:
     params: clip.Params  # float32 master weights
     opt_state: optax.OptState
     ema: clip.Params | None  # moving average of the weights, where optim.ema asks for one
-    memory: Memory = dataclasses.field(default_factory=dict)  # what a term of the objective remembers of every example
+    memory: Memory = dataclasses.field(default_factory=dict)  # values of every example (see train/memory.py)
 
     @property
     def evaluated(self) -> clip.Params:
@@ -37,15 +37,16 @@ def _fresh(run: config.Run, tx: optax.GradientTransformation) -> TrainState:
 
 
 def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The shapes, dtypes and shardings of a run's state: what a checkpoint is restored into. Holds no memory.
+    """The shapes, dtypes and shardings of a run's state, without arrays. A checkpoint is restored into it.
 
-    Raises ConfigError where the mesh would leave whole what it should divide.
+    Raises ConfigError where the mesh would replicate what it should shard.
     """
     sharding.check_tensor(run.model, mesh)
     return sharding.shapes(jax.eval_shape(lambda: _fresh(run, tx)), mesh)
 
 
 def initial_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, born on its devices: no host or device ever holds a whole copy of what is sharded."""
-    where = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, mesh))
-    return jax.jit(lambda: _fresh(run, tx), out_shardings=where)()
+    """The state before the first step. It is made shard by shard on its devices: no host or device ever holds all of a sharded
+    array."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, mesh))
+    return jax.jit(lambda: _fresh(run, tx), out_shardings=shardings)()

@@ -43,7 +43,7 @@ def test_every_mesh_and_micro_batching_remember_alike():
     seen = np.unique(np.concatenate(orders))
     for name in ("log_u_image", "log_u_text"):
         values = np.asarray(one.memory[name])
-        assert len(values) % memory.ROUND == 0
+        assert len(values) % memory.MULTIPLE == 0
         assert np.isfinite(values[seen]).all()
         assert (np.delete(values, seen) == UNSEEN).all()
     split = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batches=2))
@@ -82,7 +82,7 @@ def test_a_temperature_moves_by_its_own_gradient():
     e = np.where(np.eye(len(h), dtype=bool), 0, np.exp(h / term.temperature))
     # First visit: u = g, so the gradient is log g + rho - sum_j p_ij h_ij / tau, p the softmax of the negatives.
     gradient = np.log(e.sum(1) / (len(h) - 1)) + term.rho - (e * h).sum(1) / e.sum(1) / term.temperature
-    momentum = 0.5 * np.clip(gradient, -memory.LARGEST, memory.LARGEST)
+    momentum = 0.5 * np.clip(gradient, -memory.MAX_GRADIENT, memory.MAX_GRADIENT)
     want = np.clip(term.temperature - term.temperature_lr * momentum, term.min_temperature, term.max_temperature)
     assert len(np.unique(want)) > 2  # not all at a bound
     np.testing.assert_allclose(state.memory["temperature_image"][index], want, rtol=1e-3)
