@@ -14,7 +14,7 @@ from clipjax.export.verify import load
 from tests import torch_reference
 from tests.train import tiny_emoji
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 FORMATS = {"open_clip": "open_clip_model.safetensors", "transformers": "model.safetensors"}
 OPTIONS = (

@@ -137,7 +137,7 @@ CASES = {
         lambda x, y, t, rows: ref.distillation(x, y, t, rows.tx, rows.ty, 20.0),
     ),
 }
-# What differs from another case in nothing that a mesh sees waits for the slow sweep, and some are differentiated within the map.
+# What differs from another case in nothing that a mesh sees is slow there, and some are differentiated within the map.
 LATER = {"clip", "siglip", "decoupled: DCLW, held", "hard negatives", "hard negatives: decoupled", "several positives"}
 WITHIN = {"clip: ids, smoothed, ConVIRT", "siglip: ids", "decoupled: DCLW, ids", "Matryoshka", "CWCL"}
 
@@ -195,32 +195,37 @@ def check(kind: str, shape: Shape, way: str) -> None:
             assert abs(g - w) <= 1e-5 * most, f"{setting}: {g} for {w} of terms {most}"
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", CASES)
 def test_one_device_and_an_odd_tile(kind, travelling):
     travelling(5, None)
     check(kind, None, "outside")
 
 
-@pytest.mark.parametrize("kind", sorted(CASES.keys() - LATER))
+@pytest.mark.optimized
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in LATER else kind for kind in CASES])
 def test_eight_devices(kind, travelling):
     travelling(512, "ring")
     check(kind, (2, 4), "inside" if kind in WITHIN else "outside")
 
 
+OTHERS = [
+    (None, 512, None, "outside"),
+    ((1, 1), 7, "ring", "inside"),
+    ((2, 1), 5, "gather", "outside, unchecked"),
+    ((4, 1), 4, "ring", "outside"),
+    ((8, 1), 2, "gather", "inside"),
+    ((8, 1), 1, "ring", "outside, unchecked"),
+    ((2, 4), 1000, "gather", "outside"),
+]
+
+
+# Each on two of them: test_pairwise.py has the primitives, of which losses are equations, on all.
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize(
-    ("shape", "tile", "travel", "way"),
-    [
-        (None, 512, None, "outside"),
-        ((1, 1), 7, "ring", "inside"),
-        ((2, 1), 5, "gather", "outside, unchecked"),
-        ((4, 1), 4, "ring", "outside"),
-        ((8, 1), 2, "gather", "inside"),
-        ((8, 1), 1, "ring", "outside, unchecked"),
-        ((2, 4), 1000, "gather", "outside"),
-    ],
+    ("kind", "shape", "tile", "travel", "way"),
+    [(kind, *OTHERS[(n + more) % len(OTHERS)]) for n, kind in enumerate(CASES) for more in (0, 3)],
 )
-def test_every_mesh(kind, shape, tile, travel, way, travelling):
+def test_other_meshes(kind, shape, tile, travel, way, travelling):
     travelling(tile, travel)
     check(kind, shape, way)

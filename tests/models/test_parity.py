@@ -16,6 +16,8 @@ import open_clip  # noqa: E402
 import torch  # noqa: E402
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel  # noqa: E402
 
+pytestmark = pytest.mark.optimized
+
 SPECIAL = dict(bos=1, eos=96, pad=0)
 
 

@@ -110,11 +110,11 @@ CASES = {
 }
 
 
-def slow(case):
-    return case != "4"
+def marks(case):
+    return pytest.mark.optimized if case == "4" else pytest.mark.slow
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if slow(case) else ()) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=marks(case)) for case in CASES])
 def test_any_number_of_parts_gives_the_gradient_of_the_whole(case):
     run, shape = CASES[case]
     batch = batch_of(run)

@@ -1,6 +1,7 @@
 """What is remembered of every example: written where it belongs, the same on any mesh, kept through a checkpoint."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -23,11 +24,17 @@ FROZEN = dataclasses.replace(tiny.OPTIM, lr=1e-20)  # the towers stay as they ar
 ISOGCLR = (config.Isogclr(examples=EXAMPLES, temperature=0.02, rho=0.5, temperature_lr=0.003, temperature_momentum=0.5),)
 
 
+@functools.cache
+def program(cfg, mesh):
+    """The optimizer and the step, compiled once for all tests."""
+    tx = make_optimizer(cfg.optim, cfg.train.steps, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
+    return tx, jit_step(make_train_step(cfg, tx, mesh), initial_state(cfg, tx, mesh), mesh)
+
+
 def train(cfg, mesh, steps, state=None, skip=0):
     """The state after some steps, each of 16 of the 40 examples, and the temperature gradients' check values."""
-    tx = make_optimizer(cfg.optim, cfg.train.steps, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
+    tx, step = program(cfg, mesh)
     state = initial_state(cfg, tx, mesh) if state is None else state
-    step = jit_step(make_train_step(cfg, tx, mesh), state, mesh)
     rng = np.random.default_rng(1)
     orders = [rng.permutation(EXAMPLES)[:16].astype(np.int32) for _ in range(steps)]
     for batch, index in list(zip(tiny.batches(cfg, steps), orders, strict=True))[skip:]:
@@ -36,6 +43,7 @@ def train(cfg, mesh, steps, state=None, skip=0):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # its last digits
 def test_every_mesh_and_micro_batching_remember_alike():
     cfg = tiny.run(objective=ISOGCLR, optim=FROZEN)
     one, metrics, orders = train(cfg, tiny.mesh_of(), 3)

@@ -123,6 +123,7 @@ def test_every_caption_counts():
 
 
 @pytest.mark.slow
+@pytest.mark.recipes
 def test_the_estimate_is_what_is_compiled_or_a_little_more():
     """For `none`; tests/test_configs.py has the others. By hand, in MiB: `mlp` with 128 pairs 5,843, `dots` with 64 5,814."""
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")

@@ -17,6 +17,8 @@ import clipjax
 from clipjax import config
 from tests.conftest import CACHE
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = Path(__file__).with_name("tiny_emoji.py")
 
 
