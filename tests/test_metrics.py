@@ -198,9 +198,9 @@ def test_lines_are_an_interval_late_and_complete(tmp_path):
 
 
 def test_images_go_to_tensorboard_alone(tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     writer = MetricsWriter(tmp_path)
-    assert writer.evaluation(3, "captioning", {"bleu": 2.5, "samples": picture}, dataset="emoji/test") == {"bleu": 2.5}
+    assert writer.evaluation(3, "captioning", {"bleu": 2.5, "samples": image}, dataset="emoji/test") == {"bleu": 2.5}
     writer.close()
     assert records(tmp_path) == [{"step": 3, "task": "captioning", "dataset": "emoji/test", "metrics": {"bleu": 2.5}}]
     ((_, tags),) = events(tmp_path)
@@ -209,7 +209,7 @@ def test_images_go_to_tensorboard_alone(tmp_path):
     data = file.read_bytes()
     start = data.index(b"\x89PNG")
     with Image.open(io.BytesIO(data[start:])) as shown:
-        np.testing.assert_array_equal(np.asarray(shown), picture)
+        np.testing.assert_array_equal(np.asarray(shown), image)
 
 
 def test_written_float32_is_exact(tmp_path):

@@ -1,7 +1,7 @@
-"""The configuration of a whole run: frozen dataclasses that refuse nonsense.
+"""The configuration of a run: frozen dataclasses that check their values.
 
-A config file in configs/ has one function `config() -> Run`. `to_json` and `from_json` are exact inverses, so a workdir's
-config.json rebuilds the run. Fields declared with `free` may change when a run is resumed; the others are its *identity*.
+A config file has one function `config() -> Run`. `to_json` and `from_json` are exact inverses, so the config.json of a workdir
+rebuilds its run. Fields declared with `free` may change when a run resumes; the others are its *identity*, and must stay.
 """
 
 import dataclasses
@@ -97,11 +97,13 @@ def to_json(run: Run) -> str:
 
 
 def from_json(text: str) -> Run:
-    """The run that `to_json` wrote. Raises ConfigError for an unknown or ill-typed field, and for one that is missing where
-    no default tells what it was when the file was written: a `kind`, a pattern, a path; and where it uses a registered class
-    that is not registered now. It is never imported from the file that is named: opening a run executes no code.
+    """The run that `to_json` wrote.
+
+    Raises ConfigError for an unknown or ill-typed field, for a missing field that has no default (a `kind`, a pattern, a path),
+    and for a registered class that is not registered now. Such a class is never imported from the file that is named: opening a
+    run executes no code.
     """
-    import pydantic  # here, not above: the step benchmark runs where pydantic is not installed
+    import pydantic  # not above: the step benchmark runs without pydantic
 
     try:
         tree = json.loads(text)
@@ -117,7 +119,7 @@ def from_json(text: str) -> Run:
 
 
 def _row(kind: str, error: Mapping[str, Any]) -> str:
-    """An error of pydantic's: field, value and what is wrong with it."""
+    """One of pydantic's errors as text: field, value and what is wrong."""
     if kind == "value_error":  # a ConfigError, which says all that itself
         return str(error["ctx"]["error"])
     name = ".".join(map(str, error["loc"]))
@@ -127,7 +129,7 @@ def _row(kind: str, error: Mapping[str, Any]) -> str:
 
 
 def lines(config: Any, prefix: str = "") -> list[str]:
-    """`optim.lr = 0.001`, one line a leaf: for logs, differences and golden files."""
+    """One line for each leaf, as `optim.lr = 0.001`: for logs, differences and golden files."""
     return [f"{name} = {value!r}" for name, value, _ in _leaves(config, prefix, False)]
 
 

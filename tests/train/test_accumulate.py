@@ -156,7 +156,7 @@ def test_memory_falls_with_the_parts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("parts", "shape"), [(4, EIGHT), (2, MIXED)])
-def test_no_picture_leaves_its_device(parts, shape):
+def test_no_image_leaves_its_device(parts, shape):
     text, _ = text_and_memory(run_of(parts), shape)
     moved = [line for line in text.splitlines() if re.search(rf" ({'|'.join(hlo.COLLECTIVES)})(-start)?\(", line)]
     assert moved

@@ -17,7 +17,7 @@ from tests.train import tiny, tiny_hosts
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Two datasets of 16 pictures, with other words."""
+    """Two datasets of 16 images with different words."""
     folder, found = tmp_path_factory.mktemp("data"), {}
     for words in ("red green blue yellow", "uno due tre quattro"):
         rows = ["filepath\ttitle"]

@@ -1,4 +1,4 @@
-"""A captioner learns eight pictures by heart, and writes what was said of them."""
+"""A captioner learns eight images by heart, and writes what was said of them."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ class Words:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [0.0, 0.5])
-def test_eight_pictures_by_heart(parallel):
+def test_eight_images_by_heart(parallel):
     model = dataclasses.replace(tiny.COCA, decoder=dataclasses.replace(tiny.COCA.decoder, parallel=parallel))
     optim = config.Optim(lr=3e-3, weight_decay=0.0, clip_norm=1.0, schedule=config.Constant(warmup=10))
     run = tiny.run(model, optim=optim, train=dataclasses.replace(tiny.TRAIN, steps=300, batch_size=8))
@@ -43,6 +43,6 @@ def test_eight_pictures_by_heart(parallel):
         state.params, *sharding.to_global(dict(i=images, n=index), mesh).values()
     )
     np.testing.assert_array_equal(written.tokens, tokens)
-    if not parallel:  # else half of what is foreseen has but the picture to go by
+    if not parallel:  # else half of what is foreseen has only the image to go by
         assert metrics["caption_loss"] < 0.05
         assert float(np.exp(written.logprob).min()) > 0.8

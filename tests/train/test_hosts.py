@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests import hosts
 
-PICTURES = 41
+IMAGES = 41
 PROGRAM = ["tests/train/recorded.py"]  # the command line, with a record of each global batch's examples
 CONFIG = "tests/train/tiny_hosts.py"
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # half the time goes into compiling
@@ -25,14 +25,14 @@ distributed.leave(0, None)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A tsv of noise: picture i is `number i`."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """A tsv of noise: image i is `number i`."""
+    folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    rows = [f"{i}.png\tnumber {i}" for i in range(PICTURES)]
+    rows = [f"{i}.png\tnumber {i}" for i in range(IMAGES)]
     (folder / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
-    (folder / "names.txt").write_text("\n".join(f"number {i}" for i in range(PICTURES)) + "\n")
+    (folder / "names.txt").write_text("\n".join(f"number {i}" for i in range(IMAGES)) + "\n")
     return folder
 
 

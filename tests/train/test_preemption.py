@@ -180,7 +180,7 @@ def test_a_thread_has_no_signals_and_trains_all_the_same(tmp_path, whole):
     assert not preemption.requested()
 
 
-def cut(path):
+def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -190,12 +190,12 @@ def files(step, pattern):
 
 
 DAMAGES = {  # what happened to the newest checkpoint
-    "array cut": lambda step: cut(files(step, "params/ocdbt.process_0/d/*")[0]),
+    "array truncated": lambda step: truncate(files(step, "params/ocdbt.process_0/d/*")[0]),
     "array gone": lambda step: files(step, "training/ocdbt.process_0/d/*")[0].unlink(),
-    "index cut": lambda step: cut(step / "training" / "manifest.ocdbt"),
+    "index truncated": lambda step: truncate(step / "training" / "manifest.ocdbt"),
     "index zeros": lambda step: (step / "params" / "manifest.ocdbt").write_bytes(bytes(100)),
     "metadata gone": lambda step: (step / "training" / "_METADATA").unlink(),
-    "configuration cut": lambda step: cut(step / "config" / "metadata"),
+    "configuration truncated": lambda step: truncate(step / "config" / "metadata"),
     "configuration gone": lambda step: shutil.rmtree(step / "config"),
     "weights gone": lambda step: shutil.rmtree(step / "params"),
     "everything gone": lambda step: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in step.iterdir()],
@@ -212,7 +212,7 @@ def stopped(tmp_path_factory):
 
 
 def damaged_copy(stopped, workdir, damages):
-    """Of the stopped run, with something done to some steps; and what lies there then."""
+    """Of the stopped run, with something done to some steps; returns what is in their folders then."""
     shutil.copytree(stopped, workdir)
     for step, name in damages.items():
         DAMAGES[name](workdir / "checkpoints" / str(step))
@@ -223,7 +223,7 @@ def content(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-QUICK = ("array cut", "metadata gone", "configuration cut")
+QUICK = ("array truncated", "metadata gone", "configuration truncated")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES])
@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(tmp_path, 
 @pytest.mark.slow
 def test_two_in_a_row_and_one_that_was_damaged_before(tmp_path, whole, stopped):
     workdir = tmp_path / "run"
-    damaged_copy(stopped, workdir, {9: "array cut", 8: "configuration cut"})
+    damaged_copy(stopped, workdir, {9: "array truncated", 8: "configuration truncated"})
     (workdir / "damaged" / "9.0").mkdir(parents=True)
     assert same(run_it(workdir), whole[0])
     assert sorted(p.name for p in (workdir / "damaged").iterdir()) == ["8.0", "9.0", "9.1"]
@@ -251,7 +251,7 @@ def test_two_in_a_row_and_one_that_was_damaged_before(tmp_path, whole, stopped):
 
 def test_where_all_are_damaged_nothing_begins_anew(tmp_path, stopped):
     workdir = tmp_path / "run"
-    damaged_copy(stopped, workdir, {9: "array cut", 8: "index cut", 4: "configuration cut"})
+    damaged_copy(stopped, workdir, {9: "array truncated", 8: "index truncated", 4: "configuration truncated"})
     for _ in range(2):  # also when a launcher tries again
         with pytest.raises(DamagedError, match=r"none of its checkpoints can be read \(.*\)\. Remedy: .* begin at step 0"):
             run_it(workdir)

@@ -1,4 +1,4 @@
-"""A run of some seconds on several processes, used as a config file: --data.spec names a tsv of at least 16 pictures."""
+"""A run of some seconds on several processes, used as a config file: --data.spec names a tsv of at least 16 images."""
 
 import dataclasses
 
