@@ -96,7 +96,7 @@ class Captioner(BatchedModel):
     ) -> None:
         """Raises ConfigError for a model that has no captioning head."""
         super().__init__(model, mesh, batch_size)
-        require(model.decoder is not None, "model.decoder", None, "only a model with a captioning head writes captions")
+        require(model.decoder is not None, "model.decoder", None, "only a model with a captioning head generates captions")
         self.decoding, self._tokenizer = decoding, tokenizer
         rows: Any = over_rows(mesh)
         self._jitted = jax.jit(self._generate, out_shardings=Captions(rows, rows))

@@ -476,7 +476,7 @@ def test_geometry(workdir, embedded, tmp_path, capsys, monkeypatch):
 def test_captioning_needs_a_captioning_head(workdir, capsys):
     assert run("eval", "captioning", workdir, "--data", "emoji") == 2
     said = capsys.readouterr()
-    assert said.err == "clipjax: model.decoder = None: only a model with a captioning head writes captions\n"
+    assert said.err == "clipjax: model.decoder = None: only a model with a captioning head generates captions\n"
     assert said.out == ""
 
 

@@ -26,7 +26,7 @@ from clipjax.train.state import initial_state
 from clipjax.train.workdir import save_config
 from tests.evals.tiny import TOKENIZER, mesh_of
 
-SIZE, PICTURES = 8, 16
+SIZE, IMAGES = 8, 16
 SHAPE = dict(width=16, depth=2, heads=2, mlp_dim=32, embed_dim=16)
 START = 1
 
@@ -66,7 +66,7 @@ END = {14: 12, 5: 4}  # by the vocabulary; a row of the larger table is no word
 
 @functools.cache
 def weights(model):
-    """Far from an initialisation's, so that pictures have different captions."""
+    """Far from an initialisation's, so that images have different captions."""
     rng = np.random.default_rng(SEEDS[model])
 
     def draw(path, x):
@@ -78,12 +78,12 @@ def weights(model):
 
 
 @functools.cache
-def pictures():
-    return np.random.default_rng(0).integers(0, 256, (PICTURES, SIZE, SIZE, 3), np.uint8)
+def some_images():
+    return np.random.default_rng(0).integers(0, 256, (IMAGES, SIZE, SIZE, 3), np.uint8)
 
 
 @functools.cache
-def whole(model):
+def without_cache(model):
     """-log p of every token but the first of captions, and logits of what follows all but the last: without a cache."""
 
     params = weights(model)
@@ -98,9 +98,9 @@ def whole(model):
     return read
 
 
-def write(model, decoding=Greedy(), mesh="1", images=None, index=None):  # noqa: B008
-    """Tokens and log-probabilities of pictures, as numpy."""
-    images = pictures() if images is None else images
+def generate(model, decoding=Greedy(), mesh="1", images=None, index=None):  # noqa: B008
+    """Tokens and log-probabilities of images, as numpy."""
+    images = some_images() if images is None else images
     index = np.arange(len(images), dtype=np.int32) if index is None else np.asarray(index, np.int32)
     captioner, params = prepared(model, decoding, mesh)
     batch = to_global({"image": images, "index": index}, captioner.mesh)
@@ -110,7 +110,7 @@ def write(model, decoding=Greedy(), mesh="1", images=None, index=None):  # noqa:
 @functools.cache
 def prepared(model, decoding, mesh):
     mesh = mesh_of(mesh)
-    captioner = Captioner(model, mesh, PICTURES, Words(END[model.text.vocab_size]), decoding)
+    captioner = Captioner(model, mesh, IMAGES, Words(END[model.text.vocab_size]), decoding)
     return captioner, jax.device_put(weights(model), shardings(weights(model), mesh))
 
 
@@ -121,28 +121,28 @@ def log_softmax(x):
 
 
 @pytest.mark.parametrize("model", CASES.values(), ids=CASES.keys())
-def test_greedy_writes_what_is_written_without_a_cache(model):
-    """Token for token: the whole prefix again for each. And its log-probability is what the loss says of it."""
+def test_greedy_captions_are_the_same_without_a_cache(model):
+    """Token by token, with the full prefix each time. The log-probability is the loss's."""
     length, end = model.text.length, END[model.text.vocab_size]
-    tokens = np.full((PICTURES, length), end)
+    tokens = np.full((IMAGES, length), end)
     tokens[:, 0] = START
-    forced = np.zeros(PICTURES, bool)
+    forced = np.zeros(IMAGES, bool)
     for i in range(1, length):
-        logits = np.asarray(whole(model)(pictures(), tokens)[1])[:, i - 1, : end + 1]
+        logits = np.asarray(without_cache(model)(some_images(), tokens)[1])[:, i - 1, : end + 1]
         best = np.argsort(logits, axis=-1)
         live = ~(tokens[:, 1:i] == end).any(1)
         assert np.diff(np.sort(logits[live], axis=-1)[:, -2:]).min() > 1e-4  # or rounding could choose
         forced = live & (best[:, -1] != end) if i == length - 1 else forced
         tokens[:, i] = np.where(live & (i < length - 1), best[:, -1], end)
-    got = write(model)
+    got = generate(model)
     real = np.arange(length) <= (tokens == end).argmax(1)[:, None]
     np.testing.assert_array_equal(got.tokens, np.where(real, tokens, Words.pad_id))
-    nll = np.asarray(whole(model)(pictures(), tokens)[0])
+    nll = np.asarray(without_cache(model)(some_images(), tokens)[0])
     np.testing.assert_allclose(got.logprob, -np.where(real[:, 1:], nll, 0).sum(1), rtol=1e-5, atol=1e-5)
-    # It would prove little if they all were alike, or of one length.
+    # The captions differ, also in length, so that the test can fail.
     assert forced.any()
     assert not real.all(1).all()
-    assert len({tuple(row) for row in tokens}) > PICTURES // 2
+    assert len({tuple(row) for row in tokens}) > IMAGES // 2
     assert len(set(tokens[real])) > 6
 
 
@@ -151,16 +151,16 @@ MODEL = CASES["untied, one MLP, cascade"]
 
 @pytest.mark.parametrize("decoding", [Beam(beams=1), Sample(top_k=1, temperature=3.0)], ids=["one beam", "top 1"])
 def test_is_greedy(decoding):
-    got, want = write(MODEL, decoding), write(MODEL)
+    got, want = generate(MODEL, decoding), generate(MODEL)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logprob, want.logprob, rtol=1e-6)
 
 
 @functools.cache
 def following():
-    """Of TINY: log p of what follows each prefix, float64 [pictures, words]; a prefix is a tuple of ids after the start."""
+    """Of TINY: log p of what follows each prefix, float64 [images, words]; a prefix is a tuple of ids after the start."""
     rows = np.array([(START, *row, END[5]) for row in itertools.product(range(4), repeat=2)])
-    logits = [np.asarray(whole(TINY)(pictures(), np.tile(row, (PICTURES, 1)))[1]) for row in rows]
+    logits = [np.asarray(without_cache(TINY)(some_images(), np.tile(row, (IMAGES, 1)))[1]) for row in rows]
     found = {}
     for row, x in zip(rows, logits, strict=True):
         for i in range(3):
@@ -169,7 +169,7 @@ def following():
 
 
 def every_caption(rule=lambda logp: logp):
-    """Log-probability of each of TINY's captions where those of tokens are changed by a rule, [pictures]; the last is forced."""
+    """Log-probability of each of TINY's captions where those of tokens are changed by a rule, [images]; the last is forced."""
     found = {}
     for n in range(3):
         for row in itertools.product(range(4), repeat=n):
@@ -184,7 +184,7 @@ def caption_of(row):
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_wide_beam_finds_the_best(alpha):
-    got = write(TINY, Beam(beams=24, alpha=alpha))
+    got = generate(TINY, Beam(beams=24, alpha=alpha))
     own = {row: sum(following()[row[:i]][:, t] for i, t in enumerate((*row, 4))) for row in every_caption()}
     rows = list(own)
     scores = np.stack([own[row] / (len(row) + 1) ** alpha for row in rows], axis=1)
@@ -194,13 +194,11 @@ def test_a_wide_beam_finds_the_best(alpha):
     assert len(set(best)) > 3
 
 
-def plain_beam(picture, beams, alpha):
+def plain_beam(image, beams, alpha):
     """As the docstring of Beam says, with lists."""
     live, ended = [((), 0.0)], []
     for i in range(3):
-        longer = [
-            ((*row, t), logprob + following()[row][picture, t]) for row, logprob in live for t in range(5) if t == 4 or i < 2
-        ]
+        longer = [((*row, t), logprob + following()[row][image, t]) for row, logprob in live for t in range(5) if t == 4 or i < 2]
         best = sorted(longer, key=lambda x: -x[1])[: beams - len(ended)]
         ended += [x for x in best if x[0][-1] == 4]
         live = [x for x in best if x[0][-1] != 4]
@@ -208,11 +206,11 @@ def plain_beam(picture, beams, alpha):
 
 
 def test_two_beams_are_those_of_a_plain_search():
-    got = write(TINY, Beam(beams=2))
-    want = [plain_beam(i, 2, 1.0) for i in range(PICTURES)]
+    got = generate(TINY, Beam(beams=2))
+    want = [plain_beam(i, 2, 1.0) for i in range(IMAGES)]
     assert [(*caption_of(row), 4) for row in got.tokens] == [row for row, _ in want]
     np.testing.assert_allclose(got.logprob, [logprob for _, logprob in want], rtol=1e-5)
-    assert any(plain_beam(i, 1, 1.0) != plain_beam(i, 2, 1.0) for i in range(PICTURES))
+    assert any(plain_beam(i, 1, 1.0) != plain_beam(i, 2, 1.0) for i in range(IMAGES))
 
 
 def among(logp, decoding):
@@ -230,12 +228,12 @@ def among(logp, decoding):
     "decoding", [Sample(temperature=2.0), Sample(temperature=3.0, top_k=3, seed=1), Sample(top_p=0.9, temperature=2.0)], ids=str
 )
 def test_captions_are_drawn_as_often_as_they_are_likely(decoding):
-    n, picture = 4096, 3
-    got = write(TINY, decoding, images=np.repeat(pictures()[[picture]], n, axis=0))
+    n, image = 4096, 3
+    got = generate(TINY, decoding, images=np.repeat(some_images()[[image]], n, axis=0))
     counts = dict.fromkeys(every_caption(), 0)
     for row in got.tokens:
         counts[caption_of(row)] += 1
-    likely = {row: float(np.exp(p[picture])) for row, p in every_caption(lambda logp: among(logp, decoding)).items()}
+    likely = {row: float(np.exp(p[image])) for row, p in every_caption(lambda logp: among(logp, decoding)).items()}
     assert sum(likely.values()) == pytest.approx(1)
     for row, p in likely.items():
         assert abs(counts[row] / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5, row
@@ -243,28 +241,28 @@ def test_captions_are_drawn_as_often_as_they_are_likely(decoding):
     # The log-probability is the model's own, whatever was cut off.
     for row, logprob in zip(got.tokens[:50], got.logprob[:50], strict=True):
         words = (*caption_of(row), 4)
-        assert logprob == pytest.approx(sum(following()[words[:i]][picture, t] for i, t in enumerate(words)), rel=1e-4)
+        assert logprob == pytest.approx(sum(following()[words[:i]][image, t] for i, t in enumerate(words)), rel=1e-4)
 
 
-def test_a_draw_belongs_to_the_picture():
+def test_a_draw_depends_on_the_image_alone():
     """Neither its place in the batch nor padding nor the number of devices changes it; another seed does."""
     decoding = Sample(temperature=2.0)
-    want = write(MODEL, decoding)
-    order = np.random.default_rng(0).permutation(PICTURES)
-    moved = write(MODEL, decoding, images=pictures()[order], index=order)
+    want = generate(MODEL, decoding)
+    order = np.random.default_rng(0).permutation(IMAGES)
+    moved = generate(MODEL, decoding, images=some_images()[order], index=order)
     np.testing.assert_array_equal(moved.tokens, want.tokens[order])
-    index = np.where(np.arange(PICTURES) % 3 == 0, -1, np.arange(PICTURES))
-    padded = write(MODEL, decoding, index=index)
+    index = np.where(np.arange(IMAGES) % 3 == 0, -1, np.arange(IMAGES))
+    padded = generate(MODEL, decoding, index=index)
     np.testing.assert_array_equal(padded.tokens[index >= 0], want.tokens[index >= 0])
-    assert not padded.tokens[index < 0, 1:].any()  # nothing is written for padding
-    np.testing.assert_array_equal(write(MODEL, decoding, "8").tokens, want.tokens)
-    assert (write(MODEL, decoding, index=np.arange(PICTURES) + PICTURES).tokens != want.tokens).any()
+    assert not padded.tokens[index < 0, 1:].any()  # padding has empty captions
+    np.testing.assert_array_equal(generate(MODEL, decoding, "8").tokens, want.tokens)
+    assert (generate(MODEL, decoding, index=np.arange(IMAGES) + IMAGES).tokens != want.tokens).any()
 
 
 @pytest.mark.parametrize("mesh", ["8", "2x2x2"])
 @pytest.mark.parametrize("decoding", [Greedy(), Beam(beams=3)], ids=["greedy", "beams"])
 def test_the_mesh_does_not_matter(decoding, mesh):
-    want, got = write(MODEL, decoding), write(MODEL, decoding, mesh)
+    want, got = generate(MODEL, decoding), generate(MODEL, decoding, mesh)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logprob, want.logprob, rtol=1e-5)
 
@@ -305,11 +303,11 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for i in range(3):
-        Image.fromarray(pictures()[i]).resize((20, 12)).save(folder / f"{i}.png")
+        Image.fromarray(some_images()[i]).resize((20, 12)).save(folder / f"{i}.png")
     (folder / "torn.png").write_bytes((folder / "0.png").read_bytes()[:100])
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     return folder
 
 
@@ -317,13 +315,13 @@ def test_caption_of_files(run, files, tmp_path, capsys):
     paths = [str(files / f"{i}.png") for i in range(3)]
     assert cli.main(["caption", str(run), *paths, "--json", str(tmp_path / "out.json")]) == 0
     said = capsys.readouterr().out
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert said == "".join(f"{row['image']}: {row['caption']}\n" for row in written)
-    assert [row["image"] for row in written] == paths
-    assert [list(row) for row in written] == [["image", "caption", "logprob"]] * 3
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert said == "".join(f"{row['image']}: {row['caption']}\n" for row in rows)
+    assert [row["image"] for row in rows] == paths
+    assert [list(row) for row in rows] == [["image", "caption", "logprob"]] * 3
     model = clipjax.load(run)
-    assert model.caption([*paths, decode(files / "1.png")]) == [row["caption"] for row in (*written, written[1])]
-    assert all(row["caption"] and row["logprob"] < 0 for row in written)
+    assert model.caption([*paths, decode(files / "1.png")]) == [row["caption"] for row in (*rows, rows[1])]
+    assert all(row["caption"] and row["logprob"] < 0 for row in rows)
     assert model.caption([]) == []
     assert cli.main(["caption", str(run), *paths, "--temperature", "2", "--top-k", "9", "--top-p", ".9", "--seed", "3"]) == 0
     drawn = model.caption(paths, Sample(temperature=2.0, top_k=9, top_p=0.9, seed=3))
@@ -343,12 +341,12 @@ def test_beams_from_the_command_line(run, files, capsys):
         (["torn.png"], "torn.png: is no image that can be read: "),
         (["0.png", "text.png"], "text.png: is no image that can be read: cannot identify"),
         (["0.png", "--top-p", "2"], "top_p = 2.0: must lie in (0, 1]"),
-        (["0.png", "--beams", "2", "--top-k", "3"], "--top-k: of captions that are drawn; --beams and --alpha"),
+        (["0.png", "--beams", "2", "--top-k", "3"], "--top-k: only for sampled captions; --beams and --alpha"),
         (["0.png", "--beams", "0"], "--beams: 0 must be positive"),
         ([], "required: IMAGE"),
     ],
 )
-def test_wrong_use_is_told(run, files, args, message, capsys, monkeypatch):
+def test_wrong_use_is_reported(run, files, args, message, capsys, monkeypatch):
     monkeypatch.chdir(files)
     try:
         status = cli.main(["caption", str(run), *args])
@@ -358,7 +356,7 @@ def test_wrong_use_is_told(run, files, args, message, capsys, monkeypatch):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_model_without_a_head_writes_nothing():
+def test_a_model_without_a_head_is_refused():
     model = replace(MODEL, decoder=None)
-    with pytest.raises(ConfigError, match=r"model\.decoder = None: only a model with a captioning head writes captions"):
-        Captioner(model, mesh_of("1"), PICTURES, TOKENIZER)
+    with pytest.raises(ConfigError, match=r"model\.decoder = None: only a model with a captioning head generates captions"):
+        Captioner(model, mesh_of("1"), IMAGES, TOKENIZER)

@@ -67,7 +67,7 @@ class ImageTower(Strict):
     # CoCa's poolers: a second one on top of the first's outputs (`cascade`, the paper's choice), beside it (`parallel`), or the
     # first output of a single one (`single`, open_clip's).
     pool: Literal["cls", "mean", "map", "cascade", "parallel", "single"] = "cls"
-    queries: int = 256  # outputs of CoCa's first pooler, which a decoder sees
+    queries: int = 256  # outputs of CoCa's first pooler, which a decoder attends to
     pool_heads: int = 8  # attention heads of CoCa's poolers, which are as wide as the embedding
     positions: Literal["learned", "sincos2d"] = "learned"  # position embeddings: learned, or fixed sines and cosines
     pre_norm: bool = True  # a LayerNorm before the first layer (CLIP)

@@ -33,7 +33,7 @@ RunLayers = Callable[[Body, nnx.State, Array, Context], Array]  # runs a body on
 
 
 def run_on_one_device(body: Body, stacked: nnx.State, x: Array, context: Context) -> Array:
-    """Runs layers where every device has the full weights and sees only its own rows."""
+    """Runs layers where every device has the full weights."""
     return body(None, lambda x: x, stacked, x, context)
 
 

@@ -54,7 +54,7 @@ def make_train_step(
         keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
         past = memory.read(state.memory, batch["index"]) if state.memory else {}
         trainable = Trainable(state.params, memory.temperatures(past))
-        (loss, (logged, seen)), gradient = value_and_grad(trainable, batch | {"keys": keys, "memory": past})
+        (loss, (logged, remembered)), gradient = value_and_grad(trainable, batch | {"keys": keys, "memory": past})
         updates, opt_state = tx.update(gradient.params, state.opt_state, state.params)
         params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
         decay = run.optim.ema
@@ -62,9 +62,9 @@ def make_train_step(
         norms = {"grad_norm": gradient.params, "param_norm": params, "update_norm": updates}
         scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
         metrics = {"loss": loss} | logged | scalars | {name: optax.tree.norm(tree) for name, tree in norms.items()}
-        if seen:
-            seen = memory.write(state.memory, batch["index"], memory.learn(run, seen, gradient.temperatures))
-        return TrainState(state.step + 1, params, opt_state, ema, seen), metrics
+        if remembered:
+            remembered = memory.write(state.memory, batch["index"], memory.learn(run, remembered, gradient.temperatures))
+        return TrainState(state.step + 1, params, opt_state, ema, remembered), metrics
 
     return train_step
 
@@ -96,8 +96,8 @@ def _loss(
     zimg, ztxt, *nll = z
     predicted = lengths(rows["text"]).reshape(len(zimg), -1) - 1  # tokens of each caption
     caption = (nll[0], predicted.sum(1)) if run.captioning else None
-    seen = losses.Rows(zimg, ztxt, rows.get("id"), teacher, rows["memory"] | trainable.temperatures, caption)
-    loss, logged, remembered = objective(seen, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
+    inputs = losses.Rows(zimg, ztxt, rows.get("id"), teacher, rows["memory"] | trainable.temperatures, caption)
+    loss, logged, remembered = objective(inputs, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
     return loss, (logged, remembered)
 
 

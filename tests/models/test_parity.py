@@ -25,16 +25,16 @@ def clip(activation="gelu", image=None, text=None, **model) -> Model:
     """CLIP's ViT-B/16 scaled down: heads of 16, odd numbers of patches and tokens."""
     sizes = dict(image_size=40, patch_size=8, width=48, depth=3, heads=3, mlp_dim=144, embed_dim=24)
     words = dict(length=11, vocab_size=97, width=32, depth=2, heads=2, mlp_dim=128, embed_dim=24)
-    pictures = ImageTower(**dict(sizes, activation=activation) | (image or {}))
-    return Model(image=pictures, text=TextTower(**dict(words, activation=activation) | (text or {})), dtype="float32", **model)
+    image_tower = ImageTower(**dict(sizes, activation=activation) | (image or {}))
+    return Model(image=image_tower, text=TextTower(**dict(words, activation=activation) | (text or {})), dtype="float32", **model)
 
 
 def siglip(activation="gelu", image=None, text=None, **model) -> Model:
     """SigLIP's So400m/14 scaled down: an MLP that is no multiple of the width."""
     tower = dict(width=48, depth=3, heads=3, mlp_dim=179, activation=activation)
-    pictures = ImageTower.siglip("B/16", **tower | dict(image_size=42, patch_size=14) | (image or {}))
+    image_tower = ImageTower.siglip("B/16", **tower | dict(image_size=42, patch_size=14) | (image or {}))
     words = TextTower.siglip("B", **tower | dict(length=9, vocab_size=97, embed_dim=48) | (text or {}))
-    return Model(image=pictures, text=words, **dict(init_bias=-10.0, dtype="float32") | model)
+    return Model(image=image_tower, text=words, **dict(init_bias=-10.0, dtype="float32") | model)
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
@@ -49,7 +49,7 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def inputs(model: Model, n: int = 5) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
-    """Pictures, the same normalised for torch, and captions from the shortest to the longest that fit."""
+    """Images, the same normalised for torch, and captions from the shortest to the longest that fit."""
     rng = np.random.default_rng(0)
     size = model.image.image_size
     images = rng.integers(0, 256, (n, size, size, 3), np.uint8)

@@ -111,7 +111,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
 def test_a_parameter_is_a_function_of_seed_path_and_shape(other):
-    """One more part leaves the others bit-equal."""
+    """Adding a part leaves the parameters of the others bit-equal."""
     mine, theirs = by_path(init(CLIP, 3)), by_path(init(other, 3))
     shared = [p for p in mine.keys() & theirs.keys() if mine[p].shape == theirs[p].shape]
     assert len(shared) >= len(mine) - 3
@@ -170,14 +170,14 @@ def test_only_training_drops_and_a_rate_of_zero_drops_nothing(model):
     images, tokens = inputs(model)
     params = loud(init(model, 0))
     keys = jax.random.split(jax.random.key(0), len(images))
-    whole, _ = encode(model, params, images, tokens)
+    full, _ = encode(model, params, images, tokens)
     zero, _ = encode(model, params, images, tokens, keys)
-    np.testing.assert_array_equal(zero, whole)
+    np.testing.assert_array_equal(zero, full)
     dropping = dataclasses.replace(model, image=dataclasses.replace(model.image, patch_dropout=0.5))
     evaluated, _ = encode(dropping, params, images, tokens)
-    np.testing.assert_array_equal(evaluated, whole)
+    np.testing.assert_array_equal(evaluated, full)
     trained, _ = encode(dropping, params, images, tokens, keys)
-    assert np.abs(trained - whole).max() > 1e-2
+    assert np.abs(trained - full).max() > 1e-2
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())

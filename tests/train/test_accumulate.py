@@ -35,8 +35,8 @@ CLIP, SIGLIP, COCA = map(dropping, (tiny.CLIP, tiny.SIGLIP, tiny.COCA))
 ONE, EIGHT, MIXED = (1,), (8,), (2, 2, 2)
 
 
-def run_of(parts=1, model=CLIP, size=BATCH, **changes):
-    return tiny.run(model, train=dataclasses.replace(tiny.TRAIN, batch_size=size, micro_batches=parts), **changes)
+def run_of(micro_batches=1, model=CLIP, size=BATCH, **changes):
+    return tiny.run(model, train=dataclasses.replace(tiny.TRAIN, batch_size=size, micro_batches=micro_batches), **changes)
 
 
 def batch_of(run):
@@ -106,7 +106,7 @@ CASES = {
     "4, CUAXU": (run_of(4, objective=config.CUAXU), EIGHT),
     "4, captions, ids and a teacher": (run_of(4, objective=TERMS, data=SEVERAL), EIGHT),
     "4, captioning": (run_of(4, COCA), EIGHT),
-    "2, captioning, words divided": (run_of(2, COCA, data=config.Data(captions_per_image=2)), MIXED),
+    "2, captioning, words sharded": (run_of(2, COCA, data=config.Data(captions_per_image=2)), MIXED),
 }
 
 
@@ -115,26 +115,26 @@ def marks(case):
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=marks(case)) for case in CASES])
-def test_any_number_of_parts_gives_the_gradient_of_the_whole(case):
+def test_any_number_of_micro_batches_gives_the_full_gradient(case):
     run, shape = CASES[case]
     batch = batch_of(run)
     want, logged = gradient(dataclasses.replace(run, train=run_of().train), ONE, batch)
     got, relogged = gradient(run, shape, batch)
     assert_close(got, want)
-    for name in {"log_scale", "bias"} & want.keys():  # once, not once a part
+    for name in {"log_scale", "bias"} & want.keys():  # once, not once a micro-batch
         assert abs(want[name]) > 1e-3
         assert got[name] == pytest.approx(want[name], rel=1e-5)
     assert relogged == pytest.approx(logged, rel=1e-5)
 
 
-def test_the_mean_of_the_parts_own_gradients_is_another():
+def test_the_mean_of_micro_batches_gradients_is_another():
     """Without dropout, whose keys go by the row."""
     run, size = run_of(model=tiny.CLIP), BATCH // 16
     batch = batch_of(run)
     want, _ = gradient(run, ONE, batch)
-    parts = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, BATCH, size)]
-    each = [gradient(run_of(model=tiny.CLIP, size=size), ONE, part)[0] for part in parts]
-    mean = {name: np.mean([grads[name] for grads in each], axis=0) for name in want}
+    batches = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, BATCH, size)]
+    gradients = [gradient(run_of(model=tiny.CLIP, size=size), ONE, part)[0] for part in batches]
+    mean = {name: np.mean([grads[name] for grads in gradients], axis=0) for name in want}
     with pytest.raises(AssertionError):
         assert_close(mean, want, rtol=0.1)
     flat = {name: np.concatenate([g.ravel() for g in grads.values()]) for name, grads in (("mean", mean), ("want", want))}
@@ -147,17 +147,17 @@ def text_and_memory(run, shape=EIGHT):
 
 
 @pytest.mark.slow
-def test_memory_falls_with_the_parts():
-    temp = [text_and_memory(run_of(parts))[1] for parts in (1, 2, 4, 8)]
+def test_memory_falls_with_the_number_of_micro_batches():
+    temp = [text_and_memory(run_of(micro_batches))[1] for micro_batches in (1, 2, 4, 8)]
     assert temp[1] < 0.7 * temp[0]
     assert temp[2] < 0.7 * temp[1]
     assert temp[3] < 0.9 * temp[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("parts", "shape"), [(4, EIGHT), (2, MIXED)])
-def test_no_image_leaves_its_device(parts, shape):
-    text, _ = text_and_memory(run_of(parts), shape)
+@pytest.mark.parametrize(("micro_batches", "shape"), [(4, EIGHT), (2, MIXED)])
+def test_no_image_leaves_its_device(micro_batches, shape):
+    text, _ = text_and_memory(run_of(micro_batches), shape)
     moved = [line for line in text.splitlines() if re.search(rf" ({'|'.join(hlo.COLLECTIVES)})(-start)?\(", line)]
     assert moved
     assert not [line for line in moved if "u8[" in line]
@@ -167,18 +167,18 @@ def test_no_image_leaves_its_device(parts, shape):
 
 
 @pytest.mark.slow
-def test_parts_cost_one_forward_pass_and_nothing_on_the_way():
-    one, *more = (hlo.cost(text_and_memory(run_of(parts))[0]) for parts in (1, 2, 8))
+def test_micro_batches_cost_one_forward_pass_and_no_traffic():
+    one, *more = (hlo.cost(text_and_memory(run_of(micro_batches))[0]) for micro_batches in (1, 2, 8))
     forward = model_flops(CLIP) / 3 * BATCH / 8
     for cost in more:
         assert cost.uncounted == ()
         assert cost.flops - one.flops == pytest.approx(forward, rel=0.02)
-        assert cost.collectives == more[0].collectives  # gradients are summed over the devices once, not once a part
+        assert cost.collectives == more[0].collectives  # gradients are summed over the devices once, not once a micro-batch
         assert cost.collectives.keys() <= one.collectives.keys()
         assert all(moved.bytes <= 1.01 * one.collectives[kind].bytes for kind, moved in cost.collectives.items())
 
 
-def test_a_frozen_tower_is_gone_through_once():
+def test_a_frozen_tower_runs_once():
     optim = dataclasses.replace(tiny.OPTIM, rules=(config.Rule(pattern="image/.*", lr=0.0), *config.RULES))
     locked = run_of(4, optim=optim)
     grads, _ = gradient(locked, EIGHT, batch_of(locked))
@@ -187,35 +187,35 @@ def test_a_frozen_tower_is_gone_through_once():
     pairs, image = BATCH / 8, CLIP.image
     saved = (model_flops(CLIP) - model_flops(CLIP, trained)) * 1.5  # of four passes through the tower, three
     saved -= 2 * image.patches * 3 * image.patch_size**2 * image.width  # which had no gradient to the pixels anyway
-    whole, less = (hlo.cost(text_and_memory(run)[0]).flops for run in (run_of(4), locked))
-    assert whole - less == pytest.approx(saved * pairs, rel=0.02)
-    assert less < 0.6 * whole
+    full, less = (hlo.cost(text_and_memory(run)[0]).flops for run in (run_of(4), locked))
+    assert full - less == pytest.approx(saved * pairs, rel=0.02)
+    assert less < 0.6 * full
 
 
 @pytest.mark.slow
-def test_a_run_may_change_its_parts_on_resume(tmp_path, capsys):
+def test_a_run_may_change_its_micro_batches_on_resume(tmp_path, capsys):
     optim = dataclasses.replace(tiny.OPTIM, schedule=config.Constant(warmup=3))
 
-    def losses(workdir, parts, steps):
-        run = run_of(parts, size=32, optim=optim)
+    def losses(workdir, micro_batches, steps):
+        run = run_of(micro_batches, size=32, optim=optim)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps))
         marks = {"replaced": np.zeros(32, bool), "truncated": np.zeros(32, bool)}
         made = [batch | marks for batch in tiny.batches(run, steps)]
         tiny.train_in(workdir, run, lambda start: contextlib.nullcontext(iter(made[start:])), [], tiny.mesh_of())
         return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
-    losses(tmp_path / "parts", 4, 10)
-    got = losses(tmp_path / "parts", 1, 20)
+    losses(tmp_path / "several", 4, 10)
+    got = losses(tmp_path / "several", 1, 20)
     assert "resuming at step 10 of 20; changed: train.steps = 20; train.micro_batches = 1\n" in capsys.readouterr().err
-    np.testing.assert_allclose(got, losses(tmp_path / "whole", 1, 20), rtol=1e-5)
+    np.testing.assert_allclose(got, losses(tmp_path / "one", 1, 20), rtol=1e-5)
     assert abs(got[-1] - got[0]) > 0.1
 
 
-def test_parts_that_do_not_divide_are_refused():
+def test_micro_batches_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match=r"^train\.micro_batches = 3: must divide train\.batch_size = 256, and each device's "):
         run_of(3)
-    for parts, near in ((64, "32"), (6, "4 or 8")):
-        message = rf"^train\.micro_batches = {parts}: must divide the 32 pairs of each .* = {32 * 6} over 6; try {near}$"
+    for micro_batches, near in ((64, "32"), (6, "4 or 8")):
+        message = rf"^train\.micro_batches = {micro_batches}: must divide the 32 pairs of each .* = {32 * 6} over 6; try {near}$"
         with pytest.raises(ConfigError, match=message):
-            sharding.check_batch(run_of(parts, size=32 * 6), tiny.mesh_of(6))
+            sharding.check_batch(run_of(micro_batches, size=32 * 6), tiny.mesh_of(6))
     sharding.check_batch(run_of(32), tiny.mesh_of(2, 4))
