@@ -1,35 +1,30 @@
-"""Pictures per second of greedy captioning in clipjax and in open_clip's `CoCa.generate`, in turn in one run.
+"""Images per second of greedy captioning in clipjax and in open_clip's `CoCa.generate`, in turns.
 
 Run:   python benchmarks/caption.py              (needs torch, open_clip_torch and transformers)
 Model: image 6x192, patch 8, 64 px, one pooler of 64 queries; text 4x192, 32 tokens; decoder 4x192; 4,000 words; batch 32; float32
-Both sides have the same random weights, by `clipjax export`'s table, and the same pictures, as bytes; both write every caption to
-its full 32 tokens, as a batch goes on until its last caption has ended and few of these have a reason to; how many are equal is
-told. One process a side, all cores each; both stay loaded and take turns, so that a noisy machine is noisy for both; the medians
-of the turns are compared. Where torchvision's compiled part can't load, set PYTHONPATH=tests/shim.
+Both sides have the same random weights, through the table of `clipjax export`, and the same images, as bytes. Both generate 32
+tokens for every caption: a batch ends with its last caption, and with random weights few end early. The script prints how many
+captions are equal. Each side uses all cores; benchmarks/side_by_side.py says how they take turns. If torchvision's compiled part
+can't be loaded, set PYTHONPATH=tests/shim.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
-import time
+import side_by_side
 
 from clipjax.environment import MALLOC
+from clipjax.files import write_json
 
 SIZE, PATCH, QUERIES, LENGTH, VOCAB, WIDTH, HEADS, BATCH = 64, 8, 64, 32, 4000, 192, 3, 32
 IMAGE, TEXT, DECODER = 6, 4, 4  # layers
 
 
-class Words:
-    """What is known of a tokenizer here."""
+class Tokens:
+    """The part of a tokenizer that generation needs."""
 
     start_id, end_id, pad_id, length = 1, VOCAB - 1, 0, LENGTH
 
 
 def make():
-    """The model, its weights and a batch of pictures."""
+    """The model, its weights and a batch of images."""
     import jax
     import numpy as np
 
@@ -48,7 +43,7 @@ def make():
     )
     rng = np.random.default_rng(0)
     shapes = flatten(jax.eval_shape(lambda: clip.init(model, 0)))
-    params = {  # far from an initialisation's, so that captions differ
+    params = {  # larger than at initialisation, so that captions differ
         path: float(path.endswith("scale")) + (0.1 if "kernel" in path else 0.3) * rng.standard_normal(x.shape, np.float32)
         for path, x in shapes
     }
@@ -56,7 +51,7 @@ def make():
 
 
 def clipjax_captions():
-    """A function that writes a batch of captions."""
+    """A function that generates a batch of captions: ids [batch, length]."""
     import jax
     import numpy as np
 
@@ -66,18 +61,18 @@ def clipjax_captions():
     model, params, images = make()
     mesh = sharding.make_mesh(config.Mesh())
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    captioner = Captioner(model, mesh, BATCH, Words)
+    captioner = Captioner(model, mesh, BATCH, Tokens)
     index = np.arange(BATCH, dtype=np.int32)
 
-    def go():
+    def generate():
         batch = sharding.to_global({"image": images, "index": index}, mesh)
         return np.asarray(captioner.generate(params, batch["image"], batch["index"]).tokens)
 
-    return go
+    return generate
 
 
 def open_clip_captions():
-    """A function that writes a batch of captions."""
+    """A function that generates a batch of captions: ids [batch, length]."""
     import open_clip
     import torch
 
@@ -86,7 +81,7 @@ def open_clip_captions():
     from clipjax.export.table import to_theirs
 
     ours, params, images = make()
-    special = dict(bos=Words.start_id, eos=Words.end_id, pad=Words.pad_id)
+    special = dict(bos=Tokens.start_id, eos=Tokens.end_id, pad=Tokens.pad_id)
     cfg = layout.configs(ours, special, "squash")["open_clip_config.json"]["model_cfg"]
     del cfg["custom_text"]
     model = open_clip.CoCa(**cfg).eval()
@@ -94,65 +89,32 @@ def open_clip_captions():
     model.load_state_dict(weights, strict=True)
     mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (ours.image.mean, ours.image.std))
 
-    def go():
+    def generate():
         pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        return greedy(model, pixels, Words)
+        return greedy(model, pixels, Tokens)
 
-    return go
+    return generate
 
 
 SIDES = {"clipjax": clipjax_captions, "open_clip": open_clip_captions}
 
 
-def serve(side, batches):
-    """A child process: its captions, then the seconds of a turn for every line on stdin."""
-    go = SIDES[side]()
-    print(json.dumps(go().tolist()), flush=True)
-    for _ in sys.stdin:
-        go()
-        start = time.perf_counter()
-        for _ in range(batches):
-            go()
-        print(time.perf_counter() - start, flush=True)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7, help="turns of each side (default 7)")
-    parser.add_argument("--batches", type=int, default=1, help="batches a turn, after an untimed one (default 1)")
-    parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    parser = side_by_side.arguments(__doc__, SIDES)
+    parser.add_argument("--batches", type=int, default=1, help="timed batches in a turn, after an untimed one (default 1)")
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, args.batches)
-    children, wrote, rates = {}, {}, {side: [] for side in SIDES}
-    for side in rates:
-        command = [sys.executable, __file__, "--serve", side, "--batches", str(args.batches)]
-        env = os.environ | MALLOC
-        children[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        while not (line := children[side].stdout.readline()).startswith("[["):
-            if children[side].poll() is not None:
-                sys.exit(f"{side} failed: exit status {children[side].returncode}")
-        wrote[side] = json.loads(line)
-    for _ in range(args.turns):
-        for side, child in children.items():
-            child.stdin.write("go\n")
-            child.stdin.flush()
-            rates[side].append(args.batches * BATCH / float(child.stdout.readline()))
-    for child in children.values():
-        child.stdin.close()
-        child.wait()
-    same = sum(a == b for a, b in zip(*wrote.values(), strict=True))
-    full = {side: sum(row.index(Words.end_id) == LENGTH - 1 for row in rows) for side, rows in wrote.items()}
+        generate = SIDES[args.serve]()
+        return side_by_side.serve(generate, lambda: [generate() for _ in range(args.batches)], generate().tolist())
+    with side_by_side.started(__file__, list(SIDES), ["--batches", str(args.batches)], MALLOC) as sides:
+        captions = {side.name: side.about() for side in sides}
+        rates = side_by_side.rates(sides, args.turns, args.batches * BATCH)
+    same = sum(a == b for a, b in zip(*captions.values(), strict=True))
+    full = {side: sum(row.index(Tokens.end_id) == LENGTH - 1 for row in rows) for side, rows in captions.items()}
     print(f"equal captions: {same} of {BATCH}; of full length: {', '.join(f'{n} of {side}' for side, n in full.items())}")
-    medians = {side: statistics.median(values) for side, values in rates.items()}
-    for side, values in rates.items():
-        print(f"{side:10} {medians[side]:7.1f} pictures/s  (turns: {min(values):.1f} to {max(values):.1f})")
-    ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
-    print(f"clipjax / open_clip: {statistics.median(ratios):.2f}  (turns: {min(ratios):.2f} to {max(ratios):.2f})")
+    medians = side_by_side.report(rates, "images/s")
     if args.json:
-        with open(args.json, "w") as f:
-            json.dump({"pictures_per_second": rates, "median": medians, "equal": same}, f, indent=2)
+        write_json(args.json, {"pictures_per_second": rates, "median": medians, "equal": same})
 
 
 if __name__ == "__main__":

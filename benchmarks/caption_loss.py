@@ -1,9 +1,9 @@
-"""Compiled memory and operations of the captioning loss on a TPU that need not be there, beside the dense form.
+"""Compiled memory and FLOPs of the captioning loss on a TPU, which this machine need not have, beside the dense form.
 
 Run: python benchmarks/caption_loss.py [--topology v5e:4x4] [--captions 512] [--length 76] [--width 768] [--vocab 256000]
 
-Value and gradient of the mean -log p over the captions' tokens, towards states and words, each device with `captions` of its
-own, words the same on all, bfloat16 states and float32 words. Temporary memory is the peak less arguments and outputs.
+Value and gradient of the mean -log p of the captions' tokens, with respect to states and words. Each device has `captions`
+captions; words are replicated; states are bfloat16 and words float32. Temporary memory is the peak without arguments and outputs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def dense(states, words, targets):
 
 
 def compiled(nll, topology: str, captions: int, length: int, width: int, vocab: int) -> aot.Compiled:
-    """The compiled value and gradient, `captions` a device. Raises aot.DoesNotFit."""
+    """The compiled value and gradient, with `captions` on each device. Raises aot.DoesNotFit."""
     mesh = sharding.make_mesh(config.Mesh(), aot.tpu_devices(topology))
     tokens = captions * length * math.prod(mesh.shape.values())
 
@@ -35,13 +35,13 @@ def compiled(nll, topology: str, captions: int, length: int, width: int, vocab: 
         rows = jax.shard_map(nll, mesh=mesh, in_specs=(P(BATCH), P(), P(BATCH)), out_specs=P(BATCH))
         return rows(states, words, targets).mean()
 
-    rows, whole = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
+    rows, replicated = NamedSharding(mesh, P(BATCH)), NamedSharding(mesh, P())
     args = (
         jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16, sharding=rows),
-        jax.ShapeDtypeStruct((vocab, width), jnp.float32, sharding=whole),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32, sharding=replicated),
         jax.ShapeDtypeStruct((tokens,), jnp.int32, sharding=rows),
     )
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=(whole, (rows, whole)))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=(replicated, (rows, replicated)))
     return aot.compile(step.lower(*args))
 
 
@@ -54,14 +54,14 @@ def main() -> None:
     nvd = 2 * args["captions"] * args["length"] * args["vocab"] * args["width"]
     for name, nll in (("streamed", token_nll), ("dense", dense)):
         try:
-            made = compiled(nll, **args)
+            result = compiled(nll, **args)
         except aot.DoesNotFit as e:
-            print(f"{name}: does not fit, needs {e.needed / MIB:,.0f} of {e.capacity / MIB:,.0f} MiB")
+            print(f"{name}: {e}")
             continue
-        stats = made.program.memory_analysis()
-        temporary = made.peak_bytes - stats.argument_size_in_bytes - stats.output_size_in_bytes
-        flops = made.cost.flops / nvd
-        print(f"{name}: {temporary / MIB:,.0f} MiB a chip beside arguments and outputs, {flops:.2f} x 2nvd of dots")
+        stats = result.program.memory_analysis()
+        temporary = result.peak_bytes - stats.argument_size_in_bytes - stats.output_size_in_bytes
+        flops = result.cost.flops / nvd
+        print(f"{name}: {temporary / MIB:,.0f} MiB a chip beside arguments and outputs, {flops:.2f} x 2nvd of products")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,16 @@
-"""Images per second of one whole train step (loss, gradients, AdamW) in clipjax and in open_clip, in turn in one run.
+"""Images per second of a full train step (loss, gradients, AdamW) in clipjax and in open_clip, in turns.
 
 Run:   python benchmarks/step.py                 (needs torch and open_clip_torch; --only clipjax runs without them)
-Model: image 6x192, patch 8, 64 px; text 4x192, 16 tokens; batch 128; float32; one process a side, all cores each
-Both sides stay loaded and take turns, so that a noisy machine is noisy for both; the medians of the turns are compared. Both
-are given the huge pages that `clipjax` asks of malloc for itself (clipjax.environment.MALLOC); --plain leaves them out for both.
-A turn begins with an untimed step: a virtual machine returns idle memory to its host, and getting it back was seen to cost the
-first step after the other side's turn four seconds of kernel time, which training without pauses does not pay.
-Where torchvision's compiled part can't load, set PYTHONPATH=tests/shim.
+Model: image 6x192, patch 8, 64 px; text 4x192, 16 tokens; batch 128; float32; each side uses all cores
+Both sides get the huge pages that `clipjax` asks of malloc for itself (clipjax.environment.MALLOC); --plain leaves them out for
+both. benchmarks/side_by_side.py says how the sides take turns. If torchvision's compiled part can't be loaded, set
+PYTHONPATH=tests/shim.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
-import time
+import side_by_side
 
 from clipjax.environment import MALLOC
+from clipjax.files import write_json
 
 SIZE, PATCH, LENGTH, VOCAB, WIDTH, HEADS, BATCH = 64, 8, 16, 4000, 192, 3, 128
 DEPTHS = (6, 4)  # of the image and the text tower
@@ -54,13 +47,13 @@ def clipjax_step():
     images, tokens = make_batch()
     batch = {"image": images, "text": tokens, "index": np.arange(BATCH, dtype=np.int32)}
 
-    def go(steps):
+    def take_steps(steps):
         nonlocal state
         for _ in range(steps):
             state, metrics = step(state, sharding.to_global(batch, mesh))
         jax.block_until_ready((state, metrics))
 
-    return go
+    return take_steps
 
 
 def open_clip_step():
@@ -76,68 +69,37 @@ def open_clip_step():
     images, tokens = make_batch()
     mean, std = (torch.tensor(c).view(1, 3, 1, 1) for c in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
 
-    def go(steps):
+    def take_steps(steps):
         for _ in range(steps):
             pixels = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
             optimizer.zero_grad()
             loss_of(*model(pixels, torch.from_numpy(tokens).long())).backward()
             optimizer.step()
 
-    return go
+    return take_steps
 
 
 SIDES = {"clipjax": clipjax_step, "open_clip": open_clip_step}
 
 
-def serve(side, steps):
-    """A child process: answers every line on stdin with the seconds of a turn."""
-    go = SIDES[side]()
-    go(3)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        go(1)
-        start = time.perf_counter()
-        go(steps)
-        print(time.perf_counter() - start, flush=True)
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7, help="turns of each side (default 7)")
-    parser.add_argument("--steps", type=int, default=5, help="steps a turn (default 5)")
-    parser.add_argument("--only", choices=SIDES, help="one side alone")
-    parser.add_argument("--plain", action="store_true", help="malloc as it comes")
-    parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
+    parser = side_by_side.arguments(__doc__, SIDES)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps in a turn, after an untimed one (default 5)")
+    parser.add_argument("--only", choices=SIDES, help="time one side only")
+    parser.add_argument("--plain", action="store_true", help="leave malloc's settings as they are")
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, args.steps)
-    children, rates = {}, {side: [] for side in ([args.only] if args.only else SIDES)}
-    for side in rates:
-        command = [sys.executable, __file__, "--serve", side, "--steps", str(args.steps)]
-        env = os.environ | ({} if args.plain else MALLOC)
-        children[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-    for child in children.values():
-        while child.stdout.readline().strip() != "ready":
-            if child.poll() is not None:
-                sys.exit(f"a side failed: exit status {child.returncode}")
-    for _ in range(args.turns):
-        for side, child in children.items():
-            child.stdin.write("go\n")
-            child.stdin.flush()
-            rates[side].append(args.steps * BATCH / float(child.stdout.readline()))
-    for child in children.values():
-        child.stdin.close()
-        child.wait()
-    medians = {side: statistics.median(values) for side, values in rates.items()}
-    for side, values in rates.items():
-        print(f"{side:10} {medians[side]:7.1f} images/s  (turns: {min(values):.1f} to {max(values):.1f})")
-    if not args.only:
-        ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
-        print(f"clipjax / open_clip: {statistics.median(ratios):.2f}  (turns: {min(ratios):.2f} to {max(ratios):.2f})")
+        take_steps = SIDES[args.serve]()
+        take_steps(3)
+        return side_by_side.serve(lambda: take_steps(1), lambda: take_steps(args.steps))
+    names = [args.only] if args.only else list(SIDES)
+    with side_by_side.started(__file__, names, ["--steps", str(args.steps)], {} if args.plain else MALLOC) as sides:
+        for side in sides:
+            side.about()
+        rates = side_by_side.rates(sides, args.turns, args.steps * BATCH)
+    medians = side_by_side.report(rates, "images/s")
     if args.json:
-        with open(args.json, "w") as f:
-            json.dump({"images_per_second": rates, "median": medians}, f, indent=2)
+        write_json(args.json, {"images_per_second": rates, "median": medians})
 
 
 if __name__ == "__main__":

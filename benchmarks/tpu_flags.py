@@ -1,10 +1,10 @@
-"""What options of the TPU compiler change in a compiled train step, without a TPU.
+"""The effect of TPU compiler options on a compiled train step, without a TPU.
 
     python benchmarks/tpu_flags.py configs/siglip_b16.py --topology v5e:16x16 [--options "--xla_enable_async_all_gather=true"]
 
-The step is compiled with libtpu's defaults and with the options, those of launch/tpu_flags.sh where none are given. libtpu reads
-LIBTPU_INIT_ARGS once, so each is a process of its own. Collectives "under way" are started and awaited apart; "overlapped" are
-those of them with a product in between.
+The step is compiled with libtpu's defaults and with the options (default: those of launch/tpu_flags.sh). libtpu reads
+LIBTPU_INIT_ARGS once, so each compilation has a process of its own. "Started" collectives are started and awaited in two
+instructions; "overlapped" are those of them with a product in between.
 """
 
 import argparse
@@ -22,7 +22,7 @@ FLAGS = Path(__file__).parents[1] / "launch" / "tpu_flags.sh"
 
 
 def figures(config: str, topology: str) -> dict[str, str]:
-    """Of this process's compiler."""
+    """Of the step, by the compiler of this process."""
     run, devices = load_config(config), aot.tpu_devices(topology)
     compiled = plan.compile_run(run, devices)
     cost = compiled.cost
@@ -30,7 +30,7 @@ def figures(config: str, topology: str) -> dict[str, str]:
     return {
         "peak, GiB a chip": f"{compiled.peak_bytes / 2**30:.2f}",
         "collectives, MB": f"{sum(c.bytes for c in cost.collectives.values()) / 1e6:,.0f}",
-        "under way": str(cost.started),
+        "started": str(cost.started),
         "overlapped": str(cost.overlapped),
         "memory traffic, GB": f"{cost.memory_bytes / 1e9:.1f}",
         "estimate, s": f"{max(seconds.values()):.3f}",
@@ -42,17 +42,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a file of configs/")
     parser.add_argument("--topology", required=True, help="as v5e:16x16")
-    parser.add_argument("--options", help="what to put into LIBTPU_INIT_ARGS; those of launch/tpu_flags.sh where not given")
-    parser.add_argument("--here", action="store_true", help="compile in this process and print JSON")
+    parser.add_argument("--options", help="the value of LIBTPU_INIT_ARGS (default: those of launch/tpu_flags.sh)")
+    parser.add_argument("--one", action="store_true", help="compile in this process, with its LIBTPU_INIT_ARGS, and print JSON")
     args = parser.parse_args()
-    if args.here:
+    if args.one:
         print(json.dumps(figures(args.config, args.topology)))
         return
     environment = os.environ | {"LIBTPU_INIT_ARGS": ""}
     options = args.options
     if options is None:
         options = subprocess.run([FLAGS], env=environment, capture_output=True, text=True, check=True).stdout.strip()
-    command = [sys.executable, __file__, args.config, "--topology", args.topology, "--here"]
+    command = [sys.executable, __file__, args.config, "--topology", args.topology, "--one"]
     found = []
     for given in ("", options):
         done = subprocess.run(
