@@ -16,13 +16,21 @@ from clipjax import config
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-CACHE = Path(os.environ.get("CLIPJAX_TEST_CACHE", Path(tempfile.gettempdir()) / "clipjax-test-cache"))
+# tests/run.sh sets it: else XLA takes three quarters of the time to optimize programs that run for a millisecond.
+QUICK = "CLIPJAX_TEST_QUICK" in os.environ
+SIMPLE = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+SIMPLEST = f"{SIMPLE} --xla_cpu_use_fusion_emitters=false"
+CACHE = Path(os.environ.get("CLIPJAX_TEST_CACHE", Path(tempfile.gettempdir()) / "clipjax-test-cache"), "quick" if QUICK else "")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+if QUICK:
+    os.environ["XLA_FLAGS"] = SIMPLEST
+    jax.devices()  # which reads the flags; libtpu reads them later, and ends the process at one that it does not know
+    os.environ["XLA_FLAGS"] = SIMPLE
 
 
 @pytest.fixture

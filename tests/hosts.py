@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.conftest import QUICK, SIMPLEST
+
 ROOT = Path(__file__).parents[1]
 CLI = ("-c", "import sys; from clipjax import cli; sys.exit(cli.main())")  # what `clipjax` runs, in this Python
 
@@ -22,7 +24,7 @@ STRICT = {
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "JAX_ENABLE_COMPILATION_CACHE": "0",
     "PYTHONPATH": str(ROOT),
-}
+} | ({"XLA_FLAGS": SIMPLEST} if QUICK else {})
 
 
 @dataclass

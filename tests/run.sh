@@ -8,10 +8,8 @@ bash launch/setup.sh
 
 # Whole files to two processes, so that each file's programs are compiled once.
 pytest=(.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder)
-# Else three quarters of the time XLA would optimize programs that run for a millisecond.
-quick="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 ${XLA_FLAGS:-}"
 if [ -z "${CI:-}" ]; then
-  XLA_FLAGS=$quick exec "${pytest[@]}" -m "not slow and not recipes" "$@"
+  CLIPJAX_TEST_QUICK=1 exec "${pytest[@]}" -m "not slow and not recipes" "$@"
 fi
 
 status=0
@@ -19,6 +17,6 @@ part() { # of the tests; that the arguments leave none of it is no failure
   "${pytest[@]}" -m "$1 and not recipes" "${@:2}" || { local code=$? && [ "$code" = 5 ] || status=$code; }
 }
 part optimized "$@" # programs as users have them
-export XLA_FLAGS=$quick
+export CLIPJAX_TEST_QUICK=1 # see tests/conftest.py
 part "not optimized" "$@"
 exit "$status"

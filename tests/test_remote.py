@@ -24,7 +24,7 @@ from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import abstract_state
 from tests import guard, stores
-from tests.conftest import CACHE
+from tests.conftest import CACHE, QUICK, SIMPLEST
 from tests.train import tiny, tiny_emoji
 
 ROOT = Path(__file__).parents[1]
@@ -240,6 +240,7 @@ def abstract(cfg, mesh):
 def start(*arguments, cwd=None):
     """`clipjax ARGUMENTS` by the real command line, under the guard."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(CACHE), "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"XLA_FLAGS": SIMPLEST} if QUICK else {}
     command = [sys.executable, str(ROOT / "tests" / "guard.py"), *map(str, arguments)]
     return subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
