@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from clipjax import config, sharding
+from clipjax import config, placement, sharding
 from clipjax.config import ConfigError, ImageTower, Mesh, Model, TextTower
 from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
@@ -200,6 +202,26 @@ def test_on_shards_sees_its_rows_and_returns_one_value():
         return scale * jax.lax.psum((x * y).sum(), sharding.BATCH)
 
     assert float(jax.jit(sharding.on_shards(fn, mesh))(x, y, 2.0)) == 2 * float((x * y).sum())
+
+
+@pytest.mark.parametrize(
+    ("shape", "way"),
+    [((8, 1, 1), "data"), ((2, 4, 1), "fsdp"), ((1, 1, 8), "tensor"), ((2, 2, 2), "tensor"), ((1, 1, 1), "data")],
+)
+def test_the_way_in_which_the_towers_run_follows_from_the_mesh(shape, way):
+    mesh = tiny.mesh_of(*shape)
+    assert placement.way(mesh) is placement.WAYS[way]
+    towers = placement.towers(mesh, "float32")
+    assert towers.axes == (sharding.BATCH if way == "data" else ())
+    assert towers.placement.devices == (1 if way == "data" else sharding.batch_devices(mesh))
+    assert placement.make_placement(mesh, "float32").devices == sharding.batch_devices(mesh)
+
+
+def test_the_tables_of_the_ways_agree():
+    """The data, the docstring above it and the page."""
+    page = Path(__file__).parents[1] / "docs" / "towers.md"
+    for text, form in ((placement.__doc__, r"^\| (\w+) +\|"), (page.read_text(), r"^\| `(\w+)` \|")):
+        assert [name for name in re.findall(form, text, re.MULTILINE) if name != "axis"] == list(placement.WAYS)
 
 
 @pytest.mark.slow

@@ -31,11 +31,13 @@ Cache = tuple[Float[Array, "b n h t k"], Float[Array, "b n h t k"]]
 
 
 def attention_flops(queries: int, keys: int, width: int) -> int:
-    """Of a forward pass: scores and weighted values, without the linear maps."""
+    """FLOPs of a forward pass: scores and weighted values, without the linear maps."""
     return 2 * 2 * queries * keys * width
 
 
 class SelfAttention(Layer):
+    """Attention of a sequence's tokens to each other."""
+
     TENSOR_AXES: ClassVar = {"qkv/kernel": -2, "qkv/bias": -2, "out/kernel": -3}  # heads
 
     def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
@@ -77,7 +79,7 @@ class SelfAttention(Layer):
 
     @staticmethod
     def flops(tokens: int, width: int) -> int:
-        """Of a forward pass on one example. Causal attention counts in full, as it is computed."""
+        """FLOPs of a forward pass on one example. Causal attention counts in full, as it is computed."""
         return tokens * 2 * 4 * width**2 + attention_flops(tokens, tokens, width)
 
     @staticmethod
@@ -118,9 +120,14 @@ class CrossAttention(Layer):
 
     @staticmethod
     def flops(tokens: int, width: int, context: tuple[int, int]) -> int:
-        """Of a forward pass on one example. `context`: tokens and width of the other sequence."""
+        """FLOPs of a forward pass on one example. `context`: tokens and width of the other sequence."""
         keys_values = 2 * context[0] * context[1] * 2 * width
         return tokens * 2 * 2 * width**2 + keys_values + attention_flops(tokens, context[0], width)
+
+    @staticmethod
+    def weights(width: int, context: int) -> int:
+        """Numbers in its kernels. `context`: the width of the other sequence."""
+        return 2 * width * (width + context)
 
     @staticmethod
     def kept(policy: str, layout: Layout, shape: BlockShape, context: tuple[int, int]) -> float:

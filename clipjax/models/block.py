@@ -34,7 +34,7 @@ class Block(nnx.Module):
 
     @staticmethod
     def flops(shape: BlockShape) -> int:
-        """Of a forward pass of one layer on one example."""
+        """FLOPs of a forward pass of one layer on one example."""
         return SelfAttention.flops(shape.tokens, shape.width) + MLP.flops(shape.tokens, shape.width, shape.mlp_dim)
 
     @staticmethod

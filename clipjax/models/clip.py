@@ -38,6 +38,8 @@ DecodeStep = Callable[[Array, Array, CaptionCache], tuple[Float[Array, "b n v"],
 
 
 class CLIP(nnx.Module):
+    """Both towers, the captioning head where there is one, and the logit scale and bias."""
+
     def __init__(self, cfg: config.Model, key: Key[Array, ""]) -> None:
         self.cfg = cfg
         scope = Scope(key, jnp.dtype(cfg.dtype))

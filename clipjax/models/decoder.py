@@ -90,6 +90,8 @@ class OutputProjection(nnx.Module):
 
 
 class Decoder(Layer):
+    """From the text tower's states and an image's tokens to states that predict the next tokens."""
+
     TENSOR_AXES: ClassVar = {"output/kernel": -2}  # words
 
     def __init__(self, cfg: config.Decoder, text: config.TextTower, image: config.ImageTower, scope: Scope) -> None:
@@ -135,6 +137,7 @@ class Decoder(Layer):
 
 
 def facts(cfg: config.Decoder, text: config.TextTower, image: config.ImageTower) -> TowerFacts:
+    """Of the captioning head, with its output projection, for one caption."""
     d, context, tokens = text.width, image.context, text.length - 1
     layer = BlockShape(tokens, d, cfg.heads, cfg.mlps * cfg.mlp_dim, text.activation)  # its MLPs as one
     flops = cfg.depth * (Block.flops(layer) + CrossAttention.flops(tokens, d, context)) + 2 * tokens * d * text.vocab_size
@@ -142,7 +145,7 @@ def facts(cfg: config.Decoder, text: config.TextTower, image: config.ImageTower)
         flops=flops,
         depth=cfg.depth,
         tokens=tokens + context[0],
-        layer_weights=Block.weights(layer) + 2 * d * (d + context[1]),
+        layer_weights=Block.weights(layer) + CrossAttention.weights(d, context[1]),
         kept=functools.partial(_kept, cfg.depth, layer, context),
         tensor_sizes={"heads": cfg.heads, "mlp_dim": cfg.mlp_dim},
         after_blocks=frozenset({"norm", "output"}),

@@ -115,6 +115,8 @@ def activate(x: Array, name: Activation) -> Array:
 
 
 class MLP(Layer):
+    """Two linear maps with an activation between them."""
+
     TENSOR_AXES: ClassVar = {"up/kernel": -1, "up/bias": -1, "down/kernel": -2}  # hidden units
 
     activation: Activation
@@ -129,7 +131,7 @@ class MLP(Layer):
 
     @staticmethod
     def flops(tokens: int, width: int, mlp_dim: int) -> int:
-        """Of a forward pass on one example."""
+        """FLOPs of a forward pass on one example."""
         return tokens * 2 * 2 * width * mlp_dim
 
     @staticmethod

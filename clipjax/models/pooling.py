@@ -29,7 +29,7 @@ class Pooler(Layer):
 
     @staticmethod
     def flops(cfg: ImageTower, tokens: int) -> int:
-        """Of a forward pass on one image; dot products only. What is computed once for all images does not count."""
+        """FLOPs of a forward pass on one image, dot products only. What is computed once for all images does not count."""
         return 0
 
     @staticmethod
@@ -99,7 +99,7 @@ class AttentionalPooler(Layer):
 
     @staticmethod
     def flops(queries: int, tokens: int, context: int, width: int) -> int:
-        """Of a forward pass on one image, with tokens of width `context`."""
+        """FLOPs of a forward pass on one image, with tokens of width `context`."""
         return _flops(queries, tokens, context, width)
 
     @staticmethod
@@ -109,8 +109,8 @@ class AttentionalPooler(Layer):
 
 
 def _flops(queries: int, tokens: int, context: int, width: int) -> int:
-    """Of attention to an image's tokens: keys and values, scores and weighted values, the output. Queries are computed once for
-    all images.
+    """FLOPs of attention to an image's tokens: keys and values, scores and weighted values, the output. Queries are computed
+    once for all images.
     """
     return 2 * tokens * context * 2 * width + attention_flops(queries, tokens, width) + 2 * queries * width**2
 

@@ -20,6 +20,8 @@ from clipjax.models.steps import Step
 
 
 class TextTransformer(nnx.Module):
+    """From token ids [b, t] to embeddings [b, e], not normalised."""
+
     def __init__(self, cfg: TextTower, scope: Scope) -> None:
         self.cfg = cfg
         self.dtype = scope.dtype
@@ -99,6 +101,7 @@ def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:
 
 
 def facts(cfg: TextTower) -> TowerFacts:
+    """Of the text tower, for one text."""
     layer = BlockShape(cfg.positions, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation)
     return TowerFacts(
         flops=cfg.depth * Block.flops(layer) + 2 * cfg.width * (cfg.embed_dim or 0),

@@ -19,6 +19,8 @@ from clipjax.models.runner import Runner
 
 
 class ViT(nnx.Module):
+    """From images, uint8 [b, s, s, 3], to embeddings [b, e], not normalised."""
+
     def __init__(self, cfg: ImageTower, scope: Scope) -> None:
         self.cfg = cfg
         self.dtype = scope.dtype
@@ -113,6 +115,7 @@ def sincos2d(cfg: ImageTower) -> Float[Array, "n d"]:
 
 
 def facts(cfg: ImageTower) -> TowerFacts:
+    """Of the image tower, for one image in training: with patch dropout."""
     tokens, e = kept_patches(cfg.patches, cfg.patch_dropout) + cfg.class_token, cfg.embed_dim or 0
     layer = BlockShape(tokens, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation)
     patches = 2 * cfg.patches * 3 * cfg.patch_size**2 * cfg.width  # of all patches: they are dropped afterwards
