@@ -1,4 +1,4 @@
-"""What is published of accelerators: how fast they compute, and how fast bytes reach and leave them."""
+"""Published figures of accelerators: how fast they compute, read memory, and send bytes to other chips."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ TERA, GIGA = 1e12, 1e9
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip at its best. None: not published, or there is none."""
+    """The peaks of one chip. None: not published, or not applicable."""
 
     flops: float  # dense bf16 FLOP/s
     memory: float  # bytes/s of its main memory
-    links: float | None  # bytes/s that it sends to other chips of its slice or host, over all links, one way
-    network: float | None  # bytes/s, its share of what its host sends over the data-centre network
+    links: float | None  # bytes/s to other chips of its slice or host, over all links, one way
+    network: float | None  # bytes/s to other slices over the data-centre network: its share of its host's
     capacity: float  # bytes of its main memory
-    devices: int = 1  # JAX devices that it is
+    devices: int = 1  # JAX devices in a chip
 
 
 def _tpu(tflops: float, memory: float, links: float, network: float | None, capacity: float, devices: int = 1) -> Chip:
@@ -28,15 +28,15 @@ def _gpu(tflops: float, memory: float, links: float, capacity: float) -> Chip:
     return Chip(tflops * TERA, memory * GIGA, links * GIGA, None, capacity * GIGA)
 
 
-# By the start of JAX's `device_kind`, as jax's pallas/mosaic/tpu_info.py knows them; the longest that fits holds.
+# By the start of JAX's `device_kind`, as in jax's pallas/mosaic/tpu_info.py; the longest match counts.
 # TPU: TFLOP/s and GB/s of memory from each version's page at cloud.google.com/tpu/docs; ICI is half of its "bidirectional
 # bandwidth per chip", and the network (Gbit/s) its "DCN bandwidth per chip" (tpu7x's page has v5p's and v6e's too; v5e:
 # 6.4 Tbit/s a pod of 256). v4: six links of 50 GB/s (2304.01433), 25 GB/s a host of four (jax-ml.github.io/scaling-book/tpus).
-# v2, v3: four links of 62 and 82 GB/s (Norrie et al., IEEE Micro 41:2, 2021), v2's memory as in tpu_info.py; they don't come in
-# several slices. Then GB of memory, from the same pages.
-# GPU: NVIDIA's data sheet of each product, tensor cores without sparsity (half of a figure given "with sparsity"), the slower
-# or smaller memory where there are two and the name does not tell which; NVLink one way, half of what is given, or PCIe. What
-# joins hosts is the cluster's.
+# v2, v3: four links of 62 and 82 GB/s (Norrie et al., IEEE Micro 41:2, 2021), v2's memory as in tpu_info.py; they have
+# no multislice. Then GB of memory, from the same pages.
+# GPU: NVIDIA's data sheet of each product, tensor cores without sparsity (half of a figure "with sparsity"), the slower or
+# smaller memory if two products have the same name; NVLink one way (half of the figure in the sheet), or PCIe. The network
+# between hosts depends on the cluster.
 _CHIPS = {
     "TPU v2": _tpu(46, 716, 248, None, 16, devices=2),
     "TPU v3": _tpu(123, 900, 328, None, 32, devices=2),
@@ -66,12 +66,12 @@ _CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip behind devices of this `device_kind`; None where it is not known, as for CPUs and slices of a GPU."""
+    """The chip of devices of this `device_kind`; None: not known, as for CPUs and for a MIG slice of a GPU."""
     fits = [k for k in _CHIPS if kind.startswith(k) and kind[len(k) : len(k) + 1] in ("", " ", "-")]
     return None if not fits or "MIG" in kind else _CHIPS[max(fits, key=len)]
 
 
 def chip_count(devices: Sequence[Any]) -> int:
-    """How many chips these JAX devices are; one each where they are not known."""
+    """How many chips these JAX devices are; an unknown device counts as one chip."""
     chip = chip_of(devices[0].device_kind)
     return len(devices) // (chip.devices if chip else 1) or 1

@@ -1,14 +1,14 @@
-"""What libraries learn from the environment alone, and before they are loaded."""
+"""Settings that libraries read from the environment only, and before they are loaded."""
 
 from glob import glob
 from pathlib import Path
 
-# glibc then asks for huge pages. Without them XLA's buffers on a CPU, made anew each step, cost 380,000 page faults a step of
-# benchmarks/step.py and a quarter of its time.
+# glibc then uses huge pages. Without them, XLA's CPU buffers, which are allocated again in each step, cost 380,000 page faults in
+# a step of benchmarks/step.py, and a quarter of its time.
 MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
-# For libtpu on a machine without a TPU, where it only compiles: it neither asks Google's network about the machine, nor refuses
-# to be loaded by two programs, nor complains of being nowhere.
+# For libtpu on a machine without a TPU, where it only compiles: it does not ask Google's network about the machine, may be loaded
+# by two programs, and does not warn that there is no TPU.
 COMPILE_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -16,10 +16,10 @@ COMPILE_ONLY = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-GOOGLE = "0x1ae0"  # vendor of TPUs, as PCI tells it
+GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
 
 
 def wanted() -> dict[str, str]:
-    """What this machine's programs shall find in their environment, unless it says otherwise already."""
+    """Environment variables to set for programs on this machine, unless they are set already."""
     vendors = (Path(path).read_text().strip() for path in glob("/sys/bus/pci/devices/*/vendor"))
     return MALLOC if GOOGLE in vendors else MALLOC | COMPILE_ONLY

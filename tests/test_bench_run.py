@@ -120,13 +120,13 @@ def test_batches_are_read_for_as_long_as_asked(tmp_path, capsys):
     out = tmp_path / "input.json"
     assert command("input", CONFIG, "--seconds", 1, "--json", out, "--train.batch_size", 64) == 0
     found, said = json.loads(out.read_text()), capsys.readouterr().out
-    each = found["batch_seconds"]
-    assert sum(each) >= 1 > sum(each[:-1])
-    assert found["examples_per_second"] == pytest.approx(64 * len(each) / sum(each))
+    seconds = found["batch_seconds"]
+    assert sum(seconds) >= 1 > sum(seconds[:-1])
+    assert found["examples_per_second"] == pytest.approx(64 * len(seconds) / sum(seconds))
     assert (found["dataset"], found["examples"]) == ("emoji/train", 3426)
     assert (found["workers"], found["worker_kind"], found["batch_size"]) == (2, "threads", 64)
     assert "emoji/train: 3,426 examples, in batches of 64 by 2 threads" in said
-    assert f"median of {len(each):,} (" in said
+    assert f"median of {len(seconds):,} (" in said
 
 
 def test_what_is_read_is_what_trains(monkeypatch):

@@ -191,10 +191,10 @@ def test_the_slowest_part_bounds_the_step(changes, bound, seconds):
 
 
 def test_a_device_that_is_half_a_chip_has_half_of_everything():
-    whole = estimate(cost(), [Device("TPU v4")] * 2, 10, 1e12)
+    chip = estimate(cost(), [Device("TPU v4")] * 2, 10, 1e12)
     half = estimate(cost(), [Device("TPU7x")] * 2, 10, 1e12)
-    assert half.step_seconds == pytest.approx(whole.step_seconds * 275 / (2307 / 2))
-    assert half.mfu == pytest.approx(whole.mfu * 1)
+    assert half.step_seconds == pytest.approx(chip.step_seconds * 275 / (2307 / 2))
+    assert half.mfu == pytest.approx(chip.mfu * 1)
 
 
 def test_what_is_not_known_is_listed():

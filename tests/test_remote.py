@@ -282,15 +282,15 @@ def kill_after(workdir, step, cwd):
 def test_a_run_on_a_store(store, straight, tmp_path):
     """Killed and resumed it is bit-equal to a local one; evaluated, embedded, exported and loaded it gives the same."""
     name = f"{store}://{stores.BUCKET}/runs/one"
-    workdir, here = files.as_path(name), tmp_path / "here"
-    here.mkdir()
-    kill_after(workdir, 10, here)
-    _, errors = finish(*TRAIN, "--workdir", name, cwd=here)
+    workdir, folder = files.as_path(name), tmp_path / "folder"
+    folder.mkdir()
+    kill_after(workdir, 10, folder)
+    _, errors = finish(*TRAIN, "--workdir", name, cwd=folder)
     assert f"{name}: resuming at step " in errors
-    assert list(here.iterdir()) == []  # no folder s3: or gs:
-    there = {p.name for p in workdir.iterdir()}
+    assert list(folder.iterdir()) == []  # no folder s3: or gs:
+    names = {p.name for p in workdir.iterdir()}
     assert (
-        there
+        names
         == {p.name for p in straight.iterdir()}
         == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.json"}
     )
@@ -303,16 +303,16 @@ def test_a_run_on_a_store(store, straight, tmp_path):
     assert len(list((workdir / "tensorboard").iterdir())) == 2  # of two starts
 
     for run, out in ((name, f"{name}/retrieval.json"), (straight, tmp_path / "retrieval.json")):
-        said, _ = finish("eval", "retrieval", f"{run}@30", "--data", "emoji", "--json", out, cwd=here)
+        said, _ = finish("eval", "retrieval", f"{run}@30", "--data", "emoji", "--json", out, cwd=folder)
         assert json.loads(said) == json.loads(files.as_path(out).read_text())
     ours, local = (json.loads(files.as_path(x).read_text()) for x in (f"{name}/retrieval.json", tmp_path / "retrieval.json"))
     assert (ours["model"], ours["pretrained"]) == ("one", "step 30")
     assert ours["metrics"] == local["metrics"]
-    finish("embed", name, "--data", "emoji", "--out", f"{name}/test.npz", cwd=here)
+    finish("embed", name, "--data", "emoji", "--out", f"{name}/test.npz", cwd=folder)
     with (workdir / "test.npz").open("rb") as file:
         embedded = dict(np.load(file))
-    finish("export", name, "--to", "open_clip", "--out", here / "export", cwd=here)
-    assert {p.name for p in here.iterdir()} == {"export"}
+    finish("export", name, "--to", "open_clip", "--out", folder / "export", cwd=folder)
+    assert {p.name for p in folder.iterdir()} == {"export"}
     model = clipjax.load(name)
     assert (model.name, model.step) == ("one", 40)
     texts = ["grinning face", "astronaut"]

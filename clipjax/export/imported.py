@@ -44,8 +44,8 @@ def import_open_clip(source: Path, out: Path) -> tuple[Run, list[str]]:
 
 
 def _tokenizer(source: Path, model: open_clip.Model) -> Tokenizer:
-    remedy = "has no tokenizer.json, which open_clip does not write for its own tokenizer: put one there, as that of"
-    remedy += " openai/clip-vit-base-patch32 on the Hugging Face hub, which is CLIP's"
+    remedy = "has no tokenizer.json, which open_clip does not write for its own tokenizer: add one. CLIP's is that of"
+    remedy += " openai/clip-vit-base-patch32 on the Hugging Face hub"
     require((source / TOKENIZER).is_file(), "SRC", str(source), remedy)
     words = Tokenizer.load(source / TOKENIZER, model.text.length)
     remedy = f"its weights have {model.text.vocab_size} tokens, and its tokenizer.json {words.vocab_size}"

@@ -1,4 +1,4 @@
-"""The cost of a whole program: products, collectives and memory traffic, with every loop counted as often as it runs."""
+"""The cost of a program: products, collectives and memory traffic, with every loop counted as often as it runs."""
 
 from collections import Counter
 from collections.abc import Iterable

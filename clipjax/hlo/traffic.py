@@ -43,34 +43,35 @@ def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[s
         for name in user.operands:
             users.setdefault(name, []).append(user)
 
-    def read(name: str, size: int) -> int:
+    def bytes_read(name: str, size: int) -> int:
         """Bytes read of a value in main memory, by the instructions that use it."""
         parts = []
         for user in users.get(name, []):
             if user.opcode in SLICES and user.operands[0] == name:
                 parts.append(byte_count(user.shape))
             elif user.opcode in VIEWS and user.name != inner.root:
-                parts.append(read(user.name, size))
+                parts.append(bytes_read(user.name, size))
             elif not (user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)):
                 return size
         return min(size, sum(parts))
 
-    def written(name: str, shape: str) -> int:
-        made = inner.body[name]
-        while made.opcode == "bitcast":
-            made = inner.body[made.operands[0]]
-        if made.opcode == "parameter":
+    def bytes_written(name: str, shape: str) -> int:
+        """Of an output of the fusion."""
+        source = inner.body[name]
+        while source.opcode == "bitcast":
+            source = inner.body[source.operands[0]]
+        if source.opcode == "parameter":
             return 0
-        if made.opcode == "dynamic-update-slice":
-            return _main(shape) and byte_count(inner.body[made.operands[1]].shape)
+        if source.opcode == "dynamic-update-slice":
+            return _main(shape) and byte_count(inner.body[source.operands[1]].shape)
         return _main(shape)
 
     parameters = {int(p.inside): p.name for p in inner.body.values() if p.opcode == "parameter"}
-    total = sum(read(parameters[n], size) for n, x in enumerate(operands) if n in parameters and (size := _main(x.shape)))
+    total = sum(bytes_read(parameters[n], size) for n, x in enumerate(operands) if n in parameters and (size := _main(x.shape)))
     root = inner.body[inner.root]
     if root.opcode != "tuple":
-        return total + written(root.name, i.shape)
-    return total + sum(written(name, shape) for name, shape in zip(root.operands, _elements(i.shape), strict=True))
+        return total + bytes_written(root.name, i.shape)
+    return total + sum(bytes_written(name, shape) for name, shape in zip(root.operands, _elements(i.shape), strict=True))
 
 
 def _main(shape: str) -> int:

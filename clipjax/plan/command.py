@@ -32,10 +32,10 @@ def run(args: argparse.Namespace, run: config.Run) -> int:
     failed = False
     if args.find_batch:
 
-        def print_try(made: figures.Try) -> None:
+        def print_try(result: figures.Try) -> None:
             nonlocal failed
-            failed |= made.fits is None
-            print(report.outcome(made), file=sys.stderr, flush=True)
+            failed |= result.fits is None
+            print(report.outcome(result), file=sys.stderr, flush=True)
 
         plan = figures.with_largest_batch(run, target, plan, fixed, print_try, progress)
     print(*report.lines(plan), sep="\n", flush=True)

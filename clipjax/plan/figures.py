@@ -51,7 +51,7 @@ class Plan:
     temp_bytes: int | None
     capacity_bytes: int | None
     memory: dict[str, int]  # by kind; the sum is the peak
-    state_bytes: int  # of the whole state, counted once
+    state_bytes: int  # of the state, each tensor counted once
     sharded_fraction: float  # of `state_bytes`: what is not replicated on every device
     unsharded: list[dict[str, Any]]  # the large tensors that are replicated on every device: name and bytes
     flops_per_step: float  # counted by hand, over all chips
@@ -175,9 +175,9 @@ def with_largest_batch(
                 fits, needed = False, error.needed
             except aot.CompilerError as error:
                 failure = str(error)
-        made = Try(size, fits, needed, time.perf_counter() - start, failure)
-        report(made)
-        return made
+        result = Try(size, fits, needed, time.perf_counter() - start, failure)
+        report(result)
+        return result
 
     needed = plan.peak_bytes_per_chip and plan.peak_bytes_per_chip // (plan.devices // plan.chips)
     first = Try(plan.batch_size, plan.fits, needed, plan.compile_seconds or 0.0)

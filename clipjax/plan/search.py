@@ -49,11 +49,11 @@ def search(first: Try, attempt: Callable[[int], Try], unit: int, capacity: int, 
             chosen = max(low + 1, guess + 1)
         else:
             chosen = high - 1 if guess >= high - 1 else max(low + 1, guess)
-        made = attempt(candidates[chosen])
-        yield made
-        if made.fits is None:
+        result = attempt(candidates[chosen])
+        yield result
+        if result.fits is None:
             return
-        known.append(made)
+        known.append(result)
 
 
 def _predict(known: list[Try], capacity: int, fixed: int) -> float:

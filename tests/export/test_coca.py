@@ -81,13 +81,13 @@ def both():
     images = np.random.default_rng(2).integers(0, 256, (len(tokens), IMAGE["image_size"], IMAGE["image_size"], 3), np.uint8)
     terms = (config.Softmax(weight=0.7), config.Caption(weight=2.0))
     run = config.Run(model=model, objective=terms, train=config.Train(batch_size=len(tokens)))
-    keep = optax.GradientTransformation(
+    keep_gradient = optax.GradientTransformation(
         init=lambda params: jax.tree.map(jnp.zeros_like, params),
         update=lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
     )
-    step = jax.jit(make_train_step(run, keep, sharding.make_mesh(run.mesh, jax.devices()[:1])))
+    step = jax.jit(make_train_step(run, keep_gradient, sharding.make_mesh(run.mesh, jax.devices()[:1])))
     batch = dict(image=images, text=tokens, index=np.arange(len(tokens), dtype=np.int32))
-    state, metrics = step(TrainState(jnp.int32(0), params, keep.init(params), None), batch)
+    state, metrics = step(TrainState(jnp.int32(0), params, keep_gradient.init(params), None), batch)
     ours = to_theirs(layout.table(model), state.opt_state)
 
     theirs = torch_model(model, params)
@@ -129,8 +129,9 @@ def test_the_legacy_mask_matters(both):
     """With the mask by position the same weights give other embeddings: the comparison above can fail."""
     model, params, images, tokens, *_ = both
     by_position = replace(model, text=replace(model.text, legacy_mask=False))
-    far = np.linalg.norm(encode(by_position, params, images, tokens).text - encode(model, params, images, tokens).text, axis=1)
-    assert far[:-1].min() > 1e-3
+    other, usual = (encode(m, params, images, tokens).text for m in (by_position, model))
+    difference = np.linalg.norm(other - usual, axis=1)
+    assert difference[:-1].min() > 1e-3
 
 
 @pytest.mark.parametrize("model", CASES.values(), ids=CASES.keys())

@@ -125,9 +125,9 @@ def test_published_configurations(name):
     for row in layout.table(model).rows:
         layers = dict(flatten(ours))[row.ours[0][0]].shape[0] if row.layered else 1
         names |= {name for group in row.names(layers) for name in group}
-        here = sum(tensors[name] for group in row.names(layers) for name in group)
-        assert here == sum(sizes[path] for path, _ in row.ours), row
-        total += here
+        size = sum(tensors[name] for group in row.names(layers) for name in group)
+        assert size == sum(sizes[path] for path, _ in row.ours), row
+        total += size
     assert names == tensors.keys()
     assert total == sum(sizes.values())
 
