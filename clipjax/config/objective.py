@@ -53,7 +53,7 @@ class Nested(Term):
             return
         ascending = len(widths) > 0 and widths[0] > 0 and all(a < b for a, b in itertools.pairwise(widths))
         remedy = f"must be one or more widths in ascending order, the last at most the embedding's {model.embed_dim}"
-        require(ascending and widths[-1] <= model.embed_dim, f"{name}.prefixes", widths, remedy)
+        require(ascending and max(widths) <= model.embed_dim, f"{name}.prefixes", widths, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

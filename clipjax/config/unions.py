@@ -127,10 +127,10 @@ def _kind_of(config: type) -> str:
     remedy = 'needs the field `kind: Literal["NAME"] = "NAME"`, by which config.json tells it from others'
     found = {f.name: f for f in dataclasses.fields(config)}
     hint = typing.get_type_hints(config)["kind"] if "kind" in found else None
-    values = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-    single = len(values) == 1 and isinstance(values[0], str) and found["kind"].default == values[0]
-    require(single, "clipjax.register", config.__qualname__, remedy)
-    return values[0]
+    match typing.get_args(hint) if typing.get_origin(hint) is Literal else ():
+        case (str(kind),) if found["kind"].default == kind:
+            return kind
+    raise ConfigError(f"clipjax.register = {config.__qualname__!r}: {remedy}")
 
 
 def _absolute(path: str) -> str:

@@ -1,10 +1,12 @@
-"""What the losses ask of the global batch: its size, its means, and how often an id occurs in it.
+"""Reductions over the global batch: its size, its means, and how often an id occurs in it.
 
-b is this device's share of the batch inside `shard_map` over `axis`, and all of it where axis is None. Whatever is returned
-without a leading b is the same on every device.
+Inside `shard_map` over `axis`, b is this device's shard of the batch; where axis is None, b is all of it. Every result without a
+leading b is the same on every device.
 """
 
 import functools
+from collections.abc import Iterable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,13 @@ from clipjax.losses.pairwise.partials import finite
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+def add_up(values: Iterable[Array]) -> Array:
+    """Their sum. There must be at least one."""
+    return cast(Array, sum(values))
+
+
 def size(rows: Array, axis: Axis) -> int:
-    """B, how many there are on all devices."""
+    """B, the number of rows on all devices."""
     return len(rows) * device_count(axis)
 
 
@@ -41,7 +48,7 @@ def log_mean_exp(x: Float[Array, " b"], axis: Axis) -> Float[Array, ""]:
 
 
 def occurrences(ids: Int[Array, " b"], among: Int[Array, " c"], axis: Axis) -> Float[Array, " b"]:
-    """How often each of `ids` occurs in `among` on all devices. Those are gathered, 4 bytes each, and sorted."""
+    """How often each of `ids` occurs in `among` of all devices. `among` is gathered, 4 bytes each, and sorted."""
     among = jnp.sort(among if axis is None else jax.lax.all_gather(among, axis, tiled=True))
     first, last = (jnp.searchsorted(among, ids, side=side) for side in ("left", "right"))
     return (last - first).astype(jnp.float32)

@@ -1,7 +1,7 @@
-"""How well captions are foreseen, token by token, without the logits [tokens, vocabulary] ever standing in memory.
+"""The cross-entropy of the tokens of captions. The logits [tokens, vocabulary] are never in memory.
 
-A tile of logits is made, reduced and dropped; the backward pass makes it again and takes both gradients from it: 8 n v d of
-dots where a stored matrix would cost 6. n tokens, v words of the vocabulary, d width.
+A tile of logits is computed, reduced and dropped. The backward pass computes it again and takes both gradients from it: products
+of 8 n v d, where a stored matrix would cost 6. n tokens, v words of the vocabulary, d width.
 """
 
 import functools
@@ -14,15 +14,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from clipjax.losses.batch import einsum
-from clipjax.losses.pairwise.axes import Axis, vary
+from clipjax.losses.pairwise.axes import Axis, vary, varying_axes
 from clipjax.losses.pairwise.partials import finite
 
-TILE = (4096, 4096)  # tokens and words: 64 MiB of logits, and many products for each number read
+TILE = (4096, 4096)  # tokens and words: 64 MiB of logits, and many multiply-adds for each number that is read
 
 
 def caption_loss(nll: Float[Array, " b"], tokens: Int[Array, " b"], *, axis: Axis = None) -> Float[Array, ""]:
-    """Mean over the real tokens of the global batch of -log p (CoCa, 2205.01917, equation 2), from the sum of it over each
-    caption's tokens and their number. A mean of the devices' means would weigh a token by how many its device has.
+    """Mean over the real tokens of the global batch of -log p (CoCa, 2205.01917, equation 2).
+
+    `nll`: the sum of -log p over each caption's tokens; `tokens`: their number. The mean of the devices' means would be another:
+    a token would weigh more on a device that has fewer.
     """
     sums = nll.sum(), tokens.sum().astype(jnp.float32)
     total, count = sums if axis is None else jax.lax.psum(sums, axis)
@@ -37,15 +39,15 @@ def token_nll(
     axis: Axis = None,
     tile: tuple[int, int] = TILE,
 ) -> Float[Array, " n"]:
-    """-log softmax(states @ table.T)[target], float32: from a token's last state and the words' vectors, the one foreseen next.
+    """-log softmax(states @ table.T)[target], float32. `states`: of tokens, at the decoder's end; `targets`: the next token's id.
 
-    Inside `shard_map`, `axis` names the mesh axes over which the vocabulary is divided: `table` is this device's share of it, in
-    the axes' order, and states and targets, ids of the whole vocabulary, are the same on all of them. Over any other axis each
-    device has tokens of its own. Operands are multiplied in the dtype of `states`, and added up in float32.
+    Inside `shard_map`, `axis` names the mesh axes over which the vocabulary is sharded: `table` is this device's shard, in the
+    axes' order; states and targets are the same on all of them, and targets are ids of the full vocabulary. Over any other axis
+    each device has tokens of its own. Operands are multiplied in the dtype of `states`; sums are float32.
     """
-    sizes = _even(len(states), tile[0]), _even(len(table), tile[1])
-    own = 0 if axis is None else jax.lax.axis_index(axis) * len(table)
-    return _token_nll(states, table, targets - own, axis, sizes)
+    sizes = _tile_size(len(states), tile[0]), _tile_size(len(table), tile[1])
+    first = 0 if axis is None else jax.lax.axis_index(axis) * len(table)
+    return _token_nll(states, table, targets - first, axis, sizes)
 
 
 def caption_nll(
@@ -55,8 +57,9 @@ def caption_nll(
     lengths: Int[Array, " n"],
     of_tokens: Callable[[Array, Array, Array], Array] = token_nll,
 ) -> Float[Array, " n"]:
-    """The sum of -log p over each caption's real tokens but the first, from the states of all but the last. `lengths`: how many
-    are real. `of_tokens`: `token_nll` of arrays as they lie.
+    """The sum of -log p over each caption's real tokens but the first, from the states of all tokens but the last.
+
+    `lengths`: how many tokens are real. `of_tokens`: `token_nll`, or a function that runs it on each device's shard.
     """
     targets = tokens[:, 1:]
     nll = of_tokens(states.reshape(-1, states.shape[-1]), table, targets.reshape(-1)).reshape(targets.shape)
@@ -72,23 +75,14 @@ def _token_nll(states: Array, table: Array, targets: Array, axis: Axis, tile: tu
 def _forward(states: Array, table: Array, targets: Array, axis: Axis, tile: tuple[int, int]) -> tuple[Array, Any]:
     axes = _varying(states, table, targets)
 
-    def rows(found: tuple[Array, ...], r: Array) -> tuple[tuple[Array, ...], None]:
-        at, _ = _part(r, len(states), tile[0])
+    def tokens(found: tuple[Array, ...], r: Array) -> tuple[tuple[Array, ...], None]:
+        at, _ = _place(r, len(states), tile[0])
         h, y = _take(states, at, tile[0]), _take(targets, at, tile[0])
+        sums = _over_words(h, y, table, tile[1], axes)
+        return tuple(jax.lax.dynamic_update_slice(x, part, (at,)) for x, part in zip(found, sums, strict=True)), None
 
-        def words(seen: tuple[Array, ...], c: Array) -> tuple[tuple[Array, ...], None]:
-            logits, hit = _tile(h, y, table, c, tile[1])
-            top, total, own = seen
-            m = jnp.maximum(top, logits.max(-1))
-            total = total * jnp.exp(top - finite(m)) + jnp.exp(logits - finite(m)[:, None]).sum(-1)
-            return (m, total, own + jnp.where(hit, logits, 0).sum(-1)), None
-
-        start = vary(tuple(jnp.full(tile[0], x, jnp.float32) for x in (-jnp.inf, 0, 0)), axes)
-        seen, _ = jax.lax.scan(words, start, _numbers(len(table), tile[1]))
-        return tuple(jax.lax.dynamic_update_slice(x, part, (at,)) for x, part in zip(found, seen, strict=True)), None
-
-    room = vary((jnp.zeros(len(states), jnp.float32),) * 3, axes)
-    (top, total, own), _ = jax.lax.scan(rows, room, _numbers(len(states), tile[0]))
+    start = vary((jnp.zeros(len(states), jnp.float32),) * 3, axes)
+    (top, total, own), _ = jax.lax.scan(tokens, start, _numbers(len(states), tile[0]))
     if axis is not None:
         m = jax.lax.pmax(top, axis)
         total, own = jax.lax.psum((total * jnp.exp(top - finite(m)), own), axis)
@@ -97,16 +91,32 @@ def _forward(states: Array, table: Array, targets: Array, axis: Axis, tile: tupl
     return lse - own, (states, table, targets, lse)
 
 
-def _backward(axis: Axis, tile: tuple[int, int], kept: tuple[Array, ...], ct: Float[Array, " n"]) -> tuple[Array, Array, None]:
-    states, table, targets, lse = kept
+def _over_words(h: Array, y: Array, table: Array, words: int, axes: tuple[str, ...]) -> tuple[Array, ...]:
+    """Of a tile of tokens: the largest logit m, the sum of exp(logit - m), and the target's logit, over this shard's words."""
+
+    def add_tile(sums: tuple[Array, ...], c: Array) -> tuple[tuple[Array, ...], None]:
+        logits, hit = _tile(h, y, table, c, words)
+        top, total, own = sums
+        m = jnp.maximum(top, logits.max(-1))
+        total = total * jnp.exp(top - finite(m)) + jnp.exp(logits - finite(m)[:, None]).sum(-1)
+        return (m, total, own + jnp.where(hit, logits, 0).sum(-1)), None
+
+    start = vary(tuple(jnp.full(len(h), x, jnp.float32) for x in (-jnp.inf, 0, 0)), axes)
+    return jax.lax.scan(add_tile, start, _numbers(len(table), words))[0]
+
+
+def _backward(
+    axis: Axis, tile: tuple[int, int], residuals: tuple[Array, ...], ct: Float[Array, " n"]
+) -> tuple[Array, Array, None]:
+    states, table, targets, lse = residuals
     axes = _varying(states, table, targets, ct)
-    shared = tuple(a for a in axes if a not in _varying(table))  # the table is one there: its gradient is summed, tile by tile
+    replicated = tuple(a for a in axes if a not in _varying(table))  # of the table: its gradient is summed there, tile by tile
 
     def words(found: tuple[Array, Array], c: Array) -> tuple[tuple[Array, Array], None]:
-        at_word, _ = _part(c, len(table), tile[1])
+        at_word, _ = _place(c, len(table), tile[1])
 
-        def rows(found: tuple[Array, Array], r: Array) -> tuple[tuple[Array, Array], None]:
-            at, fresh = _part(r, len(states), tile[0])
+        def tokens(found: tuple[Array, Array], r: Array) -> tuple[tuple[Array, Array], None]:
+            at, fresh = _place(r, len(states), tile[0])
             h, y, z, weight = (_take(x, at, tile[0]) for x in (states, targets, lse, ct))
             logits, hit = _tile(h, y, table, c, tile[1])
             g = (jnp.exp(logits - z[:, None]) - hit) * jnp.where(fresh, weight, 0)[:, None]
@@ -117,13 +127,13 @@ def _backward(axis: Axis, tile: tuple[int, int], kept: tuple[Array, ...], ct: Fl
             return (jax.lax.dynamic_update_slice(found[0], of_row, (at, 0)), of_word), None
 
         start = found[0], vary(jnp.zeros((tile[1], table.shape[1]), jnp.float32), axes)
-        (of_states, of_words), _ = jax.lax.scan(rows, start, _numbers(len(states), tile[0]))
-        # The barrier: XLA would sum the whole table after the loop, in a second one. The last tile overlaps the one before.
-        of_words = jax.lax.optimization_barrier(jax.lax.psum(of_words, shared)) + _take(found[1], at_word, tile[1])
+        (of_states, of_words), _ = jax.lax.scan(tokens, start, _numbers(len(states), tile[0]))
+        # The barrier: without it XLA sums the full table after the loop, in a second loop. The last tile overlaps the one before.
+        of_words = jax.lax.optimization_barrier(jax.lax.psum(of_words, replicated)) + _take(found[1], at_word, tile[1])
         return (of_states, jax.lax.dynamic_update_slice(found[1], of_words, (at_word, 0))), None
 
-    room = vary(jnp.zeros(states.shape, jnp.float32), axes), vary(jnp.zeros(table.shape, jnp.float32), _varying(table))
-    (of_states, of_table), _ = jax.lax.scan(words, room, _numbers(len(table), tile[1]))
+    start = vary(jnp.zeros(states.shape, jnp.float32), axes), vary(jnp.zeros(table.shape, jnp.float32), _varying(table))
+    (of_states, of_table), _ = jax.lax.scan(words, start, _numbers(len(table), tile[1]))
     if axis is not None:
         of_states = jax.lax.psum(of_states, axis)
     return of_states.astype(states.dtype), of_table.astype(table.dtype), None
@@ -134,27 +144,28 @@ _token_nll.defvjp(_forward, _backward)
 
 def _tile(h: Array, y: Array, table: Array, c: Array, words: int) -> tuple[Float[Array, "r c"], Array]:
     """The logits of some tokens and the c-th tile of words, and which are the targets'. Words of an earlier tile are left out."""
-    at, fresh = _part(c, len(table), words)
+    at, fresh = _place(c, len(table), words)
     logits = einsum("nd,vd->nv", h, _words(table, at, words, h.dtype), preferred_element_type=jnp.float32)
     return jnp.where(fresh[None], logits, -jnp.inf), (y[:, None] == at + jnp.arange(words)[None]) & fresh[None]
 
 
 def _words(table: Array, at: Array, count: int, dtype: jnp.dtype) -> Float[Array, "c d"]:
-    """Some rows of the table as they are multiplied. Rounded first: a conversion alone XLA would make of the whole table, ahead
-    of the loop, and keep.
+    """Rows of the table, as they are multiplied.
+
+    They are rounded first. XLA would convert the full table before the loop and keep it, were there a conversion alone.
     """
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(_take(table, at, count), info.nexp, info.nmant).astype(dtype)
 
 
-def _even(length: int, most: int) -> int:
-    """The size of equal tiles, of at most so many and of whole registers, that leaves little for the last to do again."""
-    share = -(-length // -(-length // most))
-    return min(length, most, -(-share // 128) * 128)
+def _tile_size(length: int, most: int) -> int:
+    """The size of equal tiles: at most `most`, a multiple of 128, and such that the last tile overlaps little."""
+    even = -(-length // -(-length // most))
+    return min(length, most, -(-even // 128) * 128)
 
 
-def _part(i: Array, length: int, size: int) -> tuple[Array, Array]:
-    """Where the i-th tile of so many starts, and which of its members no earlier one has: the last tile ends with the array."""
+def _place(i: Array, length: int, size: int) -> tuple[Array, Array]:
+    """Where the i-th tile starts, and which of its members no earlier tile has: the last tile ends with the array."""
     at = jnp.minimum(i * size, length - size)
     return at, at + jnp.arange(size) >= i * size
 
@@ -163,10 +174,11 @@ def _take(x: Array, at: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, at, size)
 
 
-def _numbers(length: int, size: int) -> np.ndarray:
+def _numbers(length: int, size: int) -> Any:
+    """The numbers of all tiles, as a constant of the program."""
     return np.arange(-(-length // size))
 
 
 def _varying(*arrays: Array) -> tuple[str, ...]:
     """The mesh axes over which any of them differs, by shard_map's own check."""
-    return tuple(sorted({name for x in arrays for name in jax.typeof(x).mat.varying}))
+    return tuple(sorted(varying_axes(*arrays)))

@@ -1,4 +1,4 @@
-"""Losses of nested prefixes of the embeddings (Matryoshka, 2205.13147; METHODS A.18)."""
+"""Losses of nested prefixes of the embeddings (Matryoshka, 2205.13147)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from clipjax.losses.batch import add_up
+
 
 def prefix(z: Float[Array, "... e"], width: int) -> Float[Array, "... m"]:
-    """The first `width` coordinates as unit vectors: a slice of a unit vector is none."""
+    """The first `width` coordinates, normalised: a slice of a unit vector is not a unit vector."""
     z = z[..., :width]
     return z * jax.lax.rsqrt(jnp.maximum((z * z).sum(-1, keepdims=True), 1e-24))
 
@@ -22,5 +24,5 @@ def matryoshka(
     *args: Any,
     **kw: Any,
 ) -> Float[Array, ""]:
-    """The sum over `prefixes` of `loss(image, text, *args, **kw)` of so many first coordinates, made unit vectors again."""
-    return sum(loss(prefix(zimg, m), prefix(ztxt, m), *args, **kw) for m in prefixes)
+    """The sum over `prefixes` m of `loss(image, text, *args, **kw)` of the first m coordinates, normalised."""
+    return add_up(loss(prefix(zimg, m), prefix(ztxt, m), *args, **kw) for m in prefixes)

@@ -5,6 +5,7 @@ from collections import Counter
 from jaxtyping import Array, Float
 
 from clipjax import config
+from clipjax.losses.batch import add_up
 from clipjax.losses.pairwise import Axis
 from clipjax.losses.rows import Logged, Memory, Rows, TermResult
 
@@ -34,5 +35,5 @@ def objective(
         values[f"{term.kind}_loss" if kinds[term.kind] == 1 else f"{term.kind}_{i}_loss"] = result.value
         ranking = ranking or result.ranking
         memory = memory | result.memory
-    loss = sum(term.weight * value for (_, term), value in zip(traced, values.values(), strict=True))
+    loss = add_up(term.weight * value for (_, term), value in zip(traced, values.values(), strict=True))
     return loss, values | ranking, memory

@@ -1,4 +1,4 @@
-"""How well each picture and each text of the global batch finds its own: a by-product of a loss's pass over all pairs."""
+"""How well each image and each text of the global batch finds its partner: a by-product of a loss's pass over all pairs."""
 
 import functools
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from jaxtyping import Array, Float
 from clipjax.losses.batch import mean
 from clipjax.losses.pairwise import Axis
 
-TIE = 1e-6  # of cosines: what float32 can't tell apart, so that collapsed embeddings find nothing
+TIE = 1e-6  # cosines this close are equal in float32. An image whose text ties with another's has not found it
 P = ParamSpec("P")
 
 
 class Ranking(NamedTuple):
-    """Of this device's pictures and texts, against the global batch."""
+    """Of this device's images and texts, against the global batch."""
 
     own: Float[Array, " b"]  # cosine within the pair
-    row_max: Float[Array, " b"]  # a picture's largest with another's text; -inf where there is none
-    col_max: Float[Array, " b"]  # a text's largest with another's picture
+    row_max: Float[Array, " b"]  # an image's largest cosine with another's text; -inf where there is none
+    col_max: Float[Array, " b"]  # a text's largest cosine with another's image
 
 
 Ranked = tuple[Float[Array, ""], Ranking | None]  # a loss, and what its pass over all pairs found; None: it has no such pass
@@ -38,9 +38,9 @@ def loss_alone(terms: Callable[P, Ranked]) -> Callable[P, Float[Array, ""]]:
 
 
 def summary(ranking: Ranking, axis: Axis) -> dict[str, Float[Array, ""]]:
-    """The shares of pictures and texts whose own is nearest, the pairs' mean cosine, and the mean of the hardest negatives'.
+    """The share of images (texts) whose partner is nearest, the mean cosine of pairs, and of hardest negatives.
 
-    Where ids leave a picture or text no negative, its own is nearest, and its hardest negative counts as a cosine of -1.
+    Where ids leave an image or a text no negative, its partner is nearest, and its hardest negative counts as a cosine of -1.
     """
     own, rows, cols = jax.lax.stop_gradient(ranking)
     image_to_text, text_to_image = (mean((own > best + TIE).astype(jnp.float32), axis) for best in (rows, cols))

@@ -1,4 +1,4 @@
-"""Regularizers of the geometry of unit vectors, over the global batch: what they spread out and what they draw together.
+"""Regularizers of the geometry of unit vectors, over the global batch.
 
 Under `shard_map` over `axis`, b is the local batch and the result is the same on every device; outside, axis is None.
 """
@@ -12,12 +12,12 @@ from clipjax.losses.pairwise import Axis, pairwise_logsumexp
 
 
 def uniformity(z: Float[Array, "b e"], *, axis: Axis = None, t: float = 2.0) -> Float[Array, ""]:
-    """log of the mean over all pairs i != j of exp(-t |z_i - z_j|^2) (2005.10242; METHODS B.2): 0 when all are one point.
+    """log of the mean over all pairs i != j of exp(-t |z_i - z_j|^2) (2005.10242): 0 when all are one point.
 
     Raises ValueError for a batch of one.
     """
-    # A pair counts in its row and in its column alike, so the gradient by the rows' side is half of it, and the product for the
-    # other side is not made: twice the value, less the value without gradient.
+    # A pair counts once in its row and once in its column. So the gradient by the rows' side is half of the gradient, and the
+    # product for the other side is not needed: twice the value, less the value without gradient.
     half = _log_mean_pair(z, jax.lax.stop_gradient(z), axis, t, "uniformity", y_gradient=False)
     return 2 * half - jax.lax.stop_gradient(half)
 
@@ -25,7 +25,7 @@ def uniformity(z: Float[Array, "b e"], *, axis: Axis = None, t: float = 2.0) -> 
 def cross_uniformity(
     zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None, t: float = 2.0
 ) -> Float[Array, ""]:
-    """log of the mean over all i != j of exp(-t |x_i - y_j|^2), of pictures x and texts y (2405.18570; METHODS B.2).
+    """log of the mean over all i != j of exp(-t |x_i - y_j|^2), of images x and texts y (2405.18570).
 
     Least, -4 t, when each tower is one point and the two are opposite. Raises ValueError for a batch of one pair.
     """
@@ -37,20 +37,19 @@ def _log_mean_pair(x: Array, y: Array, axis: Axis, t: float, name: str, y_gradie
     if n < 2:
         raise ValueError(f"{name} needs two or more in the global batch: one has no other")
     # |x - y|^2 = 2 - 2 cos on the sphere: a log-sum-exp at scale 2 t
-    kw = dict(axis=axis, keep="off_diagonal", columns=False, y_gradient=y_gradient)
-    found = pairwise_logsumexp(x, y, 2 * t, **kw)
+    found = pairwise_logsumexp(x, y, 2 * t, axis=axis, keep="off_diagonal", columns=False, y_gradient=y_gradient)
     return log_mean_exp(found.rows - jnp.log(n - 1.0) - 2 * t, axis)
 
 
 def alignment(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None) -> Float[Array, ""]:
-    """Mean of |x_i - y_i|^2 (2005.10242; METHODS D.1)."""
+    """Mean of |x_i - y_i|^2 (2005.10242)."""
     return mean(((zimg - ztxt) ** 2).sum(1), axis)
 
 
 def cyclip(
     zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """CyCLIP's (in-modal, cross-modal) terms: B times the mean square of X X^T - Y Y^T and of S - S^T, S = X Y^T (METHODS A.28).
+    """CyCLIP's (in-modal, cross-modal) terms: B times the mean square of X X^T - Y Y^T and of S - S^T, S = X Y^T (2205.14459).
 
     With U = X + Y and V = X - Y these are (U V^T +- V U^T) / 2, so both come from three e x e Gram matrices, of U, V and between:
     |.|^2 = (<U^T U, V^T V> +- <U^T V, V^T U>) / 2. V is small when the towers agree; from the Gram matrices of X and Y the same

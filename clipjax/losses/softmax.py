@@ -1,8 +1,8 @@
-"""The softmax family: CLIP's loss and its kin, each an equation on the log-sum-exp of a row's and a column's others.
+"""The softmax family: CLIP's loss and its variants. Each is an equation on the log-sum-exp of a row's and a column's negatives.
 
 They take unit vectors and the logit scale t; s_ij = t cos_ij. Under `shard_map` over `axis`, b is the local batch and the loss is
-the same on every device; outside, axis is None. `ids` [b] mark equal captions or pictures: pairs of equal id are no negatives
-of each other. A row that this leaves without negatives adds 0 to the sum and 1 to the count of the mean over the batch.
+the same on every device; outside, axis is None. `ids` [b]: examples of equal id are no negatives of each other. A row that this
+leaves without negatives adds 0 to the sum and 1 to the count of the mean over the batch.
 """
 
 import math
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from clipjax.losses.batch import einsum, log_mean_exp, mean, occurrences, size
 from clipjax.losses.pairwise import Axis, Reduced, pairwise_logsumexp
+from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.pairwise.partials import finite
 from clipjax.losses.ranking import Ranked, Ranking, loss_alone
 
@@ -22,9 +23,9 @@ Ids = Int[Array, " b"] | None
 
 
 def others(
-    zimg: Array, ztxt: Array, scale: Array | float, axis: Axis, ids: Ids = None, dtype: jax.typing.DTypeLike = jnp.float32
+    zimg: Array, ztxt: Array, scale: Scalar, axis: Axis, ids: Ids = None, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Reduced:
-    """Every row and column of the logits over its negatives."""
+    """The log-sum-exp of every row and every column of the logits over its negatives."""
     if ids is None:
         return pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="off_diagonal", dtype=dtype)
     return pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="distinct", ids=(ids, ids), dtype=dtype)
@@ -33,7 +34,7 @@ def others(
 def clip_terms(
     zimg: Float[Array, "b e"],
     ztxt: Float[Array, "b e"],
-    scale: Float[Array, ""],
+    scale: Scalar,
     *,
     axis: Axis = None,
     image_weight: float = 0.5,
@@ -42,20 +43,21 @@ def clip_terms(
     ids: Ids = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Ranked:
-    """CLIP's symmetric cross-entropy (2103.00020; METHODS A.1).
+    """CLIP's symmetric cross-entropy (2103.00020).
 
-    `image_weight` is the share of the direction picture -> text (ConVIRT's lambda, A.4). `label_smoothing` spreads so much of
-    the target evenly over a row's own pair and its negatives (A.15). `reduction="sum"` is twice the mean (ALIGN, A.2). `dtype`
-    is of the products' operands: bfloat16 is several times faster on a TPU, and at t = 100 the loss is off in the 4th digit.
+    `image_weight`: the weight of the direction image -> text, of 1 (ConVIRT's lambda, 2010.00747). `label_smoothing`: the part
+    of the target that is spread evenly over a row's own pair and its negatives. `reduction="sum"` is twice the mean (ALIGN,
+    2102.05918). `dtype`: of the operands of the products; bfloat16 is several times faster on a TPU, and at t = 100 the loss is
+    then wrong in the 4th digit.
     """
     own = (zimg * ztxt).sum(1)
     found = others(zimg, ztxt, scale, axis, ids, dtype)
     # log(1 + sum_{j != i} exp(s_ij - s_ii)): the own pair leaves before the exponent, so a small loss keeps its digits.
-    rows, cols = (jax.nn.softplus(lse - scale * own) for lse in (found.rows, found.cols))
+    rows, cols = (jax.nn.softplus(lse - scale * own) for lse in found.sides)
     if label_smoothing:  # adds eps (s_ii - mean of the row's logits), whose sum needs only the sum of the other side
         n = size(zimg, axis)
         equal = jnp.zeros_like(own) if ids is None else occurrences(ids, ids, axis) - 1
-        positives = (0, 0) if ids is None else (found.row_positive, found.col_positive)
+        positives = (0, 0) if ids is None else found.positives
 
         def smoothed(x: Array, y: Array, positive: Array | int) -> Array:
             spread = (n * einsum("be,e->b", x, mean(y, axis)) - positive) / (n - equal)
@@ -63,20 +65,20 @@ def clip_terms(
 
         rows, cols = rows + smoothed(zimg, ztxt, positives[0]), cols + smoothed(ztxt, zimg, positives[1])
     loss = mean(image_weight * rows + (1 - image_weight) * cols, axis)
-    return (2 if reduction == "sum" else 1) * loss, Ranking(own, found.row_max, found.col_max)
+    return (2 if reduction == "sum" else 1) * loss, Ranking(own, *found.maxima)
 
 
 def decoupled_terms(
     zimg: Float[Array, "b e"],
     ztxt: Float[Array, "b e"],
-    scale: Float[Array, ""],
+    scale: Scalar,
     *,
     axis: Axis = None,
     sigma: float | None = None,
     stop_gradient: bool = False,
     ids: Ids = None,
 ) -> Ranked:
-    """DCL, the mean of log sum_{j != i} exp(s_ij) - s_ii in both directions (2110.06848; METHODS A.5). It has no lower bound.
+    """DCL, the mean of log sum_{j != i} exp(s_ij) - s_ii in both directions (2110.06848). It has no lower bound.
 
     With `sigma` DCLW: s_ii times w_i = 2 - B softmax_i(cos_ii / sigma), which `stop_gradient` treats as a constant. Raises
     ValueError for a batch of one pair.
@@ -88,14 +90,14 @@ def decoupled_terms(
         weight = 2 - jnp.exp(own / sigma - log_mean_exp(own / sigma, axis))
         weight = jax.lax.stop_gradient(weight) if stop_gradient else weight
     found = others(zimg, ztxt, scale, axis, ids)
-    rows, cols = (_unless_empty(lse, lambda lse: lse - weight * scale * own) for lse in (found.rows, found.cols))
-    return mean(rows + cols, axis) / 2, Ranking(own, found.row_max, found.col_max)
+    rows, cols = (_unless_empty(lse, lambda lse: lse - weight * scale * own) for lse in found.sides)
+    return mean(rows + cols, axis) / 2, Ranking(own, *found.maxima)
 
 
 def hard_negative_terms(
     zimg: Float[Array, "b e"],
     ztxt: Float[Array, "b e"],
-    scale: Float[Array, ""],
+    scale: Scalar,
     *,
     axis: Axis = None,
     alpha: float = 1.0,
@@ -103,7 +105,7 @@ def hard_negative_terms(
     stop_gradient: bool = False,
     ids: Ids = None,
 ) -> Ranked:
-    """HN-NCE: -log(e^{s_ii} / (alpha e^{s_ii} + sum_{j != i} w_ij e^{s_ij})) in both directions (2301.02280; METHODS A.13).
+    """HN-NCE: -log(e^{s_ii} / (alpha e^{s_ii} + sum_{j != i} w_ij e^{s_ij})) in both directions (2301.02280).
 
     The weights w_ij of a row, proportional to exp(beta s_ij), have mean 1; `stop_gradient` treats them as constants. alpha = 0
     is the decoupled form, which raises ValueError for a batch of one pair; alpha = 1, beta = 0 is CLIP's loss.
@@ -127,15 +129,20 @@ def hard_negative_terms(
 
         return _unless_empty(lse, loss)
 
-    rows, cols = (direction(getattr(found, side), getattr(base, side, None)) for side in ("rows", "cols"))
-    return mean(rows + cols, axis) / 2, Ranking(own, found.row_max, found.col_max)
+    rows, cols = map(direction, found.sides, (None, None) if base is None else base.sides)
+    return mean(rows + cols, axis) / 2, Ranking(own, *found.maxima)
 
 
-clip_loss, decoupled_loss, hard_negative_loss = map(loss_alone, (clip_terms, decoupled_terms, hard_negative_terms))
+clip_loss = loss_alone(clip_terms)
+decoupled_loss = loss_alone(decoupled_terms)
+hard_negative_loss = loss_alone(hard_negative_terms)
 
 
 def _unless_empty(lse: Array, loss: Callable[[Array], Array]) -> Array:
-    """`loss(lse)`, but 0 where nothing is kept; masked before and after, else the gradient of what isn't taken is NaN."""
+    """`loss(lse)`, but 0 where nothing is kept.
+
+    Masked before and after: else the branch that isn't taken has a gradient of NaN.
+    """
     return jnp.where(lse == -jnp.inf, 0, loss(finite(lse)))
 
 

@@ -1,4 +1,4 @@
-"""SogCLR: the contrastive objective over the whole data set from small batches (2202.12387, 2305.11965; METHODS A.11)."""
+"""SogCLR: the contrastive objective over the whole data set, from small batches (2202.12387, 2305.11965)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,33 +6,35 @@ from jaxtyping import Array, Float
 
 from clipjax.losses.batch import mean, size
 from clipjax.losses.pairwise import Axis, pairwise_logsumexp
+from clipjax.losses.pairwise.operands import Scalar
 
-Both = tuple[Float[Array, " b"], Float[Array, " b"]]  # of pictures, of texts
+Both = tuple[Float[Array, " b"], Float[Array, " b"]]  # of images, of texts
 UNSEEN = -jnp.inf  # log u of an example before its first visit
 
 
 def sogclr_loss(
     zimg: Float[Array, "b e"],
     ztxt: Float[Array, "b e"],
-    scale: Float[Array, ""] | Both,
+    scale: Scalar | Both,
     log_u: Both,
     gamma: Float[Array, ""] | float,
     *,
     axis: Axis = None,
     rho: float = 0.0,
 ) -> tuple[Float[Array, ""], Both]:
-    """Half the mean over pictures and over texts of tau_i (log u_i + rho), and the moved log u.
+    """Half the mean over images and over texts of tau_i (log u_i + rho), and the updated log u.
 
-    u_i <- (1 - gamma) u_i + gamma g_i, g_i the mean over j != i of exp((cos_ij - cos_ii) / tau_i); on the first visit, where
-    log u is `UNSEEN`, u_i = g_i. All of it in logarithms: at tau = 0.01 g spans 170 powers of ten. The gradient by the embeddings
-    is that of tau_i g_i / u_i with u held, the one by tau_i A.11's log u_i + rho - sum_j w_ij h_ij / (tau_i (B - 1)); with
-    gamma = 1 both are those of the value. `scale` is 1 / tau, one number (GCL, SogCLR) or one for each picture and each text
-    (RGCL, iSogCLR, where `rho` > 0 keeps tau from growing). Raises ValueError for a batch of one pair.
+    u_i <- (1 - gamma) u_i + gamma g_i. g_i is the mean over j != i of exp(h_ij / tau_i), h_ij = cos_ij - cos_ii. On the first
+    visit, where log u is `UNSEEN`, u_i = g_i. All of it in logarithms: at tau = 0.01, g spans 170 powers of ten. The gradient by
+    the embeddings is that of tau_i g_i / u_i with u held constant. The gradient by tau_i is log u_i + rho - sum_j w_ij h_ij /
+    (tau_i (B - 1)), w_ij = exp(h_ij / tau_i) / u_i (2305.11965). With gamma = 1 both are the gradients of the value. `scale` is
+    1 / tau: one number (GCL, SogCLR), or one for each image and each text (RGCL, iSogCLR, where `rho` > 0 keeps tau from
+    growing). Raises ValueError for a batch of one pair.
     """
     n = size(zimg, axis)
     if n < 2:
         raise ValueError("sogclr_loss needs two pairs or more in the global batch: one has no negatives")
-    scales = scale if isinstance(scale, tuple) else (scale, scale)
+    scales = scale if isinstance(scale, tuple) else (jnp.asarray(scale), jnp.asarray(scale))
     own = (zimg * ztxt).sum(1)
     found = pairwise_logsumexp(zimg, ztxt, *scales, axis=axis, keep="off_diagonal")
 
@@ -45,5 +47,5 @@ def sogclr_loss(
         return (moved + rho + ratio - jax.lax.stop_gradient(ratio)) / scale, moved
 
     log_u = jax.lax.stop_gradient(log_u)
-    (rows, new_rows), (cols, new_cols) = map(side, (found.rows, found.cols), scales, log_u)
+    (rows, new_rows), (cols, new_cols) = map(side, found.sides, scales, log_u)
     return mean(rows + cols, axis) / 2, (new_rows, new_cols)

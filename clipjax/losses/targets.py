@@ -1,4 +1,4 @@
-"""Cross-entropies towards targets that are spread over several texts (pictures) of a row (column).
+"""Cross-entropies towards targets that are spread over several texts (images) of a row (column).
 
 They take unit vectors and the logit scale t. Under `shard_map` over `axis`, b is the local batch and the loss the same on every
 device; outside, axis is None.
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.losses.batch import einsum, mean, occurrences, outer
 from clipjax.losses.pairwise import Axis, pairwise_cross_entropy, pairwise_logsumexp
+from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.ranking import Ranked, Ranking, loss_alone
 from clipjax.losses.softmax import others
 
@@ -17,42 +18,41 @@ from clipjax.losses.softmax import others
 def multi_positive_loss(
     zimg: Float[Array, "b e"],
     ztxt: Float[Array, "c e"],
-    scale: Float[Array, ""],
+    scale: Scalar,
     image_ids: Int[Array, " b"],
     text_ids: Int[Array, " c"],
     *,
     axis: Axis = None,
 ) -> Float[Array, ""]:
-    """Mean over pictures and texts, half each, of the cross-entropy towards all of the other side with the same id alike.
+    """Mean over images and texts, half each, of the cross-entropy towards all of the other side with the same id, in equal parts.
 
-    c = K b: the texts i K to i K + K - 1 lie on the device of picture i (2406.18254; METHODS A.22). With an id of its own for
-    every pair this is CLIP's loss, with all its digits. What no other side shares its id with adds 0, and is counted.
+    c = K b: the texts i K to i K + K - 1 are on the device of image i (2406.18254). With an id of its own for every pair this is
+    CLIP's loss, with all its digits. An image or text whose id the other side does not have adds 0, and is counted.
     """
     texts = len(ztxt) // len(zimg)
     found = pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="off_diagonal", ids=(image_ids, text_ids))
 
     def direction(lse: Array, own: Array, same: Array, left: Bool[Array, " n"], positives: Array, count: Array) -> Array:
         """`left`: the own pair, of cosine `own`, is left out of `lse` and of the positives' sum."""
-        excess = lse - scale * own  # all logits over the own one
+        excess = lse - scale * own  # the log-sum-exp of all logits, less the own one
         excess = jnp.where(left, jax.nn.softplus(excess), excess)
-        behind = positives + jnp.where(left & same, own, 0) - count * own  # of the positives: 0 for a single own one
-        return jnp.where(count > 0, excess - scale * behind / jnp.maximum(count, 1), 0 * excess)
+        positive_gap = positives + jnp.where(left & same, own, 0) - count * own  # 0 where the own pair is the only positive
+        return jnp.where(count > 0, excess - scale * positive_gap / jnp.maximum(count, 1), 0 * excess)
 
     own = (zimg[:, None] * ztxt.reshape(len(zimg), texts, -1)).sum(-1).reshape(-1)
     same = (image_ids[:, None] == text_ids.reshape(-1, texts)).reshape(-1)
-    first = jnp.arange(len(ztxt)) % texts == 0  # the primitive takes a picture's first text alone for its own
+    first = jnp.arange(len(ztxt)) % texts == 0  # the primitive takes the first text of an image alone for its own
     counts = occurrences(image_ids, text_ids, axis), occurrences(text_ids, image_ids, axis)
-    rows = direction(found.rows, own[::texts], same[::texts], first[::texts], found.row_positive, counts[0])
-    cols = direction(found.cols, own, same, first, found.col_positive, counts[1])
+    (row_lse, col_lse), positives = found.sides, found.positives
+    rows = direction(row_lse, own[::texts], same[::texts], first[::texts], positives[0], counts[0])
+    cols = direction(col_lse, own, same, first, positives[1], counts[1])
     return (mean(rows, axis) + mean(cols, axis)) / 2
 
 
-def cwcl_terms(
-    zfrozen: Float[Array, "b e"], ztrained: Float[Array, "b e"], scale: Float[Array, ""], *, axis: Axis = None
-) -> Ranked:
+def cwcl_terms(zfrozen: Float[Array, "b e"], ztrained: Float[Array, "b e"], scale: Scalar, *, axis: Axis = None) -> Ranked:
     """CWCL: targets w_ij = (1 + p_i.p_j) / 2 over their sum, towards the trained tower, plus plain cross-entropy back from it.
 
-    p are the frozen tower's vectors, constants in the weights; the sum of both directions (2309.14580; METHODS A.12). The weights
+    p are the frozen tower's vectors, constants in the weights. The loss is the sum of both directions (2309.14580). The weights
     are linear in p_j, so sum_j w_ij s_ij needs no matrix, only the means of p_j, of q_j and of q_j p_j^T.
     """
     p = jax.lax.stop_gradient(zfrozen)
@@ -60,9 +60,9 @@ def cwcl_terms(
     found = others(zfrozen, ztrained, scale, axis)
     weight = 1 + einsum("be,e->b", p, mean(p, axis))  # the mean of 2 w_ij over j: at least 2 / B, as p_i.p_i = 1
     weighted = einsum("be,ef,bf->b", zfrozen, outer(ztrained, p, axis), p) + einsum("be,e->b", zfrozen, mean(ztrained, axis))
-    rows, cols = (jax.nn.softplus(lse - scale * own) for lse in (found.rows, found.cols))
+    rows, cols = (jax.nn.softplus(lse - scale * own) for lse in found.sides)
     rows += scale * (own - weighted / weight)
-    return mean(rows + cols, axis), Ranking(own, found.row_max, found.col_max)
+    return mean(rows + cols, axis), Ranking(own, *found.maxima)
 
 
 cwcl_loss = loss_alone(cwcl_terms)
@@ -71,16 +71,17 @@ cwcl_loss = loss_alone(cwcl_terms)
 def distillation_loss(
     zimg: Float[Array, "b e"],
     ztxt: Float[Array, "b e"],
-    scale: Float[Array, ""],
+    scale: Scalar,
     timg: Float[Array, "b f"],
     ttxt: Float[Array, "b f"],
-    teacher_scale: Float[Array, ""] | float,
+    teacher_scale: Scalar,
     *,
     axis: Axis = None,
 ) -> Float[Array, ""]:
-    """Cross-entropy towards a teacher's softmax over the global batch, the mean of both directions (METHODS A.15).
+    """Cross-entropy towards a teacher's softmax over the global batch, the mean of both directions.
 
-    The teacher's unit vectors may have another width, and have no gradient.
+    This is open_clip's DistillClipLoss. The teacher has a scale of its own and no gradient; its unit vectors may have another
+    width.
     """
     rows, cols = pairwise_cross_entropy(zimg, ztxt, scale, timg, ttxt, teacher_scale, axis=axis)
     return mean(rows + cols, axis) / 2

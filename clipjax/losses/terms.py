@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from clipjax import config
 from clipjax.config.objective import Binding
 from clipjax.losses import flops
+from clipjax.losses.batch import add_up
 from clipjax.losses.caption import caption_loss
 from clipjax.losses.matryoshka import prefix
 from clipjax.losses.pairwise import Axis
@@ -37,7 +38,7 @@ def _per_prefix(loss: PairLoss) -> PairLoss:
             return loss(term, rows, scale, bias, axis)
         parts = [dataclasses.replace(rows, image=prefix(rows.image, m), text=prefix(rows.text, m)) for m in term.prefixes]
         values, rankings = zip(*(loss(term, part, scale, bias, axis) for part in parts), strict=True)
-        return sum(values), rankings[-1]
+        return add_up(values), rankings[-1]
 
     return of_prefixes
 
@@ -61,14 +62,21 @@ def _sigmoid(term: config.Sigmoid, rows: Rows, scale: Scalar, bias: Scalar, axis
 
 
 def _decoupled(term: config.Decoupled, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
-    kw = dict(axis=axis, ids=rows.ids)
-    return decoupled_terms(rows.image, rows.text, scale, sigma=term.sigma, stop_gradient=term.stop_gradient, **kw)
+    return decoupled_terms(
+        rows.image, rows.text, scale, axis=axis, sigma=term.sigma, stop_gradient=term.stop_gradient, ids=rows.ids
+    )
 
 
 def _hard_negative(term: config.HardNegative, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
-    kw = dict(axis=axis, ids=rows.ids)
     return hard_negative_terms(
-        rows.image, rows.text, scale, alpha=term.alpha, beta=term.beta, stop_gradient=term.stop_gradient, **kw
+        rows.image,
+        rows.text,
+        scale,
+        axis=axis,
+        alpha=term.alpha,
+        beta=term.beta,
+        stop_gradient=term.stop_gradient,
+        ids=rows.ids,
     )
 
 
@@ -85,16 +93,18 @@ def _cwcl(term: config.Cwcl, rows: Rows, scale: Scalar, bias: Scalar | None, axi
     if term.frozen == "image":
         return cwcl_terms(rows.image, rows.text, scale, axis=axis)
     value, ranking = cwcl_terms(rows.text, rows.image, scale, axis=axis)
+    assert ranking is not None
     return value, Ranking(ranking.own, ranking.col_max, ranking.row_max)
 
 
 def _cyclip(term: config.Cyclip, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
     parts = cyclip(rows.image, rows.text, axis=axis)
-    return sum(weight * part for weight, part in zip((term.in_modal, term.cross_modal), parts, strict=True)), None
+    return add_up(weight * part for weight, part in zip((term.in_modal, term.cross_modal), parts, strict=True)), None
 
 
 def _distillation(term: config.Distillation, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
-    return distillation_loss(rows.image, rows.text, scale, *rows.teacher, term.teacher_scale, axis=axis), None
+    assert rows.teacher is not None  # Distillation.check
+    return distillation_loss(rows.image, rows.text, scale, rows.teacher[0], rows.teacher[1], term.teacher_scale, axis=axis), None
 
 
 def _sogclr(term: config.Sogclr, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
@@ -129,6 +139,7 @@ def _alignment(term: config.Alignment, rows: Rows, scale: Scalar, bias: Scalar |
 
 
 def _caption(term: config.Caption, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
+    assert rows.caption is not None  # Caption.check
     return TermResult(caption_loss(*rows.caption, axis=axis))
 
 

@@ -1,12 +1,13 @@
 """The streamed primitives: reductions over all pairs of the global batch, exact, in memory linear in the local batch.
 
-Each works on this device's shards of two sets of unit vectors, inside `shard_map` over `axis`, or on everything where axis is
-None. Values and gradients are those of the dense matrix of cosines, which never exists: tiles are made, reduced and dropped
-(clipjax.losses.pairwise.tiles), and made again for the gradient (METHODS E.6). Operands are float32 at the highest precision,
-or bfloat16 with float32 accumulation where `dtype` says so.
+Each takes this device's shards of two sets of unit vectors, inside `shard_map` over `axis`, or all vectors where axis is None.
+Values and gradients are those of the dense matrix of cosines. That matrix is never in memory: its tiles are computed, reduced and
+dropped (clipjax.losses.pairwise.tiles), and computed again in the backward pass. Operands are float32 at the highest precision,
+or bfloat16 with float32 sums where `dtype` says so.
 
-Differentiate outside `shard_map` in either mode, or inside it with check_vma=True. Inside it with check_vma=False a gradient is
-wrong, here as for every function whose result is the same on all devices (METHODS 0.3), and can't be told apart.
+Differentiate outside `shard_map` in either mode, or inside it with check_vma=True. Inside it with check_vma=False the gradient is
+wrong, as it is for every function whose result is replicated: the cotangent of such a result is then 1 / n of the true one on n
+devices. A function can't detect this.
 """
 
 from clipjax.losses.pairwise.axes import Axis

@@ -1,7 +1,7 @@
-"""Cross-entropy against the softmax of a teacher's cosines, row by row and column by column."""
+"""Cross-entropy towards the softmax of a teacher's cosines, of every row and every column."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,42 +9,51 @@ from jaxtyping import Array, Float
 
 from clipjax.losses.pairwise.axes import Axis, vary
 from clipjax.losses.pairwise.geometry import TilePairs
-from clipjax.losses.pairwise.operands import TILE, PairwiseOptions, both, dot, make_options, only
+from clipjax.losses.pairwise.operands import TILE, PairwiseOptions, Scalar, both, dot, make_options, only
 from clipjax.losses.pairwise.partials import Partial, finite, log_sum_exp
 from clipjax.losses.pairwise.tiles import Travel, sweep
 
-# The largest logit, and the log of the sum of exp(logit - largest). Added up they would lose the digits by which a row's two
+# The largest logit, and the log of the sum of exp(logit - largest). Their sum would lose the digits by which a row's two
 # softmaxes, each of sum 1, cancel in the gradient.
 Lse = tuple[Float[Array, " n"], Float[Array, " n"]]
+Both = tuple[Float[Array, " b"], Float[Array, " b"]]  # of rows, of columns
 
 
-class Taught(NamedTuple):
-    """Rows or columns as they meet under a teacher."""
+class DistillationSide(NamedTuple):
+    """Rows or columns in the forward pass."""
 
     z: Float[Array, "n d"]
     teacher: Float[Array, "n f"]
     own: Float[Array, " n"]  # cosine of the own pair
-    lse: Lse | None = None  # for the gradient: of all the student's logits,
-    teacher_lse: Lse | None = None  # of all the teacher's,
-    ct: Float[Array, " n"] | None = None  # and the cotangent
+
+
+class DistillationGradientSide(NamedTuple):
+    """Rows or columns in the backward pass."""
+
+    z: Float[Array, "n d"]
+    teacher: Float[Array, "n f"]
+    own: Float[Array, " n"]
+    lse: Lse  # of all the student's logits
+    teacher_lse: Lse  # of all the teacher's
+    ct: Float[Array, " n"]  # cotangent of the cross-entropy
 
 
 def pairwise_cross_entropy(
     x: Float[Array, "b d"],
     y: Float[Array, "b d"],
-    scale: Float[Array, ""],
+    scale: Scalar,
     teacher_x: Float[Array, "b f"],
     teacher_y: Float[Array, "b f"],
-    teacher_scale: Float[Array, ""],
+    teacher_scale: Scalar,
     *,
     axis: Axis = None,
     tile: int = TILE,
     travel: Travel | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
-) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+) -> Both:
     """-sum_j softmax_j(teacher_scale teacher_cos_ij) log softmax_j(scale cos_ij) of every row, and the same of every column.
 
-    There is no gradient to the teacher.
+    The teacher has no gradient.
     """
     options = make_options(x, y, axis, tile, travel, dtype)
     teacher = jax.lax.stop_gradient((teacher_x, teacher_y, jnp.float32(teacher_scale)))
@@ -54,63 +63,69 @@ def pairwise_cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
     options: PairwiseOptions, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
-) -> tuple[Array, Array]:
+) -> Both:
     return _cross_entropy_fwd(options, x, y, scale, tx, ty, teacher_scale)[0]
 
 
-def _taught(options: PairwiseOptions, x: Array, y: Array, tx: Array, ty: Array) -> tuple[Taught, Taught]:
+def _sides(options: PairwiseOptions, x: Array, y: Array, tx: Array, ty: Array) -> tuple[DistillationSide, DistillationSide]:
     own = (x * y).sum(1)
-    return tuple(Taught(z.astype(options.dtype), t.astype(options.dtype), own) for z, t in ((x, tx), (y, ty)))
+    x, tx, y, ty = (z.astype(options.dtype) for z in (x, tx, y, ty))
+    return DistillationSide(x, tx, own), DistillationSide(y, ty, own)
 
 
 def _cross_entropy_fwd(
     options: PairwiseOptions, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    def tile(r: Taught, c: Taught, pairs: TilePairs) -> tuple[Partial, Partial]:
+) -> tuple[Both, tuple[Any, ...]]:
+    def tile(r: DistillationSide, c: DistillationSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options.dtype)
         others = both(~pairs.own, pairs.real)
-        logits = jnp.where(others, scale * cos, -jnp.inf)
+        logits = only(others, scale * cos, -jnp.inf)
         teacher = only(pairs.real, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options.dtype), -jnp.inf)
 
         def along(axis: int, own: Array) -> Partial:
-            behind = jnp.where(others, own - cos, 0)  # 0 for the own pair, whatever the rounding
-            return Partial((), (), (log_sum_exp(logits, axis), log_sum_exp(teacher, axis, behind)))
+            positive_gap = only(others, own - cos, 0)  # 0 for the own pair, whatever the rounding
+            return Partial((), (), (log_sum_exp(logits, axis), log_sum_exp(teacher, axis, positive_gap)))
 
         return along(1, r.own[:, None]), along(0, c.own[None])
 
-    rows, cols = _taught(options, x, y, tx, ty)
+    rows, cols = _sides(options, x, y, tx, ty)
     found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
 
     def value(side: Partial) -> tuple[Array, Lse, Lse]:
-        (m, (total,)), (teacher_m, (teacher_total, behind)) = side.lse
+        (m, (total,)), (teacher_m, (teacher_total, positive_gap)) = side.lse
         own = scale * rows.own
-        # log sum_j exp(s_ij) - s_ii, and what the teacher's targets lie behind the own pair: small losses keep their digits.
+        # log sum_j exp(s_ij) - s_ii, and how much less than the own pair the teacher's targets have on average: in these two
+        # parts a small loss keeps its digits.
         excess = jax.nn.softplus(finite(m) + jnp.log(total) - own)
         top = jnp.maximum(m, own)
         lse = top, jnp.log(total * jnp.exp(m - top) + jnp.exp(own - top))
-        return excess + scale * behind / teacher_total, lse, (teacher_m, jnp.log(teacher_total))
+        return excess + scale * positive_gap / teacher_total, lse, (teacher_m, jnp.log(teacher_total))
 
-    of_rows, of_cols = map(value, found)
+    of_rows, of_cols = value(found[0]), value(found[1])
     return (of_rows[0], of_cols[0]), (x, y, scale, tx, ty, teacher_scale, *of_rows[1:], *of_cols[1:])
 
 
-def _cross_entropy_bwd(options: PairwiseOptions, kept: tuple[Array, ...], ct: tuple[Array, Array]) -> tuple[Array, ...]:
-    x, y, scale, tx, ty, teacher_scale, *lse = kept
+def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct: Both) -> tuple[Array, ...]:
+    x, y, scale, tx, ty, teacher_scale, row_lse, row_teacher_lse, col_lse, col_teacher_lse = residuals
 
-    def tile(r: Taught, c: Taught, pairs: TilePairs) -> tuple[Partial, Partial]:
+    def tile(r: DistillationGradientSide, c: DistillationGradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options.dtype)
         logits, teacher = scale * cos, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options.dtype)
-        sides = (jax.tree.map(lambda v: v[:, None], r[3:]), jax.tree.map(lambda v: v[None], c[3:]))
 
         def softmax(logits: Array, lse: Lse) -> Array:
             return jnp.exp(logits - lse[0] - lse[1])
 
-        g = sum(ct * (softmax(logits, lse) - softmax(teacher, teacher_lse)) for lse, teacher_lse, ct in sides)
-        g = only(pairs.real, g, 0)
+        def of_side(lse: Lse, teacher_lse: Lse, ct: Array) -> Array:
+            return ct * (softmax(logits, lse) - softmax(teacher, teacher_lse))
+
+        of_rows = jax.tree.map(lambda v: v[:, None], r[3:])
+        of_cols = jax.tree.map(lambda v: v[None], c[3:])
+        g = only(pairs.real, of_side(*of_rows) + of_side(*of_cols), 0)  # the gradient by scale * cos
         return Partial((dot(g, c.z, (1, 0), options.dtype), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), options.dtype),))
 
-    rows, cols = _taught(options, x, y, tx, ty)
-    rows, cols = Taught(*rows[:3], *lse[:2], ct[0]), Taught(*cols[:3], *lse[2:], ct[1])
+    rows, cols = _sides(options, x, y, tx, ty)
+    rows = DistillationGradientSide(rows.z, rows.teacher, rows.own, row_lse, row_teacher_lse, ct[0])
+    cols = DistillationGradientSide(cols.z, cols.teacher, cols.own, col_lse, col_teacher_lse, ct[1])
     found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
     (dx, d_scale), (dy,) = found[0].total, found[1].total
     zeros = (jnp.zeros_like(a) for a in (tx, ty, teacher_scale))

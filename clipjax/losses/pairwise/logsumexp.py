@@ -1,34 +1,72 @@
-"""log sum exp of every row and every column of the matrix of cosines, which never exists."""
+"""log sum exp of every row and every column of the matrix of cosines, which is never in memory."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from clipjax.losses.pairwise.axes import Axis, vary
 from clipjax.losses.pairwise.geometry import TilePairs
-from clipjax.losses.pairwise.operands import TILE, Ids, KeptPairs, PairwiseOptions, Side, dot, make_options, masks, only, sides
+from clipjax.losses.pairwise.operands import TILE, Ids, KeptPairs, PairwiseOptions, dot, make_options, masks, only
 from clipjax.losses.pairwise.partials import Partial, finite, log_sum_exp
 from clipjax.losses.pairwise.tiles import Travel, sweep
 
 
 class Reduced(NamedTuple):
-    """This device's rows and columns, each reduced over the whole other side."""
+    """This device's rows and columns, each reduced over all of the other side."""
 
     rows: Float[Array, " b"]  # log of the sum over kept j of exp(row_scale_i cos_ij); -inf where nothing is kept
-    cols: Float[Array, " c"] | None  # the same down the columns, with col_scale_j
+    cols: Float[Array, " c"] | None  # the same of the columns, with col_scale_j; None with columns=False, as all of the columns'
     row_max: Float[Array, " b"]  # the largest kept cosine, no gradient; NaN where the scale is 0
     col_max: Float[Array, " c"] | None
     row_positive: Float[Array, " b"] | None  # with ids: the sum of cos_ij over equal ids other than the own pair
     col_positive: Float[Array, " c"] | None
 
+    @property
+    def sides(self) -> tuple[Float[Array, " b"], Float[Array, " c"]]:
+        """`rows` and `cols`."""
+        assert self.cols is not None, "columns=False leaves no columns"
+        return self.rows, self.cols
+
+    @property
+    def maxima(self) -> tuple[Float[Array, " b"], Float[Array, " c"]]:
+        """`row_max` and `col_max`."""
+        assert self.col_max is not None, "columns=False leaves no columns"
+        return self.row_max, self.col_max
+
+    @property
+    def positives(self) -> tuple[Float[Array, " b"], Float[Array, " c"]]:
+        """`row_positive` and `col_positive`."""
+        assert self.row_positive is not None, "without ids there are no positives"
+        assert self.col_positive is not None, "columns=False leaves no columns"
+        return self.row_positive, self.col_positive
+
+
+class Side(NamedTuple):
+    """Rows or columns in the forward pass."""
+
+    z: Float[Array, "n d"]
+    scale: Float[Array, " n"]
+    ids: Int[Array, " n"] | None
+
+
+class GradientSide(NamedTuple):
+    """Rows or columns in the backward pass: also what they were reduced to, and the cotangents of that."""
+
+    z: Float[Array, "n d"]
+    scale: Float[Array, " n"]
+    ids: Int[Array, " n"] | None
+    lse: Float[Array, " n"]
+    ct: Float[Array, " n"]
+    positive_ct: Float[Array, " n"] | Any  # None without ids
+
 
 def pairwise_logsumexp(
     x: Float[Array, "b d"],
     y: Float[Array, "c d"],
-    row_scale: Float[Array, "*b"],
+    row_scale: Float[Array, "*b"] | float,
     col_scale: Float[Array, "*c"] | None = None,
     *,
     axis: Axis = None,
@@ -42,11 +80,11 @@ def pairwise_logsumexp(
 ) -> Reduced:
     """log sum exp(scale cos) over the kept pairs of every row and every column; one product serves both.
 
-    A scale is a number >= 0 or one for each row (column); without `col_scale`, `row_scale` is a number and serves both. Kept
-    are all pairs, all but the own one, or those whose `ids` (of rows, of columns) differ. c may be K b: then the columns j K to
-    j K + K - 1 belong to row j, and the first of them makes its own pair. `columns=False` leaves the columns' half out.
-    `y_gradient=False` treats y as a constant, which saves a product. `travel`: see
-    clipjax.losses.pairwise.tiles; None chooses by size.
+    A scale is a number >= 0, or one for each row (column). Without `col_scale`, `row_scale` is a number and serves both. `keep`:
+    "all" pairs, all but the own one ("off_diagonal"), or those whose `ids` (of rows, of columns) differ ("distinct"). c may be a
+    multiple K b: then the columns j K to j K + K - 1 belong to row j, and the first of them makes its own pair. `columns=False`
+    leaves the columns' half out. `y_gradient=False` treats y as a constant, which saves a product. `travel`: how columns get
+    to the other devices, in a "ring" or by a "gather" (clipjax.losses.pairwise.tiles); None chooses by size.
     """
     if col_scale is None and jnp.ndim(row_scale):
         raise ValueError("row_scale is one number for each row: give col_scale too")
@@ -63,12 +101,19 @@ def _logsumexp(options: PairwiseOptions, x: Array, y: Array, row_scale: Array, c
     return _logsumexp_fwd(options, x, y, row_scale, col_scale, ids)[0]
 
 
+def _sides(
+    options: PairwiseOptions, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None
+) -> tuple[Side, Side]:
+    x_ids, y_ids = ids or (None, None)
+    return Side(x.astype(options.dtype), row_scale, x_ids), Side(y.astype(options.dtype), col_scale, y_ids)
+
+
 def _logsumexp_fwd(
     options: PairwiseOptions, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None
 ) -> tuple[Reduced, tuple]:
     def tile(r: Side, c: Side, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options.dtype)
-        kept, positive = masks(options.keep, r, c, pairs)
+        kept, positive = masks(options.keep, r.ids, c.ids, pairs)
         positives = None if positive is None else jnp.where(positive, cos, 0)
 
         def along(axis: int, scale: Array) -> Partial:
@@ -77,46 +122,49 @@ def _logsumexp_fwd(
 
         return along(1, r.scale[:, None]), along(0, c.scale[None]) if options.columns else Partial()
 
-    rows, cols = sides(options, x, y, row_scale, col_scale, ids)
+    rows, cols = _sides(options, x, y, row_scale, col_scale, ids)
     found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
 
     def reduced(side: Partial, scale: Array, z: Array) -> tuple[Array, Array, Array | None]:
         ((m, (total,)),) = side.lse
-        visible = 0 * z.sum(1)  # an infinite vector must not pass for one that nothing is kept of
+        visible = 0 * z.sum(1)  # an infinite vector must not look like one that nothing is kept of
         return finite(m) + jnp.log(total) + visible, m / scale, side.total[0] if side.total else None
 
-    of_rows, of_cols = reduced(found[0], row_scale, x), reduced(found[1], col_scale, y) if options.columns else (None,) * 3
+    lse, best, positive = reduced(found[0], row_scale, x)
+    of_cols = reduced(found[1], col_scale, y) if options.columns else (None, None, None)
     if not options.columns:  # nor an infinite column, which then has no output of its own
-        of_rows = of_rows[0] + 0 * y.sum(), *of_rows[1:]
-    out = Reduced(*(z for pair in zip(of_rows, of_cols, strict=True) for z in pair))
+        lse = lse + 0 * y.sum()
+    out = Reduced(lse, of_cols[0], best, of_cols[1], positive, of_cols[2])
     return out, (x, y, row_scale, col_scale, ids, out.rows, out.cols)
 
 
-def _logsumexp_bwd(options: PairwiseOptions, kept_values: tuple, ct: Reduced) -> tuple[Array, Array, Array, Array, None]:
-    x, y, row_scale, col_scale, ids, row_lse, col_lse = kept_values
+def _logsumexp_bwd(options: PairwiseOptions, residuals: tuple, ct: Reduced) -> tuple[Array, Array, Array, Array, None]:
+    x, y, row_scale, col_scale, ids, row_lse, col_lse = residuals
 
-    def tile(r: Side, c: Side, pairs: TilePairs) -> tuple[Partial, Partial]:
+    def tile(r: GradientSide, c: Side | GradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options.dtype)
-        kept, positive = masks(options.keep, r, c, pairs)
+        kept, positive = masks(options.keep, r.ids, c.ids, pairs)
 
         def weights(scale: Array, lse: Array, ct: Array) -> Array:  # the softmax of each row (column), times its cotangent
             return only(kept, ct * jnp.exp(scale * cos - lse), 0)
 
-        row_w = weights(r.scale[:, None], r.lse[:, None], r.ct[:, None])
-        g = r.scale[:, None] * row_w  # of the cosines
-        if options.columns:
-            col_w = weights(c.scale[None], c.lse[None], c.ct[None])
-            g += c.scale[None] * col_w
+        row_weights = weights(r.scale[:, None], r.lse[:, None], r.ct[:, None])
+        g = r.scale[:, None] * row_weights  # the gradient by the cosines
+        col_weights = None
+        if isinstance(c, GradientSide):
+            col_weights = weights(c.scale[None], c.lse[None], c.ct[None])
+            g += c.scale[None] * col_weights
         if positive is not None:
-            g += jnp.where(positive, r.positive_ct[:, None] + (c.positive_ct[None] if options.columns else 0), 0)
+            positive_ct = r.positive_ct[:, None] + (c.positive_ct[None] if isinstance(c, GradientSide) else 0)
+            g += jnp.where(positive, positive_ct, 0)
         to_y = (dot(g, r.z, (0, 0), options.dtype),) if options.y_gradient else ()
-        to_col_scale = ((col_w * cos).sum(0),) if options.columns else ()
-        return Partial((dot(g, c.z, (1, 0), options.dtype), (row_w * cos).sum(1))), Partial((*to_y, *to_col_scale))
+        to_col_scale = () if col_weights is None else ((col_weights * cos).sum(0),)
+        return Partial((dot(g, c.z, (1, 0), options.dtype), (row_weights * cos).sum(1))), Partial((*to_y, *to_col_scale))
 
-    rows, cols = sides(options, x, y, row_scale, col_scale, ids)
-    rows = rows._replace(lse=finite(row_lse), ct=ct.rows, positive_ct=ct.row_positive)
+    rows, cols = _sides(options, x, y, row_scale, col_scale, ids)
+    rows = GradientSide(*rows, finite(row_lse), ct.rows, ct.row_positive)
     if options.columns:
-        cols = cols._replace(lse=finite(col_lse), ct=ct.cols, positive_ct=ct.col_positive)
+        cols = GradientSide(*cols, finite(col_lse), ct.sides[1], ct.col_positive)
     found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
     dx, d_row = found[0].total
     to_columns = list(found[1].total)
