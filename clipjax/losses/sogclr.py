@@ -8,20 +8,20 @@ from clipjax.losses.batch import mean, size
 from clipjax.losses.pairwise import Axis, pairwise_logsumexp
 from clipjax.losses.pairwise.operands import Scalar
 
-Both = tuple[Float[Array, " b"], Float[Array, " b"]]  # of images, of texts
+ImageAndText = tuple[Float[Array, " b"], Float[Array, " b"]]  # of images, of texts
 UNSEEN = -jnp.inf  # log u of an example before its first visit
 
 
 def sogclr_loss(
     zimg: Float[Array, "b e"],
     ztxt: Float[Array, "b e"],
-    scale: Scalar | Both,
-    log_u: Both,
+    scale: Scalar | ImageAndText,
+    log_u: ImageAndText,
     gamma: Float[Array, ""] | float,
     *,
     axis: Axis = None,
     rho: float = 0.0,
-) -> tuple[Float[Array, ""], Both]:
+) -> tuple[Float[Array, ""], ImageAndText]:
     """Half the mean over images and over texts of tau_i (log u_i + rho), and the updated log u.
 
     u_i <- (1 - gamma) u_i + gamma g_i. g_i is the mean over j != i of exp(h_ij / tau_i), h_ij = cos_ij - cos_ii. On the first

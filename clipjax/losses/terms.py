@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from clipjax import config
 from clipjax.config.objective import Binding
@@ -19,15 +18,14 @@ from clipjax.losses.batch import add_up
 from clipjax.losses.caption import caption_loss
 from clipjax.losses.matryoshka import prefix
 from clipjax.losses.pairwise import Axis
+from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.ranking import Ranked, Ranking
 from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, uniformity
 from clipjax.losses.rows import PairLoss, Rows, TermResult, mean_over_captions, per_caption
 from clipjax.losses.sigmoid import siglip_terms
 from clipjax.losses.softmax import clip_terms, decoupled_terms, hard_negative_terms
-from clipjax.losses.sogclr import Both, sogclr_loss
+from clipjax.losses.sogclr import ImageAndText, sogclr_loss
 from clipjax.losses.targets import cwcl_terms, distillation_loss, multi_positive_loss
-
-Scalar = Float[Array, ""]
 
 
 def _per_prefix(loss: PairLoss) -> PairLoss:
@@ -36,8 +34,8 @@ def _per_prefix(loss: PairLoss) -> PairLoss:
     def of_prefixes(term: Any, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
         if term.prefixes is None:
             return loss(term, rows, scale, bias, axis)
-        parts = [dataclasses.replace(rows, image=prefix(rows.image, m), text=prefix(rows.text, m)) for m in term.prefixes]
-        values, rankings = zip(*(loss(term, part, scale, bias, axis) for part in parts), strict=True)
+        nested = [dataclasses.replace(rows, image=prefix(rows.image, m), text=prefix(rows.text, m)) for m in term.prefixes]
+        values, rankings = zip(*(loss(term, inner, scale, bias, axis) for inner in nested), strict=True)
         return add_up(values), rankings[-1]
 
     return of_prefixes
@@ -116,7 +114,7 @@ def _isogclr(term: config.Isogclr, rows: Rows, scale: Scalar, bias: Scalar | Non
     return _remembering(term.gamma, rows, (1 / temperatures[0], 1 / temperatures[1]), term.rho, axis)
 
 
-def _remembering(gamma: float, rows: Rows, scale: Scalar | Both, rho: float, axis: Axis) -> TermResult:
+def _remembering(gamma: float, rows: Rows, scale: Scalar | ImageAndText, rho: float, axis: Axis) -> TermResult:
     """SogCLR's value, and the moved averages. Of several captions it takes the main one."""
     text = rows.text if rows.text.ndim == 2 else rows.text[:, 0]
     past = rows.memory["log_u_image"], rows.memory["log_u_text"]

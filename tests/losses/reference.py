@@ -1,4 +1,4 @@
-"""Every loss in float64 NumPy: dense, from its definition in METHODS, with nothing of clipjax or of JAX.
+"""Every loss in float64 NumPy: dense, from its definition in the papers, with nothing of clipjax or of JAX.
 
 Derivatives are complex steps, f'(a) = Im f(a + ih) / h at h = 1e-30: exact to rounding, no differences taken, so that one
 definition gives the value and every gradient. A stop-gradient is then the real part. The primitives, which are tested at larger
@@ -18,7 +18,7 @@ def unit_rows(x: np.ndarray) -> np.ndarray:
 
 
 def fixture(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The golden fixture of METHODS 0.6 before its rows are normalised: closed formulas, so that any language can make it."""
+    """The golden fixture before its rows are normalised: closed formulas, so that a program in any language can make it."""
     i, j = np.arange(rows, dtype=np.float64)[:, None], np.arange(width, dtype=np.float64)[None]
     x = np.sin(1 + 3 * i + 2 * j * j + 0.5 * i * j)
     return x, x + 0.7 * np.cos(2 + 5 * i + 2 * j + i * j)
@@ -27,7 +27,7 @@ def fixture(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 def random_pairs(
     rows: int, width: int, *, texts: int = 1, gap: float = 0.5, noise: float = 1.0, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors that float32 holds exactly, every text near its picture and all of them apart by a gap."""
+    """Unit vectors that float32 holds exactly, every text near its image, and the two clouds separated by a gap."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, width))
     y = np.repeat(x, texts, 0) + rng.normal(size=(rows * texts, width))
@@ -36,8 +36,8 @@ def random_pairs(
     return tuple(np.float64(np.float32(unit_rows(z))) for z in (x, y))
 
 
-def apart(rows: int, positive: float = 0.3, negative: float = -0.3) -> tuple[np.ndarray, np.ndarray]:
-    """METHODS E.8's extreme geometry: cosine `positive` within a pair and `negative` in every other."""
+def separated(rows: int, positive: float = 0.3, negative: float = -0.3) -> tuple[np.ndarray, np.ndarray]:
+    """An extreme geometry, a wide contrastive gap: cosine `positive` within a pair and `negative` in every other."""
     axis, plane = np.sqrt(-negative), np.sqrt(1 + negative)
     near = (positive - negative) / (1 + negative)
     eye, zero, one = np.eye(rows), np.zeros((rows, rows)), np.ones((rows, 1))
@@ -93,9 +93,9 @@ def softplus(s: np.ndarray) -> np.ndarray:
     return np.where(s.real > 0, s + small, small)
 
 
-def own_pairs(pictures: int, texts: int) -> np.ndarray:
-    """[b, c]: picture i and its first text, i K."""
-    return np.arange(texts)[None] == np.arange(pictures)[:, None] * (texts // pictures)
+def own_pairs(images: int, texts: int) -> np.ndarray:
+    """[b, c]: image i and its first text, i K."""
+    return np.arange(texts)[None] == np.arange(images)[:, None] * (texts // images)
 
 
 def kept(own: np.ndarray, keep: str = "all", ids: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
@@ -187,7 +187,7 @@ def pull_cross_entropy(x, y, scale, tx, ty, teacher_scale, rows, cols) -> tuple[
 
 
 def both(direction: Callable, logits: np.ndarray, *masks: np.ndarray, weight: float = 0.5) -> np.ndarray:
-    """A direction's rows over pictures, then over texts; its mean over either, weighted."""
+    """A direction's rows over images, then over texts; its mean over either, weighted."""
     return weight * direction(logits, *masks).mean() + (1 - weight) * direction(logits.T, *(m.T for m in masks)).mean()
 
 
@@ -270,7 +270,7 @@ def cyclip(x, y):
 
 
 def log_inner(x, y, row_scale, col_scale):
-    """log g of METHODS A.11: of every picture over the other texts, of every text over the other pictures."""
+    """SogCLR's log g (2202.12387): of every image over the other texts, of every text over the other images."""
     cos = x @ y.T
     n, own = len(x), np.eye(len(x), dtype=bool)
     h = (
@@ -293,7 +293,7 @@ def sogclr(x, y, row_scale, col_scale, log_u, gamma, rho=0.0):
 
 
 def sogclr_surrogate(x, y, row_scale, col_scale, log_u, gamma):
-    """Half the sum over both sides of mean_i tau_i g_i / u_i, u the moved average, held: its gradient to x, y is A.11's."""
+    """Half the sum over both sides of mean_i tau_i g_i / u_i, u the moved average, held constant: it has SogCLR's gradient."""
     scales, gs = (row_scale, col_scale), log_inner(x, y, row_scale, col_scale)
     terms = [np.exp(g - moved(u, g, gamma)) / np.real(t) for g, u, t in zip(gs, log_u, scales, strict=True)]
     return sum(t.mean() for t in terms) / 2

@@ -52,14 +52,14 @@ def test_against_float64(tile, scale):
 
 @pytest.mark.parametrize("words", ["tensor", None])
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 2, 2, 2), (2, 1, 1, 4), (1, 1, 1, 8)], ids=str)
-def test_tokens_and_words_divided_over_devices(shape, words):
+def test_tokens_and_words_sharded_over_devices(shape, words):
     """Words on `tensor`, or all of them on every device; their gradient is of all devices' tokens."""
     fn = functools.partial(token_nll, axis=words, tile=(5, 9))
     check(jax.shard_map(fn, mesh=mesh_of(*shape), in_specs=(P(BATCH), P(words), P(BATCH)), out_specs=P(BATCH)), 1.0)
 
 
-def test_words_that_are_all_alike_leave_nothing_to_foresee():
-    for vocab, nll in ((49_408, 10.8079), (64_000, 11.0666)):  # METHODS C.8
+def test_uniform_logits_give_the_log_of_the_vocabulary():
+    for vocab, nll in ((49_408, 10.8079), (64_000, 11.0666)):  # log of the size
         got = token_nll(jnp.ones((2, 4)), jnp.ones((vocab, 4)), jnp.array([0, vocab - 1]))
         np.testing.assert_allclose(got, nll, atol=1e-4)
 

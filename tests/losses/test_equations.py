@@ -38,17 +38,17 @@ class Case(NamedTuple):
     reference: Callable
     scalars: tuple[float, ...] = ()  # after the scale
     texts: int = 1
-    alike: bool = False  # also with ids that are all equal
+    equal_ids: bool = False  # also with ids that are all equal
     # (x, y, rows) -> functions of (x, y, scale, *scalars) that add up to the loss and see x and y through the logits alone, with
     # those x and y: what the scalars' gradients add up is read off their logits. None: the loss itself is one.
     parts: Callable | None = None
 
 
 @functools.cache
-def some_rows(texts: int, alike: bool) -> Beside:
-    ids = np.random.default_rng(2).integers(0, ROWS // 2, ROWS) * (not alike)
+def some_rows(texts: int, equal_ids: bool) -> Beside:
+    ids = np.random.default_rng(2).integers(0, ROWS // 2, ROWS) * (not equal_ids)
     text_ids = np.repeat(ids, texts)
-    text_ids[5::7] = 99  # of no picture
+    text_ids[5::7] = 99  # of no image
     return Beside(np.int32(ids), np.int32(text_ids), *ref.random_pairs(ROWS, 12, seed=9))
 
 
@@ -68,7 +68,7 @@ CASES = {
     "clip: ids, smoothed, ConVIRT": Case(
         lambda x, y, t, rows, axis: losses.clip_loss(x, y, t, axis=axis, image_weight=0.75, label_smoothing=0.1, ids=rows.ids),
         lambda x, y, t, rows: smooth(x, y, t, rows.ids, 0.75),
-        alike=True,
+        equal_ids=True,
     ),
     "siglip": Case(
         lambda x, y, t, b, rows, axis: losses.siglip_loss(x, y, t, b, axis=axis),
@@ -79,7 +79,7 @@ CASES = {
         lambda x, y, t, b, rows, axis: losses.siglip_loss(x, y, t, b, axis=axis, ids=rows.ids),
         lambda x, y, t, b, rows: ref.siglip(x, y, t, b, ids=rows.ids),
         (-10.0,),
-        alike=True,
+        equal_ids=True,
     ),
     "decoupled": Case(
         lambda x, y, t, rows, axis: losses.decoupled_loss(x, y, t, axis=axis),
@@ -88,7 +88,7 @@ CASES = {
     "decoupled: DCLW, ids": Case(
         lambda x, y, t, rows, axis: losses.decoupled_loss(x, y, t, axis=axis, sigma=0.5, ids=rows.ids),
         lambda x, y, t, rows: ref.decoupled(x, y, t, sigma=0.5, ids=rows.ids),
-        alike=True,
+        equal_ids=True,
         parts=lambda x, y, rows: [(functools.partial(ref.decoupled, sigma=0.5, ids=rows.ids, stop_gradient=True), x, y)],
     ),
     "decoupled: DCLW, held": Case(
@@ -104,17 +104,17 @@ CASES = {
             x, y, t, axis=axis, alpha=0.5, beta=0.5, stop_gradient=True, ids=rows.ids
         ),
         lambda x, y, t, rows: ref.hard_negative(x, y, t, alpha=0.5, beta=0.5, stop_gradient=True, ids=rows.ids),
-        alike=True,
+        equal_ids=True,
     ),
     "hard negatives: decoupled": Case(
         lambda x, y, t, rows, axis: losses.hard_negative_loss(x, y, t, axis=axis, alpha=0.0, ids=rows.ids),
         lambda x, y, t, rows: ref.hard_negative(x, y, t, alpha=0.0, ids=rows.ids),
-        alike=True,
+        equal_ids=True,
     ),
     "several positives": Case(
         lambda x, y, t, rows, axis: losses.multi_positive_loss(x, y, t, rows.ids, rows.text_ids, axis=axis),
         lambda x, y, t, rows: ref.multi_positive(x, y, t, rows.ids, rows.text_ids),
-        alike=True,
+        equal_ids=True,
     ),
     "several positives: two texts": Case(
         lambda x, y, t, rows, axis: losses.multi_positive_loss(x, y, t, rows.ids, rows.text_ids, axis=axis),
@@ -163,10 +163,10 @@ def vectors(texts: int, near: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def wanted(kind: str, near: bool, alike: bool, scale: float) -> tuple[float, tuple[np.ndarray, ...], list[float]]:
+def wanted(kind: str, near: bool, equal_ids: bool, scale: float) -> tuple[float, tuple[np.ndarray, ...], list[float]]:
     """The value, the gradients, and for each scalar's the sum of the absolute values of what it adds up."""
     case = CASES[kind]
-    (x, y), rows = vectors(case.texts, near), some_rows(case.texts, alike)
+    (x, y), rows = vectors(case.texts, near), some_rows(case.texts, equal_ids)
     value = case.reference(x, y, scale, *case.scalars, rows)
     grads = ref.gradients(lambda *args: case.reference(*args, rows), x, y, scale, *case.scalars)
     parts = case.parts(x, y, rows) if case.parts else [(lambda *args: case.reference(*args, rows), x, y)]
@@ -181,18 +181,20 @@ def wanted(kind: str, near: bool, alike: bool, scale: float) -> tuple[float, tup
 def check(kind: str, shape: Shape, way: str) -> None:
     case = CASES[kind]
     run = pulled(lambda *args: case.loss(*args, axis=axis_of(shape)), shape, way)
-    for near, alike, scale in SETTINGS[: None if case.alike else -1]:
+    for near, equal_ids, scale in SETTINGS[: None if case.equal_ids else -1]:
         scale = float(np.float32(scale))
-        value, grads, terms = wanted(kind, near, alike, scale)
+        value, grads, terms = wanted(kind, near, equal_ids, scale)
         args = [jnp.float32(a) for a in (*vectors(case.texts, near), scale, *case.scalars)]
-        rows = Beside(*(jnp.asarray(z, np.int32 if z.dtype == np.int32 else np.float32) for z in some_rows(case.texts, alike)))
+        rows = Beside(
+            *(jnp.asarray(z, np.int32 if z.dtype == np.int32 else np.float32) for z in some_rows(case.texts, equal_ids))
+        )
         got, got_grads = run(args, jnp.float32(1), [rows])
-        setting = f"{kind} at {scale}, near={near}, alike={alike}"
-        assert abs(got - value) <= 1e-5 * max(abs(value), 1e-2), f"{setting}: {got} for {value}"
-        close(got_grads[0], grads[0], scale, f"{setting}: by image")
-        close(got_grads[1], grads[1], scale, f"{setting}: by text")
+        case_name = f"{kind} at {scale}, near={near}, equal_ids={equal_ids}"
+        assert abs(got - value) <= 1e-5 * max(abs(value), 1e-2), f"{case_name}: {got} for {value}"
+        close(got_grads[0], grads[0], scale, f"{case_name}: by image")
+        close(got_grads[1], grads[1], scale, f"{case_name}: by text")
         for g, w, most in zip(got_grads[2:], grads[2:], terms, strict=False):
-            assert abs(g - w) <= 1e-5 * most, f"{setting}: {g} for {w} of terms {most}"
+            assert abs(g - w) <= 1e-5 * most, f"{case_name}: {g} for {w} of terms {most}"
 
 
 @pytest.mark.optimized

@@ -1,4 +1,4 @@
-"""What a device must hold and compute for a loss, told by compilers: linear in its share of the batch, and few products."""
+"""What a device holds and computes for a loss, by compilers: memory linear in its share of the batch, and few products."""
 
 import jax
 import pytest
@@ -39,10 +39,10 @@ def test_memory_is_linear_in_the_batch(name):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "most", "products"), [("softmax", 25, 9), ("sigmoid", 25, 7), ("cuaxu", 40, 28)])
 def test_a_pod(name, most, products):
-    whole, flops = compiled(name, 131_072, 1152, topology="v5e:16x16")
+    full, flops = compiled(name, 131_072, 1152, topology="v5e:16x16")
     half, _ = compiled(name, 65_536, 1152, topology="v5e:16x16")
-    assert whole.peak_bytes <= most * MIB
-    assert whole.peak_bytes <= 2.1 * half.peak_bytes
+    assert full.peak_bytes <= most * MIB
+    assert full.peak_bytes <= 2.1 * half.peak_bytes
     assert flops <= products
 
 

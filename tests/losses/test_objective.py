@@ -117,7 +117,7 @@ def test_weight_zero_is_not_traced():
 
 @pytest.mark.parametrize(("terms", "want"), [(config.CUA, 5.8926994998), (config.CUAXU, 3.5883101748)], ids=["cua", "cuaxu"])
 def test_presets_of_the_contrastive_gap(terms, want):
-    """METHODS 0.6."""
+    """Golden values of `reference.fixture`, computed in float64."""
     x, y = (jnp.float32(reference.unit_rows(z)) for z in reference.fixture(4, 3))
     np.testing.assert_allclose(total(*terms, rows=Rows(x, y), scale=100.0)[0], want, rtol=1e-5)
 

@@ -17,7 +17,7 @@ SCALES = (1.0, 14.3, 100.0)
 ROWS, WIDTH = 24, 49  # 3 rows on each of 8 devices; wide enough for the geometry that needs an axis for each row, and more
 
 
-class How(NamedTuple):
+class Route(NamedTuple):
     shape: Shape
     travel: str | None
     tile: int
@@ -27,7 +27,7 @@ class How(NamedTuple):
         return dict(axis=axis_of(self.shape), travel=self.travel, tile=self.tile)
 
 
-class What(NamedTuple):
+class Request(NamedTuple):
     keep: str = "all"
     texts: int = 1  # K
     ids: bool = False
@@ -37,33 +37,33 @@ class What(NamedTuple):
 
 # Each mesh; both ways to travel; tiles that divide, that don't, of one row and larger than all rows; each way to differentiate.
 QUICK = [
-    (How(None, None, 1000), What("off_diagonal")),
-    (How(None, None, 7), What("distinct", texts=2, ids=True, scales="rows")),
-    (How((1, 1), "ring", 5, "inside"), What("distinct", ids=True)),
-    (How((2, 1), "gather", 5, "outside, unchecked"), What("all", texts=3, ids=True, scales="rows")),
-    (How((4, 1), "ring", 4, "outside, unchecked"), What("off_diagonal", ids=True, scales="sides")),
-    (How((4, 1), "gather", 1000, "inside"), What("off_diagonal", scales="rows", columns=False)),
-    (How((8, 1), "ring", 2, "inside"), What("distinct", texts=2, ids=True, scales="rows")),
-    (How((8, 1), "gather", 4), What("distinct", ids=True, scales="sides")),
-    (How((2, 4), "ring", 3), What("all", texts=2)),
-    (How((2, 4), None, 1, "inside"), What("all", ids=True, scales="rows")),
-    (How((2, 2, 2, 1), "ring", 4, "inside"), What("distinct", texts=2, ids=True, scales="rows")),  # slices: rings of rings
-    (How((1, 2, 1, 4), "gather", 5, "inside"), What("distinct", ids=True, scales="rows")),  # 4 share 12 columns of a device
-    (How((2, 2, 1, 2), "ring", 2), What("off_diagonal", texts=3, scales="sides")),  # both
+    (Route(None, None, 1000), Request("off_diagonal")),
+    (Route(None, None, 7), Request("distinct", texts=2, ids=True, scales="rows")),
+    (Route((1, 1), "ring", 5, "inside"), Request("distinct", ids=True)),
+    (Route((2, 1), "gather", 5, "outside, unchecked"), Request("all", texts=3, ids=True, scales="rows")),
+    (Route((4, 1), "ring", 4, "outside, unchecked"), Request("off_diagonal", ids=True, scales="sides")),
+    (Route((4, 1), "gather", 1000, "inside"), Request("off_diagonal", scales="rows", columns=False)),
+    (Route((8, 1), "ring", 2, "inside"), Request("distinct", texts=2, ids=True, scales="rows")),
+    (Route((8, 1), "gather", 4), Request("distinct", ids=True, scales="sides")),
+    (Route((2, 4), "ring", 3), Request("all", texts=2)),
+    (Route((2, 4), None, 1, "inside"), Request("all", ids=True, scales="rows")),
+    (Route((2, 2, 2, 1), "ring", 4, "inside"), Request("distinct", texts=2, ids=True, scales="rows")),  # slices: rings of rings
+    (Route((1, 2, 1, 4), "gather", 5, "inside"), Request("distinct", ids=True, scales="rows")),  # 4 share 12 columns of a device
+    (Route((2, 2, 1, 2), "ring", 2), Request("off_diagonal", texts=3, scales="sides")),  # both
 ]
 MESHES = [None, (1, 1), (2, 1), (4, 1), (8, 1), (2, 4), (4, 2, 1, 1), (1, 1, 2, 4), (2, 1, 2, 2)]
 WAYS = [("ring", "outside"), ("gather", "outside, unchecked"), ("ring", "inside")]
 WHATS = [
-    What("all"),
-    What("off_diagonal", scales="rows"),
-    What("all", texts=2, ids=True, scales="sides"),
-    What("off_diagonal", texts=3, ids=True),
-    What("distinct", texts=3, ids=True, scales="rows"),
-    What("distinct", ids=True, columns=False),
+    Request("all"),
+    Request("off_diagonal", scales="rows"),
+    Request("all", texts=2, ids=True, scales="sides"),
+    Request("off_diagonal", texts=3, ids=True),
+    Request("distinct", texts=3, ids=True, scales="rows"),
+    Request("distinct", ids=True, columns=False),
 ]
 
 
-def sweep(tiles: int) -> list[tuple[int, How]]:
+def sweep(tiles: int) -> list[tuple[int, Route]]:
     """Every mesh with every way, and with `tiles` of three tiles; the number beside it runs so that whatever goes by it, modulo
     up to 6, meets every mesh and every way.
     """
@@ -71,7 +71,7 @@ def sweep(tiles: int) -> list[tuple[int, How]]:
     for m, shape in enumerate(MESHES):
         for w, (travel, way) in enumerate(WAYS if shape else [(None, "outside")]):
             for t in range(3) if shape is None else range(tiles):
-                found.append((3 * t + w + m, How(shape, travel, (1, 5, 1000)[(t + w + m) % 3], way)))
+                found.append((3 * t + w + m, Route(shape, travel, (1, 5, 1000)[(t + w + m) % 3], way)))
     return found
 
 
@@ -81,9 +81,9 @@ def name(value) -> str:
 
 @functools.cache
 def geometries(rows: int, texts: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """Random ones, positives at .3 with negatives at -.3 (METHODS E.8), and all rows equal: as wide each."""
+    """Random ones, positives at .3 with negatives at -.3 (a wide contrastive gap), and all rows equal. All are of one width."""
     width = 2 * rows + 1
-    far = ref.apart(rows)
+    far = ref.separated(rows)
     same = np.eye(width)[np.zeros(rows, int)]
     return (
         tuple(np.pad(z, ((0, 0), (0, width - 8))) for z in ref.random_pairs(rows, 8, texts=texts)),
@@ -93,11 +93,11 @@ def geometries(rows: int, texts: int) -> tuple[tuple[np.ndarray, np.ndarray], ..
 
 
 def some_ids(rows: int, texts: int, geometry: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of pictures and texts, an own pair's equal: many equal ones anywhere; one for all, so nothing is left; or whole tiles."""
+    """Of images and texts, equal within a pair: many equal ones anywhere; one for all, so nothing is kept; or full tiles."""
     ids = np.random.default_rng(0).integers(0, rows // 3, rows)
     ids = (ids, 0 * ids, np.sort(ids))[geometry]
     text_ids = np.repeat(ids, texts)
-    others = np.arange(len(text_ids)) % texts != 0  # further texts of a picture may be of another id than their own
+    others = np.arange(len(text_ids)) % texts != 0  # the further texts of an image may have another id
     return ids, np.where(others & (np.arange(len(text_ids)) % 5 == 0), text_ids[::-1], text_ids)
 
 
@@ -116,27 +116,27 @@ def cotangents_of(fields: dict[str, int], seed: int) -> dict[str, np.ndarray]:
     return {field: np.float64(np.float32(rng.normal(size=n))) for field, n in fields.items()}
 
 
-def check_logsumexp(how: How, what: What, rows: int) -> None:
+def check_logsumexp(route: Route, what: Request, rows: int) -> None:
     n, c = rows, rows * what.texts
     fields = {"rows": n, "cols": c} | ({"row_positive": n, "col_positive": c} if what.ids else {})
     if not what.columns:
         fields = {k: v for k, v in fields.items() if k.startswith("row")}
-    cot = cotangents_of(fields, zlib.crc32(repr((how, what)).encode()))
+    cot = cotangents_of(fields, zlib.crc32(repr((route, what)).encode()))
     full = cotangents_of({"rows": n, "cols": c, "row_positive": n, "col_positive": c}, 0)
     full = {k: cot.get(k, 0 * v) for k, v in full.items()}
     maxima = ("row_max", "col_max") if what.columns else ("row_max",)
 
     def reduced(x, y, row, col, x_ids, y_ids):
         ids = (x_ids, y_ids) if what.ids else None
-        out = pairwise_logsumexp(x, y, row, col, keep=what.keep, ids=ids, columns=what.columns, **how.keywords())
+        out = pairwise_logsumexp(x, y, row, col, keep=what.keep, ids=ids, columns=what.columns, **route.keywords())
         assert what.columns or (out.cols, out.col_max, out.col_positive) == (None, None, None)
         assert what.ids or (out.row_positive, out.col_positive) == (None, None)
         return [getattr(out, k) for k in (*fields, *maxima)]
 
     run = pulled(
         lambda x, y, row, col, x_ids, y_ids: reduced(x, y, row, None if what.scales == "shared" else col, x_ids, y_ids),
-        how.shape,
-        how.way,
+        route.shape,
+        route.way,
     )
     for scale, (geometry, (x, y)) in itertools.product(SCALES, enumerate(geometries(rows, what.texts))):
         pair = some_ids(rows, what.texts, geometry)
@@ -164,23 +164,23 @@ def check_logsumexp(how: How, what: What, rows: int) -> None:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize(("how", "what"), QUICK, ids=name)
-def test_logsumexp(how, what):
-    check_logsumexp(how, what, ROWS)
+@pytest.mark.parametrize(("route", "what"), QUICK, ids=name)
+def test_logsumexp(route, what):
+    check_logsumexp(route, what, ROWS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "what"), [(how, WHATS[n % len(WHATS)]) for n, how in sweep(3)], ids=name)
-def test_logsumexp_everywhere(how, what):
-    check_logsumexp(how, what, 48)
+@pytest.mark.parametrize(("route", "what"), [(route, WHATS[n % len(WHATS)]) for n, route in sweep(3)], ids=name)
+def test_logsumexp_everywhere(route, what):
+    check_logsumexp(route, what, 48)
 
 
-def check_softplus(how: How, rows: int, *, with_ids: bool) -> None:
+def check_softplus(route: Route, rows: int, *, with_ids: bool) -> None:
 
     def summed(x, y, scale, bias, ids):
-        return pairwise_softplus(x, y, scale, bias, ids=(ids, ids) if with_ids else None, **how.keywords())
+        return pairwise_softplus(x, y, scale, bias, ids=(ids, ids) if with_ids else None, **route.keywords())
 
-    run = pulled(summed, how.shape, how.way)
+    run = pulled(summed, route.shape, route.way)
     for scale, bias, (geometry, (x, y)) in itertools.product(SCALES, (-10.0, 2.0), enumerate(geometries(rows, 1))):
         given = some_ids(rows, 1, geometry)
         pair = given if with_ids else None
@@ -202,25 +202,25 @@ def check_softplus(how: How, rows: int, *, with_ids: bool) -> None:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize(("how", "with_ids"), [(QUICK[i][0], i < 5) for i in (1, 4, 6, 9)])
-def test_softplus(how, with_ids):
-    check_softplus(how, ROWS, with_ids=with_ids)
+@pytest.mark.parametrize(("route", "with_ids"), [(QUICK[i][0], i < 5) for i in (1, 4, 6, 9)])
+def test_softplus(route, with_ids):
+    check_softplus(route, ROWS, with_ids=with_ids)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "with_ids"), [(how, n % 2 == 0) for n, how in sweep(1)])
-def test_softplus_everywhere(how, with_ids):
-    check_softplus(how, 48, with_ids=with_ids)
+@pytest.mark.parametrize(("route", "with_ids"), [(route, n % 2 == 0) for n, route in sweep(1)])
+def test_softplus_everywhere(route, with_ids):
+    check_softplus(route, 48, with_ids=with_ids)
 
 
-def check_cross_entropy(how: How, rows: int) -> None:
+def check_cross_entropy(route: Route, rows: int) -> None:
     tx, ty = ref.random_pairs(rows, 12, seed=5)
     cot = cotangents_of({"rows": rows, "cols": rows}, 3)
 
     def entropies(x, y, scale, tx, ty, teacher_scale):
-        return pairwise_cross_entropy(x, y, scale, tx, ty, teacher_scale, **how.keywords())
+        return pairwise_cross_entropy(x, y, scale, tx, ty, teacher_scale, **route.keywords())
 
-    run = pulled(entropies, how.shape, how.way)
+    run = pulled(entropies, route.shape, route.way)
     for scale, teacher, (x, y) in itertools.product(SCALES, (1.0, 50.0), geometries(rows, 1)):
         scale = float(np.float32(scale))
         args = tuple(jnp.float32(a) for a in (x, y, scale, tx, ty, teacher))
@@ -235,15 +235,15 @@ def check_cross_entropy(how: How, rows: int) -> None:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("how", [h for h, _ in (QUICK[1], QUICK[6], QUICK[7])], ids=name)
-def test_cross_entropy(how):
-    check_cross_entropy(how, ROWS)
+@pytest.mark.parametrize("route", [h for h, _ in (QUICK[1], QUICK[6], QUICK[7])], ids=name)
+def test_cross_entropy(route):
+    check_cross_entropy(route, ROWS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [how for _, how in sweep(1)], ids=name)
-def test_cross_entropy_everywhere(how):
-    check_cross_entropy(how, 48)
+@pytest.mark.parametrize("route", [route for _, route in sweep(1)], ids=name)
+def test_cross_entropy_everywhere(route):
+    check_cross_entropy(route, 48)
 
 
 def test_a_vector_that_is_no_number_shows():

@@ -1,4 +1,4 @@
-"""What holds of every loss: the values of METHODS 0.6 and 0.7 in float32, invariances, and batches that are no ordinary ones."""
+"""What holds for every loss: golden values and closed forms in float32, invariances, and unusual batches."""
 
 import functools
 
@@ -73,9 +73,9 @@ def test_invariances():
         "of other lengths": (every_loss()(lengths * x, y / lengths), KINDS.keys()),
         "exchanged": (every_loss()(y, x), SYMMETRIC),
     }
-    for how, (got, kinds) in changed.items():
+    for change, (got, kinds) in changed.items():
         for kind in kinds:
-            assert abs(got[kind] - want[kind]) <= 2e-5 * max(abs(want[kind]), 1e-2), f"{kind} {how}"
+            assert abs(got[kind] - want[kind]) <= 2e-5 * max(abs(want[kind]), 1e-2), f"{kind} {change}"
     assert abs(got["ConVIRT"] - want["ConVIRT"]) > 0.01  # which the exchange is to change
 
 
@@ -97,12 +97,12 @@ def test_the_larger_fixture():
 def test_closed_forms():
     n = 256
     same, eye = jnp.zeros((n, n)).at[:, 0].set(1), jnp.eye(n)
-    apart = jnp.eye(n, 2 * n), jnp.eye(n, 2 * n, n)  # every cosine 0
+    separated = jnp.eye(n, 2 * n), jnp.eye(n, 2 * n, n)  # every cosine 0
     triangle = jnp.array([[1, 0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]], jnp.float32)
     bias = jnp.float32(-np.log(n - 1))
 
     @jax.jit
-    def values(same, eye, apart):
+    def values(same, eye, separated):
         return {
             "all equal": (losses.clip_loss(same, same, 100.0), np.log(n)),
             "all equal, sigmoid": (losses.siglip_loss(same, same, 10.0, -10.0), n * np.log(2)),
@@ -110,12 +110,12 @@ def test_closed_forms():
             "all equal, uniformity": (losses.uniformity(same) + 1, 1),
             "towers opposite": (losses.cross_uniformity(same, -same), -8),
             "orthonormal": (losses.clip_loss(eye, eye, T), 1.593304e-4),  # the form lse - s_ii fails this
-            "orthogonal, sigmoid": (losses.siglip_loss(*apart, 10.0, -10.0), 10.011622),
-            "balanced bias": (1 + jax.grad(lambda b: losses.siglip_loss(*apart, 10.0, b))(bias), 1),
+            "orthogonal, sigmoid": (losses.siglip_loss(*separated, 10.0, -10.0), 10.011622),
+            "balanced bias": (1 + jax.grad(lambda b: losses.siglip_loss(*separated, 10.0, b))(bias), 1),
             "simplex": (losses.uniformity(triangle), -6),
         }
 
-    for name, (got, want) in values(same, eye, apart).items():
+    for name, (got, want) in values(same, eye, separated).items():
         assert abs(got - want) <= 1e-5 * max(abs(want), 1e-4), f"{name}: {got} for {want}"
 
 

@@ -1,4 +1,4 @@
-"""The references are themselves judged: the values of METHODS 0.6, closed forms of 0.7, a second way to every gradient."""
+"""The references are tested themselves: golden values of the fixture, closed forms, and every gradient in a second way."""
 
 import numpy as np
 import pytest
@@ -63,14 +63,14 @@ def test_golden_moving_average():
     np.testing.assert_allclose(g1, [1.4375167222e-3, 1.8986384808e2, 1.1641197115e-8, 3.2425949415e-3], rtol=1e-9)
     np.testing.assert_allclose(g2, [2.4512254485e-4, 1.8302290137e-1, 1.3216750858e-4, 3.3284668069], rtol=1e-9)
 
-    def whole(x, y):
+    def total_of(x, y):
         return sum(g.mean() for g in ref.log_inner(x, y, T, T)) / T / 2
 
-    assert whole(X, Y) == pytest.approx(-0.3765952118, abs=6e-11)
-    assert ref.decoupled(X, Y, T) == pytest.approx(whole(X, Y) * T + np.log(3), abs=1e-12)
+    assert total_of(X, Y) == pytest.approx(-0.3765952118, abs=6e-11)
+    assert ref.decoupled(X, Y, T) == pytest.approx(total_of(X, Y) * T + np.log(3), abs=1e-12)
     zeros = np.zeros(4), np.zeros(4)
     surrogate = ref.gradients(lambda x, y: ref.sogclr_surrogate(x, y, T, T, zeros, 1.0), X, Y)
-    for got, want in zip(surrogate, ref.gradients(whole, X, Y), strict=True):
+    for got, want in zip(surrogate, ref.gradients(total_of, X, Y), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-12)
     kept = ref.moved(np.log([0.5, 2.0]), np.log([3.0, 1.0]), 0.25)
     np.testing.assert_allclose(np.exp(kept), [0.75 * 0.5 + 0.25 * 3, 0.75 * 2 + 0.25], rtol=1e-14)
@@ -107,7 +107,7 @@ def test_closed_forms():
     twice = [np.concatenate([z, z]) for z in (X, Y)]
     assert ref.multi_positive(*twice, T, *[np.tile(ids[:4], 2)] * 2) == pytest.approx(ref.clip(X, Y, T) + np.log(2), rel=1e-14)
     assert ref.cwcl(X, Y, T, weights=np.eye(4)) == pytest.approx(2 * ref.clip(X, Y, T), rel=1e-14)
-    x, y = ref.apart(8)
+    x, y = ref.separated(8)
     np.testing.assert_allclose(x @ y.T, np.where(np.eye(8), 0.3, -0.3), atol=1e-7)
     np.testing.assert_allclose([(x * x).sum(1), (y * y).sum(1)], 1, atol=1e-7)
 
@@ -172,15 +172,15 @@ def test_ids_leave_out_pairs_and_empty_rows_count_as_zero():
 
 
 def test_temperatures_follow_the_average():
-    """A.11's gradient of tau is that of tau log g where u is g; with u apart from g it is no function's gradient."""
+    """iSogCLR's gradient of tau (2305.11965) is that of tau log g where u is g. For any other u it is no function's gradient."""
     zeros, b = (np.zeros(4), np.zeros(4)), 4
     taus = np.linspace(0.05, 0.2, b), np.linspace(0.3, 0.1, b)
     got, terms = ref.by_temperature(X, Y, 1 / taus[0], 1 / taus[1], zeros, 1.0)
 
-    def whole(t1, t2):
+    def total_of(t1, t2):
         return sum((t * g).mean() for t, g in zip((t1, t2), ref.log_inner(X, Y, 1 / t1, 1 / t2), strict=True)) / 2
 
-    for g, want, most in zip(got, ref.gradients(whole, *taus), terms, strict=True):
+    for g, want, most in zip(got, ref.gradients(total_of, *taus), terms, strict=True):
         np.testing.assert_allclose(g, want, rtol=1e-12)
         assert np.all(np.abs(g) <= most)
     assert ref.sogclr(X, Y, T, T, zeros, 1.0)[0] == pytest.approx(-0.3765952118, abs=6e-11)

@@ -64,12 +64,12 @@ def check(shape, way, rows):
             tolerance = 1e-5 * max(abs(want), 6e-2 if "uniformity" in name and g >= 2 else 1e-2)
             assert abs(values[k] - want) <= tolerance, f"{name}, geometry {g}: {values[k]} for {want}"
             for z, a, w in zip((x, y), got, want_grads, strict=True):
-                whole = np.abs(w).max(initial=1e-6)
+                largest = np.abs(w).max(initial=1e-6)
                 if name in COSINES:
-                    whole = np.abs(a).max(initial=1e-6)  # a gradient off the sphere is rounded as such before it is dropped
+                    largest = np.abs(a).max(initial=1e-6)  # a gradient off the sphere is rounded as such before it is dropped
                     a, w = (ref.tangent(np.float64(v), z) for v in (a, w))
                 rtol = 5e-5 if g == 3 and "modal" in name else 1e-5  # differences of nearly equal cosines, however they are taken
-                np.testing.assert_allclose(a, w, rtol=0, atol=rtol * whole, err_msg=f"{name}, geometry {g}")
+                np.testing.assert_allclose(a, w, rtol=0, atol=rtol * largest, err_msg=f"{name}, geometry {g}")
 
 
 @pytest.mark.parametrize(("shape", "way", "tile", "travel"), [(None, "outside", 5, None), ((2, 4), "inside", 512, "ring")])

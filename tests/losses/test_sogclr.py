@@ -1,4 +1,4 @@
-"""SogCLR's loss, its moving averages and the gradients by vectors and temperatures, against float64 (METHODS A.11)."""
+"""SogCLR's loss, its moving averages and the gradients by vectors and temperatures, against float64 (2202.12387, 2305.11965)."""
 
 import jax
 import jax.numpy as jnp
@@ -13,55 +13,55 @@ from tests.losses.test_pairwise import close
 ROWS, WIDTH = 16, 6
 
 
-def check(shape, way, rows, *, each: bool):
-    """With one temperature, or with one for each picture and each text."""
+def check(shape, way, rows, *, per_example: bool):
+    """With one temperature, or with one for each image and each text."""
     rng = np.random.default_rng(3)
     x, y = ref.random_pairs(rows, WIDTH)
-    rho = 2.0 if each else 0.0
+    rho = 2.0 if per_example else 0.0
 
     def loss(x, y, row, col, log_u, gamma):
-        return sogclr_loss(x, y, (row, col) if each else row, log_u, gamma, axis=axis_of(shape), rho=rho)
+        return sogclr_loss(x, y, (row, col) if per_example else row, log_u, gamma, axis=axis_of(shape), rho=rho)
 
     run = pulled(loss, shape, way)
     zeros = jnp.zeros(rows)
     for scale, gamma in ((1.0, 0.3), (14.3, 1.0), (14.3, 0.25), (100.0, 0.8)):
-        scales = [np.float64(np.float32(scale * rng.uniform(0.5, 1, rows))) for _ in range(2)] if each else [scale] * 2
+        scales = [np.float64(np.float32(scale * rng.uniform(0.5, 1, rows))) for _ in range(2)] if per_example else [scale] * 2
         # averages as they are between g of a good and of a bad pair; some examples are seen for the first time
         log_u = [np.where(np.arange(rows) % 5 == 0, -np.inf, np.float32(rng.normal(size=rows) - scale / 10)) for _ in range(2)]
         args = [jnp.float32(a) for a in (x, y, *scales)]
         states = tuple(jnp.float32(u) for u in log_u)
         (value, new), grads = run(args, (jnp.float32(1), (zeros, zeros)), (states, jnp.float32(gamma)))
         want, want_new = ref.sogclr(x, y, *scales, log_u, gamma, rho)
-        setting = f"scale {scale}, gamma {gamma}"
-        assert abs(value - want) <= 1e-5 * max(abs(want), 1e-2), setting
+        case = f"scale {scale}, gamma {gamma}"
+        assert abs(value - want) <= 1e-5 * max(abs(want), 1e-2), case
         for got, u in zip(new, want_new, strict=True):
-            close(got, u, scale, setting)
+            close(got, u, scale, case)
         by_vectors = ref.gradients(lambda x, y, s=scales, u=log_u, g=gamma: ref.sogclr_surrogate(x, y, *s, u, g), x, y)
         for got, w in zip(grads[:2], by_vectors, strict=True):
-            close(got, w, scale, setting)
+            close(got, w, scale, case)
         by_tau, terms = (np.array(a) for a in ref.by_temperature(x, y, *scales, log_u, gamma, rho))
         by_scale, terms = (-a / np.stack(np.broadcast_arrays(*scales)).reshape(2, -1) ** 2 for a in (by_tau, -terms))
-        if each:
+        if per_example:
             for got, w, most in zip(grads[2:], by_scale, terms, strict=True):
-                assert np.all(np.abs(got - w) <= (5e-5 if scale == 100 else 1e-5) * most.max()), setting
+                assert np.all(np.abs(got - w) <= (5e-5 if scale == 100 else 1e-5) * most.max()), case
         else:
-            assert abs(grads[2] - by_scale.sum()) <= 1e-5 * terms.sum(), setting
+            assert abs(grads[2] - by_scale.sum()) <= 1e-5 * terms.sum(), case
             assert grads[3] == 0
 
 
 @pytest.mark.parametrize(
-    ("shape", "way", "tile", "each"),
+    ("shape", "way", "tile", "per_example"),
     [(None, "outside", 5, False), (None, "outside", 5, True), ((2, 4), "outside", 512, False), ((2, 4), "inside", 512, True)],
 )
-def test_sogclr(shape, way, tile, each, monkeypatch):
+def test_sogclr(shape, way, tile, per_example, monkeypatch):
     monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "tile", tile)
     monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "travel", None if shape is None else "ring")
-    check(shape, way, ROWS, each=each)
+    check(shape, way, ROWS, per_example=per_example)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "way", "each"),
+    ("shape", "way", "per_example"),
     [
         ((1, 1), "outside", True),
         ((1, 1), "inside", False),
@@ -75,9 +75,9 @@ def test_sogclr(shape, way, tile, each, monkeypatch):
         ((2, 4), "outside, unchecked", False),
     ],
 )
-def test_sogclr_on_meshes(shape, way, each, monkeypatch):
+def test_sogclr_on_meshes(shape, way, per_example, monkeypatch):
     monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "tile", 3)
-    check(shape, way, 48, each=each)
+    check(shape, way, 48, per_example=per_example)
 
 
 def test_the_limits_of_gamma():

@@ -16,7 +16,7 @@ from clipjax.losses.pairwise.tiles import Travel, sweep
 # The largest logit, and the log of the sum of exp(logit - largest). Their sum would lose the digits by which a row's two
 # softmaxes, each of sum 1, cancel in the gradient.
 Lse = tuple[Float[Array, " n"], Float[Array, " n"]]
-Both = tuple[Float[Array, " b"], Float[Array, " b"]]  # of rows, of columns
+RowsAndColumns = tuple[Float[Array, " b"], Float[Array, " b"]]
 
 
 class DistillationSide(NamedTuple):
@@ -50,7 +50,7 @@ def pairwise_cross_entropy(
     tile: int = TILE,
     travel: Travel | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
-) -> Both:
+) -> RowsAndColumns:
     """-sum_j softmax_j(teacher_scale teacher_cos_ij) log softmax_j(scale cos_ij) of every row, and the same of every column.
 
     The teacher has no gradient.
@@ -63,7 +63,7 @@ def pairwise_cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
     options: PairwiseOptions, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
-) -> Both:
+) -> RowsAndColumns:
     return _cross_entropy_fwd(options, x, y, scale, tx, ty, teacher_scale)[0]
 
 
@@ -75,7 +75,7 @@ def _sides(options: PairwiseOptions, x: Array, y: Array, tx: Array, ty: Array) -
 
 def _cross_entropy_fwd(
     options: PairwiseOptions, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
-) -> tuple[Both, tuple[Any, ...]]:
+) -> tuple[RowsAndColumns, tuple[Any, ...]]:
     def tile(r: DistillationSide, c: DistillationSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options.dtype)
         others = both(~pairs.own, pairs.real)
@@ -105,7 +105,7 @@ def _cross_entropy_fwd(
     return (of_rows[0], of_cols[0]), (x, y, scale, tx, ty, teacher_scale, *of_rows[1:], *of_cols[1:])
 
 
-def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct: Both) -> tuple[Array, ...]:
+def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct: RowsAndColumns) -> tuple[Array, ...]:
     x, y, scale, tx, ty, teacher_scale, row_lse, row_teacher_lse, col_lse, col_teacher_lse = residuals
 
     def tile(r: DistillationGradientSide, c: DistillationGradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:

@@ -44,7 +44,7 @@ class Reduced(NamedTuple):
         return self.row_positive, self.col_positive
 
 
-class Side(NamedTuple):
+class ScaledSide(NamedTuple):
     """Rows or columns in the forward pass."""
 
     z: Float[Array, "n d"]
@@ -103,15 +103,15 @@ def _logsumexp(options: PairwiseOptions, x: Array, y: Array, row_scale: Array, c
 
 def _sides(
     options: PairwiseOptions, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None
-) -> tuple[Side, Side]:
+) -> tuple[ScaledSide, ScaledSide]:
     x_ids, y_ids = ids or (None, None)
-    return Side(x.astype(options.dtype), row_scale, x_ids), Side(y.astype(options.dtype), col_scale, y_ids)
+    return ScaledSide(x.astype(options.dtype), row_scale, x_ids), ScaledSide(y.astype(options.dtype), col_scale, y_ids)
 
 
 def _logsumexp_fwd(
     options: PairwiseOptions, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None
 ) -> tuple[Reduced, tuple]:
-    def tile(r: Side, c: Side, pairs: TilePairs) -> tuple[Partial, Partial]:
+    def tile(r: ScaledSide, c: ScaledSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options.dtype)
         kept, positive = masks(options.keep, r.ids, c.ids, pairs)
         positives = None if positive is None else jnp.where(positive, cos, 0)
@@ -141,7 +141,7 @@ def _logsumexp_fwd(
 def _logsumexp_bwd(options: PairwiseOptions, residuals: tuple, ct: Reduced) -> tuple[Array, Array, Array, Array, None]:
     x, y, row_scale, col_scale, ids, row_lse, col_lse = residuals
 
-    def tile(r: GradientSide, c: Side | GradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:
+    def tile(r: GradientSide, c: ScaledSide | GradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options.dtype)
         kept, positive = masks(options.keep, r.ids, c.ids, pairs)
 

@@ -108,8 +108,8 @@ def at(tree: Any, i: Array | int) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
-def put(tree: Any, i: Array | int, part: Any) -> Any:
-    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), tree, part)
+def put(tree: Any, i: Array | int, value: Any) -> Any:
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), tree, value)
 
 
 def stack(tree: Any, count: int) -> Any:
