@@ -1,4 +1,4 @@
-"""The command line: `clipjax COMMAND --help` tells each command's options, units and defaults.
+"""The command line: `clipjax COMMAND --help` lists each command's options, units and defaults.
 
 Exit status: 0 success; 1 failure (a non-finite loss, a full disk, a verification that does not hold); 2 wrong use. `train` also
 has 75: it was asked to stop and has saved its state, and the same command resumes; and 130, the same after Ctrl-C.

@@ -132,7 +132,7 @@ def _evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> No
     evaluation = prepare(wanted, model.encoder, model.tokenizer, model.run)
     results = evaluation.run(model.params)
     result = report(evaluation.dataset, model.name, f"step {model.step}", wanted.task, results.metrics)
-    numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # a curve is for the file
+    numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves
     _say(json.dumps(result | {"metrics": numbers}, indent=2, ensure_ascii=False))
     if args.json:
         write_json(args.json, result)

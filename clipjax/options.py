@@ -152,7 +152,7 @@ COMMANDS = (
     _command(
         "caption",
         commands.caption,
-        "generate captions of images: greedily, by beam search (--beams, --alpha), or by sampling (any of the last four options)",
+        "generate captions of images: greedily, by beam search (--beams), or by sampling (--temperature, --top-k, --top-p)",
         *RUN,
         _argument("images", "IMAGE", "image files", nargs="+"),
         _json("image, caption and logprob (nats) of each"),

@@ -1,6 +1,6 @@
-"""How the towers run on a mesh: on whose rows, and where a layer's full weights come from.
+"""How the towers run on a mesh: on which rows of the batch, and where a layer's full weights come from.
 
-One of three ways, by the mesh: the first row below whose axis has more than one device, and `data` for all other meshes.
+There are three ways. A mesh takes the first row of this table whose axis has more than one device, else the row `data`.
 
 | axis   | a training step gives the towers  | the layers run            | a layer's full weights    | gradients are summed      |
 | ------ | --------------------------------- | ------------------------- | ------------------------- | ------------------------- |
@@ -11,11 +11,14 @@ One of three ways, by the mesh: the first row below whose axis has more than one
 | data   | a device's rows, in a shard_map   | as on one device          | on every device           | once, in float32, after   |
 |        | around both towers                |                           |                           | the last micro-batch      |
 
-Reasons, from measurements. Left to the compiler, `data` summed gradients in the products' dtype, and after every part of the
-batch. Left to the compiler, `fsdp` sharded activations over their width in every layer, and summed attention scores over devices,
-instead of gathering the layer's weights. Where weights are sharded, a device cannot sum its own gradients first: that sum would
-be a full copy of the weights. Evaluation and captions have no gradient: they always get the global batch. docs/towers.md has a
-diagram.
+These are the reasons; the first two were measured.
+
+- `data`, left to the compiler, summed gradients in the products' dtype, and after every micro-batch.
+- `fsdp`, left to the compiler, sharded activations over their width in every layer, and summed attention scores over devices,
+  instead of gathering the layer's weights.
+- Where weights are sharded, a device cannot sum its own gradients first: that sum would be a full copy of the weights.
+
+Evaluation and captions have no gradient: they always get the global batch. docs/towers.md has a diagram.
 """
 
 import functools
@@ -58,9 +61,8 @@ class Towers(NamedTuple):
 
     placement: Placement
     axes: tuple[str, ...]  # Way.step_axes
-    token_nll: Callable[
-        ..., jax.Array
-    ]  # of states [n, d], words [v, d] and targets [n]: a device's own, or global where axes = ()
+    # -log p of targets [n], from states [n, d] and words [v, d]: a device's own arrays, or global ones if axes = ().
+    token_nll: Callable[..., jax.Array]
 
 
 def towers(mesh: Mesh, dtype: str) -> Towers:
@@ -86,7 +88,7 @@ def token_nll_on(mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def _constrained(mesh: Mesh, dtype: str, body: Body, stacked: nnx.State, x: jax.Array, context: Context) -> jax.Array:
-    """Runs layers under the compiler, which is given the shardings of activations and of a layer's gathered weights."""
+    """Runs layers on global arrays. Sharding constraints on activations and gathered weights guide the compiler."""
 
     def constrain(weights: nnx.State) -> nnx.State:
         gathered = jax.tree.map(lambda p: NamedSharding(mesh, p), _specs(weights, mesh, fsdp=1))

@@ -1,4 +1,4 @@
-"""The mesh; which axis of a parameter is sharded over which mesh axis; how a host's batch becomes a global array.
+"""The mesh; which axis of a parameter is sharded over which mesh axis; how a process's batch becomes a global array.
 
 The batch is sharded over `data` and `fsdp`, heads and MLP width over `tensor` (models.layers.TENSOR_AXES). Of a parameter's other
 axes, the largest that the size of `fsdp` divides is sharded over `fsdp`. What cannot be sharded is known by name, and too much of
@@ -127,8 +127,8 @@ def _check_processes(mesh: Mesh) -> None:
 def on_shards(fn: Callable[..., Any], mesh: Mesh, rows: int = 2, out: Any = REPLICATED) -> Callable[..., Any]:
     """`fn(*arrays, *scalars)` of one device's rows, as a function of the global rows.
 
-    The first `rows` arguments are arrays [B, ...] or trees of them. The others, the scalars, are the same on every device. So is
-    what it returns, unless the partition specs `out` say otherwise.
+    The first `rows` arguments are arrays [B, ...] or trees of them. The others, the scalars, are the same on every device. The
+    result is the same on every device, too, unless the partition specs `out` say otherwise.
     """
 
     def mapped(*args: Any) -> Any:
@@ -139,7 +139,7 @@ def on_shards(fn: Callable[..., Any], mesh: Mesh, rows: int = 2, out: Any = REPL
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The sharding of one array of a train state by its path: a parameter, a moment of it, or what a term remembers."""
+    """The sharding of one array of a train state, by its path: a parameter, its moments, or values stored for every example."""
     if path.startswith("memory/"):  # a row for each training example
         return P(BATCH) if shape[0] % batch_devices(mesh) == 0 else P()
     axes: list[str | None] = [None] * len(shape)
@@ -157,7 +157,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf (array or shape) of a tree of parameters, or of a train state.
 
     Raises ConfigError where less than 95 % of the bytes can be sharded over `fsdp`. It names the largest parameters that cannot,
-    and the sizes that would do.
+    and the sizes of `fsdp` that would work.
     """
     placed = _place(tree, mesh)
     fsdp = mesh.shape["fsdp"]

@@ -61,7 +61,7 @@ def measure(run: config.Run, turns: int) -> StepTimes:
         raise aot.DoesNotFit(compiled.peak_bytes, aot.capacity(list(mesh.devices.flat))) from error
     step = statistics.median(seconds)
     flops = run.train.batch_size * model_flops(
-        run.model_at_work, trained_names(run.optim.rules, placed.params), run.data.captions_per_image
+        run.model_in_use, trained_names(run.optim.rules, placed.params), run.data.captions_per_image
     )
     return StepTimes(
         device_kind=mesh.devices.flat[0].device_kind,

@@ -82,7 +82,7 @@ class Run(Strict):
         return any(isinstance(term, Caption) and term.weight for term in self.objective)
 
     @property
-    def model_at_work(self) -> Model:
+    def model_in_use(self) -> Model:
         """The model as the train step runs it: without a captioning head that no term asks for."""
         return self.model if self.captioning else dataclasses.replace(self.model, decoder=None)
 

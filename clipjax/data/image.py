@@ -48,7 +48,7 @@ def fit(image: Image.Image, size: int, resize: Literal["squash", "crop"]) -> np.
 
 
 def min_decoded_side(size: int, augment: Augment) -> int:
-    """How small an image's sides may be decoded for training: twice what the smallest crop needs to give `size` pixels."""
+    """The `min_side` of `decode` for training, in pixels: twice what the smallest crop needs to give `size` pixels."""
     return math.ceil(2 * size * (math.sqrt(augment.aspect / augment.crop) if augment.crop < 1 else 1))
 
 
@@ -75,8 +75,8 @@ def transform(
 def _crop(width: int, height: int, augment: Augment, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of a crop, as torchvision's RandomResizedCrop, but with fractions of a pixel.
 
-    Its share of the area is uniform in [crop, 1], its ratio of sides log-uniform in [1/aspect, aspect]. If ten draws do not
-    fit into the image, it is the largest centre crop of the nearest ratio."""
+    Its share of the area is uniform in [crop, 1]. Its ratio of sides is log-uniform in [1/aspect, aspect]. If none of ten draws
+    fits into the image, it is the largest centre crop of the nearest ratio."""
     log_aspect = math.log(augment.aspect)
     for _ in range(10):
         area = width * height * rng.uniform(augment.crop, 1)

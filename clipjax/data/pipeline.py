@@ -1,7 +1,7 @@
 """Batches of NumPy arrays from a source, by Grain: shuffled and augmented for training, in order for evaluation.
 
-The order of the data and every augmentation are a function of (seed, step). The kind and number of workers, the number of hosts
-and the step at which a run was resumed do not change a batch.
+The order of the data and every augmentation are a function of (seed, step). The kind and number of workers, the number of
+processes and the step at which a run was resumed do not change a batch.
 """
 
 import logging
@@ -34,8 +34,8 @@ class BatchStream(Iterator[Batch]):
     """Batches that workers prepare ahead of time. Close it, or leave its `with` block, to end the workers."""
 
     def __init__(self, dataset: grain.IterDataset, *, shared: bool = False) -> None:
-        """`shared`: batches arrive in shared memory. They are copied, so that it is freed at once. If the last user freed it, at
-        the end of the program, it would be too late for Grain, and the memory would leak."""
+        """`shared`: batches arrive in shared memory. They are copied, and the shared memory is freed
+        at once. Without the copy it would be freed at the end of the program, too late for Grain: the memory would leak."""
         self._iterator: Any = iter(dataset)
         self._shared = shared
 
@@ -71,9 +71,9 @@ class _TrainExample:
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
         data, k = self.data, self.data.captions_per_image
         example = self.source.read(index, min_decoded_side(self.size, data.augment))
-        shown = [example.captions[i] for i in captions.choose(len(example.captions), k, rng)]
-        tokens, truncated = self.tokenizer.encode(shown)
-        rows: Batch = {
+        chosen = [example.captions[i] for i in captions.choose(len(example.captions), k, rng)]
+        tokens, truncated = self.tokenizer.encode(chosen)
+        arrays: Batch = {
             "image": transform(example.image, self.size, data.resize, data.augment, rng),
             "text": tokens if k > 1 else tokens[0],
             "index": np.int32(index),
@@ -81,8 +81,8 @@ class _TrainExample:
             "truncated": truncated if k > 1 else truncated[0],
         }
         if data.ids == "caption":
-            rows["id"] = np.int32(captions.caption_id(example.captions[0]))
-        return rows if self.teacher is None else rows | self.teacher[example.index]
+            arrays["id"] = np.int32(captions.caption_id(example.captions[0]))
+        return arrays if self.teacher is None else arrays | self.teacher[example.index]
 
 
 @dataclass(frozen=True)
@@ -118,34 +118,34 @@ def train_batches(
     process_count: int = 1,
     teacher: Teacher | None = None,
 ) -> BatchStream:
-    """This host's share of every global batch of `batch_size` examples, without end, from `start_step` finished steps on.
+    """This process's share of every global batch of `batch_size` examples, from `start_step` finished steps on. It never ends.
 
     A batch holds, with b = batch_size / process_count:
 
     - `image` uint8 [b, s, s, 3] and `text` int32 [b, t]; with `data.captions_per_image` = K > 1, `text` int32 [b, K, t];
-    - `index` int32 [b], the example's number in the source; if another example replaces it, still its own number;
+    - `index` int32 [b], the example's number in the source. A replaced example keeps its own number;
     - `replaced` bool [b]: the image could not be read, and another example replaces it;
     - `truncated` bool [b], or [b, K]: the caption was too long;
     - with `data.ids`, `id` int32 [b] of the main caption (`captions.caption_id`);
     - with `data.teacher`, `teacher_image` and `teacher_text` (of the main caption) float32 [b, f]. `teacher` is that file, if it
       has been opened already.
 
-    At each visit one caption is chosen, or K of them (`captions.choose`). The hosts' shares in the order of their indices are
-    what a single host would get. No example comes twice in a batch: an epoch ends with its last full batch, and the next one
-    is shuffled again.
+    At each visit one caption is chosen, or K of them (`captions.choose`). The shares of all processes, joined in the order of
+    their indices, are the batch that a single process would get. No example comes twice in a batch: an epoch ends with its last
+    full batch, and the next one is shuffled again.
 
-    Raises ConfigError as `check_source` and `Teacher` do, and for a batch that the hosts can't divide equally."""
+    Raises ConfigError as `check_source` and `Teacher` do, and for a batch that the processes can't divide equally."""
     n = len(source)
     local = _local_batch(batch_size, process_count)
     check_source(source, data, batch_size)
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
     if teacher is None and data.teacher is not None:
         teacher = Teacher(data.teacher, source)
-    load = _TrainExample(source, tokenizer, data, image_size, teacher)
+    make_example = _TrainExample(source, tokenizer, data, image_size, teacher)
     # From indices, not from the source: Grain would decode a whole batch before it augments the first image.
     examples = grain.MapDataset.range(n).seed(seed).shuffle()[: n // batch_size * batch_size]
     # random_map keys its generator by the index that it sees here: the position in the global order of all epochs.
-    batches = examples.random_map(load).repeat().batch(local, drop_remainder=True)
+    batches = examples.random_map(make_example).repeat().batch(local, drop_remainder=True)
     return _open(batches[process_index::process_count][start_step:], data)
 
 
@@ -167,11 +167,11 @@ def check_source(source: Source, data: config.Data, batch_size: int) -> None:
     require(batch_size <= n, "train.batch_size", batch_size, remedy)
     if k == 1:
         return
-    most, seen = 0, np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(int)).tolist()
-    for i in seen:
+    most, sample = 0, np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(int)).tolist()
+    for i in sample:
         if (most := max(most, len(source.record(i).captions))) >= k:
             return
-    remedy = f"no example of {source.name} has more than {most} ({len(seen):,} were looked at): use at most that many"
+    remedy = f"no example of {source.name} has more than {most} ({len(sample):,} were looked at): use at most that many"
     raise ConfigError(f"data.captions_per_image = {k}: {remedy}, or set data.text_field to a field of several")
 
 
@@ -201,11 +201,11 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchStream:
-    """This host's share of every example once, in order, never augmented, decoded by threads whatever `data.worker_kind`.
+    """This process's share of all examples, each once, in order, not augmented. Threads decode, whatever `data.worker_kind` is.
 
     A batch holds `image` uint8 [b, s, s, 3], `index` int32 [b] (the example's; -1: padding), `label` int32 [b] (-1: none), and
-    bool [b] `mask` (neither padding nor replaced: it counts) and `replaced`. The last batch is padded, so that shapes never
-    change. All hosts get the same number of batches."""
+    bool [b] `mask` (true for what counts: neither padding nor replaced) and `replaced`. The last batch is padded, so that shapes
+    never change. All processes get the same number of batches."""
     local = _local_batch(batch_size, process_count)
     padded = math.ceil(len(source) / batch_size) * batch_size
     batches = grain.MapDataset.range(padded).map(_EvalExample(source, data, image_size)).batch(local)
@@ -214,14 +214,14 @@ def eval_batches(
 
 def eval_captions(source: Source) -> tuple[list[str], np.ndarray]:
     """Every caption of every example, m in all, and int32 [m]: the index of its example. Decodes no image."""
-    captions = [source.record(i).captions for i in range(len(source))]
-    owner = np.repeat(np.arange(len(captions), dtype=np.int32), [len(c) for c in captions])
-    return [text for several in captions for text in several], owner
+    of_examples = [source.record(i).captions for i in range(len(source))]
+    example = np.repeat(np.arange(len(of_examples), dtype=np.int32), [len(c) for c in of_examples])
+    return [text for several in of_examples for text in several], example
 
 
 def _local_batch(batch_size: int, process_count: int) -> int:
     divides = batch_size % process_count == 0
-    require(divides, "batch_size", batch_size, f"must be a multiple of the number of hosts, {process_count}")
+    require(divides, "batch_size", batch_size, f"must be a multiple of the number of processes, {process_count}")
     return batch_size // process_count
 
 

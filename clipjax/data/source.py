@@ -33,14 +33,14 @@ class Example:
     captions: tuple[str, ...]  # at least one
     key: str
     label: int
-    index: int  # its number in the source; of a replacement its own number
-    replaced: bool  # it replaces one that can't be read
+    index: int  # the number, in the source, of the example that was read: of a replacement, its own
+    replaced: bool  # this example is used in place of one that can't be read
 
 
 class Source(ABC):
     """Examples by index. A source can be pickled, and read by several threads at once."""
 
-    name: str  # SPEC/SPLIT, or the SPEC alone of what has no splits
+    name: str  # SPEC/SPLIT, or the SPEC alone where there are no splits
     classnames: tuple[str, ...] | None = None  # by label
     fields: dict[str, str]  # every field that is stored, and its kind
 
@@ -54,7 +54,7 @@ class Source(ABC):
     def _record(self, i: int) -> Record: ...
 
     def record(self, i: int) -> Record:
-        """Example i without decoding its image. One that can't be read is logged, and has no caption and an empty image."""
+        """Example i, its image not decoded. If it can't be read, that is logged, and it has no caption and an empty image."""
         if i >= len(self):
             raise IndexError(i)
         try:
@@ -64,7 +64,7 @@ class Source(ABC):
             return Record(b"", (), f"number {i}")
 
     def _warn(self, key: str, what: str, error: Exception) -> None:
-        """Once for each key. The key is kept and not the exception, which would keep its frames and their arrays in memory."""
+        """Logs an error, once for each key. It stores the key, not the exception: that would keep arrays in memory."""
         if key not in self._warned:
             self._warned.add(key)
             log.warning("%s: example %s %s: %s", self.name, key, what, f"{type(error).__name__}: {error}")
@@ -78,7 +78,7 @@ class Source(ABC):
         return self.read(i)
 
     def read(self, i: int, min_side: int | None = None) -> Example:
-        """Example i. If it can't be read or has no image or caption, another, always the same (`replaced`; logged once a key).
+        """Example i. If it can't be read, or has no image or caption: another one, always the same (`replaced`). That is logged.
 
         `min_side`: sides of that many pixels are enough (see `image.decode`). Raises ConfigError if no other can be read."""
         if example := self._try(i, min_side):
@@ -87,9 +87,9 @@ class Source(ABC):
             if example := self._try(j, min_side):
                 return replace(example, replaced=True)
         bad = self.record(i)
-        where = bad.image if isinstance(bad.image, Path) else bad.key
+        name = bad.image if isinstance(bad.image, Path) else bad.key
         remedy = "can't be read (the log has the reasons); check the files and their paths"
-        raise ConfigError(f"{self.name}: {where} and {TRIES} others {remedy}")
+        raise ConfigError(f"{self.name}: {name} and {TRIES} others {remedy}")
 
     def _try(self, i: int, min_side: int | None) -> Example | None:
         record = self.record(i)
@@ -97,6 +97,6 @@ class Source(ABC):
             if not record.captions or not record.image:
                 raise ValueError(f"it has no {'image' if record.captions else 'caption'}")
             return Example(decode(record.image, min_side), record.captions, record.key, record.label, i, replaced=False)
-        except Exception as e:  # a decoder may raise anything, and nothing of it may end a run
+        except Exception as e:  # a decoder may raise anything, and a bad image must not end a run
             self._warn(record.key, "is replaced by another", e)
             return None

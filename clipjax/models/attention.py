@@ -1,4 +1,4 @@
-"""Attention: of a sequence to itself, at once or token by token with a cache, and to another sequence."""
+"""Attention of a sequence to itself (all tokens at once, or token by token with a cache), and to another sequence."""
 
 from typing import ClassVar
 
@@ -115,7 +115,7 @@ class CrossAttention(Layer):
         return key, value
 
     def attend(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
-        """As a call, with the `keys` of the other sequence already computed."""
+        """The same as a call, but with the other sequence's keys and values, which `keys` has computed."""
         return self.out(attend(einops.rearrange(self.query(x), "b t h k -> b h t k"), key, value))
 
     @staticmethod

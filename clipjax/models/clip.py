@@ -68,9 +68,10 @@ class CLIP(nnx.Module):
         parallel: Bool[Array, " b"] | None = None,
         placement: Placement = ONE_DEVICE,
     ) -> tuple[Float[Array, "b e"], Float[Array, "bK e"], Float[Array, "bK t-1 d"]]:
-        """`encode_image`, `encode_text`, and the captioning head's states from the same pass: [bK, t-1, d], each of which
-        predicts the next token (`losses.token_nll` of them and `words`). The K captions of an image come one after the other.
-        `parallel`: true for images whose captions are predicted from the image alone.
+        """The embeddings of `encode_image` and `encode_text`, and the captioning head's states [bK, t-1, d] from the same pass.
+
+        Each state predicts the next token (`losses.token_nll` of the states and `words`). The K captions of an image come one
+        after the other. `parallel`: true for images whose captions are predicted from the image alone.
         """
         runner, captions = self._runner(placement), len(tokens) // len(images)
         image, context = self.image(images, keys, runner, tokens=True)
@@ -96,8 +97,9 @@ class CLIP(nnx.Module):
         return CaptionCache(empty(self.cfg.text), empty(self.cfg.decoder), keys)
 
     def decode_step(self) -> DecodeStep:
-        """A function that gives the logits, float32 [b, n, v], of the token after position `at` of tokens [b, n, t]. It must have
-        been called with every earlier position before. The logits are those of `encode_pairs` and `words` on the full caption.
+        """A function that gives the logits, float32 [b, n, v], of the token after position `at` of tokens [b, n, t].
+
+        Call it for every position, from left to right. The logits equal those of `encode_pairs` and `words` on the full caption.
         """
         text, decoder = (make_layer_step(part.blocks, self.cfg.unroll) for part in (self.text, self._head))
         words = self.words.astype(jnp.dtype(self.cfg.dtype))
@@ -112,7 +114,7 @@ class CLIP(nnx.Module):
 
     @property
     def words(self) -> Float[Array, "v d"]:
-        """The output projection: a state of the captioning head times a row is that word's logit."""
+        """The output projection: a state of the captioning head times a row is the logit of that token of the vocabulary."""
         return (self.text.tokens if self._head.output is None else self._head.output.kernel)[...]
 
     @property
@@ -126,7 +128,7 @@ class CLIP(nnx.Module):
 
 
 def facts(cfg: config.Model) -> dict[str, TowerFacts]:
-    """Of each tower, by its name in a parameter's path and in the configuration."""
+    """The facts of each tower, by its name in a parameter's path and in the configuration."""
     towers = {"image": vit.facts(cfg.image), "text": text.facts(cfg.text)}
     return towers if cfg.decoder is None else towers | {"decoder": decoder.facts(cfg.decoder, cfg.text, cfg.image)}
 

@@ -29,15 +29,15 @@ class Layout:
     tensor: int = 1  # devices over which heads and MLPs are sharded
 
     def rows(self, tokens: int) -> int:
-        """Tokens as the axis before the last."""
+        """The padded number of tokens, where they are the axis before the last."""
         return _round_up(tokens, 32 // self.size)
 
     def lanes(self, tokens: int) -> int:
-        """Tokens as the last axis."""
+        """The padded number of tokens, where they are the last axis."""
         return _round_up(tokens, 128)
 
     def bytes(self, tokens: int, width: int) -> int:
-        """Of activations [tokens, width] in the towers' dtype."""
+        """Bytes of activations [tokens, width] in the towers' dtype."""
         return self.size * width * self.rows(tokens)
 
 
@@ -46,7 +46,7 @@ Kept = Callable[[str, Layout], int]  # (policy of config.Model.remat, layout) ->
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """A tower, for one example."""
+    """What a tower costs for one example."""
 
     flops: float  # of a forward pass, 2 for a multiply-add; dot products only
     depth: int  # layers

@@ -1,6 +1,6 @@
 """Poolers: how an image's tokens become its embedding.
 
-POOLERS has those that are a function from all tokens to one vector. CoCa's also give the tokens that a decoder attends to.
+The table POOLERS has the functions from all tokens to one vector. CoCa's poolers also give the tokens that a decoder attends to.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""How a tower's layers are run: chunk by chunk, scanned or unrolled, on one device or a mesh; and what the gradient recomputes.
+"""How a tower's layers are run: chunk by chunk, scanned or unrolled, on one device or a mesh; what the backward pass recomputes.
 
 A batch is [n, p, ...] here: n chunks of p rows each, run one after the other.
 """
@@ -57,8 +57,9 @@ class Runner:
     placement: Placement = ONE_DEVICE
 
     def to_chunks(self, x: Shaped[Array, "b ..."], tokens: int) -> Shaped[Array, "n p ..."]:
-        """A batch in chunks, each of at most CHUNK_TOKENS on a device where an example has `tokens`. One chunk where the policy
-        keeps too much to gain from more.
+        """A batch in chunks. On each device a chunk has at most CHUNK_TOKENS tokens; an example has `tokens`.
+
+        Policies that keep much save little by chunks: with them the batch is one chunk.
         """
         rows, n = len(x) // self.placement.devices, 1
         if self.remat in CHUNKED_POLICIES:
@@ -71,7 +72,7 @@ class Runner:
         return jax.tree.map(lambda x: einops.rearrange(x, "n (d p) ... -> (d n p) ...", d=devices), x)
 
     def map_chunks(self, fn: Callable[..., Any], *x: Any) -> Any:
-        """`fn` on one chunk after the other: trees of arrays [n, p, ...] -> such a tree."""
+        """`fn` on one chunk after the other: from trees of arrays [n, p, ...] to a tree of arrays [n, p, ...]."""
         n = len(jax.tree.leaves(x)[0])
         if self.remat in CHUNKED_POLICIES:
             fn = jax.checkpoint(fn, prevent_cse=n == 1, policy=REMAT_POLICIES[self.remat])

@@ -63,7 +63,7 @@ class TextTransformer(nnx.Module):
     ) -> tuple[Float[Array, "b n d"], Any, Bool[Array, "1 1 1 t-1"]]:
         """The states of the tokens at position `at` of n captions an image, the caches with these tokens, and the mask of the
         positions up to `at`. Caches have all positions but the last. A caption is generated from left to right, so every token
-        up to `at` is real, not padding.
+        up to `at` is a real one, not padding.
         """
         one = jax.lax.dynamic_slice_in_dim(tokens, at, 1, axis=2)
         x = self.embed(one.reshape(-1, 1), at).reshape(*one.shape[:2], self.cfg.width)
@@ -87,7 +87,7 @@ class TextTransformer(nnx.Module):
         return jnp.asarray(np.tri(self.cfg.positions, dtype=bool)[None] & real[:, None])
 
     def pool(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
-        if self.cfg.pool == "eot":  # the causal mask hides what follows it
+        if self.cfg.pool == "eot":  # the causal mask hides the padding after it
             x = jnp.take_along_axis(x, lengths(tokens)[:, None, None] - 1, axis=1)[:, 0]
         else:
             x = x[:, -1]
@@ -96,7 +96,7 @@ class TextTransformer(nnx.Module):
 
 
 def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:
-    """The number of real tokens of each text, the end token included: that one has the highest id."""
+    """The number of real tokens of each text. The last of them is the end token, which has the highest id."""
     return tokens.argmax(-1) + 1
 
 

@@ -55,7 +55,7 @@ def train(run: config.Run, workdir: Workdir, batches: Batches, evaluators: Seque
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
     tx = make_optimizer(run.optim, run.train.steps, params)
     abstract = abstract_state(run, tx, mesh)
-    # Nothing is written above this line: the run is known to be sound.
+    # Nothing above this line writes a file: it only finds what is wrong with the run.
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir.path, run))
         stack.enter_context(_name_last_good(checkpoints, workdir.path))
@@ -76,7 +76,7 @@ def train(run: config.Run, workdir: Workdir, batches: Batches, evaluators: Seque
         save_config(run, workdir.path)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, schedule.start)))
         progress = stack.enter_context(Progress(run.train.steps))
-        flops = model_flops(run.model_at_work, trained_names(run.optim.rules, params), run.data.captions_per_image)
+        flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
         report = Report(run, mesh, writer, progress, flops)
         _Loop(run.train, schedule, devices, data, checkpoints, report).run()
     report.say_repairs(run.train.steps - schedule.start)
@@ -89,7 +89,7 @@ class _Schedule:
     def __init__(self, cfg: config.Train, evaluators: Sequence[Evaluator], start: int, workdir: Path) -> None:
         """`start`: the finished steps of the state that the run starts from."""
         self._cfg, self._evaluators, self.start = cfg, evaluators, start
-        # Evaluations of step `start` that failed or were cut short have no line yet, as in a run that was preempted at its end.
+        # Evaluations of step `start` that did not finish, as in a run that was preempted at its end: they have no line yet.
         due = [e for e in evaluators if start and (start >= cfg.steps or e.due(start))]
         done = evaluated(workdir, start, [(e.task, e.dataset) for e in due])
         self._missed = [e for e, is_done in zip(due, done, strict=True) if not is_done]
@@ -106,7 +106,7 @@ class _Schedule:
         return [e for e in self._evaluators if step == self._cfg.steps or e.due(step)]
 
     def saves(self, step: int, stop: bool) -> bool:
-        """Whether the state must be saved. That of the start is on disk, or new."""
+        """Whether the state must be saved. The state of the start is not: it is on disk, or new."""
         return step > self.start and (stop or step == self._cfg.steps or step % self._cfg.checkpoint_every == 0)
 
 
@@ -125,7 +125,7 @@ class _Devices:
         return self._losses[-1] if self._losses else None
 
     def wait(self) -> None:
-        """Returns when the devices have fewer than STEPS_AHEAD steps to do."""
+        """Waits until the devices have fewer than STEPS_AHEAD steps to do."""
         if len(self._losses) == STEPS_AHEAD:
             self._losses[0].block_until_ready()
 
@@ -172,7 +172,7 @@ class _Loop:
                 if step == self._cfg.steps:
                     return
                 metrics = self._train_step(step)
-                if step == self._schedule.start:  # before, a signal ends the process at once: there is nothing to save
+                if step == self._schedule.start:  # earlier, a signal ends the process at once: there is nothing to save
                     stack.enter_context(preemption.listening())
                 self._report.log(step + 1, metrics)
 
@@ -188,9 +188,9 @@ class _Loop:
             try:
                 results = self._evaluate(step, due)
                 best = results if self._cfg.best in results else None
-            except preemption.Preempted:  # raised in the middle of an evaluation, which is done after the restart
+            except preemption.Preempted:  # raised in the middle of an evaluation; the restarted run evaluates again
                 stop = save = True
-            finally:  # also where an evaluation fails: that must not cost the steps since the last checkpoint
+            finally:  # also if an evaluation fails: the steps since the last checkpoint must not be lost
                 if save or best:
                     self._checkpoints.save(step, self._devices.state, best)
         return stop

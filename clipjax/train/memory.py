@@ -13,7 +13,7 @@ from clipjax.losses.sogclr import UNSEEN
 
 Memory = dict[str, jax.Array]
 SIDES = ("image", "text")
-MULTIPLE = 1024  # n is a multiple of it: it divides over any usual mesh, and a run may resume on another mesh
+MULTIPLE = 1024  # n is a multiple of it, so that any usual mesh divides it, also when a run resumes on another mesh
 MAX_GRADIENT = 5.0  # a temperature's gradient is clipped to [-5, 5], as in iSogCLR's code (2305.11965)
 
 
@@ -28,11 +28,11 @@ def initial(run: config.Run) -> Memory:
     if term is None:
         return {}
     n = -(-term.examples // MULTIPLE) * MULTIPLE
-    made = {f"log_u_{side}": jnp.full(n, UNSEEN) for side in SIDES}
+    values = {f"log_u_{side}": jnp.full(n, UNSEEN) for side in SIDES}
     if isinstance(term, config.Isogclr):
-        made |= {f"temperature_{side}": jnp.full(n, term.temperature) for side in SIDES}
-        made |= {f"momentum_{side}": jnp.zeros(n) for side in SIDES}
-    return made
+        values |= {f"temperature_{side}": jnp.full(n, term.temperature) for side in SIDES}
+        values |= {f"momentum_{side}": jnp.zeros(n) for side in SIDES}
+    return values
 
 
 def read(memory: Memory, index: jax.Array) -> Memory:
@@ -60,12 +60,12 @@ def learn(run: config.Run, rows: Memory, gradients: Memory) -> Memory:
         return rows
     term = term_of(run)
     assert isinstance(term, config.Isogclr), "only iSogCLR has temperatures of its examples"
-    moved = {}
+    updated = {}
     for side in SIDES:
         gradient = gradients[f"temperature_{side}"]
         own = jnp.clip(2 * len(gradient) / term.weight * gradient, -MAX_GRADIENT, MAX_GRADIENT)
         momentum = term.temperature_momentum * rows[f"momentum_{side}"] + (1 - term.temperature_momentum) * own
         temperature = rows[f"temperature_{side}"] - term.temperature_lr * momentum
-        moved[f"momentum_{side}"] = momentum
-        moved[f"temperature_{side}"] = jnp.clip(temperature, term.min_temperature, term.max_temperature)
-    return rows | moved
+        updated[f"momentum_{side}"] = momentum
+        updated[f"temperature_{side}"] = jnp.clip(temperature, term.min_temperature, term.max_temperature)
+    return rows | updated

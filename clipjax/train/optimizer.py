@@ -66,7 +66,7 @@ def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str 
 
 
 def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
-    """Path -> rule for every parameter; a path is as `image/blocks/mlp/up/kernel`. The first rule that matches all of it counts.
+    """Path -> rule for every parameter. A path is as `image/blocks/mlp/up/kernel`; the first rule that matches all of it holds.
 
     Raises ConfigError if a parameter matches no rule, or if no parameter is left for a rule, which is most likely a typo.
     """
@@ -79,9 +79,8 @@ def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
         raise ConfigError(f"optim.rules: no rule matches {', '.join(missed)}; end the list with Rule(pattern='.*')")
     for i, rule in enumerate(rules):
         if not any(r is rule for r in found.values()):
-            remedy = (
-                f"no parameter is left for it; it must match a whole path, as {max(shapes, key=len)!r}, that no earlier rule does"
-            )
+            path = max(shapes, key=len)
+            remedy = f"no parameter is left for it; it must match a full path, as {path!r}, that no earlier rule matches"
             raise ConfigError(f"optim.rules.{i}.pattern = {rule.pattern!r}: {remedy}")
     return found
 
@@ -92,7 +91,7 @@ def trained_names(rules: tuple[Rule, ...], params: Params) -> set[str]:
 
 
 def stop_frozen(rules: tuple[Rule, ...], params: Params) -> Params:
-    """`params` for the forward pass, without gradients of frozen ones. So XLA leaves out their part of the backward pass."""
+    """`params` for the forward pass; frozen ones get no gradient. So XLA leaves out their part of the backward pass."""
     trained = trained_names(rules, params)
     return jax.tree.map_with_path(lambda path, p: p if _name(path) in trained else jax.lax.stop_gradient(p), params)
 
@@ -129,14 +128,17 @@ def make_optimizer(optim: Optim, steps: int, params: Params) -> optax.GradientTr
 
 
 def clamp_scale(params: Params, max_scale: float | None) -> Params:
-    """`params` with log_scale in [0, log max_scale]. For use after the update: before, it would stop the gradient."""
+    """`params` with log_scale clamped to [0, log max_scale]. Call it after the update: in the loss it would stop the gradient."""
     if max_scale is None:
         return params
     return params | {"log_scale": jnp.clip(params["log_scale"], 0.0, math.log(max_scale))}
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.typing.ArrayLike) -> Params:
-    """d * ema + (1 - d) * params with d = min(decay, (1 + step) / (10 + step)), which forgets the start. `step` counts from 0."""
+    """d * ema + (1 - d) * params. d = min(decay, (1 + step) / (10 + step)), so the first weights are soon forgotten.
+
+    `step` counts from 0.
+    """
     d = jnp.minimum(decay, (1 + step) / (10 + step))
     return optax.incremental_update(params, ema, 1 - d)
 
@@ -172,7 +174,7 @@ def _by_layer(inner: optax.GradientTransformation, names: set[str]) -> optax.Gra
 def _trust_ratio(rules: dict[str, Rule], names: set[str]) -> optax.GradientTransformation:
     """LAMB's factor |p| / |u| (You et al. 1904.00962, algorithm 2), only for parameters that decay, as in the authors' code.
 
-    Otherwise a bias that starts near 0 would only grow by a factor of 1 + lr a step.
+    With this factor, a bias that starts near 0 could grow only by a factor of 1 + lr a step.
     """
     adapted = {name for name in names if rules[name].decay != 0}
     ratio = _by_layer(optax.scale_by_trust_ratio(), adapted)

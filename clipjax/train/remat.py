@@ -1,7 +1,7 @@
 """Which remat policy a run gets where model.remat is `auto`: of those that fit in memory, the one that keeps most.
 
-By an estimate, from what the towers say of themselves (models.clip.facts) and what is published of the chip. Not by the compiler,
-which takes minutes; and not by what a device reports, because all processes must choose the same. tests/train/test_remat.py
+The choice uses an estimate, from the towers' own facts (models.clip.facts) and the chip's published memory. It does not use the
+compiler, which takes minutes, nor what a device reports, because all processes must choose the same. tests/train/test_remat.py
 compares the estimate with compiled programs.
 """
 
@@ -23,7 +23,7 @@ USABLE = {"tpu": 0.95, "gpu": 0.75}  # share of a chip's memory that a program g
 
 
 def resolved(run: config.Run, mesh: Mesh, state: TrainState) -> config.Run:
-    """The run, with a policy in the place of `auto`. `state`: arrays or shapes, with their shardings."""
+    """The run, with a policy in place of `auto`. `state`: arrays or shapes, with their shardings."""
     if run.model.remat != "auto":
         return run
     device = mesh.devices.flat[0]
@@ -37,7 +37,7 @@ def resolved(run: config.Run, mesh: Mesh, state: TrainState) -> config.Run:
 
 
 def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str) -> int:
-    """Estimated bytes of one device: state, gradients, its rows of the batch, and what it keeps of a micro-batch's rows."""
+    """Estimated bytes on one device: state, gradients, its rows of the batch, and what a micro-batch's backward pass keeps."""
     rows = run.train.batch_size // sharding.batch_devices(mesh)
     micro_batch = rows // run.train.micro_batches
     layout = Layout(jnp.dtype(run.model.dtype).itemsize, mesh.shape["tensor"])
@@ -45,7 +45,7 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str) -> int:
     row = 3 * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings and their gradients, some copies
     towers = clip.facts(run.model).values()
     kept = sum((run.data.captions_per_image if t.per_caption else 1) * t.kept(policy, layout) for t in towers)
-    # Of one layer at a time, the largest: its gathered weights, and their gradients; the activations of a chunk.
+    # One layer at a time, here the largest: its gathered weights with their gradients, and the activations of a chunk.
     weights = max(t.layer_weights for t in towers) // layout.tensor * (layout.size + 4)
     token = max(t.kept("none", layout) / t.depth / t.tokens for t in towers)
     return math.ceil(sharding.own_bytes(state) + gradients + rows * row + micro_batch * kept + weights + CHUNK_TOKENS * token)

@@ -20,7 +20,7 @@ def say(text: str) -> None:
 
 
 class Report:
-    """Collects what a run reports and hands it to the files, the progress line and the person who watches."""
+    """Collects what a run reports, and writes it to the files, to the progress line and to stderr."""
 
     def __init__(self, run: config.Run, mesh: Mesh, writer: MetricsWriter, progress: Progress, flops: float) -> None:
         """`flops`: what the model needs for one image-text pair, forward and backward."""
@@ -29,7 +29,7 @@ class Report:
         self._writer, self._progress, self._flops = writer, progress, flops
 
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of the step that made `step` finished ones. Every train.log_every steps they become a line."""
+        """Takes the metrics of step `step` (finished steps, so from 1). Every train.log_every steps they become a line."""
         cfg = self._run.train
         due = step % cfg.log_every == 0 or step == cfg.steps
         host = self._rates() | self.counts.read() if due else None
@@ -46,13 +46,13 @@ class Report:
         return metrics
 
     def say_repairs(self, steps: int) -> None:
-        """At the end: how many images were replaced and captions truncated in the `steps` that were trained."""
+        """At the end: how many images were replaced and captions truncated in `steps` trained steps."""
         examples, total = steps * self._run.train.batch_size, self.counts.total
         if total["replaced"]:
             say(f"{total['replaced']:,} of {examples:,} images could not be read; others were used in their place")
         if total["truncated"]:
             captions, length = examples * self._run.data.captions_per_image, self._run.model.text.length
-            say(f"{total['truncated']:,} of {captions:,} captions were cut to model.text.length = {length} tokens")
+            say(f"{total['truncated']:,} of {captions:,} captions were truncated to model.text.length = {length} tokens")
 
     def _rates(self) -> dict[str, float]:
         values = self.clock.read()

@@ -26,7 +26,7 @@ class TrainState:
 
     @property
     def evaluated(self) -> clip.Params:
-        """The weights that evaluation uses."""
+        """The weights that evaluations use: the moving average, if there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -46,7 +46,7 @@ def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
 
 
 def initial_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step. It is made shard by shard on its devices: no host or device ever holds all of a sharded
-    array."""
+    """The state before the first step. It is made shard by shard on its devices: no host or device ever holds a full copy of a
+    sharded array."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, mesh))
     return jax.jit(lambda: _fresh(run, tx), out_shardings=shardings)()

@@ -21,7 +21,7 @@ from clipjax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Rows = dict[str, Any]  # a Batch, with `keys` of each example and `memory`, its rows of what a term remembers
+Rows = dict[str, Any]  # a Batch, with a random key of each example (`keys`) and its stored values (`memory`, see train/memory.py)
 
 
 class Trainable(NamedTuple):
@@ -32,7 +32,7 @@ class Trainable(NamedTuple):
 
 
 def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax.Array:
-    """A key for each example, from its index [b] in the dataset: the same on any mesh, host count or micro-batch."""
+    """A random key for each example, from its index [b] in the dataset. Mesh, processes and micro-batches do not change it."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, step)))(index)
 
@@ -43,8 +43,8 @@ def make_train_step(
     """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3], `text` [B, t] or [B, K, t], `index`
     int32 [B] in the dataset, and what the objective's terms need: `id` int32 [B], `teacher_image` and `teacher_text` [B, f].
 
-    The metrics are float32 []: the loss and its parts, scale and bias, and three norms: of the gradient before it is clipped, of
-    the update (both over the trained parameters), and of all parameters.
+    The metrics are float32 []: the loss and its parts; scale and bias; the norms of the gradient before it is clipped, of the
+    update (both over the trained parameters), and of all parameters.
     """
     towers = placement.towers(mesh, run.model.dtype)
     encode, compute_loss = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh)
@@ -70,16 +70,16 @@ def make_train_step(
 
 
 def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: Rows) -> tuple[jax.Array, ...]:
-    """Embeddings, [b, e] and [b, e] or [b, K, e]. With a captioning objective also -log p of each image's captions, [b]."""
+    """Embeddings of images [b, e], of texts [b, e] or [b, K, e]; with a captioning loss, -log p [b] of each image's captions."""
     model = clip.bind(run.model, stop_frozen(run.optim.rules, trainable.params))
     *captions, length = rows["text"].shape
     tokens = rows["text"].reshape(-1, length)
     if not run.captioning:
         ztxt = model.encode_text(tokens, towers.placement)
         return model.encode_image(rows["image"], rows["keys"], towers.placement), ztxt.reshape(*captions, -1)
-    share, parallel = run.model.decoder.parallel if run.model.decoder else 0, None
-    if share:
-        parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), share))(rows["keys"])
+    parallel_share, parallel = run.model.decoder.parallel if run.model.decoder else 0, None
+    if parallel_share:
+        parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), parallel_share))(rows["keys"])
     zimg, ztxt, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.placement)
     nll = losses.caption_nll(states, model.words, tokens, lengths(tokens), towers.token_nll)
     return zimg, ztxt.reshape(*captions, -1), nll.reshape(len(zimg), -1).sum(1)
@@ -88,9 +88,9 @@ def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, row
 def _loss(
     run: config.Run, mesh: Mesh, trainable: Trainable, z: tuple[jax.Array, ...], rows: Rows
 ) -> tuple[jax.Array, tuple[Metrics, Memory]]:
-    """The objective of all embeddings; what it logs, and what its terms remember of the batch's examples."""
-    of_rows = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
-    objective = sharding.on_shards(of_rows, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))
+    """The loss of all embeddings, the values to log, and the values to store for the batch's examples (train/memory.py)."""
+    on_shard = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
+    objective = sharding.on_shards(on_shard, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))
     scalars = stop_frozen(run.optim.rules, trainable.params)
     teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
     zimg, ztxt, *nll = z
@@ -102,7 +102,7 @@ def _loss(
 
 
 def jit_step(train_step: Callable[..., Any], state: TrainState, mesh: Mesh) -> Callable[..., Any]:
-    """The jitted step. It donates its state, and gives the new one with the same shardings."""
-    placed = jax.tree.map(lambda x: x.sharding, state)
+    """The jitted step. It donates the old state, and returns the new one with the same shardings."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     rows, replicated = sharding.over_rows(mesh), sharding.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, replicated))
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, replicated))

@@ -278,7 +278,7 @@ def test_dataset_smaller_than_the_batch(batches):
 
 
 def test_batch_that_does_not_divide_over_the_hosts(batches):
-    with pytest.raises(ConfigError, match=r"batch_size = 8: must be a multiple of the number of hosts, 3"):
+    with pytest.raises(ConfigError, match=r"batch_size = 8: must be a multiple of the number of processes, 3"):
         batches(1, process_count=3)
 
 

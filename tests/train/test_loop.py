@@ -184,7 +184,7 @@ def test_another_runs_workdir_is_left_as_it_is(tmp_path):
 def test_what_was_repaired_is_counted_by_line_and_said_in_the_end(tmp_path, capsys):
     run_it(during(steps=8), tmp_path, truncated=3)
     said = capsys.readouterr().err
-    assert "24 of 128 captions were cut to model.text.length = 8 tokens" in said
+    assert "24 of 128 captions were truncated to model.text.length = 8 tokens" in said
     assert "images" not in said
     run_it(RUN, tmp_path, replaced=1)
     said = capsys.readouterr().err
