@@ -113,7 +113,7 @@ def _sizes_of(shape: str) -> list[int]:
 
 
 def _distance(a: list[int], b: list[int]) -> float:
-    """Of two shapes: the sum of |log(m / n)| over their axes, both sorted by size."""
+    """How far two shapes differ: the sum of |log(m / n)| over their axes, both sorted by size."""
     pairs = itertools.zip_longest(sorted(a, reverse=True), sorted(b, reverse=True), fillvalue=1)
     return sum(abs(math.log(max(m, 1) / max(n, 1))) for m, n in pairs)
 

@@ -1,4 +1,4 @@
-"""From a configuration to the things that it describes.
+"""From a run's configuration to its tokenizer, teacher and batches.
 
 Writes one file only: the tokenizer, in a workdir that `open_workdir` has checked.
 """
@@ -23,8 +23,8 @@ def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
     """The run's tokenizer. A run that resumes loads that of its workdir; a new one trains or loads it, as run.tokenizer says, and
     saves it there.
 
-    Raises ConfigError where the source is too small (`pipeline.check_source`), where a term that stores values of every example
-    expects another number of examples, and where the ids do not fit the text tower.
+    Raises ConfigError if the source is too small (`pipeline.check_source`), if a term that stores values of every example expects
+    another number of examples, and if the ids do not fit the text tower.
     """
     check_source(source, run.data, run.train.batch_size)
     for i, term in enumerate(run.objective):
@@ -36,13 +36,13 @@ def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
         if resumes or jax.process_index() > 0:
             missing = f"has checkpoints but no {TOKENIZER}: put it back"
             config.require(file.exists(), "--workdir", str(workdir.path), missing if resumes else NOT_SHARED)
-            found = Tokenizer.load(file, run.model.text.length)
-            _check_ids(run, found)
-            return found
-        made = _new_tokenizer(run, source)
-        _check_ids(run, made)  # before it is saved: a configuration that is refused leaves no workdir
-        made.save(file)
-        return made
+            loaded = Tokenizer.load(file, run.model.text.length)
+            _check_ids(run, loaded)
+            return loaded
+        new = _new_tokenizer(run, source)
+        _check_ids(run, new)  # before it is saved: a configuration that is refused leaves no workdir
+        new.save(file)
+        return new
 
 
 def _new_tokenizer(run: config.Run, source: Source) -> Tokenizer:
@@ -52,30 +52,30 @@ def _new_tokenizer(run: config.Run, source: Source) -> Tokenizer:
     return Tokenizer.train(source.captions(), text.vocab_size, run.tokenizer.lowercase, text.length)
 
 
-def _check_ids(run: config.Run, made: Tokenizer) -> None:
+def _check_ids(run: config.Run, tokenizer: Tokenizer) -> None:
     """Raises ConfigError where the tokenizer's ids do not fit the text tower or the captioning head."""
-    text, highest = run.model.text, made.vocab_size - 1
-    remedy = f"must be at least the tokenizer's {made.vocab_size}"
-    config.require(made.vocab_size <= text.vocab_size, "model.text.vocab_size", text.vocab_size, remedy)
-    has_end = text.pool == "last" or made.end_id == highest
-    remedy = f"needs an end token with the tokenizer's highest id, {highest}: this one's is {made.end_id}; use last"
+    text, highest = run.model.text, tokenizer.vocab_size - 1
+    remedy = f"must be at least the tokenizer's {tokenizer.vocab_size}"
+    config.require(tokenizer.vocab_size <= text.vocab_size, "model.text.vocab_size", text.vocab_size, remedy)
+    has_end = text.pool == "last" or tokenizer.end_id == highest
+    remedy = f"needs an end token with the tokenizer's highest id, {highest}: this one's is {tokenizer.end_id}; use last"
     config.require(has_end, "model.text.pool", text.pool, remedy)
     if run.model.decoder is not None:
         remedy = f"model.decoder begins a caption with its start token and ends it with its highest id, {highest}"
-        fits = made.start_id is not None and made.end_id == highest
-        config.require(fits, "tokenizer", [made.start_id, made.end_id], remedy)
+        fits = tokenizer.start_id is not None and tokenizer.end_id == highest
+        config.require(fits, "tokenizer", [tokenizer.start_id, tokenizer.end_id], remedy)
 
 
 def teacher(run: config.Run, source: Source) -> Teacher | None:
-    """The teacher's embeddings that run.data.teacher names, None where it names none. Raises ConfigError if they are of other
+    """The teacher's embeddings, which run.data.teacher names; None if it names none. Raises ConfigError if they belong to other
     data."""
     return None if run.data.teacher is None else Teacher(run.data.teacher, source)
 
 
 def batches(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teacher | None = None) -> Batches:
-    """This process's training batches, to be opened at a step. `teacher`: what `build.teacher` returned, so that it is opened
-    once."""
-    opened = functools.partial(
+    """A function that opens this process's training batches at a step. `teacher`: the result of `build.teacher`, so that the file
+    is opened once."""
+    open_batches = functools.partial(
         train_batches,
         source,
         tokenizer,
@@ -87,4 +87,4 @@ def batches(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teac
         process_count=jax.process_count(),
         teacher=teacher,
     )
-    return lambda step: opened(start_step=step)
+    return lambda step: open_batches(start_step=step)

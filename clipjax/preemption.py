@@ -29,7 +29,7 @@ class _Signals:
 
 
 _signals = _Signals()
-_calls = itertools.count(1)  # one count for the life of the process: JAX finds the common step by it
+_calls = itertools.count(1)  # one count for the life of the process: with it JAX finds the step at which all stop
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def requested() -> bool:
     """Whether the run should stop now.
 
     Where there are several processes, all must call this equally often and in the same order. All get the same answer, one or
-    two seconds after the first of them got a signal. A call takes under a microsecond and no collective.
+    two seconds after the first of them got a signal. A call takes less than a microsecond and needs no collective.
     """
     if _signals.listening and not _signals.requested:
         if _joined():
@@ -75,8 +75,8 @@ def requested() -> bool:
 
 
 def check() -> None:
-    """Raises Preempted if a stop is requested. For work that may be dropped, as an evaluation, between two batches. See
-    `requested` for several processes."""
+    """Raises Preempted if a stop is requested. Call it between two batches of work that may be dropped, as an evaluation. With
+    several processes, the rules of `requested` hold."""
     if requested():
         raise Preempted
 

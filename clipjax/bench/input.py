@@ -18,7 +18,7 @@ from clipjax.train.workdir import Workdir
 
 @dataclass(frozen=True)
 class InputRates:
-    """Of one process that reads global batches in full."""
+    """How fast one process reads global batches in full."""
 
     dataset: str
     examples: int

@@ -44,7 +44,7 @@ class BenchCase:
 
 @dataclass(frozen=True)
 class LossCosts:
-    """Of one loss in one form at one batch size, for one device unless it says otherwise. None: not known."""
+    """What one loss costs in one form at one batch size, on one device unless a field says otherwise. None: not known."""
 
     loss: str
     batch: int
@@ -62,7 +62,7 @@ class LossCosts:
 
 
 def devices(count: int | None, topology: str | None) -> Sequence[jax.Device]:
-    """Those of the topology, or `count` (None: all) of this machine's; CPU devices are simulated. Raises ConfigError."""
+    """The devices of the topology, or `count` (None: all) of this machine's. CPU devices are simulated. Raises ConfigError."""
     if topology:
         return aot.tpu_devices(topology)
     simulated = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # JAX adds it at run time

@@ -31,7 +31,7 @@ TURN = 1.0  # seconds of a turn, about: its steps are started without waiting, a
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Of a full train step: both towers, loss, gradients, optimizer."""
+    """How long a full train step takes: both towers, loss, gradients, optimizer."""
 
     device_kind: str
     devices: int

@@ -25,7 +25,7 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
 
     @classmethod
     def register(cls, config: type[Self], implementation: Any, source: str) -> None:
-        """As of any open union. Raises ConfigError also for a class without a task, and one that is no evaluation."""
+        """As `OpenUnion.register`. Raises ConfigError also for a class without a task, and for one that is no evaluation."""
         name = config.__qualname__
         require(hasattr(config, "task"), "clipjax.register", name, 'needs `task: ClassVar = "NAME"`, its name in metrics.jsonl')
         works = all(callable(getattr(implementation, method, None)) for method in ("prepare", "run"))

@@ -54,7 +54,7 @@ def require(holds: bool, name: str, value: object, remedy: str) -> None:
 
 
 class Tagged:
-    """In `Annotated[A | B, TAGGED]`: config.json tells the members of a closed union by their `kind`, and must hold it."""
+    """For `Annotated[A | B, TAGGED]`: in config.json, `kind` says which member of a closed union it is, and must be there."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         import pydantic  # here, not above: the step benchmark runs where pydantic is not installed

@@ -104,7 +104,7 @@ class HardNegative(Nested):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiPositive(Term):
-    """Softmax loss towards all texts (images) of the same id: several captions an image, or equal ones in a batch."""
+    """Softmax loss with several positives: all texts (images) of the same id. They are an image's captions, or equal captions."""
 
     kind: Literal["multi_positive"] = "multi_positive"
 
@@ -147,7 +147,7 @@ class Distillation(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class Sogclr(Term):
-    """SogCLR: every example remembers a moving average over its negatives (2202.12387), at the model's scale, held constant."""
+    """SogCLR: stores a moving average over the negatives of every example (2202.12387). The scale counts as constant."""
 
     kind: Literal["sogclr"] = "sogclr"
     examples: int = bounded(COUNT)  # number of training examples, each of which is remembered
@@ -161,7 +161,7 @@ class Isogclr(Term):
     kind: Literal["isogclr"] = "isogclr"
     examples: int = bounded(COUNT)  # number of training examples, each of which is remembered
     gamma: float = bounded(POSITIVE_SHARE, 0.8)  # share of the present batch in the average; 1: no memory
-    rho: float = bounded(NOT_NEGATIVE, 6.0)  # price of a high temperature
+    rho: float = bounded(NOT_NEGATIVE, 6.0)  # how much a high temperature adds to the loss
     temperature: float = 0.01  # of every example at the start
     temperature_lr: float = bounded(NOT_NEGATIVE, 0.03)  # learning rate of the temperatures
     temperature_momentum: float = bounded(BELOW_ONE, 0.9)  # momentum of their updates
@@ -185,7 +185,7 @@ class Uniformity(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class CrossUniformity(Term):
-    """Uniformity between images and others' texts (2405.18570). Alone it drives the towers apart: use it beside the others."""
+    """Uniformity between images and others' texts (2405.18570). Alone it drives them apart: use it with the other two."""
 
     kind: Literal["cross_uniformity"] = "cross_uniformity"
     t: float = bounded(POSITIVE, 2.0)  # log of the mean of exp(-t distance^2)

@@ -134,5 +134,5 @@ def _kind_of(config: type) -> str:
 
 
 def _absolute(path: str) -> str:
-    """Of a file; what is typed in an interactive session has none."""
+    """The absolute path of a file. Code that was typed in an interactive session has no file."""
     return str(Path(path).resolve()) if Path(path).is_file() else INTERACTIVE

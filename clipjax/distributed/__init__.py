@@ -1,6 +1,6 @@
-"""Several processes, one on each host, as one run: how they start, agree with each other, and end together.
+"""Several processes as one run: how they start, agree with each other, and end together.
 
-In a process that is alone, all of this does nothing.
+If there is only one process, all of this does nothing.
 """
 
 import contextlib
@@ -37,23 +37,23 @@ def start() -> None:
     if arguments is None:
         return
     seconds = watch.heartbeat()
-    # Off until `preemption.listening` turns it on: before, it would ignore SIGTERM.
+    # Off until `preemption.listening` turns it on: until then SIGTERM must end the process.
     jax.config.update("jax_enable_preemption_service", False)
     with watch.joining(arguments.get("coordinator_address"), arguments.get("num_processes")), _without_proxies():
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=int(2 * watch.JOIN_BEATS * seconds),
-            heartbeat_timeout_seconds=int(5 * seconds) + 30,  # later than the watch: JAX aborts and names nobody
+            heartbeat_timeout_seconds=int(5 * seconds) + 30,  # later than the watch, because JAX aborts without naming a process
             shutdown_timeout_seconds=int(seconds) + 30,
         )
         _keep_stdout()
-        # Not jax.process_count(): that makes the devices, which waits for all processes, and no watch runs yet.
+        # Not jax.process_count(): it initialises the devices and so waits for all processes, but no watch runs yet.
         if global_state.num_processes > 1:
             _watch = watch.Watch()
 
 
 def require_joined() -> None:
-    """Raises ConfigError in one of several processes that JAX has not joined. Each would train alone, all in one workdir."""
+    """Raises ConfigError if the processes of a run are not joined. Each would train alone, and all would write one workdir."""
     if not jax.distributed.is_initialized() and detect(os.environ, cloud_tpu_init.running_in_cloud_tpu_vm):
         raise ConfigError("this is one of several processes: call clipjax.distributed.start() before anything asks for devices")
 
@@ -76,11 +76,11 @@ def report_progress() -> None:
 
 
 def leave(status: int, message: object, unforeseen: bool = False) -> object:
-    """Ends this process's work with an exit status and a message to print, or None. Returns the message that it must print.
+    """Ends this process's work with an exit status and a message, or None. Returns the message to print, or None.
 
     A good status (0, or 75 where all processes stop to be started again) waits for the others. A bad one ends the others with
-    the same status, and does not return. `unforeseen`: the error may be the effect of another process's death; then this process
-    ends as for that.
+    the same status, and does not return. `unforeseen`: another process's death may have caused the error. If so, this process
+    ends with the status for that.
     """
     if _watch is None:
         return message
@@ -103,7 +103,7 @@ def first_process_first(name: str) -> Iterator[None]:
 
 
 def agree(name: str, value: str | int) -> None:
-    """Raises ConfigError in a process whose value differs from the first process's. Called `name` in the message.
+    """Raises ConfigError in a process whose value differs from the first process's. `name` is the value's name in the message.
 
     Processes that differ would go on as one run and compute nonsense.
     """
@@ -133,9 +133,9 @@ def _without_proxies() -> Iterator[None]:
 
 
 def _keep_stdout() -> None:
-    """Keeps stdout for results, which other programs read: what Gloo and NCCL print there from C goes to stderr."""
+    """Keeps stdout for results, which other programs read. What Gloo and NCCL print to it from C goes to stderr instead."""
     if sys.stdout is sys.__stdout__ and sys.stdout.fileno() == 1:
         sys.stdout.flush()
-        own = os.dup(1)
+        results = os.dup(1)
         os.dup2(2, 1)
-        sys.stdout = sys.__stdout__ = os.fdopen(own, "w", encoding=sys.stdout.encoding)
+        sys.stdout = sys.__stdout__ = os.fdopen(results, "w", encoding=sys.stdout.encoding)

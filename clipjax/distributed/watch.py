@@ -129,7 +129,7 @@ class Watch:
             time.sleep(0.05)
 
     def wait(self, name: str) -> None:
-        """A barrier: returns when all processes have come here. One that never comes is named, and ends this process."""
+        """A barrier: returns when all processes have reached it. If one never does, this process ends, and names it."""
         self._client.wait_at_barrier(f"clipjax/{name}/{next(self._numbers)}", FOREVER)
 
     def value_of_first(self, name: str, value: str) -> str:
@@ -154,7 +154,7 @@ class Watch:
         self._end(status, f"process {self._me} ({socket.gethostname()}): {message}" if first else None)
 
     def end_if_another_died(self) -> None:
-        """For an error that the death of another process may have caused. If it did, this process ends as the others do.
+        """Call it for an error that another process's death may have caused. If it has, this process ends as the others do.
 
         Returns if not: that is, when every process has posted a beat that is younger than the error.
         """
@@ -273,7 +273,7 @@ def _delay_aborts() -> None:
 
 @contextlib.contextmanager
 def joining(address: str | None, n: int | None) -> Iterator[None]:
-    """For `with`, around joining: ends this process if the others do not come in time. JAX would abort it without a reason."""
+    """For `with`, around joining: ends this process if the others do not join in time. JAX would abort and give no reason."""
     seconds = JOIN_BEATS * heartbeat()
 
     def end() -> None:

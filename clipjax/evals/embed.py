@@ -63,7 +63,7 @@ def embed(encoder: Encoder, params: Params, tokenizer: Tokenizer, data: config.D
 
 
 def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the whole file or nothing, from the first process, under exactly this name."""
+    """Writes the complete file or nothing, from the first process, under exactly this name."""
     if jax.process_index() == 0:
         with write_atomic(path) as part, part.open("wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)

@@ -1,4 +1,4 @@
-"""Embeddings of a whole dataset, computed on all devices batch by batch. They stay on the devices that computed them."""
+"""Embeddings of a full dataset, computed on all devices batch by batch. They stay on the devices that computed them."""
 
 import collections
 import sys
@@ -21,9 +21,9 @@ from clipjax.placement import make_placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
 Batch = dict[str, np.ndarray]  # this process's rows
-CACHE_BYTES = 256 * 2**20  # a dataset whose batches are at most so large stays in host memory between two evaluations
+CACHE_BYTES = 256 * 2**20  # if a dataset's batches need at most so much, they stay in host memory between evaluations
 PROGRESS_DELAY = 5.0  # seconds before a progress line is shown
-IN_FLIGHT = 2  # batches given to the devices before the first must be done: bounds memory, keeps the devices busy
+IN_FLIGHT = 2  # batches that the devices may compute at a time: bounds memory, and keeps the devices busy
 
 T = TypeVar("T")
 

@@ -75,7 +75,7 @@ def _metric(found: GeometryResults, name: str, key: str) -> str:
 
 
 def _spectra(axes: "Axes", found: GeometryResults) -> None:
-    """Of the vectors as they are: a cloud with an offset has a first value far above the others."""
+    """Draws the singular values of both clouds. Means are not removed: a cloud with an offset has a very large first value."""
     for (name, (colour, mark, dashes)), z in zip(STYLES.items(), (found.image, found.text), strict=True):
         values = singular_values(z)
         rank = found.metrics[f"rankme_{name}"]

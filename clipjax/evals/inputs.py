@@ -27,11 +27,11 @@ def eval_data(run: config.Run, spec: str, split: str) -> config.Data:
 def image_batches(encoder: Encoder, source: Source, data: config.Data) -> CachedBatches:
     """Every image, with `index` and `label`. One that can't be read is left out, with a warning; no other replaces it."""
     size = encoder.model.image.image_size
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    share = dict(process_index=jax.process_index(), process_count=jax.process_count())
 
     def read() -> Iterator[Batch]:
         unreadable = 0
-        with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, **hosts) as batches:
+        with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, **share) as batches:
             for batch in batches:
                 unreadable += int(batch["replaced"].sum())
                 counted = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
@@ -56,7 +56,7 @@ def prompt_batches(encoder: Encoder, tokenizer: Tokenizer, names: Sequence[str],
 
 
 class _Prompts:
-    """The prompts as a sequence that makes each when it is asked for: 21,000 classes in 80 templates are many strings."""
+    """A sequence of prompts. It makes a prompt only on access: 21,000 classes in 80 templates would be many strings."""
 
     def __init__(self, names: Sequence[str], templates: Sequence[str]) -> None:
         self._names, self._templates = names, templates

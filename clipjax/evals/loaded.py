@@ -61,7 +61,7 @@ class LoadedRun:
         return [(self.tokenizer.decode(row), float(logprob)) for row, logprob in rows[: len(pixels)]]
 
     def _captioner(self, images: int, decoding: Decoding) -> Captioner:
-        """For batches of the evaluation's size, or of the next power of two for fewer images."""
+        """The captioner for batches of the evaluation's size. For fewer images, of the next power of two."""
         size = min(self.encoder.batch_size, 1 << max(images - 1, 0).bit_length())
         if (size, decoding) not in self._captioners:
             self._captioners[size, decoding] = Captioner(self.run.model, self.mesh, size, self.tokenizer, decoding)

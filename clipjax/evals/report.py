@@ -1,4 +1,4 @@
-"""The results of an evaluation as files: a PNG, and JSON as CLIP_benchmark writes it, so that its scripts read ours."""
+"""The results of an evaluation as files: a PNG, and JSON in the format of CLIP_benchmark, so that its scripts can read it."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ from clipjax.files import write_atomic
 
 
 def report(dataset: str, model: str, pretrained: str, task: str, metrics: Metrics, language: str = "en") -> dict[str, Any]:
-    """What `eval --json` holds. `task` is the evaluation's; a metric that is not defined is None."""
+    """The object that `eval --json` writes. `task` is the name of the evaluation; a metric that is not defined is None."""
     return dict(dataset=dataset, model=model, pretrained=pretrained, task=task, metrics=metrics, language=language)
 
 
 def write_json(path: str | Path, result: Any) -> None:
-    """Writes the whole file or nothing, from the first process. None becomes null; NaN, which JSON lacks, is a ValueError."""
+    """Writes the complete file or nothing, from the first process. None becomes null; NaN, which JSON lacks, is a ValueError."""
     text = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     if jax.process_index() == 0:
         with write_atomic(path) as part:
@@ -25,11 +25,11 @@ def write_json(path: str | Path, result: Any) -> None:
 
 
 def save_png(path: str | Path, image: Image.Image) -> None:
-    """Writes the whole file or nothing."""
+    """Writes the complete file or nothing."""
     with write_atomic(path) as part:
         image.save(part, "png")
 
 
 def png_name(name: str) -> str:
-    """`emoji/test-000120` as the name of a PNG. Of a tsv, whose name is a path, the last 100 characters."""
+    """`emoji/test-000120` as the name of a PNG. At most its last 100 characters: the name of a tsv is a path."""
     return name.replace(":", "-").replace("/", "-")[-100:].lstrip("-") + ".png"

@@ -86,7 +86,7 @@ def _hits(images: Embeddings, texts: Embeddings, mesh: Mesh, tile: int) -> tuple
 
 
 def half_ranks(cosines: Float[Array, "q k"], own: Float[Array, "q 1"]) -> Int[Array, "q k"]:
-    """By how many half ranks each key moves a query's own key back: 2 if its cosine is greater than `own`, 1 if equal.
+    """How many half ranks each key adds to the rank of a query's own key: 2 if its cosine is greater than `own`, 1 if equal.
 
     The counts are integers, because float32 stops counting at 2^24.
     """

@@ -33,11 +33,11 @@ class Row:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of our parameters."""
+        """The paths of our parameters."""
         return tuple(path for path, _ in self.ours)
 
     def names(self, layers: int) -> list[list[str]]:
-        """Of their tensors, one list for each layer; a single list if the row is not layered."""
+        """The names of their tensors, one list for each layer; a single list if the row is not layered."""
         return [[name.replace("{i}", str(i)) for name in self.theirs] for i in range(layers if self.layered else 1)]
 
 

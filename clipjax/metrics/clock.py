@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 
 class Clock:
-    """Divides the time between two log lines into training, waiting for data, and pauses, which count as neither."""
+    """Splits the time between two log lines into training, waiting for data, and pauses, which count as neither."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -39,7 +39,7 @@ class Clock:
     @contextlib.contextmanager
     def paused(self, after: Any = None) -> Iterator[None]:
         """For `with`, around evaluations, saving, and the compilation in the first step. The pause starts when the arrays of
-        `after` (the state) are computed: steps that still run on the devices are training, though the host has gone on.
+        `after` (the state) are computed. Until then the devices still run steps, and that counts as training.
         """
         jax.block_until_ready(after)
         start = self._now()

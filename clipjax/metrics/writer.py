@@ -79,7 +79,7 @@ class MetricsWriter:
         return line
 
     def evaluation(self, step: int, task: str, results: EvaluationResults, **more: str) -> dict[str, float]:
-        """Writes the line of an evaluation: `step`, `task`, `metrics` and what `more` names, as the dataset. Returns the metrics.
+        """Writes the line of an evaluation: `step`, `task`, `metrics`, and the keys of `more` (the dataset). Returns the metrics.
 
         Images among the results, uint8 [h, w, 3], are written to TensorBoard only.
         """
@@ -94,7 +94,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the files. What was pushed since the last flush is dropped."""
-        with contextlib.ExitStack() as stack:  # all are closed, also where closing one fails, as on a full disk
+        with contextlib.ExitStack() as stack:  # all are closed, even if closing one fails, as on a full disk
             for part in (self._mirror, self._board, self._file):
                 if part is not None:
                     stack.callback(part.close)

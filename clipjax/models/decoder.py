@@ -48,7 +48,7 @@ class CrossBlock(nnx.Module):
         return self.attention.keys(self.norm_context(context))
 
     def attend(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
-        """As a call, with the `keys` of the image already computed."""
+        """The same as a call, but with the image's keys and values, which `keys` has computed."""
         x = x + self.attention.attend(self.norm1(x), key, value)
         return x + self.mlp(self.norm2(x))
 
@@ -137,7 +137,7 @@ class Decoder(Layer):
 
 
 def facts(cfg: config.Decoder, text: config.TextTower, image: config.ImageTower) -> TowerFacts:
-    """Of the captioning head, with its output projection, for one caption."""
+    """The facts of the captioning head, with its output projection, for one caption."""
     d, context, tokens = text.width, image.context, text.length - 1
     layer = BlockShape(tokens, d, cfg.heads, cfg.mlps * cfg.mlp_dim, text.activation)  # its MLPs as one
     flops = cfg.depth * (Block.flops(layer) + CrossAttention.flops(tokens, d, context)) + 2 * tokens * d * text.vocab_size

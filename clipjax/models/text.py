@@ -101,7 +101,7 @@ def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:
 
 
 def facts(cfg: TextTower) -> TowerFacts:
-    """Of the text tower, for one text."""
+    """The facts of the text tower, for one text."""
     layer = BlockShape(cfg.positions, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation)
     return TowerFacts(
         flops=cfg.depth * Block.flops(layer) + 2 * cfg.width * (cfg.embed_dim or 0),

@@ -115,7 +115,7 @@ def sincos2d(cfg: ImageTower) -> Float[Array, "n d"]:
 
 
 def facts(cfg: ImageTower) -> TowerFacts:
-    """Of the image tower, for one image in training: with patch dropout."""
+    """The facts of the image tower, for one image in training: with patch dropout."""
     tokens, e = kept_patches(cfg.patches, cfg.patch_dropout) + cfg.class_token, cfg.embed_dim or 0
     layer = BlockShape(tokens, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation)
     patches = 2 * cfg.patches * 3 * cfg.patch_size**2 * cfg.width  # of all patches: they are dropped afterwards

@@ -16,7 +16,7 @@ from clipjax.chips import chip_of
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one step. None: not known for these devices."""
+    """The estimated time of one step. None: not known for these devices."""
 
     step_seconds: float | None = None
     images_per_second: float | None = None  # over all chips
@@ -27,7 +27,7 @@ class Estimate:
 
 
 def estimate(cost: hlo.Cost, devices: Sequence[jax.Device], batch: int, model_flops: float) -> Estimate:
-    """Of a program with this cost on each device. `model_flops`: the towers' FLOPs of one step on all devices."""
+    """The estimate for a program of this cost on each device. `model_flops`: the towers' FLOPs of one step on all devices."""
     kind, tpu = devices[0].device_kind, devices[0].platform == "tpu"
     chip = chip_of(kind)
     if chip is None:

@@ -1,4 +1,4 @@
-"""The FLOPs of a training step, counted by hand: what the model and its loss need, whatever a compiler makes of them."""
+"""The FLOPs of a training step, counted by hand: what the model and its loss need, not what a compiler makes of it."""
 
 from collections.abc import Collection
 
@@ -8,8 +8,8 @@ from clipjax.metrics.flops import tower_flops
 
 
 def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = None) -> dict[str, float]:
-    """By part, 2 for a multiply-add, over all devices: the towers as in `metrics.model_flops`, and each term of the objective
-    that has matrix products of its own.
+    """FLOPs of one step on all devices, by part; a multiply-add counts 2. Parts: the towers, as in `metrics.model_flops`, and
+    each term of the objective that has matrix products of its own.
 
     `trained`: paths of the trained parameters; `teacher`: the width of a teacher's embeddings. What remat or micro-batches
     recompute is not counted.

@@ -1,6 +1,6 @@
 """A run's folder before the first step: which checkpoint the run resumes from, and whether it can be trained here at all.
 
-Everything here only reads, but for two: `save_config` writes config.json, and `restore_newest` sets damaged checkpoints aside.
+They only read, with two exceptions: `save_config` writes config.json, and `restore_newest` sets damaged checkpoints aside.
 """
 
 import contextlib
@@ -40,9 +40,10 @@ class Workdir:
 def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Workdir:
     """Checks that `run` can be trained on `mesh` into the folder `path`, and finds the checkpoint to resume from.
 
-    Called once for a run, before any data is opened; what follows gets the result. Writes nothing. Raises ConfigError for several
-    processes that are not joined or find different checkpoints, for a mesh that does not divide the batch or the towers, and for
-    a checkpoint of another run. Raises DamagedError where there are checkpoints and none can be read.
+    Called once for a run, before any data is opened; later functions get the result. Writes nothing.
+
+    Raises ConfigError for several processes that are not joined or find different checkpoints, for a mesh that does not divide
+    the batch or the towers, and for a checkpoint of another run. Raises DamagedError if no checkpoint can be read.
     """
     distributed.require_joined()
     sharding.check_batch(run, mesh)
@@ -89,7 +90,7 @@ def restore_newest(
 
 
 def evaluated(workdir: Path, step: int, tasks: Sequence[tuple[str, str]]) -> list[bool]:
-    """Of each task with its dataset, whether metrics.jsonl has its line of `step`. Process 0 reads the file for all."""
+    """For each (task, dataset): whether metrics.jsonl has its line of `step`. Process 0 reads the file for all processes."""
     path = workdir / "metrics.jsonl"
     found = set()
     for line in path.read_text(encoding="utf-8").splitlines() if tasks and path.exists() else ():
