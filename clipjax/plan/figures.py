@@ -22,7 +22,7 @@ from clipjax.train.state import TrainState
 
 LARGE = 10**6  # bytes; the report does not list smaller replicated tensors
 
-# What the report calls the fields of a state.
+# The report's names for the fields of a state.
 KINDS = {
     "params": "parameters",
     "opt_state": "optimizer state",
@@ -34,7 +34,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one run on some devices. Bytes are of one chip, which is two JAX devices on v2, v3 and tpu7x. None: not known."""
+    """What one run needs on some devices. Bytes are per chip; a chip of v2, v3 or tpu7x is two JAX devices. None: not known."""
 
     topology: str
     slices: int
