@@ -130,7 +130,7 @@ def test_what_is_frozen_needs_less(frozen, passes):
 
 
 def test_model_flops_of_published_sizes():
-    """open_clip's model profile, GFLOPs of one forward pass (METHODS.md E.7)."""
+    """open_clip's model profile, GFLOPs of one forward pass."""
     image, text = ImageTower.clip("B/16"), TextTower.clip("B")
     facts = clip.facts(Model(image=image, text=text))
     assert facts["image"].flops / 1e9 == pytest.approx(35.13, abs=0.01)

@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN, section 3), read from the source; and what must not be needed to start or to take a step."""
+"""Who may import whom, read from the source; and what must not be needed to start or to take a step."""
 
 import ast
 import subprocess
