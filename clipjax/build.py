@@ -28,7 +28,7 @@ def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
     """
     check_source(source, run.data, run.train.batch_size)
     for i, term in enumerate(run.objective):
-        if isinstance(term, config.Sogclr | config.Isogclr):
+        if isinstance(term, config.Remembering):
             remedy = f"must be the number of examples of {source.name}, {len(source)}"
             config.require(term.examples == len(source), f"objective.{i}.examples", term.examples, remedy)
     with distributed.first_process_first("tokenizer"):  # the first process trains and saves it, the others load it

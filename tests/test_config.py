@@ -241,6 +241,7 @@ REFUSED = {
     ),
     "term weight": (terms(config.Softmax(weight=-1.0)), r"objective\.0\.weight = -1\.0: must not be negative, nor infinite"),
     "term weight inf": (terms(config.Softmax(), config.Alignment(weight=math.inf)), r"objective\.1\.weight = inf: must not"),
+    "term weight, captions": (terms(config.Caption(weight=-1.0)), r"objective\.0\.weight = -1\.0: must not be negative"),
     "term weight nan": (terms(config.Cwcl(weight=math.nan)), r"objective\.0\.weight = nan: must not be negative"),
     "image weight": (terms(config.Softmax(image_weight=1.1)), r"objective\.0\.image_weight = 1\.1: must lie in \[0, 1\]"),
     "smoothing": (terms(config.Softmax(label_smoothing=1.0)), r"objective\.0\.label_smoothing = 1\.0: must lie in \[0, 1\)"),

@@ -27,6 +27,7 @@ from clipjax.config.objective import (
     HardNegative,
     Isogclr,
     MultiPositive,
+    Remembering,
     Sigmoid,
     Softmax,
     Sogclr,
@@ -40,7 +41,8 @@ from clipjax.config.unions import registered, require_registered
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "ConfigError",
     "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
-    "Geometry", "HardNegative", "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Retrieval", "Rsqrt",
+    "Geometry", "HardNegative", "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Remembering",
+    "Retrieval", "Rsqrt",
     "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
     "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip

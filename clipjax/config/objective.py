@@ -14,7 +14,7 @@ from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSI
 from clipjax.config.model import Model
 from clipjax.config.unions import OpenUnion
 
-Prefixes = tuple[int, ...] | None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
+Prefixes = tuple[int, ...] | None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,14 @@ class Term(OpenUnion, run_field="objective"):
     """A term of the objective. A class that derives from it gives `kind` its value, and adds what its equation needs."""
 
     kind: str
-    weight: float = bounded(NOT_NEGATIVE, 1.0)  # factor on the term in the sum; 0: the term is left out
+    weight: float = 1.0  # factor on the term in the sum; 0: the term is left out
 
     def check(self, name: str, model: Model, data: Data) -> None:
         """Raises ConfigError for an impossible value, or where the model or the data can't serve the term.
 
         `name`: the term's place in the run, as objective.0.
         """
+        NOT_NEGATIVE.require(f"{name}.weight", self.weight)  # here, not by a bound: a class may give the weight another default
         check_bounds(self, name)
 
 
@@ -39,6 +40,13 @@ class Binding:
     function: Callable[..., Any]  # (term, rows, scale, bias, axis) -> TermResult: see clipjax.losses.terms
     flops: Callable[..., float] | None = None  # (term, sizes) -> FLOPs of a step: see clipjax.losses.flops; None: not counted
     check: Callable[[Any, str, Model, Data], None] | None = None  # (term, name, model, data): as Term.check, after it
+
+
+class Remembering(Term):
+    """A term that remembers something of every training example (clipjax.train.memory). An objective can have one of them."""
+
+    examples: int  # a field of each class
+    gamma: float
 
 
 class Nested(Term):
@@ -65,7 +73,7 @@ class Softmax(Nested):
     label_smoothing: float = bounded(BELOW_ONE, 0.0)  # share of the target that is spread evenly over a row
     reduction: Literal["mean", "sum"] = "mean"  # of the two directions; ALIGN (2102.05918) takes the sum, and smooths by 0.1
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the operands of its products, whose sums are float32
-    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
+    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +82,7 @@ class Sigmoid(Nested):
 
     kind: Literal["sigmoid"] = "sigmoid"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the operands of its products, whose sums are float32
-    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
+    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
@@ -88,7 +96,7 @@ class Decoupled(Nested):
     kind: Literal["decoupled"] = "decoupled"
     sigma: float | None = bounded(POSITIVE, None)  # temperature of the own pairs' weights (0.5 in the paper); None: no weights
     stop_gradient: bool = False  # the weights count as constants
-    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
+    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +107,7 @@ class HardNegative(Nested):
     alpha: float = bounded(NOT_NEGATIVE, 1.0)  # weight of the own pair in the denominator; 0: decoupled
     beta: float = bounded(NOT_NEGATIVE, 0.25)  # sharpness of the weights; 0: all equal
     stop_gradient: bool = False  # the weights count as constants
-    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the whole embedding alone
+    prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +154,7 @@ class Distillation(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sogclr(Term):
+class Sogclr(Remembering):
     """SogCLR: stores a moving average over the negatives of every example (2202.12387). The scale counts as constant."""
 
     kind: Literal["sogclr"] = "sogclr"
@@ -155,7 +163,7 @@ class Sogclr(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Isogclr(Term):
+class Isogclr(Remembering):
     """iSogCLR: SogCLR where every image and every text also learns a temperature of its own (2305.11965)."""
 
     kind: Literal["isogclr"] = "isogclr"
@@ -227,7 +235,7 @@ def check_objective(terms: tuple[Term, ...], model: Model, data: Data) -> None:
     require(len(terms) > 0, "objective", terms, "needs at least one term")
     weights = tuple(term.weight for term in terms)
     require(any(weights), "objective", weights, "these are the weights: one at least must not be 0")
-    remembering = [i for i, term in enumerate(terms) if isinstance(term, Sogclr | Isogclr)]
+    remembering = [i for i, term in enumerate(terms) if isinstance(term, Remembering)]
     require(len(remembering) < 2, "objective", remembering, "several of its terms remember every example: keep one")
     for i, term in enumerate(terms):
         name = f"objective.{i}"

@@ -115,6 +115,7 @@ def registered(run: Any, unions: tuple[type[OpenUnion], ...]) -> dict[str, dict[
 
 def require_registered(names: Mapping[str, Mapping[str, Mapping[str, str]]], unions: tuple[type[OpenUnion], ...]) -> None:
     """Raises ConfigError where a class that `registered` named is not registered now."""
+    require(isinstance(names, dict), "config.json: registered", names, "must be an object, as clipjax wrote it")
     for union in unions:
         for kind, name in names.get(union.run_field, {}).items():
             if kind not in union.members:

@@ -17,9 +17,9 @@ MULTIPLE = 1024  # n is a multiple of it, so that any usual mesh divides it, als
 MAX_GRADIENT = 5.0  # a temperature's gradient is clipped to [-5, 5], as in iSogCLR's code (2305.11965)
 
 
-def term_of(run: config.Run) -> config.Sogclr | config.Isogclr | None:
+def term_of(run: config.Run) -> config.Remembering | None:
     """The term that stores values of every example, or None."""
-    return next((t for t in run.objective if isinstance(t, config.Sogclr | config.Isogclr) and t.weight), None)
+    return next((t for t in run.objective if isinstance(t, config.Remembering) and t.weight), None)
 
 
 def initial(run: config.Run) -> Memory:
