@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,6 +32,13 @@ if QUICK:
     os.environ["XLA_FLAGS"] = SIMPLEST
     jax.devices()  # which reads the flags; libtpu reads them later, and ends the process at one that it does not know
     os.environ["XLA_FLAGS"] = SIMPLE
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first, so that no long one is alone in the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture

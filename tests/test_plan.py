@@ -395,7 +395,9 @@ def test_a_run_for_a_tpu():
     assert 0 < found.estimate.mfu < 1
 
 
+# Three minutes. In CI: the search on this machine above, and in test_aot.py a TPU's refusal.
 @pytest.mark.slow
+@pytest.mark.recipes
 def test_the_largest_batch_for_a_tpu():
     TPU("libtpu", reason="the TPU compiler: pip install libtpu")
     cfg = for_tpu()
