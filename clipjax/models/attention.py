@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float
 from clipjax.models.facts import BlockShape, Layout
 from clipjax.models.layers import Layer, LayerNorm, Linear, Scope
 
-Mask = Bool[Array | np.ndarray, "..."]
+AttentionMask = Bool[Array | np.ndarray, "..."]
 
 
 def attend(
-    q: Float[Array, "b h t k"], k: Float[Array, "b h s k"], v: Float[Array, "b h s k"], mask: Mask | None = None
+    q: Float[Array, "b h t k"], k: Float[Array, "b h s k"], v: Float[Array, "b h s k"], mask: AttentionMask | None = None
 ) -> Float[Array, "b t h k"]:
     """Scaled dot-product attention. Scores and softmax are float32, whatever the dtype. `mask` broadcasts to [b, h, t, s]; it is
     true where a query may attend to a key.
@@ -45,7 +45,7 @@ class SelfAttention(Layer):
         self.qkv = Linear(scope / "qkv", (width,), (3, heads, width // heads), std=std)
         self.out = Linear(scope / "out", (heads, width // heads), (width,), std=out_std)
 
-    def __call__(self, x: Float[Array, "b t d"], mask: Mask | None = None) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], mask: AttentionMask | None = None) -> Float[Array, "b t d"]:
         """`mask` [b, t, t]: true where a token (axis 1) may attend to another (axis 2). None: all true, or lower-triangular if
         causal.
         """

@@ -4,7 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation
-from clipjax.models.attention import Cache, Mask, SelfAttention
+from clipjax.models.attention import AttentionMask, Cache, SelfAttention
 from clipjax.models.facts import BlockShape, Layout
 from clipjax.models.layers import MLP, LayerNorm, Scope
 
@@ -22,7 +22,7 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(scope / "norm2", width, eps)
         self.mlp = MLP(scope / "mlp", width, mlp_dim, activation, std=(2 * width) ** -0.5, out_std=out_std)
 
-    def __call__(self, x: Float[Array, "b t d"], mask: Mask | None = None) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t d"], mask: AttentionMask | None = None) -> Float[Array, "b t d"]:
         x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 

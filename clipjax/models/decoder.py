@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from clipjax import config
-from clipjax.models.attention import Cache, CrossAttention, Mask, SelfAttention
+from clipjax.models.attention import AttentionMask, Cache, CrossAttention, SelfAttention
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
 from clipjax.models.layers import MLP, Layer, LayerNorm, Scope, normal
@@ -67,7 +67,7 @@ class DecoderBlock(nnx.Module):
         self.cross = CrossBlock(scope / "cross", **shape, activation=activation, eps=eps, out_std=out_std)
 
     def __call__(
-        self, x: Float[Array, "b t d"], context: Float[Array, "b m c"], mask: Mask | None = None
+        self, x: Float[Array, "b t d"], context: Float[Array, "b m c"], mask: AttentionMask | None = None
     ) -> Float[Array, "b t d"]:
         return self.cross(self._own_mlp(x + self.attention(self.norm1(x), mask)), context)
 

@@ -21,7 +21,9 @@ from clipjax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Rows = dict[str, Any]  # a Batch, with a random key of each example (`keys`) and its stored values (`memory`, see train/memory.py)
+StepInputs = dict[
+    str, Any
+]  # a Batch, with a random key of each example (`keys`) and its stored values (`memory`, see train/memory.py)
 
 
 class Trainable(NamedTuple):
@@ -69,7 +71,7 @@ def make_train_step(
     return train_step
 
 
-def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: Rows) -> tuple[jax.Array, ...]:
+def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> tuple[jax.Array, ...]:
     """Embeddings of images [b, e], of texts [b, e] or [b, K, e]; with a captioning loss, -log p [b] of each image's captions."""
     model = clip.bind(run.model, stop_frozen(run.optim.rules, trainable.params))
     *captions, length = rows["text"].shape
@@ -86,7 +88,7 @@ def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, row
 
 
 def _loss(
-    run: config.Run, mesh: Mesh, trainable: Trainable, z: tuple[jax.Array, ...], rows: Rows
+    run: config.Run, mesh: Mesh, trainable: Trainable, z: tuple[jax.Array, ...], rows: StepInputs
 ) -> tuple[jax.Array, tuple[Metrics, Memory]]:
     """The loss of all embeddings, the values to log, and the values to store for the batch's examples (train/memory.py)."""
     on_shard = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
