@@ -55,7 +55,7 @@ class Sample:
 class Beam:
     """Keeps several captions at a time and returns the best, by log-probability / (number of tokens) ** alpha.
 
-    A caption that has ended keeps its place among them (Sutskever et al., 1409.3215). One beam is greedy.
+    A caption that has ended stays among them (Sutskever et al., 1409.3215). One beam is greedy.
     """
 
     beams: int = 4
@@ -134,7 +134,7 @@ class Captioner(BatchedModel):
         )
 
     def _score(self, state: _State) -> Float[Array, "b n"]:
-        """Of captions that have ended; -inf for others."""
+        """The score of captions that have ended; -inf for others."""
         size = jnp.maximum((state.tokens == self._tokenizer.end_id).argmax(-1), 1).astype(jnp.float32)
         return jnp.where(state.ended, state.logprob / size**self.decoding.alpha, -jnp.inf)
 
@@ -170,7 +170,7 @@ class Captioner(BatchedModel):
 
 
 def _follow(parent: Int[Array, "b m"], x: Array, lead: int = 0) -> Array:
-    """Of each image's captions, x [..., b, n, ...], those with the numbers `parent`. `lead` axes come before b."""
+    """From x [..., b, n, ...], with n captions of each image: those with the numbers `parent`. `lead` axes come before b."""
     parent = jnp.expand_dims(parent, (*range(lead), *range(lead + 2, x.ndim)))
     return jnp.take_along_axis(x, parent, axis=lead + 1)
 
@@ -181,14 +181,14 @@ class _Choose:
 
     decoding: Decoding
     end: int  # id of the end token
-    last: int  # the position after which only the end may come
+    last: int  # the position after which only the end token may come
 
     def __call__(
         self, logits: Float[Array, "b n v"], logprob: Array, ended: Array, index: Array, at: Array
     ) -> tuple[Int[Array, "b n"], Int[Array, "b n"], Float[Array, "b n"]]:
         """The captions that continue, the next token of each, and their log-probability with it.
 
-        Ids up to the end's are words. After the end only padding follows; after position `last` only the end.
+        Ids up to the end token's are words. Only padding follows an end token. After position `last` only the end token may come.
         """
         is_end = jnp.arange(self.end + 1)[None, None] == self.end
         words = jax.nn.log_softmax(logits)[..., : self.end + 1]

@@ -125,7 +125,7 @@ def test_what_is_frozen_needs_less(frozen, passes):
     made = model_flops(cfg, trained_names(rules, params))
     facts = clip.facts(cfg)
     assert made == passes[0] * facts["image"].flops + passes[1] * facts["text"].flops
-    # Pictures need no gradient; frozen attention still passes one to each of two factors.
+    # Images need no gradient; frozen attention still passes one to each of two factors.
     assert made == pytest.approx(dots(jax.make_jaxpr(jax.grad(loss))(params, *shapes).jaxpr) / b, rel=0.05)
 
 

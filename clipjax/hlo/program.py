@@ -69,7 +69,7 @@ class _Totals:
         self.bytes[transfer] += size
 
     def collectives(self) -> dict[str, Collective]:
-        """By kind. Several instructions may be one transfer, which then counts once.
+        """The collectives, by kind. Several instructions may be one transfer, which then counts once.
 
         A transfer in pieces has an instruction for each piece, and a piece in a loop runs more often: the least of them counts.
         Of the two halves of a transfer between slices, what is sent and what is received, the larger counts.

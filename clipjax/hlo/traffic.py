@@ -34,7 +34,8 @@ def traffic(computation: Computation, i: Instruction, computations: dict[str, Co
 
 
 def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[str, Computation]) -> int:
-    """Of a slice only the part that is read, of an update only the part that is written, of unchanged arrays nothing."""
+    """Bytes that a fusion moves. Of a slice only the part that is read counts, of an update only the part that is written; of
+    unchanged arrays, nothing."""
     inner = next((computations[name] for name in i.attribute("calls") if name in computations), None)
     if inner is None:
         return _main(i.shape) + sum(_main(x.shape) for x in operands)
@@ -56,7 +57,7 @@ def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[s
         return min(size, sum(parts))
 
     def bytes_written(name: str, shape: str) -> int:
-        """Of an output of the fusion."""
+        """Bytes written for an output of the fusion."""
         source = inner.body[name]
         while source.opcode == "bitcast":
             source = inner.body[source.operands[0]]
@@ -90,7 +91,7 @@ def sent(kind: str, size: int) -> int:
 
 
 def between_slices(computation: Computation, i: Instruction) -> tuple[str, str, int] | None:
-    """Of one half of a transfer between slices: its kind, the name that both halves have, and its bytes. Else None.
+    """If `i` is one half of a transfer between slices: its kind, the name that both halves have, and its bytes. Else None.
 
     The compiler makes a program for one slice. What goes to other slices and comes from them is a `send` and a `recv` of the
     runtime."""

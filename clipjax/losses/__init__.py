@@ -1,4 +1,4 @@
-"""Losses over the global batch: pure functions of unit vectors, scale, bias and the mesh axes they are spread over."""
+"""Losses over the global batch: pure functions of unit vectors, logit scale, bias and the batch's mesh axes."""
 
 from clipjax.losses.batch import mean
 from clipjax.losses.caption import caption_loss, caption_nll, token_nll

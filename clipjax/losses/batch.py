@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 from clipjax.losses.pairwise.axes import Axis, device_count
 from clipjax.losses.pairwise.partials import finite
 
-# float32 products whatever the default: on a TPU that is one bfloat16 pass, which costs CLIP's loss its fourth digit.
+# Full float32 products. The default on a TPU is one bfloat16 pass, with which CLIP's loss is wrong in the fourth digit.
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def add_up(values: Iterable[Array]) -> Array:
-    """Their sum. There must be at least one."""
+    """The sum of the values. There must be at least one."""
     return cast(Array, sum(values))
 
 

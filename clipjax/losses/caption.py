@@ -1,7 +1,7 @@
 """The cross-entropy of the tokens of captions. The logits [tokens, vocabulary] are never in memory.
 
-A tile of logits is computed, reduced and dropped. The backward pass computes it again and takes both gradients from it: products
-of 8 n v d, where a stored matrix would cost 6. n tokens, v words of the vocabulary, d width.
+A tile of logits is computed, reduced and dropped. The backward pass computes it again and takes both gradients from it. The
+products cost 8 n v d FLOPs; with a stored matrix they would cost 6 n v d. Letters: n tokens, v words of the vocabulary, d width.
 """
 
 import functools
@@ -23,8 +23,8 @@ TILE = (4096, 4096)  # tokens and words: 64 MiB of logits, and many multiply-add
 def caption_loss(nll: Float[Array, " b"], tokens: Int[Array, " b"], *, axis: Axis = None) -> Float[Array, ""]:
     """Mean over the real tokens of the global batch of -log p (CoCa, 2205.01917, equation 2).
 
-    `nll`: the sum of -log p over each caption's tokens; `tokens`: their number. The mean of the devices' means would be another:
-    a token would weigh more on a device that has fewer.
+    `nll`: the sum of -log p over each caption's tokens; `tokens`: their number. The mean of the devices' means would differ: a
+    token would weigh more on a device that has fewer.
     """
     sums = nll.sum(), tokens.sum().astype(jnp.float32)
     total, count = sums if axis is None else jax.lax.psum(sums, axis)
@@ -39,7 +39,7 @@ def token_nll(
     axis: Axis = None,
     tile: tuple[int, int] = TILE,
 ) -> Float[Array, " n"]:
-    """-log softmax(states @ table.T)[target], float32. `states`: of tokens, at the decoder's end; `targets`: the next token's id.
+    """-log softmax(states @ table.T)[target], float32. `states`: the decoder's outputs; `targets`: the next token's id.
 
     Inside `shard_map`, `axis` names the mesh axes over which the vocabulary is sharded: `table` is this device's shard, in the
     axes' order; states and targets are the same on all of them, and targets are ids of the full vocabulary. Over any other axis
@@ -92,7 +92,7 @@ def _forward(states: Array, table: Array, targets: Array, axis: Axis, tile: tupl
 
 
 def _over_words(h: Array, y: Array, table: Array, words: int, axes: tuple[str, ...]) -> tuple[Array, ...]:
-    """Of a tile of tokens: the largest logit m, the sum of exp(logit - m), and the target's logit, over this shard's words."""
+    """For a tile of tokens: the largest logit m, the sum of exp(logit - m), and the target's logit, over this shard's words."""
 
     def add_tile(sums: tuple[Array, ...], c: Array) -> tuple[tuple[Array, ...], None]:
         logits, hit = _tile(h, y, table, c, words)
@@ -152,7 +152,7 @@ def _tile(h: Array, y: Array, table: Array, c: Array, words: int) -> tuple[Float
 def _words(table: Array, at: Array, count: int, dtype: jnp.dtype) -> Float[Array, "c d"]:
     """Rows of the table, as they are multiplied.
 
-    They are rounded first. XLA would convert the full table before the loop and keep it, were there a conversion alone.
+    They are rounded first. If they were only converted, XLA would convert the full table before the loop and keep it.
     """
     info = jnp.finfo(dtype)
     return jax.lax.reduce_precision(_take(table, at, count), info.nexp, info.nmant).astype(dtype)
@@ -165,7 +165,7 @@ def _tile_size(length: int, most: int) -> int:
 
 
 def _place(i: Array, length: int, size: int) -> tuple[Array, Array]:
-    """Where the i-th tile starts, and which of its members no earlier tile has: the last tile ends with the array."""
+    """Where the i-th tile starts, and which of its members no earlier tile has. The last tile ends where the array ends."""
     at = jnp.minimum(i * size, length - size)
     return at, at + jnp.arange(size) >= i * size
 

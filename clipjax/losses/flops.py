@@ -1,4 +1,4 @@
-"""The FLOPs of the objective's terms in a training step, counted by hand: what a loss needs, 2 a multiply-add."""
+"""The FLOPs of the objective's terms in a training step, counted by hand: what a loss needs. A multiply-add counts 2."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ class Sizes(NamedTuple):
     """What the FLOPs of a term depend on."""
 
     pairs: int  # B, of the global batch
-    captions: int  # an image has
+    captions: int  # K, of an image
     width: int  # d, of the embeddings
     teacher: int | None = None  # width of a teacher's embeddings
 
@@ -17,14 +17,14 @@ class Sizes(NamedTuple):
     def one_pass(self) -> float:
         """One pass over all pairs with one caption: 8 B^2 d.
 
-        B^2 d multiply-adds make the cosines, as many make them once more in the backward pass, and as many again make each
-        side's gradient.
+        That is 4 B^2 d multiply-adds: B^2 d for the cosines, B^2 d to recompute them in the backward pass, and B^2 d for the
+        gradient of each side.
         """
         return 8.0 * self.pairs**2 * self.width
 
 
 def term_flops(term: config.Term, sizes: Sizes) -> float:
-    """Of one term over the global batch. 0 for a registered class that came without a count."""
+    """FLOPs of one term over the global batch. 0 for a class that was registered without `flops`."""
     count = term.implementation.flops
     return 0.0 if count is None else float(count(term, sizes))
 
@@ -50,7 +50,7 @@ def of_main_caption(term: Any, sizes: Sizes) -> float:
 
 
 def of_cwcl(term: config.Cwcl, sizes: Sizes) -> float:
-    """A pass, the mean of q p^T, and what is made of it."""
+    """A pass, the mean of q p^T, and the products with it."""
     return sizes.captions * (sizes.one_pass + 8.0 * sizes.pairs * sizes.width**2)
 
 
@@ -60,15 +60,15 @@ def of_cyclip(term: config.Cyclip, sizes: Sizes) -> float:
 
 
 def of_distillation(term: config.Distillation, sizes: Sizes) -> float:
-    """A pass, and half a one over the teacher's cosines, which have no gradient."""
+    """A pass, and half a pass over the teacher's cosines, which have no gradient."""
     return sizes.captions * sizes.one_pass * (1 + (sizes.teacher or sizes.width) / (2 * sizes.width))
 
 
 def of_uniformity(term: config.Uniformity, sizes: Sizes) -> float:
-    """A pass for the images and one for each caption, of three quarters: one gradient is both sides'."""
+    """Three quarters of a pass for the images, and for each caption: one gradient serves both sides."""
     return (1 + sizes.captions) * 0.75 * sizes.one_pass
 
 
 def none(term: Any, sizes: Sizes) -> float:
-    """Nothing but sums over the rows. The words of a captioning term are counted with the decoder."""
+    """Only sums over the rows. A captioning term's product with the vocabulary is counted with the decoder."""
     return 0.0

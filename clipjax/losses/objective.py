@@ -18,12 +18,12 @@ def objective(
     *,
     axis: Axis = None,
 ) -> tuple[Float[Array, ""], Logged, Memory]:
-    """The loss over the global batch; what is logged; and what is remembered of the rows from now on.
+    """The loss over the global batch, the values to log, and the new example memory of the rows.
 
-    Every term is logged before its weight: as `{kind}_loss`, or `{kind}_{position}_loss` where there are several of its kind.
-    Accuracies and cosines (`ranking.summary`) come from the first term whose pass over all pairs finds them; there is no pass
-    for them alone. Of K captions, a multi-positive term takes all at once; every other term is the mean over them, each against
-    the images. A term of weight 0 is not even traced.
+    Every term is logged without its weight: as `{kind}_loss`, or `{kind}_{position}_loss` where there are several of its kind.
+    Accuracies and cosines (`ranking.summary`) come from the first term whose pass over all pairs gives them; there is no
+    extra pass for them. Of K captions, a multi-positive term takes all at once. Every other term is the mean over the captions,
+    each against the images. A term of weight 0 is not traced.
     """
     traced = [(i, term) for i, term in enumerate(terms) if term.weight]
     kinds = Counter(term.kind for _, term in traced)

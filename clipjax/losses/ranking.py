@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 from clipjax.losses.batch import mean
 from clipjax.losses.pairwise import Axis
 
-TIE = 1e-6  # cosines this close are equal in float32. An image whose text ties with another's has not found it
+TIE = 1e-6  # cosines this close are equal in float32. If an image's own text ties with another, it is not found
 P = ParamSpec("P")
 
 
 class Ranking(NamedTuple):
-    """Of this device's images and texts, against the global batch."""
+    """Cosines of this device's images and texts with those of the global batch."""
 
     own: Float[Array, " b"]  # cosine within the pair
     row_max: Float[Array, " b"]  # an image's largest cosine with another's text; -inf where there is none

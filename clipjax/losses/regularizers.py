@@ -16,8 +16,8 @@ def uniformity(z: Float[Array, "b e"], *, axis: Axis = None, t: float = 2.0) -> 
 
     Raises ValueError for a batch of one.
     """
-    # A pair counts once in its row and once in its column. So the gradient by the rows' side is half of the gradient, and the
-    # product for the other side is not needed: twice the value, less the value without gradient.
+    # A pair counts once in its row and once in its column. So the gradient for the rows' side is half of the gradient, and the
+    # product for the other side is not needed. Hence twice the value, less the value without gradient.
     half = _log_mean_pair(z, jax.lax.stop_gradient(z), axis, t, "uniformity", y_gradient=False)
     return 2 * half - jax.lax.stop_gradient(half)
 
@@ -27,7 +27,8 @@ def cross_uniformity(
 ) -> Float[Array, ""]:
     """log of the mean over all i != j of exp(-t |x_i - y_j|^2), of images x and texts y (2405.18570).
 
-    Least, -4 t, when each tower is one point and the two are opposite. Raises ValueError for a batch of one pair.
+    The minimum is -4 t: each tower's vectors are one point, and the two points are opposite. Raises ValueError for a batch of one
+    pair.
     """
     return _log_mean_pair(zimg, ztxt, axis, t, "cross_uniformity")
 
@@ -51,9 +52,9 @@ def cyclip(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """CyCLIP's (in-modal, cross-modal) terms: B times the mean square of X X^T - Y Y^T and of S - S^T, S = X Y^T (2205.14459).
 
-    With U = X + Y and V = X - Y these are (U V^T +- V U^T) / 2, so both come from three e x e Gram matrices, of U, V and between:
-    |.|^2 = (<U^T U, V^T V> +- <U^T V, V^T U>) / 2. V is small when the towers agree; from the Gram matrices of X and Y the same
-    would be a small difference of large sums.
+    With U = X + Y and V = X - Y these are (U V^T +- V U^T) / 2, so both come from three e x e matrices, U^T U, V^T V and U^T V:
+    |.|^2 = (<U^T U, V^T V> +- <U^T V, V^T U>) / 2. V is small when the towers agree. From the Gram matrices of X and Y the
+    result would be a small difference of large sums, which loses digits.
     """
     u, v = zimg + ztxt, zimg - ztxt
     between = outer(u, v, axis)

@@ -1,4 +1,4 @@
-"""What a term of the objective is given and gives back."""
+"""The inputs and the result of a term of the objective."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ Memory = dict[str, Float[Array, " b"]]  # names as in clipjax.train.memory
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """What the objective sees of a batch. Row i of every array is one example.
+    """The objective's inputs from a batch. Row i of every array is one example.
 
     Under `shard_map`, b is this device's shard of the global batch.
     """
@@ -29,16 +29,16 @@ class Rows:
     text: Float[Array, "b e"] | Float[Array, "b K e"]  # unit vectors of the caption, or of each of K
     ids: Int[Array, " b"] | None = None  # examples of equal id are no negatives of each other
     teacher: tuple[Float[Array, "b f"], Float[Array, "b f"]] | None = None  # a teacher's unit vectors of image and caption
-    memory: Memory = field(default_factory=dict)  # what a term remembers of these examples
+    memory: Memory = field(default_factory=dict)  # the example memory of these rows
     caption: tuple[Float[Array, " b"], Int[Array, " b"]] | None = None  # sum of -log p over the captions' tokens; their number
 
 
 class TermResult(NamedTuple):
-    """A term over the global batch, before its weight. The same on every device, but for `memory`."""
+    """A term over the global batch, without its weight. All but `memory` is the same on every device."""
 
     value: Float[Array, ""]
-    ranking: Logged = {}  # accuracies and cosines (`ranking.summary`), where the pass over all pairs finds them
-    memory: Memory = {}  # what to remember of the rows from now on
+    ranking: Logged = {}  # accuracies and cosines (`ranking.summary`), if the pass over all pairs gives them
+    memory: Memory = {}  # the new example memory of the rows
 
 
 # (term, rows, scale, bias, axis). `term` is the object of the config class; `scale` and `bias` are the model's own, float32 [],
@@ -48,7 +48,7 @@ PairLoss = Callable[[Any, Rows, Any, Any, Axis], Ranked]  # the same, but of one
 
 
 def per_caption(loss: PairLoss) -> TermFunction:
-    """The mean of `loss` over the captions of an image, and of the accuracies and cosines of its ranking, if it gives one."""
+    """A term from a loss of one caption: the means over an image's captions of the loss, and of accuracies and cosines if any."""
 
     @functools.wraps(loss)
     def of_term(term: Any, rows: Rows, scale: Any, bias: Any, axis: Axis) -> TermResult:
@@ -62,7 +62,10 @@ def per_caption(loss: PairLoss) -> TermFunction:
 
 
 def mean_over_captions(fn: Callable[[Array], Any], text: Float[Array, "b e"] | Float[Array, "b K e"]) -> Any:
-    """`fn(text)` of texts [b, e], or its mean over each of K: one after the other, in the memory and compile time of one."""
+    """`fn(text)` for texts [b, e]. For [b, K, e] the mean of `fn` over the K captions.
+
+    They run one after the other: memory and compile time are those of one caption.
+    """
     if text.ndim == 2:
         return fn(text)
     return jax.tree.map(lambda x: x.mean(0), jax.lax.map(fn, jnp.moveaxis(text, 1, 0)))

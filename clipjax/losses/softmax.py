@@ -22,7 +22,7 @@ from clipjax.losses.ranking import Ranked, Ranking, loss_alone
 Ids = Int[Array, " b"] | None
 
 
-def others(
+def reduce_negatives(
     zimg: Array, ztxt: Array, scale: Scalar, axis: Axis, ids: Ids = None, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Reduced:
     """The log-sum-exp of every row and every column of the logits over its negatives."""
@@ -45,16 +45,16 @@ def clip_terms(
 ) -> Ranked:
     """CLIP's symmetric cross-entropy (2103.00020).
 
-    `image_weight`: the weight of the direction image -> text, of 1 (ConVIRT's lambda, 2010.00747). `label_smoothing`: the part
-    of the target that is spread evenly over a row's own pair and its negatives. `reduction="sum"` is twice the mean (ALIGN,
-    2102.05918). `dtype`: of the operands of the products; bfloat16 is several times faster on a TPU, and at t = 100 the loss is
-    then wrong in the 4th digit.
+    `image_weight`: the weight of the direction image -> text; both weights add up to 1 (ConVIRT's lambda, 2010.00747).
+    `label_smoothing`: the part of the target that is spread evenly over a row's own pair and its negatives. `reduction="sum"` is
+    twice the mean (ALIGN, 2102.05918). `dtype`: of the operands of the products. bfloat16 is several times faster on a TPU; at
+    t = 100 the loss is then wrong in the 4th digit.
     """
     own = (zimg * ztxt).sum(1)
-    found = others(zimg, ztxt, scale, axis, ids, dtype)
-    # log(1 + sum_{j != i} exp(s_ij - s_ii)): the own pair leaves before the exponent, so a small loss keeps its digits.
+    found = reduce_negatives(zimg, ztxt, scale, axis, ids, dtype)
+    # log(1 + sum_{j != i} exp(s_ij - s_ii)): s_ii is subtracted before the exponential, so a small loss keeps its digits.
     rows, cols = (jax.nn.softplus(lse - scale * own) for lse in found.sides)
-    if label_smoothing:  # adds eps (s_ii - mean of the row's logits), whose sum needs only the sum of the other side
+    if label_smoothing:  # adds eps (s_ii - mean of the row's logits). That mean needs only the sum of the other side
         n = size(zimg, axis)
         equal = jnp.zeros_like(own) if ids is None else occurrences(ids, ids, axis) - 1
         positives = (0, 0) if ids is None else found.positives
@@ -89,7 +89,7 @@ def decoupled_terms(
     if sigma is not None:
         weight = 2 - jnp.exp(own / sigma - log_mean_exp(own / sigma, axis))
         weight = jax.lax.stop_gradient(weight) if stop_gradient else weight
-    found = others(zimg, ztxt, scale, axis, ids)
+    found = reduce_negatives(zimg, ztxt, scale, axis, ids)
     rows, cols = (_unless_empty(lse, lambda lse: lse - weight * scale * own) for lse in found.sides)
     return mean(rows + cols, axis) / 2, Ranking(own, *found.maxima)
 
@@ -113,8 +113,8 @@ def hard_negative_terms(
     if not alpha:
         _need_two(zimg, axis, "hard_negative_loss with alpha = 0")
     own = (zimg * ztxt).sum(1)
-    found = others(zimg, ztxt, (1 + beta) * scale, axis, ids)
-    base = others(zimg, ztxt, beta * scale, axis, ids) if beta else None
+    found = reduce_negatives(zimg, ztxt, (1 + beta) * scale, axis, ids)
+    base = reduce_negatives(zimg, ztxt, beta * scale, axis, ids) if beta else None
     negatives = size(zimg, axis) - (1 if ids is None else occurrences(ids, ids, axis))
 
     def direction(lse: Array, base: Array | None) -> Array:
@@ -122,8 +122,8 @@ def hard_negative_terms(
             # log sum w e^s = LSE((1 + beta) s) - LSE(beta s) + log of the number of negatives
             total = lse if base is None else lse - finite(base) + jnp.log(jnp.maximum(negatives, 1))
             if stop_gradient:  # the softmax of w e^s is that of (1 + beta) s
-                held = lse / (1 + beta)
-                total = held + jax.lax.stop_gradient(total - held)
+                unweighted = lse / (1 + beta)
+                total = unweighted + jax.lax.stop_gradient(total - unweighted)
             excess = total - scale * own
             return jax.nn.softplus(excess - math.log(alpha)) + math.log(alpha) if alpha else excess
 

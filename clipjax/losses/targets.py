@@ -12,7 +12,7 @@ from clipjax.losses.batch import einsum, mean, occurrences, outer
 from clipjax.losses.pairwise import Axis, pairwise_cross_entropy, pairwise_logsumexp
 from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.ranking import Ranked, Ranking, loss_alone
-from clipjax.losses.softmax import others
+from clipjax.losses.softmax import reduce_negatives
 
 
 def multi_positive_loss(
@@ -26,22 +26,22 @@ def multi_positive_loss(
 ) -> Float[Array, ""]:
     """Mean over images and texts, half each, of the cross-entropy towards all of the other side with the same id, in equal parts.
 
-    c = K b: the texts i K to i K + K - 1 are on the device of image i (2406.18254). With an id of its own for every pair this is
-    CLIP's loss, with all its digits. An image or text whose id the other side does not have adds 0, and is counted.
+    c = K b: the texts i K to i K + K - 1 are on the device of image i (2406.18254). If all ids
+    differ, this is CLIP's loss, and as exact. An image or text without a positive adds 0 to the sum and 1 to the count.
     """
     texts = len(ztxt) // len(zimg)
     found = pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="off_diagonal", ids=(image_ids, text_ids))
 
-    def direction(lse: Array, own: Array, same: Array, left: Bool[Array, " n"], positives: Array, count: Array) -> Array:
-        """`left`: the own pair, of cosine `own`, is left out of `lse` and of the positives' sum."""
+    def direction(lse: Array, own: Array, same: Array, no_own: Bool[Array, " n"], positives: Array, count: Array) -> Array:
+        """`no_own`: `lse` and the sum of positives are without the own pair, whose cosine is `own`."""
         excess = lse - scale * own  # the log-sum-exp of all logits, less the own one
-        excess = jnp.where(left, jax.nn.softplus(excess), excess)
-        positive_gap = positives + jnp.where(left & same, own, 0) - count * own  # 0 where the own pair is the only positive
+        excess = jnp.where(no_own, jax.nn.softplus(excess), excess)
+        positive_gap = positives + jnp.where(no_own & same, own, 0) - count * own  # 0 where the own pair is the only positive
         return jnp.where(count > 0, excess - scale * positive_gap / jnp.maximum(count, 1), 0 * excess)
 
     own = (zimg[:, None] * ztxt.reshape(len(zimg), texts, -1)).sum(-1).reshape(-1)
     same = (image_ids[:, None] == text_ids.reshape(-1, texts)).reshape(-1)
-    first = jnp.arange(len(ztxt)) % texts == 0  # the primitive takes the first text of an image alone for its own
+    first = jnp.arange(len(ztxt)) % texts == 0  # for the primitive, only the first text of an image makes its own pair
     counts = occurrences(image_ids, text_ids, axis), occurrences(text_ids, image_ids, axis)
     (row_lse, col_lse), positives = found.sides, found.positives
     rows = direction(row_lse, own[::texts], same[::texts], first[::texts], positives[0], counts[0])
@@ -50,14 +50,14 @@ def multi_positive_loss(
 
 
 def cwcl_terms(zfrozen: Float[Array, "b e"], ztrained: Float[Array, "b e"], scale: Scalar, *, axis: Axis = None) -> Ranked:
-    """CWCL: targets w_ij = (1 + p_i.p_j) / 2 over their sum, towards the trained tower, plus plain cross-entropy back from it.
+    """CWCL: targets w_ij = (1 + p_i.p_j) / 2 over their sum, towards the trained tower; plain cross-entropy the other way.
 
     p are the frozen tower's vectors, constants in the weights. The loss is the sum of both directions (2309.14580). The weights
     are linear in p_j, so sum_j w_ij s_ij needs no matrix, only the means of p_j, of q_j and of q_j p_j^T.
     """
     p = jax.lax.stop_gradient(zfrozen)
     own = (zfrozen * ztrained).sum(1)
-    found = others(zfrozen, ztrained, scale, axis)
+    found = reduce_negatives(zfrozen, ztrained, scale, axis)
     weight = 1 + einsum("be,e->b", p, mean(p, axis))  # the mean of 2 w_ij over j: at least 2 / B, as p_i.p_i = 1
     weighted = einsum("be,ef,bf->b", zfrozen, outer(ztrained, p, axis), p) + einsum("be,e->b", zfrozen, mean(ztrained, axis))
     rows, cols = (jax.nn.softplus(lse - scale * own) for lse in found.sides)

@@ -1,7 +1,7 @@
-"""The terms of the objective: which equation a config class stands for, and what that costs.
+"""The terms of the objective: the equation of each config class, and what it costs.
 
-Each function here takes the numbers of its config class and the arrays of the batch to an equation of this package. `TERMS` is
-the one table. A new loss is its config class in clipjax.config.objective, its equation, and a row here.
+Each function here calls an equation of this package with the numbers of its config class and the arrays of the batch. `TERMS` is
+the one table. A new loss is a config class in clipjax.config.objective, an equation, and a row here.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def _hard_negative(term: config.HardNegative, rows: Rows, scale: Scalar, bias: S
 
 
 def _multi_positive(term: config.MultiPositive, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
-    """Of all captions at once."""
+    """Takes all captions at once."""
     b, width = rows.image.shape
     texts = rows.text.reshape(-1, width)
     first = 0 if axis is None else jax.lax.axis_index(axis) * b
@@ -106,7 +106,8 @@ def _distillation(term: config.Distillation, rows: Rows, scale: Scalar, bias: Sc
 
 
 def _sogclr(term: config.Sogclr, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
-    return _remembering(term.gamma, rows, jax.lax.stop_gradient(scale), 0.0, axis)  # by a learned scale it has no minimum
+    scale = jax.lax.stop_gradient(scale)  # with a learned scale the loss has no minimum
+    return _remembering(term.gamma, rows, scale, 0.0, axis)
 
 
 def _isogclr(term: config.Isogclr, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
@@ -115,7 +116,7 @@ def _isogclr(term: config.Isogclr, rows: Rows, scale: Scalar, bias: Scalar | Non
 
 
 def _remembering(gamma: float, rows: Rows, scale: Scalar | ImageAndText, rho: float, axis: Axis) -> TermResult:
-    """SogCLR's value, and the moved averages. Of several captions it takes the main one."""
+    """SogCLR's value, and the updated averages. Of several captions it takes the main one."""
     text = rows.text if rows.text.ndim == 2 else rows.text[:, 0]
     past = rows.memory["log_u_image"], rows.memory["log_u_text"]
     value, (image, text) = sogclr_loss(rows.image, text, scale, past, gamma, axis=axis, rho=rho)
@@ -123,7 +124,7 @@ def _remembering(gamma: float, rows: Rows, scale: Scalar | ImageAndText, rho: fl
 
 
 def _uniformity(term: config.Uniformity, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
-    """Of the images once, whatever the number of captions."""
+    """The images' uniformity is computed once, not for each caption."""
     of = functools.partial(uniformity, axis=axis, t=term.t)
     return TermResult((of(rows.image) + mean_over_captions(of, rows.text)) / 2)
 

@@ -13,8 +13,8 @@ from clipjax.losses.pairwise.operands import TILE, PairwiseOptions, Scalar, both
 from clipjax.losses.pairwise.partials import Partial, finite, log_sum_exp
 from clipjax.losses.pairwise.tiles import Travel, sweep
 
-# The largest logit, and the log of the sum of exp(logit - largest). Their sum would lose the digits by which a row's two
-# softmaxes, each of sum 1, cancel in the gradient.
+# The largest logit, and the log of the sum of exp(logit - largest). They stay apart: their sum would be rounded too coarsely for
+# the gradient, where a row's two softmaxes, each of sum 1, almost cancel.
 Lse = tuple[Float[Array, " n"], Float[Array, " n"]]
 RowsAndColumns = tuple[Float[Array, " b"], Float[Array, " b"]]
 
@@ -120,7 +120,7 @@ def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct:
 
         of_rows = jax.tree.map(lambda v: v[:, None], r[3:])
         of_cols = jax.tree.map(lambda v: v[None], c[3:])
-        g = only(pairs.real, of_side(*of_rows) + of_side(*of_cols), 0)  # the gradient by scale * cos
+        g = only(pairs.real, of_side(*of_rows) + of_side(*of_cols), 0)  # the gradient for scale * cos
         return Partial((dot(g, c.z, (1, 0), options.dtype), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), options.dtype),))
 
     rows, cols = _sides(options, x, y, tx, ty)

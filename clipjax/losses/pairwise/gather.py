@@ -1,4 +1,4 @@
-"""Columns that are gathered: one all-gather there and one reduce-scatter back. All columns are on every device meanwhile."""
+"""Columns that are gathered: one all-gather, then one reduce-scatter. Meanwhile all columns are on every device."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ def gather_columns(cols: Any, axis: Axis) -> Any:
 
 
 def scatter_columns(found: Partial, axis: Axis) -> Partial:
-    """What all columns [n c, ...] gathered on each device -> what this device's columns [c, ...] gathered on all devices."""
+    """What all columns [n c, ...] got on each device -> what this device's columns [c, ...] got on all devices."""
 
-    def by_device(x: Array) -> Array:  # [n c, ...] -> [n, c, ...]: the same columns, as n devices found them
+    def by_device(x: Array) -> Array:  # [n c, ...] -> [n, c, ...]: what n devices found for the same columns
         return jax.lax.all_to_all(x, axis, 0, 0, tiled=True).reshape(device_count(axis), -1, *x.shape[1:])
 
     def reduce_lse(m: Array, sums: tuple[Array, ...]) -> LogSumExp:

@@ -17,20 +17,20 @@ class TilePairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The part of the global batch that is here, and its tiles.
+    """This device's part of the global batch, and its tiles.
 
-    Device s has the rows s b to s b + b - 1, and the columns s c to s c + c - 1. Where several devices hold the same, each works
-    on a `share` of the columns. The columns here are a share: this device's own, one that travels, or gathered, one of each
-    device.
+    Device s has the rows s b to s b + b - 1, and the columns s c to s c + c - 1. If several devices hold the same rows and
+    columns, each works on a `share` of the columns. At one time the columns on this device are one share: its own, or one that
+    travels around the ring. If columns are gathered, they are a share of every device.
     """
 
     device: Array | int  # this device's place along the axis
     devices: int  # along the axis
     rows: int  # b, of a device
-    columns: int  # c, of a device: K b, of which the first of each K makes the own pair of a row
+    columns: int  # c, of a device: K b. The first of each K makes the own pair of a row
     sharers: int  # devices that hold the same rows and columns
-    first: Array | int  # of this sharer's columns
-    gathered: bool  # whether the columns of all devices are here
+    first: Array | int  # the number of this sharer's first column
+    gathered: bool  # whether the columns of all devices are on this device
     tile: int  # most rows and columns of a tile
 
     @property
@@ -39,7 +39,7 @@ class Geometry:
 
     @property
     def width(self) -> int:
-        """How many columns are here at once."""
+        """How many columns are on this device at one time."""
         return self.devices * self.share if self.gathered else self.share
 
     @property
@@ -59,7 +59,7 @@ class Geometry:
         return count * tall > self.rows or pieces * wide > self.width or self.sharers * self.share > self.columns
 
     def pairs(self, i: Array | int, p: Array | int, source: Array | int) -> TilePairs:
-        """Of tile i of the rows and piece p of the columns. `source`: the device of the piece; gathered columns tell it."""
+        """The pairs of row tile i and column piece p. `source`: the device that the piece belongs to; unused if gathered."""
         tall, wide = self.row_tiles[1], self.pieces[1]
         r, k = i * tall + jnp.arange(tall), p * wide + jnp.arange(wide)
         source, own_k = (k // self.share, k % self.share) if self.gathered else (source, k)
@@ -72,6 +72,6 @@ class Geometry:
 
 
 def equal_parts(length: int, most: int) -> tuple[int, int]:
-    """Into how many parts of at most so many, and the size of one: the last may be smaller."""
+    """The number of equal parts of at most `most`, and the size of one. The last part may be smaller."""
     count = math.ceil(length / most)
     return count, math.ceil(length / count)

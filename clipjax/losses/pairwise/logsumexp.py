@@ -18,7 +18,7 @@ class Reduced(NamedTuple):
     """This device's rows and columns, each reduced over all of the other side."""
 
     rows: Float[Array, " b"]  # log of the sum over kept j of exp(row_scale_i cos_ij); -inf where nothing is kept
-    cols: Float[Array, " c"] | None  # the same of the columns, with col_scale_j; None with columns=False, as all of the columns'
+    cols: Float[Array, " c"] | None  # the same for columns, with col_scale_j. With columns=False the fields of columns are None
     row_max: Float[Array, " b"]  # the largest kept cosine, no gradient; NaN where the scale is 0
     col_max: Float[Array, " c"] | None
     row_positive: Float[Array, " b"] | None  # with ids: the sum of cos_ij over equal ids other than the own pair
@@ -53,7 +53,7 @@ class ScaledSide(NamedTuple):
 
 
 class GradientSide(NamedTuple):
-    """Rows or columns in the backward pass: also what they were reduced to, and the cotangents of that."""
+    """Rows or columns in the backward pass: also the results of the forward pass, and their cotangents."""
 
     z: Float[Array, "n d"]
     scale: Float[Array, " n"]
@@ -127,12 +127,12 @@ def _logsumexp_fwd(
 
     def reduced(side: Partial, scale: Array, z: Array) -> tuple[Array, Array, Array | None]:
         ((m, (total,)),) = side.lse
-        visible = 0 * z.sum(1)  # an infinite vector must not look like one that nothing is kept of
+        visible = 0 * z.sum(1)  # NaN for an infinite vector: it must not look like a row without kept pairs
         return finite(m) + jnp.log(total) + visible, m / scale, side.total[0] if side.total else None
 
     lse, best, positive = reduced(found[0], row_scale, x)
     of_cols = reduced(found[1], col_scale, y) if options.columns else (None, None, None)
-    if not options.columns:  # nor an infinite column, which then has no output of its own
+    if not options.columns:  # an infinite column must be visible too; here it has no output of its own
         lse = lse + 0 * y.sum()
     out = Reduced(lse, of_cols[0], best, of_cols[1], positive, of_cols[2])
     return out, (x, y, row_scale, col_scale, ids, out.rows, out.cols)
@@ -149,7 +149,7 @@ def _logsumexp_bwd(options: PairwiseOptions, residuals: tuple, ct: Reduced) -> t
             return only(kept, ct * jnp.exp(scale * cos - lse), 0)
 
         row_weights = weights(r.scale[:, None], r.lse[:, None], r.ct[:, None])
-        g = r.scale[:, None] * row_weights  # the gradient by the cosines
+        g = r.scale[:, None] * row_weights  # the gradient for the cosines
         col_weights = None
         if isinstance(c, GradientSide):
             col_weights = weights(c.scale[None], c.lse[None], c.ct[None])

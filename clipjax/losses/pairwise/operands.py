@@ -36,13 +36,13 @@ def make_options(
 ) -> PairwiseOptions:
     """Raises ValueError for shapes that do not fit."""
     if x.shape[1] != y.shape[1] or len(y) % len(x):
-        raise ValueError(f"x {x.shape} and y {y.shape}: as many numbers a row, and y a multiple of x's rows")
+        raise ValueError(f"x {x.shape} and y {y.shape}: widths must be equal, and len(y) a multiple of len(x)")
     return PairwiseOptions(axis, tile, choose(travel, len(y), y.shape[1], axis), jnp.dtype(dtype), **kw)
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Float[Array, "m n"]:
     """A product with float32 sums. `contract`: the axis of each operand that is summed over."""
-    # float32 operands: at full precision whatever the default, which on a TPU is one bfloat16 pass and costs CLIP its 4th digit.
+    # Full precision for float32. The default on a TPU is one bfloat16 pass, with which CLIP's loss is wrong in the 4th digit.
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), dims, precision, jnp.float32)
@@ -57,6 +57,7 @@ def masks(keep: KeptPairs, row_ids: Array | None, col_ids: Array | None, pairs: 
 
 
 def both(a: Mask, b: Mask) -> Mask:
+    """The entries that are in both masks."""
     return a if b is None else b if a is None else a & b
 
 

@@ -1,4 +1,4 @@
-"""What rows or columns have gathered from some of their tiles, and how two such parts become one."""
+"""What rows or columns have accumulated over some of their tiles, and how two such parts are merged."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ LogSumExp = tuple[Array, tuple[Array, ...]]  # m, the largest logit, and sums of
 
 
 class Partial(NamedTuple):
-    """What rows (or columns) have gathered from the tiles so far. Each field is a tuple of arrays, whose first axis is theirs."""
+    """What rows (or columns) have accumulated so far. Each field is a tuple of arrays with one entry a row (column)."""
 
     total: tuple[Array, ...] = ()  # sums
     best: tuple[Array, ...] = ()  # maxima
@@ -18,7 +18,7 @@ class Partial(NamedTuple):
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The two together. NaN and +inf stay visible."""
+    """Both parts as one. NaN and +inf propagate."""
 
     def merge_lse(a: LogSumExp, b: LogSumExp) -> LogSumExp:
         m = jnp.maximum(a[0], b[0])
@@ -33,7 +33,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def empty(shape: Partial) -> Partial:
-    """A Partial of no tile at all, of the shapes and dtypes of `shape`."""
+    """A Partial before any tile, with the shapes and dtypes of `shape`."""
 
     def zeros(x: Array) -> Array:
         return jnp.zeros(x.shape, x.dtype)
@@ -46,7 +46,7 @@ def empty(shape: Partial) -> Partial:
 
 
 def finite(m: Array) -> Array:
-    """The largest logit, or 0 where there is none: -inf - -inf is no number."""
+    """The largest logit, or 0 where there is none: -inf - -inf would be NaN."""
     return jnp.where(m == -jnp.inf, 0, m)
 
 

@@ -1,9 +1,9 @@
-"""Columns that travel in a ring: a piece of them goes once round the devices and comes back with what it has gathered.
+"""Columns that travel in a ring: a piece of them goes once around all devices and returns with what it has accumulated.
 
-A device holds a few pieces beside its own rows and columns. Each hop sends the next piece before the present one is worked on,
-and what a piece has gathered follows it one hop later, so no transfer waits for a product. Of several mesh axes the first is a
-ring of rings, for slices that a slower network joins: a piece goes once round its slice for every hop to the next slice, and
-that hop has all this time.
+A device holds a few pieces beside its own rows and columns. Each hop sends a piece on before the device computes with it, and
+what the piece has accumulated follows one hop later. So no transfer waits for a product. With several mesh axes there are two
+rings: an outer one along the first axis, for slices that a slower network joins, and an inner one. A piece goes once around the
+inner ring for every hop of the outer one, so the slow hop has all that time.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from clipjax.losses.pairwise.partials import Partial, merge
 
 @dataclass(frozen=True)
 class Ring:
-    """`size` of the devices along `axis`, each `stride` places behind the one before."""
+    """`size` of the devices along `axis`, each `stride` places after the one before."""
 
     axis: Axis
     device: Array | int  # this device's place along the axis
@@ -42,12 +42,12 @@ class Ring:
         return [(i, i + ((place + 1) % self.size - place) * self.stride) for i, place in places]
 
     def sender(self, hop: Array) -> Array:
-        """How far along the axis the piece that is here after `hop` hops started, as this ring alone moves it."""
+        """The place along the axis where the piece of this hop started, counting only this ring's moves."""
         return (self.device // self.stride - hop) % self.size * self.stride
 
 
 def rings_of(axis: Axis, device: Array | int) -> list[Ring]:
-    """The rings that columns go round, the outer one first. None for a single device."""
+    """The rings that columns go around, the outer one first. An empty list for a single device."""
     n = device_count(axis)
     outer = jax.lax.axis_size(axis[0]) if isinstance(axis, tuple) else 1
     sizes = (n // outer, outer), (1, n // outer)
@@ -62,17 +62,19 @@ def go_round(
     nothing: Partial,
     source: Array | int = 0,
 ) -> tuple[Partial, Partial]:
-    """Takes a piece of columns round rings within rings. Returns what this device's rows and its own piece have gathered.
+    """Takes a piece of columns around all rings. Returns what this device's rows and its own piece have accumulated.
 
-    `visit(found, source, piece)` lets all rows of this device see a piece from device `source`: it returns what the rows have
-    now, and what the piece gathered here. `nothing` is what a piece has at the start. `source` is as far as outer rings say.
+    `visit(found, source, piece)` meets all rows of this device with a piece of device `source`. It returns what the rows have
+    accumulated so far, and what the piece got here. `nothing`: what a piece has at the start. `source`: the sum of the outer
+    rings' `sender`.
     """
     if not rings:
         return visit(found, source, piece)
     ring, *inner = rings
 
     def hop(state: tuple[Any, ...], k: Array) -> tuple[tuple[Any, ...], None]:
-        found, piece, pending, latest = state  # of `piece`: what it gathered before it came here, and what the last visit gave
+        # `pending` and `latest` belong to the piece before: what it had when it came to this device, and what it got here.
+        found, piece, pending, latest = state
         following, pending = ring.send(piece), ring.send(merge(pending, latest))
         found, latest = go_round(inner, visit, found, piece, nothing, source + ring.sender(k))
         return (found, following, pending, latest), None

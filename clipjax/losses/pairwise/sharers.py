@@ -1,4 +1,4 @@
-"""Devices that hold the same rows and columns, as those along the mesh axis `tensor` do: they share the columns out."""
+"""Devices that hold the same rows and columns, as those along the mesh axis `tensor`. Each takes a share of the columns."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def shared_axes(axis: Axis, *trees: Any) -> tuple[str, ...]:
 
 
 def own_share(cols: Any, share: int, sharers: int, first: Array | int) -> Any:
-    """The `share` columns from `first` on. Zeros fill up the last share."""
+    """The `share` columns from number `first` on. The last share is padded with zeros."""
     padded = jax.tree.map(lambda x: pad(x, sharers * share), cols)
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, share), padded)
 
@@ -40,10 +40,10 @@ def merge_devices(found: Partial, axes: tuple[str, ...]) -> Partial:
 
 
 def join_shares(found: Partial, axes: tuple[str, ...], columns: int) -> Partial:
-    """What each sharer's columns gathered, of all `columns`, on each of them."""
+    """What all `columns` have accumulated, on every sharer, from what each sharer has for its share."""
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True, to="invarying")[:columns], found)
 
 
 def pad(x: Array, length: int) -> Array:
-    """With zeros at the end."""
+    """`x`, padded with zeros at the end to `length`."""
     return jnp.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1)) if length > len(x) else x

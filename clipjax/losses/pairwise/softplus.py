@@ -1,4 +1,4 @@
-"""softplus over every pair: what SigLIP adds up, with its gradient from the same pass."""
+"""The sum of softplus over all pairs, for SigLIP, with its gradient from the same pass."""
 
 import functools
 from typing import NamedTuple, cast
@@ -54,7 +54,7 @@ def _softplus(options: PairwiseOptions, x: Array, y: Array, scale: Array, bias: 
 def _softplus_pass(
     options: PairwiseOptions, x: Array, y: Array, scale: Array, bias: Array, ids: Ids | None, gradient: bool = True
 ) -> tuple[Outputs, tuple[Array, ...]]:
-    """The part of the sum that this device's rows make; with `gradient`, also the gradient of it by x, y, scale and bias."""
+    """The sum over this device's rows; with `gradient`, also its gradient for x, y, scale and bias."""
 
     def tile(r: Side, c: Side, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options.dtype)
@@ -88,7 +88,7 @@ def _softplus_pass(
 
 
 def _softplus_bwd(options: PairwiseOptions, gradients: tuple[Array, ...], ct: Outputs) -> tuple[Array | None, ...]:
-    # The sum is only ever used after it is summed over all devices, so its cotangent is the same on each: it need not travel.
+    # This sum is used only after the psum over all devices, so its cotangent is the same on each: no transfer is needed.
     return *(ct[0].astype(g.dtype) * g for g in gradients), None
 
 

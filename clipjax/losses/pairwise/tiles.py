@@ -1,8 +1,8 @@
-"""All rows of the global batch against all columns: tile by tile, reduced and dropped, never as a matrix.
+"""All rows of the global batch against all columns. A tile is computed, reduced and dropped; the matrix is never in memory.
 
 Rows stay on their device. Columns travel in a ring (`ring`), in memory linear in the local batch, or are gathered (`gather`):
-fewer, larger transfers, with all columns on every device. Devices that hold the same rows and columns share the columns out
-(`sharers`). Which entries of a tile are own pairs, `geometry` says.
+fewer, larger transfers, with all columns on every device. If devices hold the same rows and columns, each takes a share of the
+columns (`sharers`). `geometry` says which entries of a tile are own pairs.
 """
 
 import functools
@@ -22,11 +22,11 @@ from clipjax.losses.pairwise.sharers import join_shares, merge_devices, own_shar
 
 Travel = Literal["ring", "gather"]
 State = TypeVar("State")
-GATHER = 32 * 2**20  # bytes of gathered columns up to which `gather` is chosen: there, few transfers matter more than memory
+GATHER = 32 * 2**20  # most bytes of columns for `gather`: up to this size, few transfers matter more than memory
 
 
 def choose(travel: Travel | None, columns: int, width: int, axis: Axis) -> Travel:
-    """The way that was asked for, or the one that suits the size: `columns` a device, of `width` 4-byte numbers."""
+    """The requested way, or the one for this size: `columns` on each device, of `width` 4-byte numbers."""
     return travel or ("gather" if device_count(axis) * columns * width * 4 <= GATHER else "ring")
 
 
@@ -41,8 +41,8 @@ def sweep(
 ) -> tuple[Partial, Partial]:
     """All rows [b, ...] (a tree) of this device against all columns [c, ...] of all devices.
 
-    Returns what each row, and each column of this device, gathered. `tile_fn(r, c, pairs)` takes at most `tile` rows and columns
-    and returns what they gather from each other. c is a multiple K of b; the own pair of a row is its first of K columns.
+    Returns what each row and each column of this device has accumulated. `tile_fn(r, c, pairs)` takes at most `tile` rows and
+    columns, and returns what the rows and the columns get from this tile. c = K b; a row's own pair is its first of K columns.
     """
     geometry, shared = _geometry(rows, cols, axis, tile, travel)
     cols = own_share(cols, geometry.share, geometry.sharers, geometry.first) if shared else cols
@@ -59,7 +59,7 @@ def sweep(
     row_start, column_start = vary(vary((empty(shapes[0]), empty(shapes[1])), axis), shared)
 
     def visit(p: Array | int, found: Partial, source: Array | int, piece: Any) -> tuple[Partial, Partial]:
-        """All rows of this device and one piece."""
+        """Meets all rows of this device with one piece. Returns the rows' Partial so far, and the piece's from this device."""
 
         def add_tile(i: Array | int, state: tuple[Partial, Partial]) -> tuple[Partial, Partial]:
             of_rows, of_piece = make_tile(i, p, source, piece)
@@ -68,8 +68,8 @@ def sweep(
         return repeat(count, add_tile, (found, column_start))
 
     def send_piece(p: Array | int, state: tuple[Partial, Partial]) -> tuple[Partial, Partial]:
-        found, gathered = go_round(rings, functools.partial(visit, p), state[0], at(cols, p), column_start)
-        return found, put(state[1], p, gathered)
+        of_rows, of_piece = go_round(rings, functools.partial(visit, p), state[0], at(cols, p), column_start)
+        return of_rows, put(state[1], p, of_piece)
 
     of_rows, of_columns = repeat(pieces, send_piece, (stack(row_start, count), stack(column_start, pieces)))
     of_rows, of_columns = from_tiles(of_rows, geometry.rows), from_tiles(of_columns, geometry.width)
@@ -80,7 +80,7 @@ def sweep(
 
 
 def _geometry(rows: Any, cols: Any, axis: Axis, tile: int, travel: Travel) -> tuple[Geometry, tuple[str, ...]]:
-    """The geometry of a sweep, and the mesh axes over which the columns are shared out."""
+    """The geometry of a sweep, and the mesh axes whose devices each take a share of the columns."""
     device, devices = device_index(axis), device_count(axis)
     b, c = (len(jax.tree.leaves(side)[0]) for side in (rows, cols))
     shared = shared_axes(axis, rows, cols)
@@ -90,7 +90,7 @@ def _geometry(rows: Any, cols: Any, axis: Axis, tile: int, travel: Travel) -> tu
 
 
 def repeat(count: int, body: Callable[[Array | int, State], State], start: State) -> State:
-    """`body(i, state)` for each i, without a loop where there is but one."""
+    """`body(i, state)` for each i, without a loop if there is only one."""
     return body(0, start) if count == 1 else jax.lax.fori_loop(0, count, body, start)
 
 
