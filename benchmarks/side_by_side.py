@@ -1,8 +1,8 @@
 """Times clipjax and open_clip in turns, each in a process of its own.
 
 Both stay loaded and take turns, so that noise on the machine affects both; the medians of the turns are compared. Every turn
-begins with untimed work: a virtual machine returns idle memory to its host, and getting it back was seen to cost the first step
-after the other side's turn four seconds of kernel time, which training without pauses does not pay.
+begins with untimed work: a virtual machine returns idle memory to its host. To get it back cost the first step after the other
+side's turn four seconds of kernel time, which training without pauses does not have.
 """
 
 import argparse

@@ -28,8 +28,8 @@ TOKENIZER = "tokenizer.json"
 DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/, for checkpoints that could not be read
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota or the largest size of a file is reached
 
-# What TensorStore, which writes the arrays, says of files that are missing, truncated or garbled; and of a storage that does not
-# answer now, but may well have the files: such a checkpoint is not damaged.
+# TensorStore writes the arrays. _DAMAGE: its messages for files that are missing, truncated or garbled. _NO_ANSWER: its messages
+# for a storage that does not answer now but may have the files: such a checkpoint is not damaged.
 _DAMAGE = re.compile(r"\b(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE)\b|Encountered error while reading array index")
 _NO_ANSWER = re.compile(
     r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b"
@@ -58,7 +58,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,  # removes what a killed save left
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=score,  # a policy chooses, not this; but without it Orbax writes no metrics, and a resumed run needs them
+            best_fn=score,  # the policy above chooses; this only makes Orbax write the metrics, which a resumed run needs
             **s3.options(workdir),
         )
         _ignore_closed_loop()
@@ -89,7 +89,7 @@ class Checkpoints:
         return f"the last good checkpoint is {self._workdir}@{good}"
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        """Starts to write. Returns once the state is copied from the devices, so that the next step may donate it.
+        """Starts to write. Returns when the state is copied from the devices, so that the next step may donate it.
 
         `metrics` (`task/name` and `task/dataset/name` -> value) are the values that train.best can name. Does nothing for a step
         that is on disk already. Raises SaveError, also for an earlier save that has failed since.

@@ -93,7 +93,7 @@ UNIONS = (Term, TrainingEvaluation)  # a config file can add its own classes to 
 
 
 def to_json(run: Run) -> str:
-    """The run as JSON, one field a line. Where it uses registered classes, `registered` tells which, and from which files."""
+    """The run as JSON, one field a line. If it uses registered classes, `registered` lists them and their files."""
     foreign = registered(run, UNIONS)
     return json.dumps(dataclasses.asdict(run) | ({"registered": foreign} if foreign else {}), indent=2) + "\n"
 
@@ -110,7 +110,7 @@ def from_json(text: str) -> Run:
     try:
         tree = json.loads(text)
     except ValueError:
-        tree = None  # pydantic tells what is wrong with it
+        tree = None  # pydantic says what is wrong with it
     if isinstance(tree, dict) and "registered" in tree:
         require_registered(tree.pop("registered"), UNIONS)
         text = json.dumps(tree)

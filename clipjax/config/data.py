@@ -8,7 +8,7 @@ from clipjax.config.fields import TAGGED, Strict, free, require
 
 @dataclass(frozen=True, kw_only=True)
 class Augment(Strict):
-    """What is done to a training image before it is resized. Evaluation never augments."""
+    """Random changes of a training image before it is resized. Evaluations never use them."""
 
     crop: float = 1.0  # smallest share of the area that a random resized crop keeps; 1: no crop
     aspect: float = 4 / 3  # largest ratio of the sides of a crop, in either direction
@@ -34,7 +34,7 @@ class Data(Strict):
     # Name of the caption feature or column; None: `caption`, the only text feature, or the class names of the only label; `title`
     # of a tsv.
     text_field: str | None = None
-    # 1: any one caption, drawn at each visit. K: the main caption and K - 1 others, drawn; if there are fewer, some come twice.
+    # 1: at each visit one of the captions at random. K: the main caption and K - 1 random others; if there are fewer, some twice.
     captions_per_image: int = 1
     # `caption`: examples with equal main captions share an id; case, punctuation and white space do not count. Pairs that share
     # an id are no negatives of each other.
@@ -44,7 +44,7 @@ class Data(Strict):
     resize: Literal["squash", "crop"] = "squash"
     augment: Augment = Augment()  # random changes of training images
     workers: int = free(4)  # number of threads or processes on each host that read, decode and augment
-    # `processes` are faster where Python's own work outweighs decoding.
+    # `processes` are faster if Python takes more of the time than decoding.
     worker_kind: Literal["threads", "processes"] = free("threads")
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class BPE(Strict):
     """A byte-level BPE of at most model.text.vocab_size tokens, trained on the run's own captions."""
 
     kind: Literal["bpe"] = "bpe"
-    lowercase: bool = True  # captions are put into lower case
+    lowercase: bool = True  # captions are changed to lower case
 
 
 @dataclass(frozen=True, kw_only=True)

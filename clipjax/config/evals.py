@@ -1,4 +1,4 @@
-"""The evaluations that a run does while it trains."""
+"""The evaluations of a run during training."""
 
 import difflib
 from collections import Counter

@@ -16,14 +16,14 @@ def free(default: Any) -> Any:
 
 
 class Range(NamedTuple):
-    """Numbers from `low` up to but without `high`."""
+    """The numbers from `low` on that are less than `high`."""
 
     low: float
     high: float
-    remedy: str  # how that is said
+    remedy: str  # the message for other numbers
 
     def require(self, name: str, value: float | None) -> None:
-        """Raises ConfigError for a number that is none of them. None passes."""
+        """Raises ConfigError for a number outside. None passes."""
         require(value is None or self.low <= value < self.high, name, value, self.remedy)
 
 
@@ -36,7 +36,7 @@ BELOW_ONE = Range(0.0, 1.0, "must lie in [0, 1)")
 
 
 def bounded(bounds: Range, default: Any = dataclasses.MISSING) -> Any:
-    """A number within bounds, or None. `check_bounds` looks after it."""
+    """A field for a number within bounds, or None. `check_bounds` checks it."""
     return field(default=default, metadata={"bounds": bounds})
 
 

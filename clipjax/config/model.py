@@ -76,7 +76,7 @@ class ImageTower(Strict):
     norm_eps: float = 1e-5  # epsilon of the LayerNorms
     patch_dropout: float = 0.0  # share of patches dropped in training (FLIP, 2212.00794)
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # subtracted from red, green, blue in [0, 1]
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # by which they are then divided
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # red, green and blue are then divided by these
 
     def __post_init__(self) -> None:
         _check_tower(self, "model.image")

@@ -1,4 +1,4 @@
-"""The part of a configuration that is about training: optimizer, schedule, mesh, and how often what is done."""
+"""The part of a configuration that is about training: optimizer, schedule, mesh, logs and checkpoints."""
 
 import re
 from dataclasses import dataclass
@@ -53,9 +53,9 @@ Schedule = Annotated[Cosine | Rsqrt | Constant, TAGGED]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Strict):
-    """Factors on the learning rate and on the weight decay, for the parameters whose whole path matches `pattern`."""
+    """Factors on the learning rate and on the weight decay, for the parameters whose full path matches `pattern`."""
 
-    pattern: str  # a regular expression, for whole paths as `image/blocks/mlp/up/kernel`
+    pattern: str  # a regular expression, for full paths as `image/blocks/mlp/up/kernel`
     lr: float = 1.0  # factor on the learning rate; 0 freezes
     decay: float = 1.0  # factor on the weight decay
 
@@ -74,7 +74,7 @@ class Optim(Strict):
     b2: float = 0.98  # decay of the second moment
     eps: float = 1e-6  # added to the root of the second moment
     weight_decay: float = 0.2  # multiplied by the learning rate
-    clip_norm: float | None = None  # gradients of a larger global norm are scaled down to it; None: no clipping
+    clip_norm: float | None = None  # largest global norm of the gradient, which is scaled down to it; None: no clipping
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # type of the first moment
     schedule: Schedule = Cosine()  # the learning rate over the steps
     rules: tuple[Rule, ...] = RULES  # the first that matches counts; every parameter must match one
@@ -105,7 +105,7 @@ class Mesh(Strict):
 
     data: int = free(-1)  # shards the batch; -1: all devices that are left
     fsdp: int = free(1)  # shards the batch and the weights
-    tensor: int = free(1)  # shards heads, MLP widths and the words of captions
+    tensor: int = free(1)  # shards heads, MLP widths and the words of the vocabulary
 
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):

@@ -1,8 +1,8 @@
 """Open unions: the classes that may stand in one field of a run, to which a config file can add its own (`clipjax.register`).
 
-A union is a base class. Its members are frozen dataclasses that derive from it and that config.json tells apart by their
-`kind`. A member's work, as the equation of a loss, is bound to it by the package that does it: `bind` for clipjax's own classes,
-`register` for all others. This module knows no JAX, so it holds what is bound without looking at it.
+A union is a base class. Its members are frozen dataclasses that derive from it, each with a `kind` of its own in
+config.json. An implementation, as the equation of a loss, is bound to each member: by `bind` for clipjax's own classes, by
+`register` for all others. This module knows no JAX: it stores the implementations and does not use them.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ class Member:
     """A class of an open union."""
 
     config: type
-    implementation: Any = None  # what does its work; None: its package has not been imported yet
+    implementation: Any = None  # None: its package has not been imported yet
     source: str | None = None  # the file that registered it; None: it is clipjax's own
-    file: str | None = None  # the config file that was being loaded then; `source` where there was none
+    file: str | None = None  # the config file that was being loaded then; `source` if there was none
 
 
 class OpenUnion(Strict):
-    """Base of the bases. `class Term(OpenUnion, run_field="objective")` declares the union that `Run.objective` holds."""
+    """The base class of all unions. `class Term(OpenUnion, run_field="objective")` declares the union of `Run.objective`."""
 
     kind: str
     run_field: ClassVar[str]  # the field of Run that holds the union's objects
@@ -43,12 +43,12 @@ class OpenUnion(Strict):
 
     @classmethod
     def include(cls, *classes: type[Self]) -> None:
-        """Adds clipjax's own classes. `bind` gives them their work later."""
+        """Adds clipjax's own classes. `bind` gives them their implementations later."""
         cls.members.update((_kind_of(c), Member(c)) for c in classes)
 
     @classmethod
     def bind(cls, implementations: Mapping[type, Any]) -> None:
-        """Binds clipjax's own classes to what does their work. Raises TypeError where one has none: at import, not in a run."""
+        """Binds clipjax's own classes to their implementations. Raises TypeError if one has none: at import, not in a run."""
         own = {kind: member.config for kind, member in cls.members.items() if member.source is None}
         missing = [c.__name__ for c in own.values() if c not in implementations]
         if missing:
@@ -74,7 +74,7 @@ class OpenUnion(Strict):
 
     @property
     def implementation(self) -> Any:
-        """What is bound to this object's class. Looked up by kind: a config file that is loaded again makes its classes anew."""
+        """What is bound to this object's class. Looked up by kind: loading a config file again makes new classes."""
         return self.members[self.kind].implementation
 
     def require_member(self, name: str) -> None:
@@ -84,7 +84,7 @@ class OpenUnion(Strict):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """The base stands for all its members, as they are now; a member for itself."""
+        """pydantic's schema: of the base, the union of its present members; of a member, its own."""
         import pydantic  # here, not above: the step benchmark runs where pydantic is not installed
 
         if "members" not in vars(cls):
@@ -95,7 +95,7 @@ class OpenUnion(Strict):
 
 @contextlib.contextmanager
 def loading(path: str) -> Iterator[None]:
-    """While it lasts, `register` takes what is registered for the config file `path`'s."""
+    """For `with`: what `register` gets inside belongs to the config file `path`."""
     _loading.append(_absolute(path))
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which of an image's captions an example shows, and when two captions count as equal."""
+"""Which captions of an image are used at one visit, and when two captions count as equal."""
 
 import functools
 import unicodedata
@@ -10,10 +10,10 @@ KEPT_PUNCTUATION = "#%&*@"  # by which names differ: `keycap #` and `keycap *`, 
 
 
 def choose(n: int, k: int, rng: np.random.Generator) -> list[int]:
-    """Which k of n captions an example shows at one visit, in their own order.
+    """The numbers of the k captions, of n, that are used at one visit.
 
     k = 1: any one. Otherwise the main one, number 0, and k - 1 of the others without replacement. With fewer than k captions,
-    all of them, repeated in turn: a caption that is shown twice is one more positive of the same image."""
+    all of them, repeated in turn: a caption that comes twice is one more positive of the same image."""
     if k == 1:
         return [int(rng.integers(n))]
     if n <= k:

@@ -1,7 +1,8 @@
 """No silent hang: finds the process that died, froze or makes no progress, and ends the others with its name.
 
 JAX's coordination service, which process 0 runs, does not do that. When a process dies, the others either wait in a collective
-without end, or abort with SIGABRT and a stack trace. A process that lives but is stuck, as in its data, is not noticed at all.
+without end, or abort with SIGABRT and a stack trace. A process that lives but is stuck, for example in reading data, is
+not noticed.
 
 So each process posts a beat in the service's key-value store: its step and what it is doing. Process 0 compares the beats. When
 something is wrong, it posts a verdict, for which all other processes wait. A process that can't reach process 0 any more decides
@@ -37,9 +38,9 @@ BEATS, VERDICT, SEEN = "clipjax/beat/", "clipjax/verdict", "clipjax/seen/"  # ke
 
 
 class Beat(NamedTuple):
-    """What a process reports of itself."""
+    """What a process reports about itself."""
 
-    beats: int  # how many it has posted, so that two beats differ
+    beats: int  # the number of this beat: no two beats of a process are equal
     host: str
     step: int  # finished steps
     stage: str  # one of STAGES
@@ -185,7 +186,7 @@ class Watch:
             before, seconds = time.monotonic(), min(1.0, self._interval)
             verdict = self._verdict(seconds)
             now = time.monotonic()
-            if now - before > seconds + self._limit / 2:  # this process was stopped for a while: the others were not silent
+            if now - before > seconds + self._limit / 2:  # this process was stopped for a while: the others only seem silent
                 seen, self._posted = dict.fromkeys(seen, now), now
             if self._finished.is_set():
                 return

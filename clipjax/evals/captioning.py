@@ -1,5 +1,5 @@
-"""The captions that a model generates for the images of a dataset, greedily, compared with the dataset's own; and the perplexity
-of the latter.
+"""Captions that a model generates greedily for the images of a dataset, compared with the dataset's own captions; and the
+perplexity of those.
 """
 
 import logging
@@ -28,7 +28,7 @@ from clipjax.models.text import lengths
 from clipjax.placement import make_placement, token_nll_on
 from clipjax.sharding import over_rows
 
-WIDE_SHEET = 16  # a sheet of at least so many images has 8 in a row, a smaller one 4
+WIDE_SHEET = 16  # images of a sheet: from this number on it has 8 in a row, else 4
 CORRECT, WRONG, REFERENCE = "#000000", "#D55E00", "#777777"  # colours of a caption and of a reference
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class CaptioningEvaluation(Evaluation):
 
 
 def sheet(samples: Sequence[CaptionSample], title: str) -> Image.Image:
-    """Images with their captions: black if correct, else vermilion above the main reference in grey."""
+    """Images with their captions: black if correct, else orange above the main reference in grey."""
     cells = [Cell(sample.image, _texts(sample)) for sample in samples]
     return contact_sheet(title, cells, 4 if len(cells) < WIDE_SHEET else 8)
 

@@ -1,5 +1,5 @@
 """The geometry of a run's embeddings on the unit sphere: the contrastive gap between images and texts, how far each spreads,
-and in how many dimensions. Everything is computed in float64 on the host.
+and over how many dimensions. Everything is computed in float64 on the host.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Rows = Float[np.ndarray, "n e"]  # unit vectors, float64; row i of the images an
 
 @dataclasses.dataclass(frozen=True)
 class GeometryResults(Results):
-    """The metrics, and the embeddings that they are of."""
+    """The metrics, and the embeddings that they describe."""
 
     image: Rows
     text: Rows
@@ -145,9 +145,9 @@ def relative_modality_gap(x: Rows, y: Rows) -> float | None:
 def linear_separability(x: Rows, y: Rows, seed: int = 0) -> float:
     """The held-out accuracy of a logistic regression that tells images from texts (2405.18570): 1 means a gap, 1/2 none.
 
-    A fifth of the pairs is held out, always the same fifth. Both sides of a pair are held out together: with an image in
-    training and its caption held out, the caption would be taken for an image the more surely the closer the two are, and a
-    closed gap would score below 1/2, with few pairs near 0.
+    A fifth of the pairs is held out, always the same fifth. Both sides of a pair are held out together. Otherwise a held-out
+    caption would be classified as an image because it is close to its own image, which is in training: a closed gap would score
+    below 1/2, and with few pairs near 0.
     """
     n = len(x)
     order = np.random.default_rng(seed).permutation(n)
@@ -180,15 +180,15 @@ def logistic_regression(z: Float[np.ndarray, "n e"], label: Bool[np.ndarray, " n
 
 
 def singular_values(z: Float[np.ndarray, "n e"]) -> Float[np.ndarray, " m"]:
-    """Descending, min(n, e) of them. By QR: as fast as the Gram matrix, without squaring the condition number."""
+    """min(n, e) singular values, descending. By QR: as fast as the Gram matrix, but the condition number is not squared."""
     return np.linalg.svd(np.linalg.qr(z, mode="r"), compute_uv=False)
 
 
 def rankme(singular: Float[np.ndarray, " m"], eps: float = 1e-7) -> float:
     """The effective number of dimensions, 1 to e (RankMe, 2210.02885).
 
-    For unit vectors as they are, a common offset (a cone, a gap) is one large singular value and lowers it. For centred ones
-    it does not.
+    For unit vectors, a common offset (a cone, a gap) is one large singular value and lowers the result. For centred vectors it
+    does not.
     """
     p = singular / singular.sum() + eps
     return float(np.exp(-(p * np.log(p)).sum()))

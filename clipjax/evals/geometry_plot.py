@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 POINTS = 1500  # of a cloud that are drawn; more would overlap
 LINES = 40  # pairs that are joined
 FLOOR = 1e-6  # of the axis of a spectrum, whose largest value is at most 1: below is float32's rounding
-# Blue and vermilion of Okabe and Ito's palette, which colour-blind readers tell apart; in grey, marks and dashes differ.
+# Blue and orange (vermilion) of Okabe and Ito's palette, for colour-blind readers. In grey print, marks and dashes differ.
 STYLES = {"image": ("#0072B2", "o", "-"), "text": ("#D55E00", "^", "--")}
 HEADINGS = {
     "centroid distance": "centroid_distance",

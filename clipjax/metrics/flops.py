@@ -10,13 +10,15 @@ from clipjax.models import clip
 
 
 def model_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1) -> float:
-    """FLOPs of a training step per image, 2 for a multiply-add: 3 times the forward pass of a tower whose blocks are trained, 2
-    times where the gradient only passes through them, once where nothing below its head is trained. `trained`: paths of the
-    trained parameters, as `image/blocks/mlp/up/kernel`; None: all. `captions`: captions of an image.
+    """FLOPs of a training step per image; a multiply-add counts 2.
 
-    Dot products only. What the backward pass recomputes does not count. Causal attention counts in full, as it is computed and as
-    others count it. Left out: the poolers' queries, once a batch, and the loss, 8 B d a pair (below 1 % of B/16's step up to
-    B = 256k).
+    For a tower whose blocks are trained they are 3 times the forward pass; 2 times if the gradient only passes through the
+    blocks; once if nothing below its head is trained. `trained`: paths of the trained parameters, as `image/blocks/mlp/up/kernel`;
+    None: all. `captions`: captions of an image.
+
+    Only dot products count, and not those that the backward pass recomputes. Causal attention counts in full, as it is computed
+    and as others count it. Left out are the poolers' queries, which are computed once a batch, and the loss, 8 B d a pair (below
+    1 % of B/16's step up to B = 256k).
     """
     return sum(tower_flops(model, trained, captions).values())
 
