@@ -13,8 +13,8 @@ def model_flops(model: Model, trained: Collection[str] | None = None, captions: 
     """FLOPs of a training step per image; a multiply-add counts 2.
 
     For a tower whose blocks are trained they are 3 times the forward pass; 2 times if the gradient only passes through the
-    blocks; once if nothing below its head is trained. `trained`: paths of the trained parameters, as `image/blocks/mlp/up/kernel`;
-    None: all. `captions`: captions of an image.
+    blocks; once if nothing below its head is trained. `trained`: paths of the trained parameters, as
+    `image/blocks/mlp/up/kernel`; None: all. `captions`: captions of an image.
 
     Only dot products count, and not those that the backward pass recomputes. Causal attention counts in full, as it is computed
     and as others count it. Left out are the poolers' queries, which are computed once a batch, and the loss, 8 B d a pair (below
