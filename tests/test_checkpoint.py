@@ -119,7 +119,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path, run, state):
         same(checkpoints.restore(3, fresh(run, tiny.mesh_of(2, 4))), state)
 
 
-def test_the_configuration_lies_under_the_step(tmp_path, run, state):
+def test_the_configuration_is_saved_under_the_step(tmp_path, run, state):
     longer = dataclasses.replace(run, train=dataclasses.replace(run.train, log_every=7))
     for step, cfg in ((3, run), (5, longer)):
         with Checkpoints(tmp_path, cfg) as checkpoints:
@@ -152,13 +152,13 @@ def test_an_interrupted_save_is_ignored_and_cleared_away(tmp_path, run, state):
     save_config(run, tmp_path)
     with Checkpoints(tmp_path, run) as checkpoints:
         checkpoints.save(3, state)
-    whole = tmp_path / "checkpoints" / "3"
+    checkpoint = tmp_path / "checkpoints" / "3"
     torn = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"  # what a killed Orbax leaves
     torn.mkdir()
     (torn / "params.orbax-checkpoint-tmp").mkdir()
     (torn / "params.orbax-checkpoint-tmp" / "manifest.ocdbt").write_bytes(b"half")
-    before = {p.relative_to(whole): p.read_bytes() for p in whole.rglob("*") if p.is_file()}
-    assert load_params(str(tmp_path), tiny.mesh_of())[2] == 3  # someone who only reads takes what is whole and clears nothing
+    before = {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}
+    assert load_params(str(tmp_path), tiny.mesh_of())[2] == 3  # someone who only reads takes what is complete and removes nothing
     assert torn.exists()
     with Checkpoints(tmp_path, run) as checkpoints:
         assert checkpoints.latest() == 3
@@ -166,7 +166,7 @@ def test_an_interrupted_save_is_ignored_and_cleared_away(tmp_path, run, state):
         checkpoints.wait()
         assert not torn.exists()
         same(checkpoints.restore(5, fresh(run, tiny.mesh_of(2, 4))), at(state, 5))
-    assert {p.relative_to(whole): p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+    assert {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()} == before
 
 
 def test_names_of_runs(tmp_path, run, monkeypatch):

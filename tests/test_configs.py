@@ -151,7 +151,7 @@ def test_batch_and_weights_divide_over_the_topology(name):
     mesh = mesh_of(run, said(name)["Topology"])
     sharding.check_batch(run, mesh)
     sharding.check_tensor(run.model, mesh)
-    sharding.shardings(parameters(run), mesh)  # refuses what would leave too much of them whole
+    sharding.shardings(parameters(run), mesh)  # refuses what would leave too much of them replicated
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -237,7 +237,7 @@ def test_it_compiles_for_its_topology_in_the_memory_it_names(name):
 
 
 # What model.remat = auto comes to, and the least and most that its estimate may be of what is compiled. H/14's is 1.44, which
-# errs on the side that fits and is not understood; with fsdp, as So400m's, more is whole for a while than is counted.
+# errs on the side that fits and is not understood; with fsdp, as for So400m, more is replicated for a while than is counted.
 CHOSEN = {
     "clip_b32": ("dots", 1.0, 1.1),
     "clip_b16": ("dots", 1.0, 1.1),

@@ -1,4 +1,4 @@
-"""The whole line on real data: train, evaluate and export by the command line; then the same accuracy in PyTorch."""
+"""All steps on real data: train, evaluate and export by the command line; then the same accuracy in PyTorch."""
 
 import json
 from pathlib import Path

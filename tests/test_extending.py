@@ -166,7 +166,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("refused", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_class_that_cannot_be_told_from_others_is_refused(refused, message):
+def test_a_class_that_does_not_differ_from_others_is_refused(refused, message):
     clipjax.register(Hinge, nothing)
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         clipjax.register(refused, nothing)

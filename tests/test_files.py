@@ -3,7 +3,7 @@ import pytest
 from clipjax.files import write_atomic
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path):
+def test_a_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "folder" / "a.txt"
     for text in ("one", "two"):
         with write_atomic(path) as part:

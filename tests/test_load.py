@@ -66,7 +66,7 @@ def test_a_class_of_a_config_file_can_be_looked_up(tmp_path):
     assert [inspect.getsourcefile(module.Extra) for module in modules] == [str(file) for file in files]
 
 
-def test_a_neighbour_that_fails_is_told_with_the_line_that_imports_it(tmp_path, capsys):
+def test_the_error_of_a_neighbour_names_the_line_that_imports_it(tmp_path, capsys):
     file = folder_of(tmp_path, 1)
     (tmp_path / "shapes.py").write_text("WIDTH = 1 / 0\n")
     before = list(sys.path)

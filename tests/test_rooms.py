@@ -63,7 +63,7 @@ def test_imports_go_to_the_left():
     assert wrong == []
 
 
-def test_nobody_imports_the_command_line_or_what_lies_outside():
+def test_no_module_imports_the_command_line_or_code_outside_the_package():
     outside = {"configs", "launch", "tests", "benchmarks"}
     for module, path in MODULES.items():
         assert not {name.split(".")[0] for name in imports(path)} & outside, module

@@ -1,4 +1,4 @@
-"""The exact gradient of a loss over the whole batch, in the memory of one micro-batch: two passes (GradCache, 2101.06983).
+"""The exact gradient of a loss over the full batch, in the memory of one micro-batch: two passes (GradCache, 2101.06983).
 
 The mean of the micro-batches' losses is another objective: each pair would have fewer negatives. Here the towers first run on
 every micro-batch, and only its embeddings are kept. The loss is computed once, from all embeddings. Then the towers run on each

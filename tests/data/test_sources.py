@@ -305,7 +305,7 @@ def damaged(tmp_path, images_tsv):
     return config.Data(spec=f"tsv:{path}")
 
 
-def test_unreadable_images_are_replaced_by_whole_examples(damaged, caplog):
+def test_unreadable_images_are_replaced_by_other_examples(damaged, caplog):
     source = open_source(damaged)
     with caplog.at_level(logging.WARNING):
         examples = [source[i] for i in range(12)]

@@ -34,7 +34,7 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def whole(write):
+def teacher_file(write):
     """A file with the rows in another order than the examples, and a second, later row for one of them."""
     order = np.random.default_rng(1).permutation(IMAGES)
     image, text = vectors()
@@ -48,9 +48,9 @@ def batches(source, tokenizer, data, n=6, **where):
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_each_example_has_its_teachers_rows(source, tokenizer, whole, images_tsv, kind):
+def test_each_example_has_its_teachers_rows(source, tokenizer, teacher_file, images_tsv, kind):
     image, text = vectors()
-    data = Data(spec=f"tsv:{images_tsv}", teacher=whole, workers=2, worker_kind=kind)
+    data = Data(spec=f"tsv:{images_tsv}", teacher=teacher_file, workers=2, worker_kind=kind)
     for batch in batches(source, tokenizer, data):
         assert batch["teacher_image"].dtype == batch["teacher_text"].dtype == np.float32
         np.testing.assert_array_equal(batch["teacher_image"], image[batch["index"]])
@@ -62,13 +62,13 @@ def test_a_run_without_a_teacher(source, tokenizer, images_tsv):
     assert not {"teacher_image", "teacher_text"} & batch.keys()
 
 
-def test_hosts_share(source, tokenizer, whole, images_tsv):
-    data = Data(spec=f"tsv:{images_tsv}", teacher=whole, workers=2)
+def test_processes_share(source, tokenizer, teacher_file, images_tsv):
+    data = Data(spec=f"tsv:{images_tsv}", teacher=teacher_file, workers=2)
     straight = batches(source, tokenizer, data)
     shares = [batches(source, tokenizer, data, process_index=p, process_count=2) for p in range(2)]
-    for whole_batch, *parts in zip(straight, *shares, strict=True):
-        for name in whole_batch:
-            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole_batch[name])
+    for full_batch, *parts in zip(straight, *shares, strict=True):
+        for name in full_batch:
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), full_batch[name])
 
 
 def test_pickled_it_stays_small_and_opens_the_file_again(source, write):

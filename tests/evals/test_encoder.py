@@ -9,7 +9,7 @@ from clipjax.sharding import batch_devices
 from tests.evals.tiny import MODEL, image_batches, mesh_of, tokenize
 
 
-def test_embeds_a_whole_source_in_place(encoder, model, params, images):
+def test_embeds_a_full_source_in_place(encoder, model, params, images):
     index = np.arange(37, dtype=np.int32)
     got = encoder.embed(params, image_batches(images, encoder, index=index))
     devices = batch_devices(encoder.mesh)

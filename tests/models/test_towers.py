@@ -204,7 +204,7 @@ def test_an_embedding_does_not_depend_on_its_neighbours(model):
         assert np.abs(want - want[:1]).max() > 1e-2
 
 
-def test_where_a_patch_lies_matters():
+def test_the_place_of_a_patch_matters():
     images, tokens = inputs(CLIP)
     rolled = np.roll(images, 8, axis=2)  # by a patch: the same patches elsewhere
     for model in MODELS.values():

@@ -1,4 +1,4 @@
-"""Micro-batches: the gradient of the whole batch on any mesh, in less memory, for one more forward pass and no more traffic."""
+"""Micro-batches: the gradient of the full batch on any mesh, in less memory, for one more forward pass and no more traffic."""
 
 import contextlib
 import dataclasses

@@ -119,7 +119,7 @@ def test_clipping_takes_the_norm_of_all_that_is_trained():
     np.testing.assert_allclose(mu[0], (1 - optim.b2) * np.float64(grads["image"]["norm"]["scale"]) / norm, rtol=1e-5)
 
 
-def test_learning_rate_factor_scales_the_whole_update():
+def test_learning_rate_factor_scales_the_full_update():
     params, grads = tree(0), [tree(1)]
     optim = Optim(lr=0.01, schedule=Constant(warmup=1))
     slow = dataclasses.replace(optim, rules=(Rule(pattern="text/tokens", lr=0.25), *RULES))
@@ -257,7 +257,7 @@ def test_default_rules_fit_both_families(family):
     make_optimizer(Optim(), 10000, params)
 
 
-def test_the_first_rule_that_matches_a_whole_path_holds():
+def test_the_first_rule_that_matches_a_full_path_holds():
     rules = (Rule(pattern="bias", lr=0.5), Rule(pattern=".*bias", decay=0.0), Rule(pattern=".*"))
     found = match_rules(rules, tree(0))
     assert found["bias"] == rules[0]

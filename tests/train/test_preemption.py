@@ -103,9 +103,9 @@ class Evaluator:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """Of a run that nothing stopped: its state and its workdir."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     return run_it(workdir, evaluators=[Evaluator(), Evaluator(dataset="emoji/train")]), workdir
 
 
@@ -113,15 +113,15 @@ def whole(tmp_path_factory):
     ("numbers", "status", "word"),
     [((signal.SIGTERM,) * 3, 75, "preempted"), ((signal.SIGINT,), 130, "interrupted")],
 )
-def test_a_signal_saves_at_the_next_step(tmp_path, whole, numbers, status, word):
+def test_a_signal_saves_at_the_next_step(tmp_path, uninterrupted, numbers, status, word):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(preemption.Preempted, match=f"^{word} at step 7: saved; the same command goes on$") as stopped:
         run_it(tmp_path, 6, send(*numbers))
     assert stopped.value.status == status
     assert steps_on_disk(tmp_path) == [4, 7]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert same(run_it(tmp_path), whole[0])
-    assert written(tmp_path) == [line for line in written(whole[1]) if "loss" in line]
+    assert same(run_it(tmp_path), uninterrupted[0])
+    assert written(tmp_path) == [line for line in written(uninterrupted[1]) if "loss" in line]
     assert steps_on_disk(tmp_path) == [4, 7, 8, 12]
 
 
@@ -146,7 +146,7 @@ def test_a_step_that_is_saved_anyway_is_saved_once(tmp_path):
 
 
 @pytest.mark.parametrize("step", [6, 12])
-def test_no_evaluation_is_waited_for_and_none_is_lost(tmp_path, whole, step):
+def test_no_evaluation_is_waited_for_and_none_is_lost(tmp_path, uninterrupted, step):
     """Step 12 is the last: all is trained, and still the run has not finished."""
     during = send(signal.SIGTERM)
     first, second = Evaluator(), Evaluator(dataset="emoji/train", during=lambda: during() if second.runs[-1] == step else None)
@@ -159,8 +159,8 @@ def test_no_evaluation_is_waited_for_and_none_is_lost(tmp_path, whole, step):
     state = run_it(tmp_path, evaluators=[first, second])
     assert first.runs == ([12] if step == 6 else [])
     assert second.runs == ([6, 12] if step == 6 else [12])
-    assert same(state, whole[0])
-    assert [x for x in written(tmp_path) if x.get("task") != "geometry"] == written(whole[1])
+    assert same(state, uninterrupted[0])
+    assert [x for x in written(tmp_path) if x.get("task") != "geometry"] == written(uninterrupted[1])
 
 
 def test_no_evaluation_starts_after_a_signal(tmp_path):
@@ -171,12 +171,12 @@ def test_no_evaluation_starts_after_a_signal(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_thread_has_no_signals_and_trains_all_the_same(tmp_path, whole):
+def test_a_thread_has_no_signals_and_trains_all_the_same(tmp_path, uninterrupted):
     results = []
     thread = threading.Thread(target=lambda: results.append(run_it(tmp_path)))
     thread.start()
     thread.join()
-    assert same(results[0], whole[0])
+    assert same(results[0], uninterrupted[0])
     assert not preemption.requested()
 
 
@@ -227,25 +227,25 @@ QUICK = ("array truncated", "metadata gone", "configuration truncated")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(tmp_path, whole, stopped, caplog, name):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(tmp_path, uninterrupted, stopped, caplog, name):
     workdir = tmp_path / "run"
     before = damaged_copy(stopped, workdir, {9: name})
-    assert same(run_it(workdir), whole[0])
+    assert same(run_it(workdir), uninterrupted[0])
     assert content(workdir / "damaged" / "9.0") == before[9]
     assert {step: content(workdir / "checkpoints" / str(step)) for step in (4, 8)} == {step: before[step] for step in (4, 8)}
     assert steps_on_disk(workdir) == [4, 8, 12]
-    assert written(workdir) == [line for line in written(whole[1]) if "loss" in line]
+    assert written(workdir) == [line for line in written(uninterrupted[1]) if "loss" in line]
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "root"]
     assert warning.startswith(f"{workdir}@9 can't be read: ")
     assert warning.endswith(f"; it was moved to {workdir / 'damaged' / '9.0'}")
 
 
 @pytest.mark.slow
-def test_two_in_a_row_and_one_that_was_damaged_before(tmp_path, whole, stopped):
+def test_two_in_a_row_and_one_that_was_damaged_before(tmp_path, uninterrupted, stopped):
     workdir = tmp_path / "run"
     damaged_copy(stopped, workdir, {9: "array truncated", 8: "configuration truncated"})
     (workdir / "damaged" / "9.0").mkdir(parents=True)
-    assert same(run_it(workdir), whole[0])
+    assert same(run_it(workdir), uninterrupted[0])
     assert sorted(p.name for p in (workdir / "damaged").iterdir()) == ["8.0", "9.0", "9.1"]
 
 
@@ -303,8 +303,8 @@ def used(folder):
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, whole):
-    """The checkpoint of step 8 finds room for a half of it; that of 4 is there, and whole."""
+def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, uninterrupted):
+    """The checkpoint of step 8 finds room for a half of it; that of 4 is there, and complete."""
     folder, resize = small_disk
     workdir, kept = folder / "run", {}
 
@@ -320,8 +320,8 @@ def test_a_full_disk_costs_no_earlier_checkpoint(small_disk, whole):
     assert content(workdir / "checkpoints" / "4") == kept
     assert resize(100_000)
     settle(workdir / "checkpoints")
-    assert same(run_it(workdir), whole[0])
-    assert written(workdir) == [line for line in written(whole[1]) if "loss" in line]
+    assert same(run_it(workdir), uninterrupted[0])
+    assert written(workdir) == [line for line in written(uninterrupted[1]) if "loss" in line]
     assert steps_on_disk(workdir) == [4, 8, 12]  # what was half written is gone
 
 
@@ -350,7 +350,7 @@ def test_metrics_on_a_full_disk(small_disk):
     assert written(workdir) == written(folder / "straight")
 
 
-def test_a_limit_on_the_size_of_files(tmp_path, whole):
+def test_a_limit_on_the_size_of_files(tmp_path, uninterrupted):
     """Needs no mount: the kernel refuses longer files, as a quota does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -365,7 +365,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, whole):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     settle(tmp_path / "checkpoints")
-    assert same(run_it(tmp_path), whole[0])
+    assert same(run_it(tmp_path), uninterrupted[0])
 
 
 # A run that goes on until it is stopped, and then for as many steps as it is asked for.

@@ -57,7 +57,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal():
     ]
 
 
-def test_progress_redraws_one_line_and_warnings_stay_whole():
+def test_progress_redraws_one_line_and_warnings_stay_complete():
     now, terminal = Time(), Terminal()
     with Progress(100, terminal, now) as progress:
         for step in range(1, 101):

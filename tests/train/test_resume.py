@@ -38,7 +38,7 @@ def finish(workdir, *overrides):
 
 
 def lines(workdir):
-    """The lines of metrics.jsonl that are whole."""
+    """The lines of metrics.jsonl that are complete."""
     path = workdir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
