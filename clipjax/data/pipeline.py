@@ -142,7 +142,7 @@ def train_batches(
     if teacher is None and data.teacher is not None:
         teacher = Teacher(data.teacher, source)
     make_example = _TrainExample(source, tokenizer, data, image_size, teacher)
-    # From indices, not from the source: Grain would decode a whole batch before it augments the first image.
+    # From indices, not from the source: Grain would decode all images of a batch before it augments the first.
     examples = grain.MapDataset.range(n).seed(seed).shuffle()[: n // batch_size * batch_size]
     # random_map keys its generator by the index that it sees here: the position in the global order of all epochs.
     batches = examples.random_map(make_example).repeat().batch(local, drop_remainder=True)

@@ -33,9 +33,9 @@ def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Res
     layout, out = FORMATS[to], out.resolve()
     model, params = with_learned_positions(model, params)
     layout.refuse(model)
-    words = _load_tokenizer(tokenizer, model)
-    special = dict(bos=words.start_id, eos=words.end_id, pad=words.pad_id)
-    configs = layout.configs(model, special, resize) | _tokenizer_configs(words, special)
+    loaded = _load_tokenizer(tokenizer, model)
+    special = dict(bos=loaded.start_id, eos=loaded.end_id, pad=loaded.pad_id)
+    configs = layout.configs(model, special, resize) | _tokenizer_configs(loaded, special)
     tensors = to_theirs(layout.table(model), params)
     _refuse_to_overwrite(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Res
         fresh.mkdir()
         for name, content in configs.items():
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        words.backend.save(str(fresh / "tokenizer.json"))
+        loaded.backend.save(str(fresh / "tokenizer.json"))
         safetensors.numpy.save_file(tensors, fresh / layout.WEIGHTS, {"format": "pt", "producer": PRODUCER})
         if out.exists():
             out.rename(stale)
@@ -65,23 +65,23 @@ def _load_tokenizer(path: Path, model: Model) -> Tokenizer:
     Raises ConfigError if the text tower pools at the end token and that has not the highest id: open_clip and clipjax look for
     the highest id, transformers for the id of the end token.
     """
-    words = Tokenizer.load(path, model.text.length)
+    loaded = Tokenizer.load(path, model.text.length)
     if model.text.pool == "eot":
-        highest = words.vocab_size - 1
-        remedy = f"its end token must have the highest id, {highest}, and has {words.end_id}: open_clip looks for the highest"
-        require(words.end_id == highest, "tokenizer", str(path), remedy)
-    words.backend.enable_truncation(words.length)
-    words.backend.enable_padding(length=words.length, pad_id=words.pad_id, pad_token=words.backend.id_to_token(words.pad_id))
-    return words
+        highest = loaded.vocab_size - 1
+        remedy = f"its end token must have the highest id, {highest}, and has {loaded.end_id}: open_clip looks for the highest"
+        require(loaded.end_id == highest, "tokenizer", str(path), remedy)
+    loaded.backend.enable_truncation(loaded.length)
+    loaded.backend.enable_padding(length=loaded.length, pad_id=loaded.pad_id, pad_token=loaded.backend.id_to_token(loaded.pad_id))
+    return loaded
 
 
-def _tokenizer_configs(words: Tokenizer, special: Mapping[str, int | None]) -> dict[str, Any]:
+def _tokenizer_configs(tokenizer: Tokenizer, special: Mapping[str, int | None]) -> dict[str, Any]:
     """tokenizer_config.json and special_tokens_map.json: transformers, and open_clip through it, need them beside tokenizer.json.
 
     Of the tokenizer's outputs the models need the ids only: SigLIP attends to padding, and CLIP's causal mask hides it.
     """
-    texts = {f"{role}_token": words.backend.id_to_token(index) for role, index in special.items() if index is not None}
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=words.length, model_input_names=["input_ids"])
+    texts = {f"{role}_token": tokenizer.backend.id_to_token(index) for role, index in special.items() if index is not None}
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=tokenizer.length, model_input_names=["input_ids"])
     return {
         "tokenizer_config.json": config | texts | dict(padding_side="right", clean_up_tokenization_spaces=False),
         "special_tokens_map.json": texts,

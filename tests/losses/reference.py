@@ -300,7 +300,10 @@ def sogclr_surrogate(x, y, row_scale, col_scale, log_u, gamma):
 
 
 def by_temperature(x, y, row_scale, col_scale, log_u, gamma, rho=0.0):
-    """A.11's gradient by tau_i of half the mean of tau_i (log u_i + rho), u differentiated as g; and its absolute terms."""
+    """iSogCLR's gradient for tau_i (2305.11965), of half the mean of tau_i (log u_i + rho). Also its absolute terms.
+
+    u is differentiated as g is.
+    """
     n, cos, own = len(x), x @ y.T, np.eye(len(x), dtype=bool)
     found = []
     for c, g, u, t in zip((cos, cos.T), log_inner(x, y, row_scale, col_scale), log_u, (row_scale, col_scale), strict=True):
