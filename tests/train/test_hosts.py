@@ -104,11 +104,18 @@ def test_a_run_goes_on_with_other_processes_as_if_nothing_had_happened(data, tmp
     np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The workdir of 12 steps by two processes."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    train(2, 1, data, workdir, "--train.steps", "12")
+    return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(who, data, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(2, 1, data, whole, "--train.steps", "12")
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(who, data, trained, tmp_path):
+    broken = tmp_path / "broken"
     env = QUICK | {"RECORD": str(tmp_path / "record"), "CLIPJAX_HEARTBEAT_SECONDS": "5"}
     options = ("--train.steps", "12", "--train.checkpoint_every", "3", "--data.worker_kind", "processes", "--data.workers", "1")
     with hosts.started(2, command(data, broken, *options), tmp_path / "first", **env) as both:
@@ -118,13 +125,12 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(who, data, t
         assert f"clipjax: process {who} (" in both[1 - who].complained
     made = train(2, 1, data, broken, "--train.steps", "12", "--train.checkpoint_every", "3")
     assert "resuming at step" in made[0].complained
-    assert hosts.losses(broken) == hosts.losses(whole)
+    assert hosts.losses(broken) == hosts.losses(trained)
 
 
 @pytest.mark.slow
-def test_evaluations_and_embeddings_of_two_processes_are_those_of_one(data, tmp_path):
-    run, spec = tmp_path / "run", f"tsv:{data}/pairs.tsv"
-    train(2, 1, data, run, "--train.steps", "5")
+def test_evaluations_and_embeddings_of_two_processes_are_those_of_one(data, trained, tmp_path):
+    run, spec = trained, f"tsv:{data}/pairs.tsv"
     found = {}
     for n, devices in ((1, 1), (2, 2)):
         out = tmp_path / f"out{n}"
