@@ -7,7 +7,7 @@ bash launch/setup.sh
 .venv/bin/ruff format --check .
 
 # Whole files to two processes, so that each file's programs are compiled once.
-pytest=(.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder)
+pytest=(.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10)
 if [ -z "${CI:-}" ]; then
   CLIPJAX_TEST_QUICK=1 exec "${pytest[@]}" -m "not slow and not recipes" "$@"
 fi
