@@ -94,6 +94,18 @@ WRONG_JSON = {
     "other literal": ("model", lambda x: x.update(dtype="float16"), r"model\.dtype = 'float16': .*'float32' or 'bfloat16'"),
     "two colours": ("model.image", lambda x: x["mean"].pop(), r"model\.image\.mean\.2: is missing"),
     "null": ("optim", lambda x: x.update(lr=None), r"optim\.lr = None: .*number"),
+    "damaged list of classes": ("", lambda x: x.update(registered=3), r"^config\.json: registered = 3: .*dictionary"),
+    "damaged list of terms": ("", lambda x: x.update(registered={"objective": 3}), r"registered\.objective = 3: .*dictionary"),
+    "damaged class": (
+        "",
+        lambda x: x.update(registered={"evals": {"mine": None}}),
+        r"registered\.evals\.mine = None: .*dictionary",
+    ),
+    "class without a file": (
+        "",
+        lambda x: x.update(registered={"objective": {"mine": {}}}),
+        r"uses the class mine of .*--config",
+    ),
     "two errors": ("train", lambda x: x.update(steps="a", keep="b"), r"train\.steps = 'a': .*; train\.keep = 'b': "),
     "impossible": (
         "model.image",

@@ -111,10 +111,12 @@ def from_json(text: str) -> Run:
         tree = json.loads(text)
     except ValueError:
         tree = None  # pydantic says what is wrong with it
-    if isinstance(tree, dict) and "registered" in tree:
-        require_registered(tree.pop("registered"), UNIONS)
-        text = json.dumps(tree)
     try:
+        if isinstance(tree, dict) and "registered" in tree:
+            names = {"registered": tree.pop("registered")}
+            names = pydantic.TypeAdapter(dict[str, dict[str, dict[str, dict[str, str]]]]).validate_python(names, strict=True)
+            require_registered(names["registered"], UNIONS)
+            text = json.dumps(tree)
         return pydantic.TypeAdapter(Run).validate_json(text, strict=True)
     except pydantic.ValidationError as e:
         raise ConfigError("config.json: " + "; ".join(_row(error["type"], error) for error in e.errors())) from e

@@ -115,12 +115,12 @@ def registered(run: Any, unions: tuple[type[OpenUnion], ...]) -> dict[str, dict[
 
 def require_registered(names: Mapping[str, Mapping[str, Mapping[str, str]]], unions: tuple[type[OpenUnion], ...]) -> None:
     """Raises ConfigError where a class that `registered` named is not registered now."""
-    require(isinstance(names, dict), "config.json: registered", names, "must be an object, as clipjax wrote it")
     for union in unions:
         for kind, name in names.get(union.run_field, {}).items():
             if kind not in union.members:
-                remedy = f"name that file with --config, or load it first: clipjax.config.load.load_config({name['file']!r})"
-                raise ConfigError(f"{union.run_field}: the run uses the class {name['class']} of {name['file']}: {remedy}")
+                config, file = name.get("class", kind), name.get("file", "")
+                remedy = f"name that file with --config, or load it first: clipjax.config.load.load_config({file!r})"
+                raise ConfigError(f"{union.run_field}: the run uses the class {config} of {file}: {remedy}")
 
 
 def _kind_of(config: type) -> str:

@@ -21,9 +21,8 @@ from clipjax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-StepInputs = dict[
-    str, Any
-]  # a Batch, with a random key of each example (`keys`) and its stored values (`memory`, see train/memory.py)
+# A Batch, with a random key of each example (`keys`) and its stored values (`memory`, see train/memory.py).
+StepInputs = dict[str, Any]
 
 
 class Trainable(NamedTuple):
