@@ -39,7 +39,7 @@ def clipjax_step():
     image = config.ImageTower(image_size=SIZE, patch_size=PATCH, depth=DEPTHS[0], **shape)
     text = config.TextTower(length=LENGTH, vocab_size=VOCAB, depth=DEPTHS[1], **shape)
     model = config.Model(image=image, text=text, dtype="float32", unroll=max(DEPTHS))
-    run = config.Run(model=model, train=config.Train(batch_size=BATCH))
+    run = config.Run(data=config.Data(spec="emoji"), model=model, train=config.Train(batch_size=BATCH))
     mesh = sharding.make_mesh(config.Mesh())
     tx = make_optimizer(run.optim, run.train.steps, jax.eval_shape(lambda: clip.init(model, 0)))
     state = initial_state(run, tx, mesh)

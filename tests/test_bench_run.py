@@ -57,7 +57,7 @@ def test_a_step_is_the_one_that_trains(tmp_path, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def everything():
     """A run whose batch has all that a batch may have."""
-    data = config.Data(captions_per_image=3, ids="caption", teacher="elsewhere.npz")
+    data = config.Data(spec="emoji", captions_per_image=3, ids="caption", teacher="elsewhere.npz")
     return tiny.run(objective=(config.MultiPositive(), config.Distillation()), data=data)
 
 

@@ -323,7 +323,9 @@ def test_a_file_that_is_no_config_is_refused(text, message, tmp_path, capsys):
 def test_config_is_loaded_before_the_run(command, tmp_path, capsys, monkeypatch):
     """It may register what the run's config.json names."""
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text("from clipjax.config import Run\nprint('loaded')\nconfig = Run\n")
+    Path("mine.py").write_text(
+        "from clipjax.config import Data, Run\nprint('loaded')\n\ndef config():\n    return Run(data=Data(spec='emoji'))\n"
+    )
     assert run(*command.split(), "--config", "mine.py") == 2
     said = capsys.readouterr()
     assert said.out == "loaded\n"
@@ -516,7 +518,7 @@ def test_what_embed_writes_is_a_teacher(embedded, tmp_path):
     from clipjax.evals.embed import write_npz
 
     write_npz(tmp_path / "teacher.npz", embedded)
-    teacher = Teacher(str(tmp_path / "teacher.npz"), open_source(config.Data(split="test")))
+    teacher = Teacher(str(tmp_path / "teacher.npz"), open_source(config.Data(spec="emoji", split="test")))
     for i in (0, 17, 362):
         for kind in ("image", "text"):
             np.testing.assert_array_equal(teacher[i][f"teacher_{kind}"], embedded[kind][i])
@@ -525,7 +527,7 @@ def test_what_embed_writes_is_a_teacher(embedded, tmp_path):
 def test_load_encodes_what_embed_does(model, embedded, workdir):
     from clipjax.data.sources import open_source
 
-    source = open_source(config.Data(split="test"))
+    source = open_source(config.Data(spec="emoji", split="test"))
     chosen = [0, 1, 17, 362]
     images = [source[i].image for i in chosen]
     assert [source[i].key for i in chosen] == embedded["key"][chosen].tolist()

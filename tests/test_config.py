@@ -9,18 +9,18 @@ import jax
 import pytest
 
 from clipjax import config
-from clipjax.config import ConfigError, ImageTower, Model, Run, TextTower
+from clipjax.config import ConfigError, Data, ImageTower, Model, Run, TextTower
 from clipjax.models import clip
 from configs import emoji_clip
 
 SIGLIP = Model(image=ImageTower.siglip("B/16"), text=TextTower.siglip("B"), init_scale=10.0, max_scale=None, init_bias=-10.0)
 RUNS = {
-    "defaults": Run(),
+    "defaults": Run(data=Data(spec="emoji")),
     "emoji_clip": emoji_clip.config(),
-    "siglip": Run(model=SIGLIP, objective=(config.Sigmoid(weight=0.5),), seed=2**32 - 1),
-    "both losses": Run(model=SIGLIP, objective=(config.Softmax(weight=0.25), config.Sigmoid())),
+    "siglip": Run(data=Data(spec="emoji"), model=SIGLIP, objective=(config.Sigmoid(weight=0.5),), seed=2**32 - 1),
+    "both losses": Run(data=Data(spec="emoji"), model=SIGLIP, objective=(config.Softmax(weight=0.25), config.Sigmoid())),
     "every other term": Run(
-        data=config.Data(captions_per_image=2, ids="caption", teacher="teacher.npz"),
+        data=config.Data(spec="emoji", captions_per_image=2, ids="caption", teacher="teacher.npz"),
         objective=(
             config.Softmax(image_weight=0.75, label_smoothing=0.1, reduction="sum", prefixes=(16, 64, 512)),
             config.Decoupled(sigma=0.5, stop_gradient=True),
@@ -31,12 +31,14 @@ RUNS = {
             config.Distillation(teacher_scale=20.0),
         ),
     ),
-    "cuaxu": Run(objective=config.CUAXU),
+    "cuaxu": Run(data=Data(spec="emoji"), objective=config.CUAXU),
     "file, rsqrt": Run(
+        data=Data(spec="emoji"),
         tokenizer=config.TokenizerFile(path="words/tokenizer.json"),
         optim=config.Optim(kind="adafactor", schedule=config.Rsqrt(warmup=5, timescale=7, cooldown=9), clip_norm=1.0, ema=0.99),
     ),
     "bpe, constant": Run(
+        data=Data(spec="emoji"),
         tokenizer=config.BPE(lowercase=False),
         optim=config.Optim(schedule=config.Constant(warmup=5, cooldown=9), rules=(config.Rule(pattern=".*", lr=0.1, decay=0.0),)),
     ),
@@ -145,15 +147,15 @@ def optim(**changes):
 
 
 def best(name, *evals):
-    return lambda: Run(train=config.Train(best=name), evals=evals)
+    return lambda: Run(data=Data(spec="emoji"), train=config.Train(best=name), evals=evals)
 
 
 def terms(*objective, **changes):
-    return lambda: Run(objective=objective, **changes)
+    return lambda: Run(**(dict(data=config.Data(spec="emoji"), objective=objective) | changes))
 
 
 def schedule(kind, **changes):
-    return lambda: Run(optim=config.Optim(schedule=kind(**changes)), train=config.Train(steps=100))
+    return lambda: Run(data=Data(spec="emoji"), optim=config.Optim(schedule=kind(**changes)), train=config.Train(steps=100))
 
 
 REFUSED = {
@@ -198,8 +200,8 @@ REFUSED = {
     "brightness": (lambda: config.Augment(brightness=1.0), r"data\.augment\.brightness = 1\.0: must lie in \[0, 1\)"),
     "contrast": (lambda: config.Augment(contrast=-0.1), r"data\.augment\.contrast = -0\.1: must lie in \[0, 1\)"),
     "saturation": (lambda: config.Augment(saturation=2.0), r"data\.augment\.saturation = 2\.0: must lie in \[0, 1\)"),
-    "workers": (lambda: config.Data(workers=0), r"data\.workers = 0: must be at least 1"),
-    "no captions": (lambda: config.Data(captions_per_image=0), r"data\.captions_per_image = 0: must be at least 1"),
+    "workers": (lambda: config.Data(spec="emoji", workers=0), r"data\.workers = 0: must be at least 1"),
+    "no captions": (lambda: config.Data(spec="emoji", captions_per_image=0), r"data\.captions_per_image = 0: must be at least 1"),
     "lr": (optim(lr=0.0), r"optim\.lr = 0\.0: must be positive"),
     "lr nan": (optim(lr=math.nan), r"optim\.lr = nan: must be positive"),
     "b1": (optim(b1=1.0), r"optim\.b1 = 1\.0: must lie in \[0, 1\)"),
@@ -230,9 +232,12 @@ REFUSED = {
         name: (lambda name=name: config.Train(**{name: 0}), rf"train\.{name} = 0: must be positive")
         for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size")
     },
-    "seed": (lambda: Run(seed=-1), r"seed = -1: must lie in \[0, 2\^32\)"),
-    "no objective": (lambda: Run(objective=()), r"objective = \(\): needs at least one term"),
-    "no weight": (lambda: Run(objective=(config.Softmax(weight=0.0),)), r"objective = \(0\.0,\): these are the weights: one"),
+    "seed": (lambda: Run(data=Data(spec="emoji"), seed=-1), r"seed = -1: must lie in \[0, 2\^32\)"),
+    "no objective": (lambda: Run(data=Data(spec="emoji"), objective=()), r"objective = \(\): needs at least one term"),
+    "no weight": (
+        lambda: Run(data=Data(spec="emoji"), objective=(config.Softmax(weight=0.0),)),
+        r"objective = \(0\.0,\): these are the weights: one",
+    ),
     "no best": (best("acc1"), r"train\.best = 'acc1': no evaluation of this run gives it; evals needs one"),
     "misspelt best": (
         best("zeroshot_retrieval/image_retrieval_recal@1", config.Zeroshot(), config.Retrieval()),
@@ -278,7 +283,7 @@ REFUSED = {
         r"data\.teacher = None: objective\.1 needs an \.npz that `clipjax embed` wrote",
     ),
     "sigmoid without bias": (
-        lambda: Run(objective=(config.Softmax(), config.Sigmoid())),
+        lambda: Run(data=Data(spec="emoji"), objective=(config.Softmax(), config.Sigmoid())),
         r"model\.init_bias = None: objective\.1 is a sigmoid loss: set it",
     ),
     "cosine": (schedule(config.Cosine, warmup=100), r"optim\.schedule\.warmup = 100: must be less than train\.steps = 100"),
@@ -327,6 +332,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "objective.0.reduction": "sum", "objective.0.prefixes": (64,),
 }  # fmt: skip
 BASE = Run(
+    data=Data(spec="emoji"),
     model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768, pool="cls")),
     evals=(config.Retrieval(),),
 )

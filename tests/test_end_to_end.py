@@ -53,7 +53,7 @@ def test_the_export_is_as_accurate_in_torch(workdir, metrics, tmp_path, capsys, 
     out = tmp_path / "out"
     assert cli.main(["export", str(workdir), "--to", to, "--out", str(out), "--verify", "--examples", "48"]) == 0
     assert "verified in PyTorch on 48 examples" in capsys.readouterr().out
-    source, theirs = open_source(config.Data(split="test")), load(out, to)  # its own preprocessing and tokenizer
+    source, theirs = open_source(config.Data(spec="emoji", split="test")), load(out, to)  # its own preprocessing and tokenizer
     names = source.classnames
     assert (len(source), len(names)) == (363, 3789)
     with torch.inference_mode():

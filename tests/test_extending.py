@@ -180,7 +180,7 @@ def test_a_class_can_be_registered_again():
 
 def test_a_class_that_is_not_registered_is_refused_where_it_is_used():
     with pytest.raises(ConfigError, match=r"^objective\.1 = 'Hinge': is not registered: call clipjax\.register\(Hinge, \.\.\.\)"):
-        config.Run(objective=(config.Softmax(), Hinge()))
+        config.Run(data=config.Data(spec="emoji"), objective=(config.Softmax(), Hinge()))
 
 
 def test_clipjaxs_own_classes_all_have_their_function():

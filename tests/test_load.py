@@ -16,7 +16,7 @@ CONFIG = """
 from shapes import WIDTH
 from parts.text import DEPTH
 
-from clipjax.config import Run
+from clipjax.config import Data, Run
 
 
 class Extra: ...
@@ -25,7 +25,7 @@ class Extra: ...
 def config() -> Run:
     from late import SEED
 
-    return Run(seed=SEED + WIDTH + DEPTH)
+    return Run(data=Data(spec="emoji"), seed=SEED + WIDTH + DEPTH)
 """
 
 

@@ -92,7 +92,7 @@ def test_the_program_is_the_one_that_trains(sharded):
 
 
 def test_a_batch_has_what_the_data_adds(tmp_path):
-    data = config.Data(captions_per_image=3, ids="caption", teacher=str(tmp_path / "elsewhere.npz"))
+    data = config.Data(spec="emoji", captions_per_image=3, ids="caption", teacher=str(tmp_path / "elsewhere.npz"))
     cfg = tiny.run(objective=(config.MultiPositive(), config.Distillation()), data=data)
     mesh = sharding.make_mesh(cfg.mesh)
     batch = plan.abstract_batch(cfg, mesh)
@@ -143,7 +143,7 @@ def test_terms_by_hand_are_what_is_computed(term, recomputed):
 
 
 def test_flops_by_part():
-    data = config.Data(captions_per_image=3, ids="caption")
+    data = config.Data(spec="emoji", captions_per_image=3, ids="caption")
     terms = (config.MultiPositive(), config.Softmax(), config.Softmax(weight=0.0), config.Softmax(weight=2.0))
     one = step_flops(tiny.run(objective=(config.Softmax(),)), {"image/blocks/x", "text/blocks/x"})
     assert list(one) == ["image tower", "text tower", "softmax loss"]
@@ -377,7 +377,12 @@ def for_tpu(**changes):
     text = config.TextTower(length=8, vocab_size=256, embed_dim=128, pool="last", **SMALL)
     model = config.Model(image=image, text=text, init_bias=-10.0, init_scale=10.0)
     train = config.Train(steps=20, batch_size=64)
-    return config.Run(**(dict(model=model, objective=(config.Sigmoid(),), train=train, optim=tiny.OPTIM) | changes))
+    return config.Run(
+        **(
+            dict(data=config.Data(spec="emoji"), model=model, objective=(config.Sigmoid(),), train=train, optim=tiny.OPTIM)
+            | changes
+        )
+    )
 
 
 def test_a_run_for_a_tpu():

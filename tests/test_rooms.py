@@ -159,7 +159,7 @@ from clipjax.train.state import initial_state
 from clipjax.train.step import jit_step, make_train_step
 shape = dict(width=8, depth=1, heads=1, mlp_dim=8, embed_dim=8)
 image, text = config.ImageTower(image_size=8, patch_size=8, **shape), config.TextTower(length=4, vocab_size=8, **shape)
-run = config.Run(model=config.Model(image=image, text=text), train=config.Train(batch_size=4))
+run = config.Run(data=config.Data(spec="emoji"), model=config.Model(image=image, text=text), train=config.Train(batch_size=4))
 mesh = sharding.make_mesh(config.Mesh())
 tx = make_optimizer(run.optim, run.train.steps, jax.eval_shape(lambda: clip.init(run.model, 0)))
 state = jax.eval_shape(lambda: initial_state(run, tx, mesh))

@@ -53,7 +53,7 @@ class Run(Strict):
     """Everything that defines a run."""
 
     seed: int = 0  # of the initial weights, the order of the data and all noise
-    data: Data = Data()  # images and captions
+    data: Data  # images and captions
     tokenizer: Tokenizer = BPE()  # from captions to tokens
     model: Model = field(default_factory=Model)  # the towers
     objective: tuple[Term, ...] = (Softmax(),)  # weighted terms that add up

@@ -28,7 +28,7 @@ class Augment(Strict):
 class Data(Strict):
     """Where images and captions come from, and how they are read."""
 
-    spec: str = "emoji"  # `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`
+    spec: str  # `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`
     split: str = "train"  # part of the dataset; a tsv has none
     image_field: str | None = None  # name of the image feature or column; None: the only image feature, `filepath` of a tsv
     # Name of the caption feature or column; None: `caption`, the only text feature, or the class names of the only label; `title`

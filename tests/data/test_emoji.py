@@ -20,12 +20,12 @@ COUPLE = "1f469-1f3ff-200d-2764-fe0f-200d-1f469-1f3fb"
 
 @pytest.fixture
 def train(emoji_dataset):
-    return open_source(config.Data(split="train"))
+    return open_source(config.Data(spec="emoji", split="train"))
 
 
 @pytest.fixture
 def test(emoji_dataset):
-    return open_source(config.Data(split="test"))
+    return open_source(config.Data(spec="emoji", split="test"))
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_classes_are_the_names_of_both_splits(train, test):
 
 
 def test_captions_in_all_languages(emoji_dataset):
-    source = open_source(config.Data(split="test", text_field="captions"))
+    source = open_source(config.Data(spec="emoji", split="test", text_field="captions"))
     captions = source.record(keys(source).index(COUPLE)).captions
     assert len(captions) == len(emoji.LANGUAGES) == 14
     assert captions[0] == "couple with heart woman woman dark skin tone light skin tone"
@@ -113,17 +113,17 @@ def test_one_glyph_only(train, test):
 
 
 def test_prepare_is_done_once_and_again_when_the_package_changes(few, monkeypatch, caplog):
-    assert [len(open_source(config.Data(split=split))) for split in ("train", "test")] == [4, 2]
+    assert [len(open_source(config.Data(spec="emoji", split=split))) for split in ("train", "test")] == [4, 2]
     folder = few / "emoji" / emoji.VERSION
     stamp = (folder / "dataset_info.json").stat().st_mtime_ns
     emoji.prepare_emoji(few)
-    open_source(config.Data())
+    open_source(config.Data(spec="emoji"))
     assert (folder / "dataset_info.json").stat().st_mtime_ns == stamp
     assert not caplog.records
 
     monkeypatch.setattr(package, "__version__", "99.0")
     with caplog.at_level(logging.WARNING):
-        open_source(config.Data())
+        open_source(config.Data(spec="emoji"))
     assert "'emoji': '99.0'}: `clipjax data prepare emoji` builds it again" in caplog.text
     emoji.prepare_emoji(few)
     assert (folder / "dataset_info.json").stat().st_mtime_ns != stamp
@@ -165,12 +165,12 @@ def test_missing_font(monkeypatch, tmp_path):
     with pytest.raises(
         ConfigError, match=r"no colour-emoji font .* apt-get install fonts-noto-color-emoji .* CLIPJAX_EMOJI_FONT"
     ):
-        open_source(config.Data())
+        open_source(config.Data(spec="emoji"))
 
 
 def test_a_built_dataset_needs_no_font(emoji_dataset, monkeypatch, caplog):
     monkeypatch.setattr(Path, "rglob", lambda *_: [])
-    assert len(open_source(config.Data(split="test"))) > 300
+    assert len(open_source(config.Data(spec="emoji", split="test"))) > 300
     assert not caplog.records
 
 

@@ -75,7 +75,7 @@ def test_a_large_dataset_is_sampled(images_tsv, tmp_path, monkeypatch):
 
 
 def test_contact_sheet_shows_the_images(emoji_dataset, tmp_path):
-    data = Data(split="test")
+    data = Data(spec="emoji", split="test")
     inspect(data, None, tmp_path / "one.png")
     inspect(data, None, tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()

@@ -228,7 +228,7 @@ def test_a_replacement_has_its_own_id(batches, images_tsv, tmp_path):
 
 def test_emojis_languages(emoji_dataset):
     """With a tokenizer trained on all of them, each column of all fourteen is one language."""
-    data = Data(split="test", text_field="captions", captions_per_image=14, ids="caption", workers=2)
+    data = Data(spec="emoji", split="test", text_field="captions", captions_per_image=14, ids="caption", workers=2)
     source = open_source(data)
     tokenizer = Tokenizer.train(source.captions(), 4096, lowercase=False, length=48)
     with train_batches(source, tokenizer, data, image_size=SIZE, batch_size=64, seed=0) as stream:
@@ -342,7 +342,7 @@ def test_eval_captions(tmp_path):
 
 
 def test_emoji_labels(emoji_dataset):
-    data = Data(split="test", workers=2)
+    data = Data(spec="emoji", split="test", workers=2)
     source = open_source(data)
     with eval_batches(source, data, image_size=32, batch_size=256) as iterator:
         seen = list(iterator)

@@ -64,7 +64,7 @@ def toy(images):
 
 @pytest.fixture(scope="module")
 def on_one(toy):
-    return CaptioningEvaluation(Encoder(COCA, mesh_of("1"), 4), TOKENIZER, toy, Data(workers=1))
+    return CaptioningEvaluation(Encoder(COCA, mesh_of("1"), 4), TOKENIZER, toy, Data(spec="emoji", workers=1))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def found(on_one, params):
 
 def of(evaluation, captions):
     """The same evaluation, and its compiled programs, against other references."""
-    other = CaptioningEvaluation(evaluation.encoder, TOKENIZER, InMemory(evaluation._source.images, captions), Data(workers=1))
+    other = CaptioningEvaluation(
+        evaluation.encoder, TOKENIZER, InMemory(evaluation._source.images, captions), Data(spec="emoji", workers=1)
+    )
     other._captioner, other._score = evaluation._captioner, evaluation._score
     return other
 
@@ -89,7 +91,7 @@ def test_images_that_can_be_read_have_captions_of_their_own(found):
 
 @pytest.mark.parametrize(("mesh", "batch"), [("8", 16), ("2x2x2", 4)])
 def test_devices_batches_and_padding_do_not_change_the_metrics(toy, params, found, mesh, batch):
-    other = CaptioningEvaluation(Encoder(COCA, mesh_of(mesh), batch), TOKENIZER, toy, Data(workers=1)).run(params)
+    other = CaptioningEvaluation(Encoder(COCA, mesh_of(mesh), batch), TOKENIZER, toy, Data(spec="emoji", workers=1)).run(params)
     assert other.captions == found.captions
     assert other.metrics == pytest.approx(found.metrics, rel=1e-6)
 

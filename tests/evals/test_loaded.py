@@ -37,7 +37,9 @@ def test_the_mesh_is_that_of_training_where_it_fits(trained, available):
 
 def test_a_run_is_loaded_in_shards(tmp_path):
     """A model that is trained with fsdp and tensor is evaluated with them. The vectors are those of a single axis."""
-    run = config.Run(model=MODEL, mesh=config.Mesh(fsdp=2, tensor=2), train=config.Train(steps=3000))
+    run = config.Run(
+        data=config.Data(spec="emoji"), model=MODEL, mesh=config.Mesh(fsdp=2, tensor=2), train=config.Train(steps=3000)
+    )
     mesh = make_mesh(run.mesh)
     state = initial_state(run, make_optimizer(run.optim, 3000, jax.eval_shape(lambda: clip.init(MODEL, 0))), mesh)
     save_config(run, tmp_path)

@@ -122,7 +122,7 @@ def test_what_can_not_be_read_is_refused_before_training(run):
         (config.Geometry(data="tsv:nowhere"), "nowhere"),
     ):
         with pytest.raises(ConfigError, match=match):
-            make_evaluators(config.Run(model=MODEL, evals=(evals,)), mesh_of("1"), TOKENIZER)
+            make_evaluators(config.Run(data=config.Data(spec="emoji"), model=MODEL, evals=(evals,)), mesh_of("1"), TOKENIZER)
 
 
 def test_no_labels_at_all(run, params, tsv):

@@ -80,7 +80,7 @@ def both():
     params, tokens = parameters(model), captions()
     images = np.random.default_rng(2).integers(0, 256, (len(tokens), IMAGE["image_size"], IMAGE["image_size"], 3), np.uint8)
     terms = (config.Softmax(weight=0.7), config.Caption(weight=2.0))
-    run = config.Run(model=model, objective=terms, train=config.Train(batch_size=len(tokens)))
+    run = config.Run(data=config.Data(spec="emoji"), model=model, objective=terms, train=config.Train(batch_size=len(tokens)))
     keep_gradient = optax.GradientTransformation(
         init=lambda params: jax.tree.map(jnp.zeros_like, params),
         update=lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),

@@ -95,7 +95,7 @@ def assert_close(got, want, rtol=1e-5):
 
 
 TERMS = (config.Softmax(), config.MultiPositive(), config.Distillation())
-SEVERAL = config.Data(captions_per_image=2, ids="caption", teacher="teacher.npz")
+SEVERAL = config.Data(spec="emoji", captions_per_image=2, ids="caption", teacher="teacher.npz")
 CASES = {
     "2": (run_of(2), EIGHT),
     "4": (run_of(4), EIGHT),
@@ -106,7 +106,7 @@ CASES = {
     "4, CUAXU": (run_of(4, objective=config.CUAXU), EIGHT),
     "4, captions, ids and a teacher": (run_of(4, objective=TERMS, data=SEVERAL), EIGHT),
     "4, captioning": (run_of(4, COCA), EIGHT),
-    "2, captioning, words sharded": (run_of(2, COCA, data=config.Data(captions_per_image=2)), MIXED),
+    "2, captioning, words sharded": (run_of(2, COCA, data=config.Data(spec="emoji", captions_per_image=2)), MIXED),
 }
 
 

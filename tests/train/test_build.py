@@ -127,7 +127,7 @@ def test_evaluations_are_named_in_the_configuration_as_in_the_results(run, sourc
     words = Tokenizer.train(["a"], 400, True, 8)
     for evaluator in make_evaluators(dataclasses.replace(run, evals=tuple(wanted)), tiny.mesh_of(), words):
         best = f"{evaluator.task}/{evaluator.dataset}/{config.Retrieval.metrics[0]}"
-        assert config.Run(train=config.Train(best=best), evals=evals).train.best == best
+        assert config.Run(data=config.Data(spec="emoji"), train=config.Train(best=best), evals=evals).train.best == best
 
 
 def test_what_a_run_starts_from_is_looked_up_once(sources, tmp_path, monkeypatch):

@@ -196,7 +196,7 @@ def test_what_was_repaired_is_counted_by_line_and_said_in_the_end(tmp_path, caps
     said = capsys.readouterr().err
     assert "images" not in said
     assert "captions" not in said
-    several = dataclasses.replace(during(steps=8), data=config.Data(captions_per_image=3))
+    several = dataclasses.replace(during(steps=8), data=config.Data(spec="emoji", captions_per_image=3))
     cut = np.arange(48).reshape(16, 3) < 18
     run_it(several, tmp_path / "several", truncated=cut)
     assert "144 of 384 captions were truncated" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_every_caption_counts():
     """Of what is kept, and of the rows themselves only images: a caption's tokens are small."""
     run = tiny.run(dataclasses.replace(tiny.CLIP, remat="full"))
     mesh = sharding.make_mesh(run.mesh, jax.devices()[:1])
-    three = dataclasses.replace(run, data=config.Data(captions_per_image=3, ids="caption"))
+    three = dataclasses.replace(run, data=config.Data(spec="emoji", captions_per_image=3, ids="caption"))
     one, more = (remat.needed(r, mesh, state_of(r, mesh), "full") for r in (run, three))
     text = clip.facts(run.model)["text"].kept("full", Layout(jnp.dtype(run.model.dtype).itemsize))
     assert more - one == 2 * run.train.batch_size * text

@@ -45,7 +45,7 @@ def run(model: config.Model = CLIP, **changes: Any) -> config.Run:
     """A run of a few seconds."""
     terms = (config.Softmax() if model.init_bias is None else config.Sigmoid(),)
     terms += () if model.decoder is None else (config.Caption(),)
-    return config.Run(**(dict(model=model, objective=terms, train=TRAIN, optim=OPTIM) | changes))
+    return config.Run(**(dict(data=config.Data(spec="emoji"), model=model, objective=terms, train=TRAIN, optim=OPTIM) | changes))
 
 
 def batches(cfg: config.Run, steps: int) -> list[dict[str, np.ndarray]]:

@@ -7,7 +7,7 @@ SHAPE = dict(width=32, depth=2, heads=4, mlp_dim=64, embed_dim=32)
 
 def config() -> Run:
     return Run(
-        data=Data(augment=Augment(crop=0.7, brightness=0.1), workers=2),
+        data=Data(spec="emoji", augment=Augment(crop=0.7, brightness=0.1), workers=2),
         model=Model(
             image=ImageTower(image_size=16, patch_size=8, patch_dropout=0.25, **SHAPE),
             text=TextTower(length=8, vocab_size=600, **SHAPE),
