@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from clipjax.evals.loaded import LoadedRun
@@ -10,11 +10,17 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 
-def load(run: str) -> "LoadedRun":
-    """The model of `RUN` or `RUN@STEP`, for `encode_image(images)` and `encode_text(texts)`: unit vectors, float32 [n, e]."""
-    from clipjax.evals.loaded import LoadedRun  # here: `import clipjax` and `clipjax --help` stay instant
+def load(run: str, dtype: Literal["float32", "bfloat16"] | None = None) -> "LoadedRun":
+    """The model of `RUN` or `RUN@STEP`, for `encode_image(images)` and `encode_text(texts)`: unit vectors, float32 [n, e].
 
-    return LoadedRun(str(run))
+    `dtype` of the towers' arithmetic, `float32` or `bfloat16`; None: as in training.
+    """
+    from clipjax import environment  # here: `import clipjax` and `clipjax --help` stay instant
+
+    environment.quiet()
+    from clipjax.evals.loaded import LoadedRun
+
+    return LoadedRun(str(run), dtype)
 
 
 def register(

@@ -1,5 +1,6 @@
 """Settings that libraries read from the environment only, and before they are loaded."""
 
+import os
 from glob import glob
 from pathlib import Path
 
@@ -21,5 +22,17 @@ GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
 
 def wanted() -> dict[str, str]:
     """Environment variables to set for programs on this machine, unless they are set already."""
-    vendors = (Path(path).read_text().strip() for path in glob("/sys/bus/pci/devices/*/vendor"))
-    return MALLOC if GOOGLE in vendors else MALLOC | COMPILE_ONLY
+    return MALLOC if _has_tpu() else MALLOC | COMPILE_ONLY
+
+
+def quiet() -> None:
+    """For a program that is not clipjax's own: keeps libtpu, where it is installed and there is no TPU, from printing warnings.
+
+    Does nothing where it is loaded already.
+    """
+    if not _has_tpu():
+        os.environ |= COMPILE_ONLY | os.environ
+
+
+def _has_tpu() -> bool:
+    return GOOGLE in (Path(path).read_text().strip() for path in glob("/sys/bus/pci/devices/*/vendor"))

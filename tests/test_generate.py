@@ -337,9 +337,9 @@ def test_beams_from_the_command_line(run, files, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["missing.png"], "missing.png: No such file or directory"),
-        (["torn.png"], "torn.png: is no image that can be read: "),
-        (["0.png", "text.png"], "text.png: is no image that can be read: cannot identify"),
+        (["missing.png"], "images[0] = 'missing.png': No such file or directory"),
+        (["torn.png"], "images[0] = 'torn.png': is no image that can be read: "),
+        (["0.png", "text.png"], "images[1] = 'text.png': is no image that can be read: cannot identify"),
         (["0.png", "--top-p", "2"], "top_p = 2.0: must lie in (0, 1]"),
         (["0.png", "--beams", "2", "--top-k", "3"], "--top-k: only for sampled captions; --beams and --alpha"),
         (["0.png", "--beams", "0"], "--beams: 0 must be positive"),

@@ -25,7 +25,12 @@ def decode(source: bytes | Path, min_side: int | None = None) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB, 8 bits a channel. Transparent pixels become white."""
+    """An image as RGB, 8 bits a channel. Transparent pixels become white.
+
+    Raises ValueError for numbers that have no known range (modes F and I): which of them is white?
+    """
+    if image.mode in ("F", "I"):
+        raise ValueError(f"mode {image.mode}: numbers of 32 bits; expected colours of 8 or 16 bits")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -2,45 +2,54 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
-from PIL import Image
 
 from clipjax import config, sharding
 from clipjax.checkpoint import TOKENIZER, load_params, split_name
-from clipjax.data.image import decode, fit, rgb
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.evals import given
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
+from clipjax.evals.given import ImageLike
 from clipjax.files import resolve
 from clipjax.generate import GREEDY, Captioner, Decoding
-
-ImageLike = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
 
 
 class LoadedRun:
     """A run's weights, tokenizer and preprocessing on all devices. The weights are sharded as in training where that fits."""
 
-    def __init__(self, name: str) -> None:
-        """`name` is `RUN` or `RUN@STEP`. Raises ConfigError where there is no such run or checkpoint."""
+    def __init__(self, name: str, dtype: Literal["float32", "bfloat16"] | None = None) -> None:
+        """`name` is `RUN` or `RUN@STEP`. `dtype` of the arithmetic, None: as in training; the results are float32.
+
+        Raises ConfigError where there is no such run or checkpoint, and for another dtype.
+        """
         self.workdir = split_name(name)[0]
         self.name = resolve(self.workdir).name
         self.mesh = mesh_for(config.from_json((self.workdir / "config.json").read_text(encoding="utf-8")).mesh)
-        self.run, self.params, self.step = load_params(name, self.mesh)
+        run, self.params, self.step = load_params(name, self.mesh)
+        self.run = run if dtype is None else replace(run, model=replace(run.model, dtype=dtype))
         self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length)
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
+        self._encoders: dict[int, Encoder] = {self.encoder.batch_size: self.encoder}
         self._captioners: dict[tuple[int, Decoding], Captioner] = {}
 
     def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "n e"]:
-        """Unit vectors, float32, of images of any size: PIL images, uint8 arrays [h, w, 3] or files."""
+        """Unit vectors, float32, of images of any size: PIL images, uint8 arrays [h, w, 3] or files.
+
+        Raises TypeError, ValueError or ConfigError, with its place in the list, for what is no image.
+        """
         return self._encode("image", self._pixels(images))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
-        """Unit vectors, float32. Texts are truncated to the model's length."""
-        return self._encode("text", self.tokenizer.encode(list(_checked_list(texts)))[0])
+        """Unit vectors, float32. Texts are truncated to the model's length.
+
+        Raises TypeError or ValueError, with its place in the list, for what is no text.
+        """
+        return self._encode("text", self.tokenizer.encode(given.texts(texts))[0])
 
     def caption(self, images: Sequence[ImageLike], decoding: Decoding = GREEDY) -> list[str]:
         """Generated captions of images of any size. Raises ConfigError for a model without a captioning head."""
@@ -48,8 +57,12 @@ class LoadedRun:
 
     def captions(self, images: Sequence[ImageLike], decoding: Decoding = GREEDY) -> list[tuple[str, float]]:
         """The same, each with its log-probability."""
-        captioner = self._captioner(len(_checked_list(images)), decoding)
+        if not isinstance(decoding, Decoding):
+            raise TypeError(
+                f"decoding: is of type {type(decoding).__name__}; expected GREEDY, Sample or Beam of clipjax.generate"
+            )
         pixels = self._pixels(images)
+        captioner = self._captioner(len(pixels), decoding)
 
         def read() -> Iterator[Batch]:
             for numbers, real in captioner.rows(len(pixels)):
@@ -61,23 +74,32 @@ class LoadedRun:
         return [(self.tokenizer.decode(row), float(logprob)) for row, logprob in rows[: len(pixels)]]
 
     def _captioner(self, images: int, decoding: Decoding) -> Captioner:
-        """The captioner for batches of the evaluation's size. For fewer images, of the next power of two."""
-        size = min(self.encoder.batch_size, 1 << max(images - 1, 0).bit_length())
+        size = self._batch_size(images)
         if (size, decoding) not in self._captioners:
             self._captioners[size, decoding] = Captioner(self.run.model, self.mesh, size, self.tokenizer, decoding)
         return self._captioners[size, decoding]
 
+    def _encoder(self, rows: int) -> Encoder:
+        size = self._batch_size(rows)
+        if size not in self._encoders:
+            self._encoders[size] = Encoder(self.run.model, self.mesh, size)
+        return self._encoders[size]
+
+    def _batch_size(self, rows: int) -> int:
+        """The evaluation's. For fewer rows, the next power of two: one image must not cost what a full batch does."""
+        return min(self.encoder.batch_size, 1 << max(rows - 1, 0).bit_length())
+
     def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
-        size, resize = self.run.model.image.image_size, self.run.data.resize
-        pixels = [fit(_open(image), size, resize) for image in _checked_list(images)]
-        return np.reshape(pixels, (len(pixels), size, size, 3))
+        return given.pixels(images, self.run.model.image.image_size, self.run.data.resize)
 
     def _encode(self, kind: str, rows: np.ndarray) -> np.ndarray:
-        def read() -> Iterator[Batch]:
-            return ({kind: rows[numbers]} for numbers, _ in self.encoder.rows(len(rows)))
+        encoder = self._encoder(len(rows))
 
-        batches = CachedBatches(read, self.encoder.batch_count(len(rows)), kind, f"{kind}s")
-        results = [to_host(z) for z, _ in self.encoder.stream(self.params, batches)]
+        def read() -> Iterator[Batch]:
+            return ({kind: rows[numbers]} for numbers, _ in encoder.rows(len(rows)))
+
+        batches = CachedBatches(read, encoder.batch_count(len(rows)), kind, f"{kind}s")
+        results = [to_host(z) for z, _ in encoder.stream(self.params, batches)]
         return np.concatenate([np.empty((0, self.run.model.embed_dim), np.float32), *results])[: len(rows)]
 
 
@@ -88,21 +110,3 @@ def mesh_for(trained: config.Mesh) -> Mesh:
         return sharding.make_mesh(replace(trained, data=data))
     except config.ConfigError:
         return sharding.make_mesh(config.Mesh())
-
-
-def _checked_list(items: Sequence) -> Sequence:
-    if isinstance(items, str | Path):
-        raise TypeError(f"{str(items)!r} is one: give a list")  # and do not take a string's letters one by one
-    return items
-
-
-def _open(image: ImageLike) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        return rgb(Image.fromarray(image))
-    if isinstance(image, Image.Image):
-        return rgb(image)
-    try:
-        return decode(Path(image))
-    except Exception as error:  # a decoder may raise anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"is no image that can be read: {error}"
-        raise config.ConfigError(f"{image}: {reason}") from error
