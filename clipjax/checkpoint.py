@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from clipjax import config, s3, sharding
 from clipjax.files import as_path, reach, resolve
 from clipjax.models import clip
+from clipjax.status import CertainFailure
 from clipjax.train.state import TrainState
 
 TOKENIZER = "tokenizer.json"
@@ -41,7 +42,7 @@ class SaveError(OSError):
     """A checkpoint could not be written. The message names the workdir, the last good checkpoint and the remedy."""
 
 
-class DamagedError(OSError):
+class DamagedError(CertainFailure):
     """A checkpoint exists and can't be read: files are missing, truncated or garbled."""
 
 

@@ -1,10 +1,12 @@
 """The command line: `clipjax COMMAND --help` lists each command's options, units and defaults.
 
-Exit status: 0 success; 1 failure (a non-finite loss, a full disk, a verification that does not hold); 2 wrong use. `train` also
-has 75: it was asked to stop and has saved its state, and the same command resumes; and 130, the same after Ctrl-C.
+Exit status: 0 success; 1 failure (a full disk, a verification that does not hold, an error); 2 wrong use; 3 failed, and the
+same command will fail again (a loss that is not finite, too many images that can't be read). `train` also has 75: it was asked
+to stop and has saved its state, and the same command resumes; and 130, the same after Ctrl-C.
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -16,6 +18,11 @@ import clipjax
 from clipjax import commands, config, environment, preemption
 from clipjax.arguments import Help
 from clipjax.options import COMMANDS, GROUPS, Argument, Command
+from clipjax.status import CERTAIN_STATUS, INTERRUPTED_STATUS, WRONG_USE_STATUS, CertainFailure
+
+# What the user can mend, as a file's name shows. Any other error of a file (EIO, ESTALE of a network disk) may pass.
+OF_A_NAME = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+OUT_OF_MEMORY = "lower train.batch_size or raise train.micro_batches; `clipjax plan` says what fits"
 
 
 def program() -> None:
@@ -61,15 +68,21 @@ def _outcome(error: BaseException, resumes: bool) -> tuple[int, str, bool]:
     """
     match error:
         case config.ConfigError() | argparse.ArgumentTypeError():
-            return 2, str(error), True
-        case OSError(filename=name) if name:  # the user can mend what a file's name shows
-            return 2, f"{name}: {error.strerror}", True
-        case OSError() | FloatingPointError():
+            return WRONG_USE_STATUS, str(error), True
+        case CertainFailure() | FloatingPointError():
+            return CERTAIN_STATUS, str(error), True
+        case OSError(filename=name) if name:
+            return WRONG_USE_STATUS if error.errno in OF_A_NAME else 1, f"{name}: {error.strerror}", True
+        case OSError():
             return 1, str(error), True
+        case RuntimeError() if str(error).startswith("RESOURCE_EXHAUSTED"):  # of JAX
+            # What does not fit when it is compiled never will. Memory that is missing later may be another process's that ends.
+            status = CERTAIN_STATUS if "compile permanent error" in str(error) else 1
+            return status, f"{str(error).splitlines()[0]} Remedy: {OUT_OF_MEMORY}", True
         case preemption.Preempted():
             return error.status, str(error), True
         case KeyboardInterrupt():
-            return 130, "interrupted" + "; the same command resumes from the newest checkpoint" * resumes, True
+            return INTERRUPTED_STATUS, "interrupted" + "; the same command resumes from the newest checkpoint" * resumes, True
     return 1, "".join(traceback.format_exception(error)), False
 
 

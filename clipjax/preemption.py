@@ -9,8 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the run stopped after saving; start it again
-INTERRUPTED_STATUS = 130  # what shells give for Ctrl-C: a person stopped the run, so no launcher should start it again
+from clipjax.status import INTERRUPTED_STATUS, RESTART_STATUS
 
 
 class Preempted(Exception):

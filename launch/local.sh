@@ -5,8 +5,8 @@
 # On a CPU each process simulates JAX_NUM_CPU_DEVICES devices (1). On GPUs process i takes GPU i, unless CUDA_VISIBLE_DEVICES or
 # JAX_LOCAL_DEVICE_IDS is set. Process 0 prints as it would alone; the output of the others goes to stderr, each line after the
 # number of its process. SIGTERM and Ctrl-C go to all processes. When one fails, the others have CLIPJAX_HEARTBEAT_SECONDS (60)
-# plus 30 to notice it, say so and end; then they are killed. Exit status: 2 if any process has it, else another failure, else 75,
-# else 0.
+# plus 30 to notice it, say so and end; then they are killed. Exit status: 2 if any process has it, else 3, else another failure,
+# else 75, else 0.
 set -euo pipefail
 
 case "${1:-}" in
@@ -53,7 +53,7 @@ for ((i = 0; i < n; i++)); do
 done
 
 rank() { # how bad a status is
-  case $1 in 2) echo 1000 ;; 75) echo 1 ;; 0) echo 0 ;; *) echo "$((1 + $1))" ;; esac
+  case $1 in 2) echo 1000 ;; 3) echo 999 ;; 75) echo 1 ;; 0) echo 0 ;; *) echo "$((1 + $1))" ;; esac
 }
 worst=0
 left=("${pids[@]}")

@@ -9,9 +9,9 @@ usage: launch/retry.sh COMMAND...
        launch/retry.sh .venv/bin/clipjax train CONFIG.py --workdir RUN
 
 Runs COMMAND. The status it ends with decides what follows:
-  0, 2, 130   the end: success, wrong use, or Ctrl-C; also 126 and 127, a command that can't be run
-  75          again after RETRY_PAUSE seconds (2): it or another process was preempted, and has saved its state
-  any other   again after RETRY_FIRST seconds (5), then twice that, and so on up to RETRY_MOST (300)
+  0, 2, 3, 130  the end: success, wrong use, a failure that would come again, or Ctrl-C; also 126 and 127, a command that can't be run
+  75            again after RETRY_PAUSE seconds (2): it or another process was preempted, and has saved its state
+  any other     again after RETRY_FIRST seconds (5), then twice that, and so on up to RETRY_MOST (300)
 It gives up after RETRIES (5) tries in a row without progress, whatever their statuses.
 A try makes progress if it leaves a newer checkpoint in the --workdir of COMMAND; if that is not a folder of this machine,
 if it runs for RETRY_LONG seconds (600). After progress the count and the pauses start from the beginning.
@@ -77,6 +77,7 @@ await() { # the status of process $1; a signal ends `wait` early, so it waits ag
   wait "$1" # bash remembers the status; the wait before may have returned that of a signal
 }
 
+export CLIPJAX_RESTARTS=1 # for COMMAND: after status 75 it is started again
 failures=0 back_off=$first
 while :; do
   before=$(newest) began=$SECONDS
@@ -86,7 +87,7 @@ while :; do
   await "$child"
   status=$?
   child=
-  case $status in 0 | 2 | 126 | 127 | 130) exit $status ;; esac
+  case $status in 0 | 2 | 3 | 126 | 127 | 130) exit $status ;; esac
   if [ -n "$stopped" ]; then
     say "status $status after SIG$stopped: not started again"
     exit $status

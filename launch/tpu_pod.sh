@@ -38,7 +38,7 @@ OPTION (or an environment variable, or a default)
   --keep                           `run` does not delete the machines, which continue to cost money
   --dry-run                        prints the commands, and runs none
 
-`run` ends with the training's status: 0 success, 2 wrong use. After 75 (preempted), a lost pod, a failed install or a lack of capacity
+`run` ends with the training's status: 0 success, 2 wrong use, 3 a failure that would come again. After 75 (preempted), a lost pod, a failed install or a lack of capacity
 it tries again, after RETRY_FIRST seconds (30), then twice that and so on up to RETRY_MOST (1800). It gives up after RETRIES (10)
 tries in a row without progress, that is, without a new checkpoint in the workdir. It checks the machines every POLL seconds (20).
 TEXT
@@ -222,8 +222,8 @@ training() { # starts the training and follows it; returns its status, or 75 if 
       [ -z "$dry" ] || return 0
       echo "$said"
       statuses=$(sed -n 's/.*: ended with status \([0-9]*\)$/\1/p' <<<"$said")
-      # If they differ: wrong use first, then a failure that would repeat, then 75.
-      for one in 2 $(grep -vx -e 0 -e 75 <<<"$statuses" || true) 75; do
+      # If they differ: wrong use first, then what would come again, then another failure, then 75.
+      for one in 2 3 $(grep -vx -e 0 -e 75 <<<"$statuses" || true) 75; do
         ! grep -qx "$one" <<<"$statuses" || return "$one"
       done
       ! grep -q 'not started$' <<<"$said" || return 75

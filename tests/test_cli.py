@@ -14,7 +14,9 @@ from PIL import Image
 
 import clipjax
 from clipjax import cli, commands, config
+from clipjax.checkpoint import DamagedError
 from clipjax.config import ConfigError
+from clipjax.status import CertainFailure
 from tests.train import tiny_emoji
 
 CONFIG = str(Path(tiny_emoji.__file__))
@@ -184,6 +186,34 @@ def test_an_error_of_a_file_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (CertainFailure("64 others can't be read"), 3, "64 others can't be read"),
+        (FloatingPointError("loss = nan at step 5"), 3, "loss = nan at step 5"),
+        (DamagedError("none of its checkpoints can be read"), 3, "none of its checkpoints can be read"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"), 2, "a.json: No such file or directory"),
+        (OSError(errno.EIO, "Input/output error", "a.png"), 1, "a.png: Input/output error"),  # a network disk may come back
+        (OSError(errno.ESTALE, "Stale file handle", "a.png"), 1, "a.png: Stale file handle"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory.\n more"),
+            3,
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory. Remedy: lower train.batch_size or",
+        ),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 1, "RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_status_says_whether_the_same_command_can_succeed(error, status, message, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(commands, "load_config", fail)
+    assert run("train", CONFIG, "--workdir", "run") == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"clipjax: {message}")
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["train", CONFIG, "--workdir", "run"], "interrupted; the same command resumes from the newest checkpoint"),
@@ -216,7 +246,7 @@ def train(*_):
         progress.update(10)
     raise FloatingPointError
 commands.load_config, screen = train, Terminal()
-assert cli.main(["train", {CONFIG!r}, "--workdir", "run"]) == 1
+assert cli.main(["train", {CONFIG!r}, "--workdir", "run"]) == 3
 print(repr(screen.getvalue()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

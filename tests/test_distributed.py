@@ -139,7 +139,7 @@ PROGRAM = """
 import os, sys, time
 import jax
 import numpy as np
-from clipjax import commands, config, distributed
+from clipjax import commands, config, distributed, status
 
 does, who = os.environ["DOES"], 1
 
@@ -168,6 +168,8 @@ def work(args):
             raise TypeError("a mistake")
         if does == "nan" and step == 5:
             raise FloatingPointError("train/loss is nan at step 5")
+        if does == "bad" and me == who and step == 5:
+            raise status.CertainFailure("64 others can't be read")
     assert distributed.total(me + 1) == 3
     if does == "late" and me == who:
         time.sleep(5)
@@ -230,7 +232,8 @@ def test_a_process_that_is_alive_and_stuck_is_named(tmp_path):
         ("refuse", 2, r"model.width = 7: must be even"),
         pytest.param("disagree", 2, r"the weather = 'rain': process 0 has sun: all processes need", marks=pytest.mark.slow),
         pytest.param("fail", 1, "Traceback (most recent call last):", marks=pytest.mark.slow),
-        pytest.param("nan", 1, "train/loss is nan at step 5", marks=pytest.mark.slow),
+        pytest.param("bad", 3, "64 others can't be read", marks=pytest.mark.slow),
+        pytest.param("nan", 3, "train/loss is nan at step 5", marks=pytest.mark.slow),
     ],
 )
 def test_one_that_fails_ends_all_and_is_reported_once(does, status, message, tmp_path):

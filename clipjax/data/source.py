@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipjax.config import ConfigError
 from clipjax.data.image import decode
+from clipjax.status import CertainFailure
 
 TRIES = 64  # other examples tried in place of an unreadable one
 
@@ -80,7 +80,7 @@ class Source(ABC):
     def read(self, i: int, min_side: int | None = None) -> Example:
         """Example i. If it can't be read, or has no image or caption: another one, always the same (`replaced`). That is logged.
 
-        `min_side`: sides of that many pixels are enough (see `image.decode`). Raises ConfigError if no other can be read."""
+        `min_side`: sides of that many pixels are enough (see `image.decode`). Raises CertainFailure if no other can be read."""
         if example := self._try(i, min_side):
             return example
         for j in np.random.default_rng(i).integers(len(self), size=TRIES).tolist():
@@ -89,7 +89,7 @@ class Source(ABC):
         bad = self.record(i)
         name = bad.image if isinstance(bad.image, Path) else bad.key
         remedy = "can't be read (the log has the reasons); check the files and their paths"
-        raise ConfigError(f"{self.name}: {name} and {TRIES} others {remedy}")
+        raise CertainFailure(f"{self.name}: {name} and {TRIES} others {remedy}")
 
     def _try(self, i: int, min_side: int | None) -> Example | None:
         record = self.record(i)

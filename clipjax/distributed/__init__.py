@@ -16,7 +16,7 @@ from jax._src.distributed import global_state
 from clipjax.config import ConfigError, require
 from clipjax.distributed import watch
 from clipjax.distributed.cluster import detect
-from clipjax.preemption import RESTART_STATUS
+from clipjax.status import RESTART_STATUS
 
 PROXIES = {"http_proxy", "https_proxy", "grpc_proxy", "all_proxy"}
 _watch: watch.Watch | None = None

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from jax._src.distributed import global_state  # Orbax and multihost_utils find the client there too
 
-from clipjax.preemption import RESTART_STATUS
+from clipjax.status import RESTART_STATUS
 
 SECONDS = "CLIPJAX_HEARTBEAT_SECONDS"
 
@@ -151,7 +151,10 @@ class Watch:
 
     def fail(self, status: int, message: object) -> NoReturn:
         """Ends this process and all others with `status`. Only the first process that fails prints its message, with its name."""
-        first = self._decide(status, str(message)) and message is not None
+        decided = self._decide(status, str(message))
+        if not decided and status == 1 and (verdict := self._verdict(self._interval)):
+            status = verdict[0]  # of the failure that was first: this one may follow from it
+        first = decided and message is not None
         self._end(status, f"process {self._me} ({socket.gethostname()}): {message}" if first else None)
 
     def end_if_another_died(self) -> None:

@@ -15,6 +15,7 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.source import TRIES
 from clipjax.data.sources import open_source
+from clipjax.status import CertainFailure
 from tests.data.conftest import IMAGES, write_tsv
 
 FEATURES = tfds.features
@@ -359,7 +360,7 @@ def test_a_bad_example_keeps_no_exception_in_memory(damaged, monkeypatch):
 
     source = open_source(damaged)
     monkeypatch.setattr("clipjax.data.source.decode", fail)
-    with pytest.raises(ConfigError):
+    with pytest.raises(CertainFailure):
         source[0]
     gc.collect()
     assert len(large) == TRIES + 1
@@ -368,5 +369,5 @@ def test_a_bad_example_keeps_no_exception_in_memory(damaged, monkeypatch):
 
 def test_nothing_readable_is_an_error(tmp_path):
     path = write_tsv(tmp_path, [("a.png", "a"), ("b.png", "b")])
-    with pytest.raises(ConfigError, match=rf"tsv:.*pairs.tsv: .*a.png and {TRIES} others can't be read .* check the files"):
+    with pytest.raises(CertainFailure, match=rf"tsv:.*pairs.tsv: .*a.png and {TRIES} others can't be read .* check the files"):
         open_source(config.Data(spec=f"tsv:{path}"))[0]

@@ -21,6 +21,7 @@ from clipjax.evals.captioning import CaptioningEvaluation, sheet
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.training import make_evaluators
 from clipjax.models import clip
+from clipjax.status import CertainFailure
 from tests.evals.tiny import LENGTH, MODEL, TOKENIZER, WORDS, mesh_of
 
 COCA = dataclasses.replace(
@@ -132,7 +133,7 @@ def test_a_generated_caption_is_correct_if_it_is_a_reference(on_one, params, fou
 
 
 def test_without_a_caption_in_the_dataset_there_is_nothing_to_measure(on_one, params):
-    with pytest.raises(ConfigError, match="toy/test: key 0 and 64 others can't be read"):
+    with pytest.raises(CertainFailure, match="toy/test: key 0 and 64 others can't be read"):
         of(on_one, [[]] * 10).run(params)
 
 

@@ -33,7 +33,12 @@ def test_each_process_has_its_number_and_the_first_prints_as_if_alone():
 
 @pytest.mark.parametrize(
     ("script", "status"),
-    [("exit $((me * 75))", 75), ("[ $me = 0 ] && exit 75; exit 1", 1), ("[ $me = 1 ] && exit 2; exit 139", 2)],
+    [
+        ("exit $((me * 75))", 75),
+        ("[ $me = 0 ] && exit 75; exit 1", 1),
+        ("[ $me = 1 ] && exit 2; exit 3", 2),
+        ("[ $me = 1 ] && exit 3; exit 139", 3),
+    ],
 )
 def test_the_worst_status_counts(script, status):
     process = local(2, script)

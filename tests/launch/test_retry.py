@@ -40,9 +40,13 @@ def runs(folder):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-@pytest.mark.parametrize("status", [0, 2, 126, 127, 130])
+@pytest.mark.parametrize("status", [0, 2, 3, 126, 127, 130])
 def test_statuses_that_end_it_at_once(tmp_path, status):
     assert retry(tmp_path, [f"exit {status}"])[:2] == (status, 1)
+
+
+def test_the_command_knows_that_it_is_started_again(tmp_path):
+    assert retry(tmp_path, ["exit $((CLIPJAX_RESTARTS + 1))"])[:2] == (2, 1)
 
 
 def test_any_other_status_is_tried_again(tmp_path):
@@ -51,8 +55,8 @@ def test_any_other_status_is_tried_again(tmp_path):
 
 
 def test_it_gives_up_with_the_commands_status(tmp_path):
-    status, count, said = retry(tmp_path, ["exit 3"] * 9)
-    assert (status, count) == (3, 5)
+    status, count, said = retry(tmp_path, ["exit 1"] * 9)
+    assert (status, count) == (1, 5)
     assert "without progress: 5, giving up" in said
     (tmp_path / "runs").unlink()
     assert retry(tmp_path, ["exit 75"] * 9, RETRIES="2")[:2] == (75, 2)

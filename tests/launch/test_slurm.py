@@ -45,10 +45,19 @@ def test_a_failure_is_repeated_by_the_task_and_then_the_jobs(stage):
     assert stage.calls("scontrol") == []
 
 
-def test_wrong_use_is_never_repeated(stage):
-    stage.play("train", "2")
-    assert stage.run("slurm.sbatch", *TRAIN).returncode == 2
+@pytest.mark.parametrize("status", [2, 3])
+def test_what_would_fail_again_is_never_repeated(stage, status):
+    stage.play("train", str(status))
+    assert stage.run("slurm.sbatch", *TRAIN).returncode == status
     assert len(trained(stage)) == 2
+    assert stage.calls("scontrol") == []
+
+
+@pytest.mark.parametrize("status", [2, 3])
+def test_no_75_of_another_task_hides_it(stage, status):
+    stage.play("train", f"{status}@task.1 75")
+    assert stage.run("slurm.sbatch", *TRAIN, RETRIES="2").returncode == status
+    assert len(trained(stage)) == 3
     assert stage.calls("scontrol") == []
 
 

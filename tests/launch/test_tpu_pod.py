@@ -272,7 +272,7 @@ def test_an_installation_that_always_fails_ends_it(stage):
     assert trained(stage) == []
 
 
-@pytest.mark.parametrize(("act", "status"), [("2@pod.1", 2), ("1@pod.0", 1)])
+@pytest.mark.parametrize(("act", "status"), [("2@pod.1", 2), ("3@pod.1 75", 3), ("1@pod.0", 1)])
 def test_the_status_is_that_of_the_worst_worker(stage, act, status):
     stage.environment |= TWO
     stage.play("train", act)
