@@ -83,6 +83,7 @@ def batches(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teac
         image_size=run.model.image.image_size,
         batch_size=run.train.batch_size,
         seed=run.seed,
+        skip=run.train.skip,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         teacher=teacher,

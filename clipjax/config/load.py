@@ -100,7 +100,8 @@ def override(run: Run, args: Sequence[str], prog: str) -> Run:
 
     rules = run.optim.rules
     run = replace(run, optim=replace(run.optim, rules=()))  # tyro makes no options of an empty tuple
-    fields = [name for name, _, value in (line.partition(" = ") for line in lines(run)) if value != "()"]
+    values = dict(line.split(" = ", 1) for line in lines(run))
+    fields = [name for name, value in values.items() if value != "()" or name == "train.skip"]
     for option in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
         name = option.removeprefix("--").replace("-", "_")
         require(not name.startswith("optim.rules"), "optim.rules", option, "rules are set in CONFIG.py, not by options")

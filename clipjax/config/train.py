@@ -129,9 +129,31 @@ class Train(Strict):
     # have that task, as `zeroshot_retrieval/emoji/test/image_retrieval_recall@1`.
     best: str | None = free(None)
     eval_batch_size: int = free(256)  # examples that an evaluation encodes at once, over all devices
+    # Batches to leave out: each pair (a, b) leaves out the batches a, ..., b - 1 of the order, which counts from 0.
+    skip: tuple[tuple[int, int], ...] = free(())
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
         remedy = f"must divide train.batch_size = {self.batch_size}, and each device's share of it"
         require(self.batch_size % self.micro_batches == 0, "train.micro_batches", self.micro_batches, remedy)
+        remedy = "must be pairs (a, b) with 0 <= a < b, ascending and without overlap: batches a, ..., b - 1 are left out"
+        bounds = [0, *(bound for pair in self.skip for bound in pair)]
+        ascends = bounds == sorted(bounds) and all(len(pair) == 2 and pair[0] < pair[1] for pair in self.skip)
+        require(ascends, "train.skip", self.skip, remedy)
+
+    def place(self, step: int) -> int:
+        """The batch of the order on which the step after `step` finished ones trains. Both count from 0."""
+        for first, end in self.skip:
+            step += end - first if step >= first else 0
+        return step
+
+    def first_other_batch(self, other: "Train") -> int | None:
+        """The first step, from 0, for which another `skip` gives another batch; None if there is none."""
+        turns = []  # steps before which batches are left out
+        for train in (self, other):
+            left_out = 0
+            for first, end in train.skip:
+                turns.append(first - left_out)
+                left_out += end - first
+        return next((step for step in sorted(turns) if self.place(step) != other.place(step)), None)

@@ -1,7 +1,7 @@
 """Batches of NumPy arrays from a source, by Grain: shuffled and augmented for training, in order for evaluation.
 
-The order of the data and every augmentation are a function of (seed, step). The kind and number of workers, the number of
-processes and the step at which a run was resumed do not change a batch.
+The order of the data and every augmentation are a function of (seed, place), where place is the batch's number in the order. The
+kind and number of workers, the number of processes and the step at which a run was resumed do not change a batch.
 """
 
 import logging
@@ -114,11 +114,13 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    skip: tuple[tuple[int, int], ...] = (),
     process_index: int = 0,
     process_count: int = 1,
     teacher: Teacher | None = None,
 ) -> BatchStream:
     """This process's share of every global batch of `batch_size` examples, from `start_step` finished steps on. It never ends.
+    The batches that `skip` names (`config.Train.skip`) are left out, and no image of them is read.
 
     A batch holds, with b = batch_size / process_count:
 
@@ -146,7 +148,16 @@ def train_batches(
     examples = grain.MapDataset.range(n).seed(seed).shuffle()[: n // batch_size * batch_size]
     # random_map keys its generator by the index that it sees here: the position in the global order of all epochs.
     batches = examples.random_map(make_example).repeat().batch(local, drop_remainder=True)
-    return _open(batches[process_index::process_count][start_step:], data)
+    return _open(_without(batches[process_index::process_count], skip)[start_step:], data)
+
+
+def _without(batches: grain.MapDataset, skip: tuple[tuple[int, int], ...]) -> grain.MapDataset:
+    """`batches` without the ranges of `skip`, which ascend."""
+    if not skip:
+        return batches
+    starts, ends = (0, *(end for _, end in skip)), (*(first for first, _ in skip), None)
+    parts = [batches[start:end] for start, end in zip(starts, ends, strict=True) if start != end]
+    return grain.MapDataset.concatenate(parts)
 
 
 def _open(batches: grain.MapDataset, data: config.Data) -> BatchStream:

@@ -64,7 +64,17 @@ def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
         raise config.ConfigError(f"the workdir holds another run; change these back, or choose a new --workdir:\n  {rows}")
     if refusal := can_grow(run.optim, saved.run.train.steps, run.train.steps, saved.step):
         raise config.ConfigError(refusal)
+    _check_skip(run, path, saved)
     return saved
+
+
+def _check_skip(run: config.Run, path: Path, saved: Saved) -> None:
+    """Raises ConfigError where `run` leaves out batches that the checkpoint was trained on, or has those that it left out."""
+    first = run.train.first_other_batch(saved.run.train)
+    if first is not None and first < saved.step:
+        go_back = f"or start a new workdir by init = Init(run='{path}@STEP', state='all'), from a step of {first} at most"
+        remedy = f"changes batches of the {saved.step} finished steps, from step {first} on; change it back, {go_back}"
+        raise config.ConfigError(f"train.skip = {run.train.skip}: {remedy}")
 
 
 def restore_newest(

@@ -127,6 +127,31 @@ def test_resume(batches, start):
     assert_same(batches(16 - start, start_step=start), batches(16)[start:])
 
 
+SKIPS = [((0, 3),), ((2, 3), (3, 4), (9, 12)), ((11, 13),), ((4, 5), (15, 99))]
+
+
+@pytest.mark.parametrize("skip", SKIPS)
+def test_batches_that_are_left_out(batches, skip):
+    """Over the end of an epoch too: the others come in their order, each with its own augmentation."""
+    straight = batches(110)
+    kept = [n for n in range(110) if not any(a <= n < b for a, b in skip)]
+    train = config.Train(skip=skip)
+    assert [train.place(step) for step in range(len(kept))] == kept
+    assert_same(batches(11, skip=skip), [straight[n] for n in kept[:11]])
+    for start in (1, 4, 9):
+        assert_same(batches(3, skip=skip, start_step=start), [straight[n] for n in kept[start : start + 3]])
+    shares = [batches(6, skip=skip, process_index=p, process_count=2) for p in range(2)]
+    joined = [{name: np.concatenate([b[name] for b in parts]) for name in parts[0]} for parts in zip(*shares, strict=True)]
+    assert_same(joined, [straight[n] for n in kept[:6]])
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations([(), *SKIPS, ((2, 4), (9, 12)), ((2, 4),), ((5, 6),)], 2)])
+def test_the_first_step_that_gets_another_batch(one, other):
+    one, other = config.Train(skip=one), config.Train(skip=other)
+    differ = [step for step in range(100) if one.place(step) != other.place(step)]
+    assert one.first_other_batch(other) == other.first_other_batch(one) == (differ[0] if differ else None)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_hosts_share_every_global_batch(batches, count):
     """Examples, order and augmentation: the shares side by side are the batch of a single host."""
