@@ -52,6 +52,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, run: config.Run) -> None:
         policies = ocp.checkpoint_managers
         keep: list[ocp.checkpoint_managers.PreservationPolicy] = [policies.LatestN(run.train.keep)]
+        if run.train.keep_every:
+            keep.append(policies.EveryNSteps(run.train.keep_every))
         score = None
         if run.train.best:
             score = functools.partial(_score, run.train.best)

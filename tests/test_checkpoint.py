@@ -72,6 +72,20 @@ def test_the_newest_are_kept(tmp_path, run, state):
     assert steps_on_disk(tmp_path) == [20]
 
 
+def test_multiples_of_keep_every_are_kept_for_good(tmp_path, run, state):
+    sparse = dataclasses.replace(run, train=dataclasses.replace(run.train, keep=1, keep_every=10, checkpoint_every=5))
+    for part in ((5, 10, 12), (15, 20, 25, 30, 33)):  # 12 and 33: a stop was requested
+        with Checkpoints(tmp_path, sparse) as checkpoints:
+            for step in part:
+                checkpoints.save(step, at(state, step))
+    assert steps_on_disk(tmp_path) == [10, 20, 30, 33]
+    best = dataclasses.replace(sparse, train=dataclasses.replace(sparse.train, best=METRIC))
+    with Checkpoints(tmp_path, best) as checkpoints:
+        checkpoints.save(35, at(state, 35), {METRIC: 0.5})
+        checkpoints.save(45, at(state, 45), {METRIC: 0.25})
+    assert steps_on_disk(tmp_path) == [10, 20, 30, 35, 45]
+
+
 def test_the_best_is_kept_however_old(tmp_path, run, state):
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, keep=1, best=METRIC))
     scores = {1: 0.2, 2: 0.7, 3: None, 4: 0.5, 5: None, 6: 0.1}

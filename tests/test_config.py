@@ -232,6 +232,11 @@ REFUSED = {
         name: (lambda name=name: config.Train(**{name: 0}), rf"train\.{name} = 0: must be positive")
         for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size")
     },
+    "keep_every": (lambda: config.Train(keep_every=0), r"train\.keep_every = 0: must be positive or None"),
+    "keep_every between two checkpoints": (
+        lambda: config.Train(keep_every=1500),
+        r"train\.keep_every = 1500: must be a multiple of train\.checkpoint_every = 1000: only what is saved can be kept",
+    ),
     "seed": (lambda: Run(data=Data(spec="emoji"), seed=-1), r"seed = -1: must lie in \[0, 2\^32\)"),
     "no objective": (lambda: Run(data=Data(spec="emoji"), objective=()), r"objective = \(\): needs at least one term"),
     "no weight": (
@@ -316,12 +321,13 @@ FREE = {
     *("data.workers", "data.worker_kind", "model.remat", "model.unroll"),
     *("evals.0.data", "evals.0.split", "evals.0.every"),
     *(f"train.{name}" for name in ("micro_batches", "log_every", "checkpoint_every", "keep", "best", "eval_batch_size", "skip")),
+    "train.keep_every",
 }
 OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.image_size": 240, "model.image.patch_size": 14, "model.image.width": 780, "model.image.heads": 6,
     "model.image.embed_dim": None, "model.text.heads": 16, "model.text.embed_dim": None, "mesh.data": 4,
     "data.image_field": "picture", "data.text_field": "title", "data.ids": "caption", "data.teacher": "teacher.npz",
-    "optim.clip_norm": 1.0, "optim.ema": 0.5, "optim.b1": 0.5,
+    "optim.clip_norm": 1.0, "optim.ema": 0.5, "optim.b1": 0.5, "train.keep_every": 1000,
     "optim.b2": 0.5, "train.best": "zeroshot_retrieval/emoji/test/text_retrieval_recall@1", "model.init_bias": -10.0,
     "data.augment.crop": 0.5, "data.augment.brightness": 0.5, "data.augment.contrast": 0.5, "data.augment.saturation": 0.5,
     "model.image.patch_dropout": 0.5, "optim.schedule.final": 0.5, "optim.schedule.kind": "cosine",

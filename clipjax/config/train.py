@@ -125,6 +125,7 @@ class Train(Strict):
     log_every: int = free(50)  # steps between two lines of metrics
     checkpoint_every: int = free(1000)  # steps between two checkpoints; there is always one at the end
     keep: int = free(3)  # how many of the newest checkpoints are kept
+    keep_every: int | None = free(None)  # checkpoints of multiples of this step are kept for good, too; None: none are
     # Also keep the best checkpoint by this metric, as `zeroshot_retrieval/image_retrieval_recall@1`; where several evaluations
     # have that task, as `zeroshot_retrieval/emoji/test/image_retrieval_recall@1`.
     best: str | None = free(None)
@@ -135,6 +136,10 @@ class Train(Strict):
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+        if self.keep_every is not None:
+            require(self.keep_every > 0, "train.keep_every", self.keep_every, "must be positive or None")
+            remedy = f"must be a multiple of train.checkpoint_every = {self.checkpoint_every}: only what is saved can be kept"
+            require(self.keep_every % self.checkpoint_every == 0, "train.keep_every", self.keep_every, remedy)
         remedy = f"must divide train.batch_size = {self.batch_size}, and each device's share of it"
         require(self.batch_size % self.micro_batches == 0, "train.micro_batches", self.micro_batches, remedy)
         remedy = "must be pairs (a, b) with 0 <= a < b, ascending and without overlap: batches a, ..., b - 1 are left out"
