@@ -14,9 +14,10 @@ from jax.extend.core import jaxprs_in_params
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from clipjax import sharding
 from clipjax.chips import chip_of
-from clipjax.config import ImageTower, Model, Rule, TextTower
-from clipjax.metrics.clock import Clock
+from clipjax.config import ImageTower, Mesh, Model, Rule, TextTower
+from clipjax.metrics.clock import Clock, DataCounts
 from clipjax.metrics.flops import mfu, model_flops, peak_flops
 from clipjax.metrics.writer import MetricsWriter, NonFiniteError
 from clipjax.models import clip
@@ -87,6 +88,34 @@ MODELS = {
         TextTower(length=9, embed_dim=None, **SMALL),
     ),
 }  # fmt: skip
+
+
+def test_counts_of_the_newest_step_are_not_waited_for(monkeypatch):
+    """The devices may still compute them, and all the steps before."""
+
+    class Running(dict):
+        finished = False
+
+        def __getitem__(self, name):
+            assert self.finished, "waits for the newest step"
+            return super().__getitem__(name)
+
+    counts = DataCounts(sharding.make_mesh(Mesh(data=8)))
+    add_up = counts._add_up
+    monkeypatch.setattr(counts, "_add_up", lambda rows: Running(add_up(rows)))
+    flags = {"replaced": np.arange(6) < 2, "truncated": np.ones((6, 3), bool)}
+    read = []
+    for _ in range(3):
+        for before in read:  # a log interval later, the devices are that far
+            before.finished = True
+        counts.count(flags)
+        counts.count(flags)
+        read.append(counts.read())
+    read[-1].finished = True
+    assert read == [{"replaced": 4, "truncated": 36}] * 3
+    assert all(value.dtype == np.int32 and value.shape == () for value in read[0].values())
+    assert counts.total == {"replaced": 12, "truncated": 108}
+    assert type(counts.total["replaced"]) is int
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,12 +2,15 @@
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from clipjax import sharding
 
 
 class Clock:
@@ -57,22 +60,52 @@ class Clock:
 
 
 class DataCounts:
-    """How often the data had to be repaired, over all processes: images replaced and captions truncated."""
+    """How often the data had to be repaired, over all processes: images replaced and captions truncated.
+
+    The sum over the processes is a program on the devices, which runs behind the newest step. Nobody waits for it: like a step's
+    metrics, it is fetched one log interval late.
+    """
 
     COUNTED: tuple[str, ...] = ("replaced", "truncated")  # keys of a batch, each bool [b] or [b, K] for K captions
 
-    def __init__(self) -> None:
-        self.total = dict.fromkeys(self.COUNTED, 0)  # up to the last read
-        self._since = np.zeros(len(self.COUNTED), np.int32)  # of this process, since the last read
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._since = self._nothing()  # of this process, since the last read; in the first row
+        self._total = dict.fromkeys(self.COUNTED, 0)  # of all processes, as far as it was fetched
+        self._running: deque[dict[str, jax.Array]] = deque()  # results of `read` that are not in the total yet
+        add = jax.jit(self._add, out_shardings=sharding.replicated(mesh))
+        self._add_up = add.lower(self._put()).compile()  # now: else the first log line would wait for it
 
     def count(self, batch: Mapping[str, np.ndarray]) -> None:
         """One more batch of this process."""
-        self._since += [batch[name].sum() for name in self.COUNTED]
+        self._since[0] += [batch[name].sum() for name in self.COUNTED]
 
-    def read(self) -> dict[str, int]:
-        """The counts since the last read. All processes must call this at the same step."""
-        of_all = multihost_utils.process_allgather(self._since).sum(0) if jax.process_count() > 1 else self._since
-        counts = dict(zip(self.COUNTED, of_all.tolist(), strict=True))
-        self.total = {name: self.total[name] + n for name, n in counts.items()}
-        self._since[:] = 0
-        return counts
+    def read(self) -> dict[str, jax.Array]:
+        """The counts since the last read, int32 []. The devices may still compute them. All processes must call this at the same
+        step."""
+        self._running.append(self._add_up(self._put()))
+        self._since = self._nothing()
+        self._fetch(unread=1)
+        return self._running[-1]
+
+    @property
+    def total(self) -> dict[str, int]:
+        """The counts up to the last read. Waits for the devices."""
+        self._fetch(unread=0)
+        return dict(self._total)
+
+    def _nothing(self) -> np.ndarray:
+        """A row for each of this process's parts of the batch."""
+        return np.zeros((sharding.batch_devices(self._mesh) // jax.process_count(), len(self.COUNTED)), np.int32)
+
+    def _put(self) -> jax.Array:
+        return sharding.to_global({"counts": self._since}, self._mesh)["counts"]
+
+    def _add(self, rows: jax.Array) -> dict[str, jax.Array]:
+        return dict(zip(self.COUNTED, rows.sum(0), strict=True))
+
+    def _fetch(self, unread: int) -> None:
+        """Adds all but the newest `unread` results to the total."""
+        while len(self._running) > unread:
+            counts = self._running.popleft()
+            self._total = {name: n + int(counts[name]) for name, n in self._total.items()}

@@ -113,8 +113,7 @@ class MetricsWriter:
                 if name in values and not math.isfinite(values[name]):
                     raise NonFiniteError(name, float(values[name]), step)
             if host is not None:
-                # str(): the shortest text that gives the same float32, so 0.2 and not 0.20000000298
-                line = {"step": step} | {k: float(str(v)) for k, v in values.items()} | host
+                line = {"step": step} | {name: _number(value) for name, value in values.items()} | host
                 self._write(line, "", {k: v for k, v in line.items() if k != "step"})
         return line
 
@@ -127,6 +126,11 @@ class MetricsWriter:
         self._board.scalars(line["step"], known)
         if self._mirror is not None:
             self._mirror.push_if_due()
+
+
+def _number(value: np.ndarray) -> int | float:
+    """A scalar for JSON. A float32 becomes the shortest text that gives it again, so 0.2 and not 0.20000000298."""
+    return float(str(value)) if value.dtype.kind == "f" else int(value)
 
 
 def _strict(value: Any) -> Any:

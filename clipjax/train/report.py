@@ -24,7 +24,7 @@ class Report:
 
     def __init__(self, run: config.Run, mesh: Mesh, writer: MetricsWriter, progress: Progress, flops: float) -> None:
         """`flops`: what the model needs for one image-text pair, forward and backward."""
-        self.clock, self.counts = Clock(), DataCounts()
+        self.clock, self.counts = Clock(), DataCounts(mesh)
         self._run, self._devices = run, list(mesh.devices.flat)
         self._writer, self._progress, self._flops = writer, progress, flops
 
@@ -32,8 +32,9 @@ class Report:
         """Takes the metrics of step `step` (finished steps, so from 1). Every train.log_every steps they become a line."""
         cfg = self._run.train
         due = step % cfg.log_every == 0 or step == cfg.steps
-        host = self._rates() | self.counts.read() if due else None
-        self._progress.update(step, self._writer.push(step, metrics, host))
+        host = self._rates() if due else None
+        values = {**metrics, **self.counts.read()} if due else metrics
+        self._progress.update(step, self._writer.push(step, values, host))
 
     def flush(self, step: int) -> None:
         """Checks and writes what was logged so far; waits for the devices. Raises NonFiniteError as `MetricsWriter.push`."""

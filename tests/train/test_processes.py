@@ -30,7 +30,7 @@ try:
     sharding.to_global({"text": mine}, sharding.make_mesh(config.Mesh(data=1, tensor=4)))
 except config.ConfigError as error:
     print("refused:", error)
-counts = DataCounts()
+counts = DataCounts(sharding.make_mesh(config.Mesh(data=2, fsdp=1, tensor=2)))
 for _ in range(3):
     counts.count({"replaced": np.array([True, me == 1]), "truncated": np.array([False, False])})
 assert counts.read() == {"replaced": 9, "truncated": 0}
