@@ -1,13 +1,10 @@
 """A run's checkpoints in its workdir: written asynchronously and atomically, each with the state and the configuration."""
 
 import contextlib
-import errno
 import functools
 import json
 import logging
 import math
-import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,28 +19,11 @@ from jax.sharding import Mesh
 from clipjax import config, s3, sharding
 from clipjax.files import as_path, reach, resolve
 from clipjax.models import clip
-from clipjax.status import CertainFailure
+from clipjax.storage import DamagedError, SaveError, reading, refusal
 from clipjax.train.state import TrainState
 
 TOKENIZER = "tokenizer.json"
 DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/, for checkpoints that could not be read
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota or the largest size of a file is reached
-
-# TensorStore writes the arrays. _DAMAGE: its messages for files that are missing, truncated or garbled. _NO_ANSWER: its messages
-# for a storage that does not answer now but may have the files: such a checkpoint is not damaged.
-_DAMAGE = re.compile(r"\b(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE)\b|Encountered error while reading array index")
-_NO_ANSWER = re.compile(
-    r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b"
-)
-_ERRNO = re.compile(r"os_error_code='(\d+)'")
-
-
-class SaveError(OSError):
-    """A checkpoint could not be written. The message names the workdir, the last good checkpoint and the remedy."""
-
-
-class DamagedError(CertainFailure):
-    """A checkpoint exists and can't be read: files are missing, truncated or garbled."""
 
 
 class Checkpoints:
@@ -121,7 +101,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if (reason := _storage_error(error)) is None:
+            if (reason := refusal(error)) is None:
                 raise
             remedy = "make room there, and the same command goes on from it"
             raise SaveError(f"a checkpoint could not be written ({reason}); {self.last_good()}. Remedy: {remedy}") from error
@@ -149,7 +129,7 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
         error = None
         try:
-            with _reading(self._workdir, step), _reader(self._workdir, alone=True) as reader:
+            with reading(self._workdir, step), _reader(self._workdir, alone=True) as reader:
                 got = reader.restore(step, args=ocp.args.Composite(**items))
         except DamagedError as e:
             error = e
@@ -231,34 +211,6 @@ def read_config(reader: ocp.CheckpointManager, step: int) -> config.Run:
     return config.from_json(json.dumps(saved["config"]))
 
 
-@contextlib.contextmanager
-def _reading(workdir: Path, step: int) -> Iterator[None]:
-    """For `with`: turns an error that means damage into a DamagedError."""
-    try:
-        for item in ("config/metadata", "params/_METADATA", "training/_METADATA"):  # Orbax would guess if one is missing
-            if not (file := workdir / "checkpoints" / str(step) / item).exists():
-                raise FileNotFoundError(f"{file} is missing")
-        yield
-    except Exception as error:
-        causes: list[BaseException] = [error]
-        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-            causes.append(cause)
-        text = "\n".join(map(str, causes))
-        damaged = any(isinstance(e, FileNotFoundError | json.JSONDecodeError) for e in causes) or _DAMAGE.search(text)
-        if not damaged or _NO_ANSWER.search(text):
-            raise
-        raise DamagedError(f"{workdir}@{step} can't be read: {str(causes[-1]).splitlines()[0]:.200}") from error
-
-
-def _storage_error(error: BaseException) -> str | None:
-    """The storage's own message, if it refused to write; None for any other error."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if found := _ERRNO.search(str(error)):
-        return os.strerror(int(found[1]))
-    return str(error).splitlines()[0][:200] if _NO_ANSWER.search(str(error)) else None
-
-
 def newest(workdir: Path) -> tuple[int, config.Run] | None:
     """The step and the configuration of a workdir's newest checkpoint; None where there is no checkpoint.
 
@@ -271,7 +223,7 @@ def newest(workdir: Path) -> tuple[int, config.Run] | None:
     with _reader(workdir) as reader:
         steps = sorted(reader.all_steps(), reverse=True)
         for step in steps:
-            with contextlib.suppress(DamagedError), _reading(workdir, step):
+            with contextlib.suppress(DamagedError), reading(workdir, step):
                 return step, read_config(reader, step)
     if steps or aside:
         names = ", ".join([str(step) for step in steps] + [f"{DAMAGED}/{name}" for name in aside])
@@ -295,7 +247,7 @@ def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
         if step is None or step not in steps:
             found = ", ".join(map(str, steps)) or "(none)"
             raise config.ConfigError(f"RUN = {name!r}: has checkpoints of steps {found} only")
-        with _reading(workdir, step):
+        with reading(workdir, step):
             run = read_config(reader, step)
             target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
             item = "params" if run.optim.ema is None else "ema"

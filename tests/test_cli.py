@@ -14,9 +14,9 @@ from PIL import Image
 
 import clipjax
 from clipjax import cli, commands, config
-from clipjax.checkpoint import DamagedError
 from clipjax.config import ConfigError
 from clipjax.status import CertainFailure
+from clipjax.storage import DamagedError
 from tests.train import tiny_emoji
 
 CONFIG = str(Path(tiny_emoji.__file__))

@@ -13,10 +13,11 @@ import optax
 from jax.sharding import Mesh
 
 from clipjax import config, distributed, preemption, sharding
-from clipjax.checkpoint import DISK_FULL, Checkpoints
+from clipjax.checkpoint import Checkpoints
 from clipjax.metrics.flops import model_flops
 from clipjax.metrics.writer import EvaluationResults, MetricsWriter, NonFiniteError
 from clipjax.models import clip
+from clipjax.storage import DISK_FULL
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress

@@ -15,8 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clipjax import config, distributed, sharding
-from clipjax.checkpoint import Checkpoints, DamagedError, newest
+from clipjax.checkpoint import Checkpoints, newest
 from clipjax.files import write_atomic
+from clipjax.storage import DamagedError
 from clipjax.train.optimizer import can_grow
 from clipjax.train.state import TrainState
 

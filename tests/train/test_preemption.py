@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from clipjax import config, preemption
-from clipjax.checkpoint import DamagedError, SaveError
+from clipjax.storage import DamagedError, SaveError
 from tests import hosts
 from tests.train import tiny
 from tests.train.test_resume import same_weights
