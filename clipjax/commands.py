@@ -53,7 +53,7 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.workdir is None:
         _wrong_use(args, "--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
-    from clipjax import build, distributed, sharding
+    from clipjax import build, distributed, environment, sharding
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators
     from clipjax.train import loop
@@ -61,6 +61,7 @@ def train(args: argparse.Namespace) -> None:
 
     distributed.start()
     distributed.agree("the configuration's checksum", zlib.crc32(config.to_json(run).encode()))
+    environment.keep_programs()
     mesh = sharding.make_mesh(run.mesh)
     workdir = open_workdir(run, args.workdir, mesh)
     with distributed.first_process_first("dataset"):  # the first process builds it, if it is missing
@@ -74,10 +75,11 @@ def train(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> "LoadedRun":
     """The run to evaluate, on the devices of all processes."""
-    from clipjax import distributed
+    from clipjax import distributed, environment
 
     _register(args)
     distributed.start()
+    environment.keep_programs()
     return clipjax.load(args.workdir)
 
 
@@ -236,10 +238,11 @@ def bench_step(args: argparse.Namespace) -> int:
     """`clipjax bench step`: how long a run's train step takes on the devices of this machine."""
     if (run := _configured(args)) is None:
         return 0
-    from clipjax import distributed
+    from clipjax import distributed, environment
     from clipjax.bench import step
 
     distributed.start()
+    environment.keep_programs()
     return step.run(args, run)
 
 

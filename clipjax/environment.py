@@ -1,8 +1,12 @@
-"""Settings that libraries read from the environment only, and before they are loaded."""
+"""Settings of libraries that depend on the machine and on environment variables: memory, libtpu, JAX's compiled programs."""
 
+import logging
 import os
+from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
+
+from clipjax.config import require
 
 # glibc then uses huge pages. Without them, XLA's CPU buffers, which are allocated again in each step, cost 380,000 page faults in
 # a step of benchmarks/step.py, and a quarter of its time.
@@ -32,6 +36,40 @@ def quiet() -> None:
     """
     if not _has_tpu():
         os.environ |= COMPILE_ONLY | os.environ
+
+
+def program_cache(environ: Mapping[str, str], platform: str) -> Path | None:
+    """Where JAX is to keep compiled programs, so that a run that is started again need not compile. None: nowhere, or where JAX's
+    own variable says.
+
+    `platform`: that of `jax.default_backend()`. Never on CPUs: there XLA loses the order of collectives in a program that it
+    loads, and devices then wait for each other. Raises ConfigError where CLIPJAX_CACHE is set, and not to off.
+    """
+    wanted = environ.get("CLIPJAX_CACHE", "")
+    require(wanted in ("", "off"), "CLIPJAX_CACHE", wanted, "must be off, or not set")
+    if platform not in ("tpu", "gpu") or wanted or environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return None
+    folder = Path(environ.get("XDG_CACHE_HOME", ""))  # the specification has relative paths ignored
+    return (folder if folder.is_absolute() else Path(os.path.expanduser("~")) / ".cache") / "clipjax" / "jax"
+
+
+def keep_programs() -> None:
+    """Makes JAX keep compiled programs in `program_cache`. A folder that can't be written to costs a warning. Call it once the
+    processes of a run are joined: it asks for the devices.
+    """
+    import jax  # here: `clipjax --help` stays instant
+
+    folder = program_cache(os.environ, jax.default_backend())
+    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("may not be written to")
+    except OSError as error:
+        logging.warning(f"{folder}: compiled programs are not kept: {error.strerror or error}; CLIPJAX_CACHE=off is silent")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _has_tpu() -> bool:
