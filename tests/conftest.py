@@ -20,7 +20,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # tests/run.sh sets it: else XLA takes three quarters of the time to optimize programs that run for a millisecond.
 QUICK = "CLIPJAX_TEST_QUICK" in os.environ
 SIMPLE = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-SIMPLEST = f"{SIMPLE} --xla_cpu_use_fusion_emitters=false"
+OLD = jax.__version_info__ < (0, 11)  # later ones end the process at the next flag, which they do not know
+SIMPLEST = f"{SIMPLE} --xla_cpu_use_fusion_emitters=false" if OLD else SIMPLE
 CACHE = Path(os.environ.get("CLIPJAX_TEST_CACHE", Path(tempfile.gettempdir()) / "clipjax-test-cache"), "quick" if QUICK else "")
 
 jax.config.update("jax_num_cpu_devices", 8)

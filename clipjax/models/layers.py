@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -111,7 +112,21 @@ def activate(x: Array, name: Activation) -> Array:
     """GELU; its tanh approximation (in transformers: gelu_pytorch_tanh); or x sigmoid(1.702 x) (OpenAI's CLIP)."""
     if name == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)
-    return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+    if name == "gelu_tanh":
+        return jax.nn.gelu(x, approximate=True)
+    return 0.5 * x * erfc(-x * np.sqrt(0.5).astype(x.dtype))
+
+
+@jax.custom_jvp
+def erfc(x: Array) -> Array:
+    """`jax.lax.erfc` with its derivative, -2 / sqrt(pi) exp(-x^2). JAX 0.12.0 refuses to differentiate its own in a shard_map."""
+    return jax.lax.erfc(x)
+
+
+@erfc.defjvp
+def _erfc_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    [x], [dx] = primals, tangents
+    return erfc(x), np.asarray(-2 / np.sqrt(np.pi), x.dtype) * (dx * jnp.exp(-jnp.square(x)))
 
 
 class MLP(Layer):
