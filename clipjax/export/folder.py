@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import safetensors
 import safetensors.numpy
 
-from clipjax.config import ConfigError, Model, require
+from clipjax.config import Model, require
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import open_clip, transformers
 from clipjax.export.table import to_theirs
@@ -28,7 +29,8 @@ def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Res
     """Writes `out`, completely or not at all. `params`: float32 for any `model.dtype`. `tokenizer`: a tokenizer.json.
 
     Fixed sine and cosine positions become learned ones with the same values. Raises ConfigError if the format has no such
-    tower, if it would find another end token than ours, and if `out` holds anything but an earlier export.
+    tower, if it would find another end token than ours, and if `out` is a file or holds files and no earlier export. An earlier
+    export is replaced; the other files of its folder, as a model card, stay.
     """
     layout, out = FORMATS[to], out.resolve()
     model, params = with_learned_positions(model, params)
@@ -37,18 +39,31 @@ def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Res
     special = dict(bos=loaded.start_id, eos=loaded.end_id, pad=loaded.pad_id)
     configs = layout.configs(model, special, resize) | _tokenizer_configs(loaded, special)
     tensors = to_theirs(layout.table(model), params)
-    _refuse_to_overwrite(out)
+    others = _files_of_others(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
-        fresh, stale = Path(staging) / "fresh", Path(staging) / "stale"
+        fresh = Path(staging) / "fresh"
         fresh.mkdir()
+        for path in others:
+            shutil.copytree(path, fresh / path.name, symlinks=True) if path.is_dir() else shutil.copy2(path, fresh)
         for name, content in configs.items():
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         loaded.backend.save(str(fresh / "tokenizer.json"))
         safetensors.numpy.save_file(tensors, fresh / layout.WEIGHTS, {"format": "pt", "producer": PRODUCER})
-        if out.exists():
-            out.rename(stale)
+        _replace(out, fresh)
+
+
+def _replace(out: Path, fresh: Path) -> None:
+    """Puts the folder `fresh` in the place of `out`, whose files are back if that fails."""
+    stale = fresh.with_name("stale")
+    if out.exists():
+        out.rename(stale)
+    try:
         fresh.rename(out)
+    except BaseException:
+        if stale.exists():
+            stale.rename(out)
+        raise
 
 
 def with_learned_positions(model: Model, params: Mapping[str, Any]) -> tuple[Model, Mapping[str, Any]]:
@@ -88,15 +103,15 @@ def _tokenizer_configs(tokenizer: Tokenizer, special: Mapping[str, int | None]) 
     }
 
 
-def _refuse_to_overwrite(out: Path) -> None:
-    """Raises ConfigError unless `out` is absent or empty, or holds an earlier export and nothing else."""
+def _files_of_others(out: Path) -> list[Path]:
+    """What `out` holds beside an earlier export. Raises ConfigError if it is a file, or holds files and no earlier export."""
     if not out.exists():
-        return
+        return []
     require(out.is_dir(), "--out", str(out), "is a file: name a folder")
-    present = {path.name for path in out.iterdir()}
-    if present <= _written_by_export(out):
-        return
-    raise ConfigError(f"--out = {str(out)!r}: holds files that are not an earlier export's; name another folder or remove it")
+    present, ours = list(out.iterdir()), _written_by_export(out)
+    remedy = "holds files, and no earlier export that could be replaced; name another folder or remove it"
+    require(bool(ours) or not present, "--out", str(out), remedy)
+    return [path for path in present if path.name not in ours]
 
 
 def _written_by_export(out: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -127,10 +128,6 @@ def test_replaces_an_earlier_export_only(tmp_path, tokenizer):
     names |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not an earlier export's"):
-        export(model, parameters(model), tokenizer, "squash", out, "open_clip")
-    assert {path.name for path in out.iterdir()} == names | {"notes.txt"}
     other = tmp_path / "other"
     other.mkdir()
     safetensors.numpy.save_file({"a": np.zeros(1)}, other / "model.safetensors", {"format": "pt"})
@@ -138,6 +135,38 @@ def test_replaces_an_earlier_export_only(tmp_path, tokenizer):
         export(model, parameters(model), tokenizer, "squash", other, "transformers")
     with pytest.raises(ConfigError, match="is a file"):
         export(model, parameters(model), tokenizer, "squash", other / "model.safetensors", "transformers")
+
+
+def test_files_of_others_stay(tmp_path, tokenizer):
+    """A model card, and the history of a folder that is shared with git."""
+    model, out = clip(), tmp_path / "out"
+    export(model, parameters(model), tokenizer, "squash", out, "open_clip")
+    before = (out / "open_clip_model.safetensors").read_bytes()
+    (out / "README.md").write_text("# My model")
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    export(model, parameters(model) | {"log_scale": np.float32(1)}, tokenizer, "squash", out, "open_clip")
+    assert (out / "README.md").read_text() == "# My model"
+    assert (out / ".git" / "HEAD").read_text() == "ref: refs/heads/main"
+    assert (out / "open_clip_model.safetensors").read_bytes() != before
+
+
+def test_a_failed_rename_keeps_the_last_export(tmp_path, tokenizer, monkeypatch):
+    model, out = clip(), tmp_path / "out"
+    export(model, parameters(model), tokenizer, "squash", out, "open_clip")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.name == "fresh":
+            raise OSError("stale file handle")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="stale file handle"):
+        export(model, parameters(model), tokenizer, "squash", out, "open_clip")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, tokenizer, monkeypatch):
