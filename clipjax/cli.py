@@ -18,7 +18,7 @@ import clipjax
 from clipjax import commands, config, environment, preemption
 from clipjax.arguments import Help
 from clipjax.options import COMMANDS, GROUPS, Argument, Command
-from clipjax.status import CERTAIN_STATUS, INTERRUPTED_STATUS, WRONG_USE_STATUS, CertainFailure
+from clipjax.status import BROKEN_PIPE_STATUS, CERTAIN_STATUS, INTERRUPTED_STATUS, WRONG_USE_STATUS, CertainFailure
 
 # What the user can mend, as a file's name shows. Any other error of a file (EIO, ESTALE of a network disk) may pass.
 OF_A_NAME = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -31,7 +31,18 @@ def program() -> None:
     """
     if sys.platform == "linux" and not environment.MALLOC.keys() & os.environ.keys():
         os.execve(sys.executable, sys.orig_argv, environment.wanted() | os.environ)
-    sys.exit(main())
+    try:
+        try:
+            status = main()
+        except SystemExit as end:  # of argparse, as after --help
+            status = end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = BROKEN_PIPE_STATUS
+    if status == BROKEN_PIPE_STATUS:  # or Python would complain again at its end, when it flushes these
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
     if joined := _distributed():  # processes of one run end together, and one of them prints the message
         message = joined.leave(status, message, not expected)
-    if message is not None:
+    if message is not None and status != BROKEN_PIPE_STATUS:
         print(f"clipjax: {message}", file=sys.stderr)
     return status
 
@@ -71,6 +82,8 @@ def _outcome(error: BaseException, resumes: bool) -> tuple[int, str, bool]:
             return WRONG_USE_STATUS, str(error), True
         case CertainFailure() | FloatingPointError():
             return CERTAIN_STATUS, str(error), True
+        case BrokenPipeError(filename=None):
+            return BROKEN_PIPE_STATUS, "the program that read its output has ended", True
         case OSError(filename=name) if name:
             return WRONG_USE_STATUS if error.errno in OF_A_NAME else 1, f"{name}: {error.strerror}", True
         case OSError():
