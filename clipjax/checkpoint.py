@@ -188,21 +188,8 @@ def _reader(workdir: Path, *, alone: bool = False) -> ocp.CheckpointManager:
     me = jax.process_index()
     only_me = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}")
     parts = only_me if alone else ocp.options.MultiprocessingOptions()
-    with _without_advice():
-        options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=parts, **s3.options(workdir))
-        return ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """For `with`: Orbax does not warn that what is opened to be read is only read."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=parts, **s3.options(workdir))
+    return ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
 
 
 def read_config(reader: ocp.CheckpointManager, step: int) -> config.Run:

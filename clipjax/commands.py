@@ -267,8 +267,15 @@ def data_inspect(args: argparse.Namespace) -> None:
     """`clipjax data inspect`: prints statistics of a dataset and draws a contact sheet."""
     from clipjax.data.inspect import describe, inspect
     from clipjax.data.tokenizer import Tokenizer
+    from clipjax.evals.report import png_name
+    from clipjax.files import write_json
 
     tokenizer = Tokenizer.load(args.tokenizer, args.length) if args.tokenizer else None
-    sheet = args.png or writable_file(f"{args.spec.replace(':', '-').replace('/', '-')}-{args.split}.png")
-    print(describe(inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)))
+    sheet = args.png or writable_file(png_name(f"{args.spec}-{args.split}"))
+    report = inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)
+    print(describe(report))
+    if args.json:
+        write_json(args.json, report)
+    remedy = f"none of the {report['examples_looked_at']:,} images looked at can be read"
+    config.require(bool(report["width"]), "SPEC", args.spec, remedy)
     print(f"contact sheet: {sheet}")

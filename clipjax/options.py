@@ -196,6 +196,7 @@ COMMANDS = (
         _argument("--tokenizer", "FILE", "a tokenizer.json; else a BPE is trained on the captions", Path),
         _argument("--length", None, "tokens a caption may have, for the truncation statistics", positive, default=77),
         _argument("--png", "OUT", "the contact sheet; else SPEC-SPLIT.png in this folder", writable_file),
+        _json("the statistics"),
     ),
     _command(
         "bench loss",

@@ -3,6 +3,7 @@
 import ast
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 import clipjax
 from clipjax import cli, commands, config
 from clipjax.config import ConfigError
-from clipjax.status import CertainFailure
+from clipjax.status import BROKEN_PIPE_STATUS, CertainFailure
 from clipjax.storage import DamagedError
 from tests.train import tiny_emoji
 
@@ -50,7 +51,7 @@ COMMANDS = {
     "bench loss": ["--batch N", "--topology T", "--travel {ring,gather,auto}", "(default: 7)", "in pairs", "--json OUT"],
     "data": ["prepare", "inspect"],
     "data prepare": ["emoji"],
-    "data inspect": ["SPEC", "--png OUT", "--length", "tokens"],
+    "data inspect": ["SPEC", "--png OUT", "--json OUT", "--length", "tokens"],
 }
 
 
@@ -620,9 +621,9 @@ def test_export(workdir, model, tmp_path, capsys, to, weights):
     mine = sum(x.size for x in jax.tree.leaves(model.params))
     assert sum(x.size for x in tensors.values()) == mine
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
+    (tmp_path / "out" / weights).unlink()
     assert run("export", workdir, "--to", to, "--out", tmp_path / "out") == 2
-    assert "holds files that are not an earlier export's" in capsys.readouterr().err
+    assert "holds files, and no earlier export that could be replaced" in capsys.readouterr().err
 
 
 def test_verification_without_torch_is_refused_before_anything_is_written(workdir, tmp_path, capsys, monkeypatch):
@@ -658,6 +659,38 @@ def test_inspect(tmp_path, workdir, capsys):
     with Image.open(sheet) as opened:
         assert opened.format == "PNG"
         assert min(opened.size) > 1000
+
+
+def test_inspect_of_images_that_none_can_read(tmp_path, capsys, monkeypatch):
+    """In a folder whose path is longer than the name of a file may be."""
+    folder = tmp_path / "a".ljust(120, "a") / "b".ljust(120, "b") / "c".ljust(60, "c")
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_text("no image")
+    (folder / "pairs.tsv").write_text("filepath\ttitle\na.png\ta fox\n")
+    monkeypatch.chdir(tmp_path)
+    assert run("data", "inspect", f"tsv:{folder}/pairs.tsv", "--json", tmp_path / "found.json") == 2
+    said = capsys.readouterr()
+    assert said.err.endswith("pairs.tsv': none of the 1 images looked at can be read\n")
+    assert "a.png: UnidentifiedImageError" in said.out
+    assert json.loads((tmp_path / "found.json").read_text())["unreadable"].keys() == {"a.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {folder.parents[1].name, "found.json"}
+    Image.new("RGB", (9, 7)).save(folder / "a.png")
+    assert run("data", "inspect", f"tsv:{folder}/pairs.tsv") == 0
+    (sheet,) = tmp_path.glob("*.png")
+    assert sheet.name.endswith("pairs.tsv-train.png")
+
+
+@pytest.mark.parametrize("args", [["configs"], ["configs", "emoji_clip"], ["train", "--help"], ["data", "inspect", "emoji"]])
+def test_a_broken_pipe_ends_quietly(args, tmp_path):
+    command = [sys.executable, "-m", "clipjax.cli", *args]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}, **pipes
+    )
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    assert program.wait() == BROKEN_PIPE_STATUS or "--help" in args  # argparse does not tell that it could not write
+    program.stderr.close()
 
 
 def test_prepare_names_the_folder(capsys):

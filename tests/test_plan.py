@@ -117,7 +117,8 @@ def test_a_batch_has_what_the_data_adds(tmp_path):
     [
         (config.Softmax(), 2),
         (config.Softmax(prefixes=(16, 64)), 2.5),
-        (config.Sigmoid(), 2),
+        (config.Sigmoid(), 0),
+        (config.Sigmoid(prefixes=(16, 64)), 0),
         (config.HardNegative(), 6),  # two passes over the same cosines
         (config.MultiPositive(), 2),
         (config.Cwcl(), 2),

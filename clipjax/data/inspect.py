@@ -23,7 +23,8 @@ GRID = 8  # images along each side of the sheet
 
 
 def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, length: int = 77) -> dict[str, Any]:
-    """Statistics of a dataset, ready for JSON; writes a contact sheet of 8 x 8 images with their captions to `out_png`.
+    """Statistics of a dataset, ready for JSON; writes a contact sheet of 8 x 8 images with their captions to `out_png`, if there
+    are images that can be read.
 
     Sizes are in pixels; `tokens` count the special ones too. Without a tokenizer, a BPE is trained on the captions, and
     `truncated_share` is of captions longer than `length` tokens. Raises ConfigError as `open_source` does."""
@@ -56,8 +57,9 @@ def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, le
         "samples": captions[:: max(1, len(captions) // 8)][:8],
     }
     readable = [i for i, (_, size, _) in zip(indices, seen, strict=True) if size]
-    with write_atomic(out_png) as part:
-        _contact_sheet(source, readable, f"{source.name}: {len(source):,} examples").save(part, "png")
+    if readable:
+        with write_atomic(out_png) as part:
+            _contact_sheet(source, readable, f"{source.name}: {len(source):,} examples").save(part, "png")
     return report
 
 

@@ -153,15 +153,29 @@ def _write(into: Embeddings, batch: Embeddings, i: int) -> Embeddings:
 
 
 def progress(batches: CachedBatches, batch_size: int) -> Iterator[Batch]:
-    """Yields the batches. After some seconds, the first process shows a line on stderr with the rate and the time left."""
+    """Yields the batches. After some seconds, the first process shows the rate and the time left on stderr: a terminal has one
+    line that is redrawn, a log file a line every 30 s.
+    """
     live = sys.stderr.isatty()
     pace: dict[str, Any] = dict(delay=PROGRESS_DELAY, mininterval=0.5 if live else 30, leave=not live)
+    pace |= {} if live else dict(file=_LogLines(), ascii=True, ncols=80)
     total, unit = len(batches) * batch_size, f" {batches.unit}"
     quiet = jax.process_index() != 0
     with tqdm(desc=batches.name, total=total, unit=unit, unit_scale=True, disable=quiet, **pace) as bar:
         for batch in batches:
             yield batch
             bar.update(batch_size)
+
+
+class _LogLines:
+    """A stream for tqdm that is no terminal: each state of the bar is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            print(state, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
 
 
 def to_host(x: Array) -> np.ndarray:

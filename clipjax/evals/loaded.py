@@ -1,5 +1,7 @@
 """A trained run, ready to encode and to generate captions: what `clipjax.load` returns."""
 
+import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -30,7 +32,8 @@ class LoadedRun:
         self.workdir = split_name(name)[0]
         self.name = resolve(self.workdir).name
         self.mesh = mesh_for(config.from_json((self.workdir / "config.json").read_text(encoding="utf-8")).mesh)
-        run, self.params, self.step = load_params(name, self.mesh)
+        with _without_advice():
+            run, self.params, self.step = load_params(name, self.mesh)
         self.run = run if dtype is None else replace(run, model=replace(run.model, dtype=dtype))
         self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length)
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
@@ -110,3 +113,15 @@ def mesh_for(trained: config.Mesh) -> Mesh:
         return sharding.make_mesh(replace(trained, data=data))
     except config.ConfigError:
         return sharding.make_mesh(config.Mesh())
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """For `with`: Orbax does not warn that what is opened to be read is only read."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

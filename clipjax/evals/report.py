@@ -1,6 +1,7 @@
 """The results of an evaluation as files: a PNG, and JSON in the format of CLIP_benchmark, so that its scripts can read it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,5 +32,5 @@ def save_png(path: str | Path, image: Image.Image) -> None:
 
 
 def png_name(name: str) -> str:
-    """`emoji/test-000120` as the name of a PNG. At most its last 100 characters: the name of a tsv is a path."""
-    return name.replace(":", "-").replace("/", "-")[-100:].lstrip("-") + ".png"
+    """`emoji/test-000120` as the name of a PNG. Its last 100 bytes at most: a tsv's name is a path, a file's has 255."""
+    return os.fsencode(name.replace(":", "-").replace("/", "-"))[-100:].decode(errors="ignore").lstrip("-") + ".png"

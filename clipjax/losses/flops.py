@@ -34,6 +34,11 @@ def of_prefixes(term: Any, sizes: Sizes) -> float:
     return sizes.captions * sum(n / sizes.width for n in term.prefixes or (sizes.width,)) * sizes.one_pass
 
 
+def of_sigmoid(term: config.Sigmoid, sizes: Sizes) -> float:
+    """Three quarters of a pass: pairs are independent, so the forward pass gives the gradients too, and nothing is recomputed."""
+    return 0.75 * of_prefixes(term, sizes)
+
+
 def of_hard_negative(term: config.HardNegative, sizes: Sizes) -> float:
     """Two passes, at two scales."""
     return (2 if term.beta else 1) * of_prefixes(term, sizes)

@@ -144,7 +144,7 @@ def _caption(term: config.Caption, rows: Rows, scale: Scalar, bias: Scalar | Non
 
 TERMS = {
     config.Softmax: Binding(per_caption(_per_prefix(_softmax)), flops.of_prefixes),
-    config.Sigmoid: Binding(per_caption(_per_prefix(_sigmoid)), flops.of_prefixes),
+    config.Sigmoid: Binding(per_caption(_per_prefix(_sigmoid)), flops.of_sigmoid),
     config.Decoupled: Binding(per_caption(_per_prefix(_decoupled)), flops.of_prefixes),
     config.HardNegative: Binding(per_caption(_per_prefix(_hard_negative)), flops.of_hard_negative),
     config.MultiPositive: Binding(_multi_positive, flops.of_captions),

@@ -96,6 +96,8 @@ def test_progress_names_rate_and_time_left(capsys, monkeypatch):
     assert "emoji/test: 100%" in line
     assert "768/768" in line
     assert " images/s]" in line
+    assert "\r" not in line  # which a log file shows as one long line
+    assert all(text.startswith("emoji/test: ") for text in line.splitlines())
 
 
 def test_short_work_is_quiet(capsys):

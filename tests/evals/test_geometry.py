@@ -267,3 +267,6 @@ def test_names_of_png_files():
     long = png_name("tsv:/" + "folder/" * 60 + "pairs.tsv-000120")
     assert len(long) < 120
     assert long.endswith("folder-pairs.tsv-000120.png")
+    wide = png_name("tsv:/" + "画像/" * 60 + "組.tsv-000120")
+    assert len(wide.encode()) < 120
+    assert wide.endswith("画像-組.tsv-000120.png")
