@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
     teacher = build.teacher(run, source)
     tokenizer = build.tokenizer(run, workdir, source)
     batches = build.batches(run, source, tokenizer, teacher)
-    loop.train(run, workdir, batches, make_evaluators(run, mesh, tokenizer, workdir.path), mesh)
+    loop.train(run, workdir, batches, make_evaluators(run, mesh, tokenizer, workdir.path), mesh, source)
 
 
 def _load(args: argparse.Namespace) -> "LoadedRun":

@@ -43,21 +43,37 @@ def test_clock_leaves_pauses_out_and_starts_anew():
         now.seconds += 1.5
         clock.count(16)
     with clock.paused(after={"x": jnp.ones(3)}):
-        now.seconds += 1000
-    assert clock.read() == {"examples_per_second": 8.0, "data_wait": 0.25}
+        now.seconds += 2
+        with clock.spending("eval_seconds"):
+            now.seconds += 4
+        for _ in range(2):
+            with clock.spending("save_seconds"):
+                now.seconds += 1
+    spent = {"save_seconds": 2.0, "eval_seconds": 4.0}
+    assert clock.read() == {"examples_per_second": 8.0, "data_wait": 0.25, "useful_share": 6 / 16} | spent
     now.seconds += 2
     clock.count(16)
-    assert clock.read() == {"examples_per_second": 8.0, "data_wait": 0.0}
+    spent = {"save_seconds": 0.0, "eval_seconds": 0.0}
+    assert clock.read() == {"examples_per_second": 8.0, "data_wait": 0.0, "useful_share": 1.0} | spent
+    with clock.paused():  # the first step: compilation
+        now.seconds += 3
+    now.seconds += 1
+    assert clock.read() == {"useful_share": 0.0} | spent
 
 
-def test_clock_counts_a_wait_that_ends_in_an_error():
+def test_clock_counts_a_wait_and_what_failed():
     now = Time()
     clock = Clock(now)
+    clock.count(16)
     with contextlib.suppress(StopIteration), clock.waiting():
         now.seconds += 3
         next(iter(()))
     now.seconds += 1
-    assert clock.read()["data_wait"] == 0.75
+    with contextlib.suppress(OSError), clock.paused(), clock.spending("eval_seconds"):
+        now.seconds += 4
+        raise OSError
+    read = clock.read()
+    assert (read["data_wait"], read["eval_seconds"], read["useful_share"]) == (0.75, 4.0, 0.125)
 
 
 def dots(jaxpr):

@@ -4,9 +4,10 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,7 +15,7 @@ from clipjax import sharding
 
 
 class Clock:
-    """Splits the time between two log lines into training, waiting for data, and pauses, which count as neither."""
+    """Splits the time between two log lines into training, waiting for data, and pauses."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -22,6 +23,7 @@ class Clock:
 
     def _restart(self) -> None:
         self._start, self._examples, self._waited, self._paused = self._now(), 0, 0.0, 0.0
+        self._spent = dict.fromkeys(("save_seconds", "eval_seconds"), 0.0)
 
     def count(self, examples: int) -> None:
         """One more step was started on `examples` image-text pairs, over all devices."""
@@ -51,10 +53,28 @@ class Clock:
         finally:
             self._paused += self._now() - start
 
+    @contextlib.contextmanager
+    def spending(self, name: Literal["save_seconds", "eval_seconds"]) -> Iterator[None]:
+        """For `with`, within a pause: what its time goes to."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._spent[name] += self._now() - start
+
     def read(self) -> dict[str, float]:
-        """`examples_per_second` and `data_wait` (share of time, 0 to 1) since the last read, without the pauses."""
-        seconds = max(self._now() - self._start - self._paused, 1e-9)
-        values = {"examples_per_second": self._examples / seconds, "data_wait": self._waited / seconds}
+        """Since the last read:
+
+        - `save_seconds`, `eval_seconds`: how long training stood still for saving and for evaluations;
+        - `useful_share`: the share of the time, 0 to 1, in which the run trained: neither paused nor waiting for data;
+        - unless only a first step was taken, which has no rate: `examples_per_second` and `data_wait` (the share of time waiting
+          for data), both of the time without the pauses.
+        """
+        seconds = max(self._now() - self._start, 1e-9)
+        unpaused = max(seconds - self._paused, 1e-9)
+        rates = {"examples_per_second": self._examples / unpaused, "data_wait": self._waited / unpaused} if self._examples else {}
+        useful = max(unpaused - self._waited, 0.0) / seconds if self._examples else 0.0
+        values = rates | self._spent | {"useful_share": useful}
         self._restart()
         return values
 
@@ -78,11 +98,13 @@ class DataCounts:
 
     def count(self, batch: Mapping[str, np.ndarray]) -> None:
         """One more batch of this process."""
-        self._since[0] += [batch[name].sum() for name in self.COUNTED]
+        self._since[0] += [*(batch[name].sum() for name in self.COUNTED), len(batch["replaced"])]
 
     def read(self) -> dict[str, jax.Array]:
-        """The counts since the last read, int32 []. The devices may still compute them. All processes must call this at the same
-        step."""
+        """The counts since the last read, int32 [], and `bad_share`, float32 []: the share of the examples that was replaced.
+
+        The devices may still compute them. All processes must call this at the same step.
+        """
         self._running.append(self._add_up(self._put()))
         self._since = self._nothing()
         self._fetch(unread=1)
@@ -95,14 +117,16 @@ class DataCounts:
         return dict(self._total)
 
     def _nothing(self) -> np.ndarray:
-        """A row for each of this process's parts of the batch."""
-        return np.zeros((sharding.batch_devices(self._mesh) // jax.process_count(), len(self.COUNTED)), np.int32)
+        """A row for each of this process's parts of the batch: what is counted, and the number of examples."""
+        return np.zeros((sharding.batch_devices(self._mesh) // jax.process_count(), len(self.COUNTED) + 1), np.int32)
 
     def _put(self) -> jax.Array:
         return sharding.to_global({"counts": self._since}, self._mesh)["counts"]
 
     def _add(self, rows: jax.Array) -> dict[str, jax.Array]:
-        return dict(zip(self.COUNTED, rows.sum(0), strict=True))
+        *sums, examples = rows.sum(0)
+        counts = dict(zip(self.COUNTED, sums, strict=True))
+        return counts | {"bad_share": counts["replaced"] / jnp.maximum(examples, 1)}
 
     def _fetch(self, unread: int) -> None:
         """Adds all but the newest `unread` results to the total."""

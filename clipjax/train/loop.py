@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from clipjax import config, distributed, preemption, sharding
 from clipjax.checkpoint import Checkpoints
+from clipjax.data.source import Source
 from clipjax.metrics.flops import model_flops
 from clipjax.metrics.writer import EvaluationResults, MetricsWriter, NonFiniteError
 from clipjax.models import clip
@@ -21,10 +22,10 @@ from clipjax.storage import DISK_FULL
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.progress import Progress
-from clipjax.train.report import Report, say
+from clipjax.train.report import Report, say, say_start
 from clipjax.train.state import TrainState, abstract_state, initial_state
 from clipjax.train.step import Batch, Metrics, jit_step, make_train_step
-from clipjax.train.workdir import Workdir, changes, evaluated, restore_newest, save_config
+from clipjax.train.workdir import Workdir, evaluated, restore_newest, save_config
 
 # Opens this process's batches, beginning with the one that follows a number of finished steps.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
@@ -46,8 +47,16 @@ class Evaluator(Protocol):
     def run(self, params: clip.Params, step: int) -> EvaluationResults: ...
 
 
-def train(run: config.Run, workdir: Workdir, batches: Batches, evaluators: Sequence[Evaluator], mesh: Mesh) -> TrainState:
-    """Trains until `train.steps` steps are finished, from the checkpoint that `open_workdir` found, or from the start.
+def train(
+    run: config.Run,
+    workdir: Workdir,
+    batches: Batches,
+    evaluators: Sequence[Evaluator],
+    mesh: Mesh,
+    source: Source | None = None,
+) -> TrainState:
+    """Trains until `train.steps` steps are finished, from the checkpoint that `open_workdir` found, or from the start. `source`:
+    the dataset that the batches are of, for the number of epochs.
 
     Raises ConfigError for an optimizer rule without a parameter and for a mesh that would replicate what it should shard,
     FloatingPointError where a loss is not finite, OSError where the disk is full, and Preempted where a stop was requested and
@@ -65,10 +74,7 @@ def train(run: config.Run, workdir: Workdir, batches: Batches, evaluators: Seque
         if schedule.is_finished:
             say(f"{workdir.path}: finished, with all its {run.train.steps:,} steps; raise train.steps or choose a new --workdir")
             return state
-        if saved:
-            changed = "; ".join(changes(saved.run, run))
-            changed = f"; changed: {changed}" if changed else ""
-            say(f"{workdir.path}: resuming at step {saved.step:,} of {run.train.steps:,}{changed}")
+        say_start(run, workdir.path, saved, source)
         resolved = remat.resolved(run, mesh, abstract)
         if resolved != run:
             say(f"model.remat = auto: {resolved.model.remat}")
@@ -78,7 +84,7 @@ def train(run: config.Run, workdir: Workdir, batches: Batches, evaluators: Seque
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, schedule.start)))
         progress = stack.enter_context(Progress(run.train.steps))
         flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
-        report = Report(run, mesh, writer, progress, flops)
+        report = Report(run, mesh, writer, progress, flops, None if source is None else len(source))
         _Loop(run.train, schedule, devices, data, checkpoints, report).run()
     report.say_repairs(run.train.steps - schedule.start)
     return devices.state
@@ -193,14 +199,16 @@ class _Loop:
                 stop = save = True
             finally:  # also if an evaluation fails: the steps since the last checkpoint must not be lost
                 if save or best:
-                    self._checkpoints.save(step, self._devices.state, best)
+                    with self._report.clock.spending("save_seconds"):
+                        self._checkpoints.save(step, self._devices.state, best)
         return stop
 
     def _evaluate(self, step: int, due: Sequence[Evaluator]) -> dict[str, float]:
         """Runs evaluations and reports them. Returns all metrics, each as `task/metric` and as `task/dataset/metric`."""
         values = {}
         for evaluator in due:
-            results = evaluator.run(self._devices.state.evaluated, step)
+            with self._report.clock.spending("eval_seconds"):
+                results = evaluator.run(self._devices.state.evaluated, step)
             metrics = self._report.evaluation(step, evaluator.task, evaluator.dataset, results)
             for prefix in (evaluator.task, f"{evaluator.task}/{evaluator.dataset}"):
                 values |= {f"{prefix}/{name}": value for name, value in metrics.items()}

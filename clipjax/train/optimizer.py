@@ -46,6 +46,15 @@ def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
     return rate
 
 
+def next_rate(optim: Optim, steps: int, opt_state: optax.OptState) -> jax.Array:
+    """The learning rate of the update that follows `opt_state`, before the factors of the rules: float32 [].
+
+    From the optimizer's own count of updates, which is not the number of steps where updates were skipped.
+    """
+    count = optax.tree.get(opt_state, "count", filtering=lambda path, _: "ScaleByScheduleState" in str(path[-1]))
+    return jnp.asarray(learning_rate(optim, steps)(count))
+
+
 def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str | None:
     """Whether a run of `old_steps` may continue at `at_step` as a run of `new_steps`: None if so, else a message with the remedy.
 

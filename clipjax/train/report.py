@@ -2,15 +2,18 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from clipjax import config
+from clipjax.data.source import Source
 from clipjax.metrics.clock import Clock, DataCounts
 from clipjax.metrics.flops import mfu
 from clipjax.metrics.writer import EvaluationResults, MetricsWriter
 from clipjax.train.progress import Progress
+from clipjax.train.workdir import Saved, changes
 
 
 def say(text: str) -> None:
@@ -19,21 +22,39 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def say_start(run: config.Run, workdir: Path, saved: Saved | None, source: Source | None) -> None:
+    """Prints where a run starts, if it resumes, and how long it is: its steps, examples and epochs."""
+    train = run.train
+    if saved:
+        changed = "; ".join(changes(saved.run, run))
+        changed = f"; changed: {changed}" if changed else ""
+        say(f"{workdir}: resuming at step {saved.step:,} of {train.steps:,}{changed}")
+    if source is not None:
+        examples, size = train.steps * train.batch_size, len(source)
+        epochs = f"{examples / size:,.1f} epochs of {source.name} ({size:,})"
+        say(f"{train.steps:,} steps of {train.batch_size:,} = {examples:,} examples, {epochs}")
+
+
 class Report:
     """Collects what a run reports, and writes it to the files, to the progress line and to stderr."""
 
-    def __init__(self, run: config.Run, mesh: Mesh, writer: MetricsWriter, progress: Progress, flops: float) -> None:
-        """`flops`: what the model needs for one image-text pair, forward and backward."""
+    def __init__(
+        self, run: config.Run, mesh: Mesh, writer: MetricsWriter, progress: Progress, flops: float, dataset_size: int | None
+    ) -> None:
+        """`flops`: what the model needs for one image-text pair, forward and backward. `dataset_size`: examples of an epoch; None
+        where that is not known."""
         self.clock, self.counts = Clock(), DataCounts(mesh)
         self._run, self._devices = run, list(mesh.devices.flat)
-        self._writer, self._progress, self._flops = writer, progress, flops
+        self._writer, self._progress, self._flops, self._dataset_size = writer, progress, flops, dataset_size
 
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of step `step` (finished steps, so from 1). Every train.log_every steps they become a line."""
         cfg = self._run.train
         due = step % cfg.log_every == 0 or step == cfg.steps
-        host = self._rates() if due else None
+        host = self._rates() | self._position(step) if due else None
         values = {**metrics, **self.counts.read()} if due else metrics
+        if host is not None and "skipped_steps" not in metrics:
+            host["skipped_steps"] = 0
         self._progress.update(step, self._writer.push(step, values, host))
 
     def flush(self, step: int) -> None:
@@ -57,7 +78,13 @@ class Report:
 
     def _rates(self) -> dict[str, float]:
         values = self.clock.read()
-        if not values["examples_per_second"]:  # only the first step was taken, which has no rate
-            return {}
+        if "examples_per_second" not in values:
+            return values
         utilisation = mfu(values["examples_per_second"] * self._flops, self._devices)
         return values if utilisation is None else values | {"mfu": utilisation}
+
+    def _position(self, step: int) -> dict[str, float]:
+        """How far the run is in its data after `step` steps. Batches that it left out were passed, too, but not seen."""
+        train, size = self._run.train, self._dataset_size
+        passed = {"epoch": train.place(step) * train.batch_size / size} if size else {}
+        return {"examples_seen": step * train.batch_size} | passed

@@ -16,7 +16,7 @@ from clipjax.models import clip
 from clipjax.models.text import lengths
 from clipjax.train import accumulate, memory
 from clipjax.train.memory import Memory
-from clipjax.train.optimizer import clamp_scale, ema_update, stop_frozen
+from clipjax.train.optimizer import clamp_scale, ema_update, next_rate, stop_frozen
 from clipjax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -44,8 +44,8 @@ def make_train_step(
     """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3], `text` [B, t] or [B, K, t], `index`
     int32 [B] in the dataset, and what the objective's terms need: `id` int32 [B], `teacher_image` and `teacher_text` [B, f].
 
-    The metrics are float32 []: the loss and its parts; scale and bias; the norms of the gradient before it is clipped, of the
-    update (both over the trained parameters), and of all parameters.
+    The metrics are float32 []: the loss and its parts; scale and bias; the learning rate; the norms of the gradient before it is
+    clipped, of the update (both over the trained parameters), and of all parameters.
     """
     towers = placement.towers(mesh, run.model.dtype)
     encode, compute_loss = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh)
@@ -61,7 +61,8 @@ def make_train_step(
         decay = run.optim.ema
         ema = None if state.ema is None or decay is None else ema_update(state.ema, params, decay, state.step)
         norms = {"grad_norm": gradient.params, "param_norm": params, "update_norm": updates}
-        scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
+        scalars = {"lr": next_rate(run.optim, run.train.steps, state.opt_state), "scale": jnp.exp(params["log_scale"])}
+        scalars |= {"bias": params["bias"]} if "bias" in params else {}
         metrics = {"loss": loss} | logged | scalars | {name: optax.tree.norm(tree) for name, tree in norms.items()}
         if remembered:
             remembered = memory.write(state.memory, batch["index"], memory.learn(run, remembered, gradient.temperatures))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from clipjax import config, sharding
 from clipjax.checkpoint import newest
 from clipjax.config import ConfigError
+from clipjax.train.loop import train
+from clipjax.train.optimizer import learning_rate
 from clipjax.train.workdir import Saved, open_workdir
 from tests.train import tiny
 
@@ -111,6 +114,37 @@ def test_the_best_of_the_only_evaluation_of_a_task_needs_no_dataset(tmp_path):
     run = during((config.Retrieval(),), keep=1, best=FOUND)
     run_it(run, tmp_path, [Evaluator([0.1, 0.9, 0.2])])
     assert steps_on_disk(tmp_path) == [8, 12]
+
+
+class Examples(list):
+    """Stands for a source, of which the loop asks the name and the number of examples."""
+
+    name = "tsv:pairs.tsv"
+
+
+def test_lines_say_how_far_the_run_is_and_where_its_time_went(tmp_path, capsys):
+    """Step, place in the data and learning rate go on where a run resumes; batches that are left out were passed, not seen."""
+    skip = during(steps=12, log_every=2, skip=((7, 9),))
+    for steps in (6, 12):
+        run = dataclasses.replace(skip, train=dataclasses.replace(skip.train, steps=steps))
+        workdir = open_workdir(run, tmp_path, tiny.mesh_of(2))
+        train(run, workdir, batches(replaced=4), [Evaluator([0.5, 0.5])], tiny.mesh_of(2), Examples([None] * 100))
+    said = capsys.readouterr().err
+    assert "6 steps of 16 = 96 examples, 1.0 epochs of tsv:pairs.tsv (100)\n" in said
+    assert "12 steps of 16 = 192 examples, 1.9 epochs of tsv:pairs.tsv (100)\n" in said
+    lines = [r for r in records(tmp_path) if "loss" in r]
+    assert [r["step"] for r in lines] == [2, 4, 6, 8, 10, 12]
+    assert [r["examples_seen"] for r in lines] == [16 * r["step"] for r in lines]
+    assert [r["epoch"] for r in lines] == [0.32, 0.64, 0.96, 1.6, 1.92, 2.24]
+    rate = learning_rate(RUN.optim, 12)
+    assert [np.float32(r["lr"]) for r in lines] == [rate(r["step"] - 1) for r in lines]
+    assert {(r["bad_share"], r["skipped_steps"]) for r in lines} == {(0.25, 0)}
+    spent = {r["step"]: (r["save_seconds"] > 0, r["eval_seconds"] > 0) for r in lines}  # after steps 4, 6, 8
+    assert spent == {2: (0, 0), 4: (0, 0), 6: (1, 1), 8: (0, 0), 10: (1, 1), 12: (0, 0)}
+    assert all(0 < r["useful_share"] <= 1 for r in lines)
+    assert all(r["useful_share"] < 1 for r in lines if r["save_seconds"])
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert not [key for key in lines[-1].keys() - {"softmax_loss"} if f"`{key}`" not in page]
 
 
 def everything(workdir):

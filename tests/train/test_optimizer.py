@@ -11,7 +11,7 @@ import pytest
 
 from clipjax.config import RULES, ConfigError, Constant, Cosine, ImageTower, Model, Optim, Rsqrt, Rule, TextTower
 from clipjax.models import clip
-from clipjax.train.optimizer import can_grow, clamp_scale, ema_update, learning_rate, make_optimizer, match_rules
+from clipjax.train.optimizer import can_grow, clamp_scale, ema_update, learning_rate, make_optimizer, match_rules, next_rate
 
 STEPS = 6
 KINDS = ("adamw", "lamb", "lion", "adafactor")
@@ -298,3 +298,19 @@ def test_ema_is_a_mean_at_first_and_slow_later():
         want = d * want + (1 - d) * (step + 1) * np.arange(3)
     np.testing.assert_allclose(ema["w"], want, rtol=1e-6)
     assert not ema["w"].weak_type
+
+
+@pytest.mark.parametrize("schedule", [Cosine(warmup=2), Rsqrt(warmup=1, timescale=3, cooldown=2), Constant(warmup=3, cooldown=2)])
+def test_the_logged_rate_is_that_of_the_update(schedule):
+    """Lion moves every weight by the rate, times its rule's factor; an update that is skipped leaves the rate as it is."""
+    optim = Optim(
+        kind="lion", lr=0.25, weight_decay=0.0, schedule=schedule, rules=(Rule(pattern="half", lr=0.5), Rule(pattern=".*"))
+    )
+    params = {"half": jnp.zeros(()), "full": jnp.zeros(())}
+    tx = make_optimizer(optim, STEPS, params)
+    state = tx.init(params)
+    for count in range(STEPS):
+        rate = next_rate(optim, STEPS, state)
+        updates, state = tx.update({"half": jnp.float32(1), "full": jnp.float32(-1)}, state, params)
+        assert (rate, rate / 2) == (updates["full"], -updates["half"])
+        assert rate == learning_rate(optim, STEPS)(count)

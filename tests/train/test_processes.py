@@ -33,8 +33,8 @@ except config.ConfigError as error:
 counts = DataCounts(sharding.make_mesh(config.Mesh(data=2, fsdp=1, tensor=2)))
 for _ in range(3):
     counts.count({"replaced": np.array([True, me == 1]), "truncated": np.array([False, False])})
-assert counts.read() == {"replaced": 9, "truncated": 0}
-assert counts.read() == {"replaced": 0, "truncated": 0}
+assert counts.read() == {"replaced": 9, "truncated": 0, "bad_share": 0.75}
+assert counts.read() == {"replaced": 0, "truncated": 0, "bad_share": 0.0}
 assert counts.total == {"replaced": 9, "truncated": 0}
 print("done")
 """
