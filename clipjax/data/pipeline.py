@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from clipjax import config
 from clipjax.config import ConfigError, require
 from clipjax.data import captions
 from clipjax.data.image import fit, min_decoded_side, transform
+from clipjax.data.order import Order, derived
 from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
@@ -60,16 +62,17 @@ class BatchStream(Iterator[Batch]):
 
 @dataclass(frozen=True)
 class _TrainExample:
-    """Makes an example from its index. Grain calls it in a worker, with a random generator of this index and epoch."""
+    """Makes the example at a position of the order. Grain calls it in a worker, with a random generator of this position."""
 
     source: Source
+    order: Order
     tokenizer: Tokenizer
     data: config.Data
     size: int
     teacher: Teacher | None
 
-    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        data, k = self.data, self.data.captions_per_image
+    def __call__(self, position: int, rng: np.random.Generator) -> Batch:
+        data, k, index = self.data, self.data.captions_per_image, self.order[position]
         example = self.source.read(index, min_decoded_side(self.size, data.augment))
         chosen = [example.captions[i] for i in captions.choose(len(example.captions), k, rng)]
         tokens, truncated = self.tokenizer.encode(chosen)
@@ -143,11 +146,11 @@ def train_batches(
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
     if teacher is None and data.teacher is not None:
         teacher = Teacher(data.teacher, source)
-    make_example = _TrainExample(source, tokenizer, data, image_size, teacher)
-    # From indices, not from the source: Grain would decode all images of a batch before it augments the first.
-    examples = grain.MapDataset.range(n).seed(seed).shuffle()[: n // batch_size * batch_size]
-    # random_map keys its generator by the index that it sees here: the position in the global order of all epochs.
-    batches = examples.random_map(make_example).repeat().batch(local, drop_remainder=True)
+    make_example = _TrainExample(source, Order(n, batch_size, seed), tokenizer, data, image_size, teacher)
+    # From positions, not from examples: Grain would decode all images of a batch before it augments the first. They count on
+    # over all epochs, and random_map keys its generator by them.
+    positions = grain.MapDataset.range(sys.maxsize).random_map(make_example, seed=derived(seed, "choices"))
+    batches = positions.batch(local, drop_remainder=True)
     return _open(_without(batches[process_index::process_count], skip)[start_step:], data)
 
 
