@@ -14,6 +14,7 @@ from clipjax.data.image import fit
 from clipjax.data.pipeline import eval_batches, eval_captions, train_batches
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.status import CertainFailure
 from tests.data.conftest import IMAGES, write_tsv
 
 AUGMENT = Augment(crop=0.5, flip=True, brightness=0.2)
@@ -292,7 +293,7 @@ def test_unreadable_images_are_marked_as_replaced(batches, images_tsv, tokenizer
 
 def test_nothing_readable_ends_the_run(batches, tmp_path):
     source = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, [('a.png', 'number 1'), ('b.png', 'number 2')])}"))
-    with pytest.raises(ConfigError, match=r"can't be read .* check the files"):
+    with pytest.raises(CertainFailure, match=r"can't be read .* check the files"):
         batches(1, batch_size=2, source=source)
 
 
