@@ -23,6 +23,7 @@ from clipjax.storage import DamagedError, SaveError, reading, refusal
 from clipjax.train.state import TrainState
 
 TOKENIZER = "tokenizer.json"
+COUNTS = "counts"  # item of a checkpoint, only with train.nonfinite = skip
 DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/, for checkpoints that could not be read
 
 
@@ -86,6 +87,8 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
+        if state.skipped_in_row is not None:
+            items[COUNTS] = ocp.args.StandardSave({"skipped_in_row": state.skipped_in_row})
         tracked = (metrics or {}) if self._run.train.best else None
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=tracked)
@@ -127,6 +130,8 @@ class Checkpoints:
         items["training"] = ocp.args.StandardRestore(_training(abstract))
         if abstract.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        if abstract.skipped_in_row is not None and (self._workdir / "checkpoints" / str(step) / COUNTS).exists():
+            items[COUNTS] = ocp.args.StandardRestore({"skipped_in_row": abstract.skipped_in_row})
         error = None
         try:
             with reading(self._workdir, step), _reader(self._workdir, alone=True) as reader:
@@ -135,8 +140,11 @@ class Checkpoints:
             error = e
         if not multihost_utils.process_allgather(np.array([error is None])).all():
             raise error or DamagedError(f"{self._workdir}@{step} can't be read by another process")
-        training = got.training
-        return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), training.get("memory", {}))
+        training, in_row = got.training, got.get(COUNTS, {}).get("skipped_in_row")
+        if abstract.skipped_in_row is not None and in_row is None:  # train.nonfinite was `stop` so far
+            in_row = jax.device_put(np.int32(0), abstract.skipped_in_row.sharding)
+        memory = training.get("memory", {})
+        return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), memory, in_row)
 
 
 class _Manager(ocp.CheckpointManager):

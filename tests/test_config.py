@@ -320,7 +320,8 @@ FREE = {
     *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
     *("data.workers", "data.worker_kind", "model.remat", "model.unroll"),
     *("evals.0.data", "evals.0.split", "evals.0.every"),
-    *(f"train.{name}" for name in ("micro_batches", "log_every", "checkpoint_every", "keep", "best", "eval_batch_size", "skip")),
+    *(f"train.{name}" for name in ("micro_batches", "log_every", "checkpoint_every", "keep", "best", "eval_batch_size")),
+    *("train.skip", "train.nonfinite", "train.nonfinite_max"),
     "train.keep_every",
 }
 OTHER = {  # a valid other value where adding or negating would not give one
@@ -335,7 +336,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.activation": "quick_gelu", "model.text.activation": "quick_gelu", "model.text.pool": "last",
     "model.dtype": "float32", "model.remat": "full", "optim.kind": "lion", "optim.mu_dtype": "bfloat16",
     "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5), "objective.0.label_smoothing": 0.5,
-    "objective.0.reduction": "sum", "objective.0.prefixes": (64,), "train.skip": ((3, 5),),
+    "objective.0.reduction": "sum", "objective.0.prefixes": (64,), "train.skip": ((3, 5),), "train.nonfinite": "skip",
 }  # fmt: skip
 BASE = Run(
     data=Data(spec="emoji"),

@@ -132,9 +132,14 @@ class Train(Strict):
     eval_batch_size: int = free(256)  # examples that an evaluation encodes at once, over all devices
     # Batches to leave out: each pair (a, b) leaves out the batches a, ..., b - 1 of the order, which counts from 0.
     skip: tuple[tuple[int, int], ...] = free(())
+    # A step whose loss or gradient norm is not finite: `stop` ends the run; `skip` leaves weights, optimizer, moving average and
+    # example memory as they are, and goes on with the next batch.
+    nonfinite: Literal["stop", "skip"] = free("stop")
+    nonfinite_max: int = free(10)  # the most such steps in a row that are skipped; one more ends the run
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size"):
+        counts = ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size")
+        for name in (*counts, "nonfinite_max"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
         if self.keep_every is not None:
             require(self.keep_every > 0, "train.keep_every", self.keep_every, "must be positive or None")

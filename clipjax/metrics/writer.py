@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -22,8 +23,9 @@ _Pushed = tuple[int, dict[str, jax.Array], dict[str, Any] | None]  # step, scala
 class NonFiniteError(FloatingPointError):
     """A loss or norm is NaN or infinite. `step` is the number of finished steps at that point."""
 
-    def __init__(self, name: str, value: float, step: int) -> None:
-        super().__init__(f"{name} = {value} at step {step}")
+    def __init__(self, name: str, value: float, step: int, skipped: int = 0) -> None:
+        in_row = f", after {skipped - 1} others in a row that were skipped" if skipped else ""
+        super().__init__(f"{name} = {value} at step {step}{in_row}")
         self.step = step
 
 
@@ -35,10 +37,14 @@ class MetricsWriter:
     most Mirror.EVERY seconds late.
     """
 
-    CHECKED = ("loss", "grad_norm", "param_norm", "update_norm")  # must be finite in every step
+    CHECKED = ("loss", "grad_norm", "param_norm", "update_norm")  # must be finite in every step that is not skipped
+    IN_ROW = "skipped_in_row"  # not written
 
-    def __init__(self, workdir: Path, step: int = 0) -> None:
-        """`step`: finished steps of the state that the run starts from. Lines of later steps are removed from the file."""
+    def __init__(self, workdir: Path, step: int = 0, nonfinite_max: int = 0) -> None:
+        """`step`: finished steps of the state that the run starts from. Lines of later steps are removed from the file.
+        `nonfinite_max`: how many steps in a row may be skipped because they were not finite.
+        """
+        self._nonfinite_max = nonfinite_max
         self._before: list[_Pushed] = []  # the last interval, up to and with the last step that becomes a line
         self._since: list[_Pushed] = []  # the steps after it
         self._file = self._board = self._mirror = None
@@ -62,7 +68,7 @@ class MetricsWriter:
         for the first step whose values are not finite.
         """
         if host is None:
-            self._since.append((step, {k: values[k] for k in self.CHECKED if k in values}, None))
+            self._since.append((step, {k: values[k] for k in (*self.CHECKED, self.IN_ROW) if k in values}, None))
             return None
         ready, self._before, self._since = self._before, [*self._since, (step, dict(values), dict(host))], []
         return self._read(ready)
@@ -109,20 +115,27 @@ class MetricsWriter:
         line = None
         fetched = jax.device_get([values for _, values, _ in steps])
         for (step, _, host), values in zip(steps, fetched, strict=True):
-            for name in self.CHECKED:
-                if name in values and not math.isfinite(values[name]):
-                    raise NonFiniteError(name, float(values[name]), step)
+            self._check(step, values, int(values.pop(self.IN_ROW, 0)))
             if host is not None:
                 line = {"step": step} | {name: _number(value) for name, value in values.items()} | host
                 self._write(line, "", {k: v for k, v in line.items() if k != "step"})
         return line
+
+    def _check(self, step: int, values: Mapping[str, np.ndarray], skipped: int) -> None:
+        """Raises NonFiniteError for values that are not finite. `skipped`: so many steps in a row, up to here, did nothing."""
+        is_skipped = 0 < skipped <= self._nonfinite_max
+        for name in ("param_norm",) if is_skipped else self.CHECKED:
+            if name in values and not math.isfinite(values[name]):
+                raise NonFiniteError(name, float(values[name]), step, skipped)
+        if is_skipped and self._file is not None:  # once, in the first process
+            logging.warning(f"step {step:,} was skipped: loss = {values['loss']}, grad_norm = {values['grad_norm']}")
 
     def _write(self, line: Mapping[str, Any], prefix: str, scalars: Mapping[str, float]) -> None:
         if self._file is None or self._board is None:
             return
         self._file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
         self._file.flush()
-        known = {prefix + name: value for name, value in scalars.items() if value is not None}  # mfu is None on unknown chips
+        known = {prefix + name: value for name, value in scalars.items() if _strict(value) is not None}
         self._board.scalars(line["step"], known)
         if self._mirror is not None:
             self._mirror.push_if_due()

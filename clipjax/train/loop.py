@@ -81,7 +81,7 @@ def train(
         devices = _Devices(resolved, tx, mesh, state)
         data = stack.enter_context(batches(schedule.start))
         save_config(run, workdir.path)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, schedule.start)))
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max)))
         progress = stack.enter_context(Progress(run.train.steps))
         flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
         report = Report(run, mesh, writer, progress, flops, None if source is None else len(source))

@@ -51,8 +51,12 @@ def next_rate(optim: Optim, steps: int, opt_state: optax.OptState) -> jax.Array:
 
     From the optimizer's own count of updates, which is not the number of steps where updates were skipped.
     """
-    count = optax.tree.get(opt_state, "count", filtering=lambda path, _: "ScaleByScheduleState" in str(path[-1]))
-    return jnp.asarray(learning_rate(optim, steps)(count))
+    return jnp.asarray(learning_rate(optim, steps)(finished_updates(opt_state)))
+
+
+def finished_updates(opt_state: optax.OptState) -> jax.Array:
+    """How many updates the optimizer has made, int32 []: the count of its schedule. Steps that were skipped do not count."""
+    return optax.tree.get(opt_state, "count", filtering=lambda path, _: "ScaleByScheduleState" in str(path[-1]))
 
 
 def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str | None:

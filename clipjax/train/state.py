@@ -23,6 +23,8 @@ class TrainState:
     opt_state: optax.OptState
     ema: clip.Params | None  # moving average of the weights, where optim.ema asks for one
     memory: Memory = dataclasses.field(default_factory=dict)  # values of every example (see train/memory.py)
+    # int32 []: with train.nonfinite = skip, how many steps before this one, in a row, were not finite
+    skipped_in_row: jax.Array | None = None
 
     @property
     def evaluated(self) -> clip.Params:
@@ -33,7 +35,9 @@ class TrainState:
 def _fresh(run: config.Run, tx: optax.GradientTransformation) -> TrainState:
     params = clip.init(run.model, run.seed)
     ema = params if run.optim.ema is not None else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, memory.initial(run))
+    zero = jnp.zeros((), jnp.int32)
+    in_row = zero if run.train.nonfinite == "skip" else None
+    return TrainState(zero, params, tx.init(params), ema, memory.initial(run), in_row)
 
 
 def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from clipjax import config, losses, placement, sharding
 from clipjax.models import clip
 from clipjax.models.text import lengths
-from clipjax.train import accumulate, memory
+from clipjax.train import accumulate, memory, nonfinite
 from clipjax.train.memory import Memory
 from clipjax.train.optimizer import clamp_scale, ema_update, next_rate, stop_frozen
 from clipjax.train.state import TrainState
@@ -45,7 +45,8 @@ def make_train_step(
     int32 [B] in the dataset, and what the objective's terms need: `id` int32 [B], `teacher_image` and `teacher_text` [B, f].
 
     The metrics are float32 []: the loss and its parts; scale and bias; the learning rate; the norms of the gradient before it is
-    clipped, of the update (both over the trained parameters), and of all parameters.
+    clipped, of the update (both over the trained parameters), and of all parameters. With train.nonfinite = skip,
+    `nonfinite.count` adds two, and a step that is not finite changes nothing of the state but its two counts.
     """
     towers = placement.towers(mesh, run.model.dtype)
     encode, compute_loss = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh)
@@ -58,15 +59,22 @@ def make_train_step(
         (loss, (logged, remembered)), gradient = value_and_grad(trainable, batch | {"keys": keys, "memory": past})
         updates, opt_state = tx.update(gradient.params, state.opt_state, state.params)
         params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
+        choose = nonfinite.choice(run.train.nonfinite, loss, gradient.params)
+        params, opt_state = choose((params, opt_state), (state.params, state.opt_state))
         decay = run.optim.ema
-        ema = None if state.ema is None or decay is None else ema_update(state.ema, params, decay, state.step)
+        if state.ema is None or decay is None:
+            ema = None
+        else:
+            ema = choose(ema_update(state.ema, params, decay, nonfinite.updates(state)), state.ema)
         norms = {"grad_norm": gradient.params, "param_norm": params, "update_norm": updates}
         scalars = {"lr": next_rate(run.optim, run.train.steps, state.opt_state), "scale": jnp.exp(params["log_scale"])}
         scalars |= {"bias": params["bias"]} if "bias" in params else {}
         metrics = {"loss": loss} | logged | scalars | {name: optax.tree.norm(tree) for name, tree in norms.items()}
         if remembered:
-            remembered = memory.write(state.memory, batch["index"], memory.learn(run, remembered, gradient.temperatures))
-        return TrainState(state.step + 1, params, opt_state, ema, remembered), metrics
+            rows = choose(memory.learn(run, remembered, gradient.temperatures), past)
+            remembered = memory.write(state.memory, batch["index"], rows)
+        in_row, counts = nonfinite.count(state, opt_state, choose)
+        return TrainState(state.step + 1, params, opt_state, ema, remembered, in_row), metrics | counts
 
     return train_step
 
