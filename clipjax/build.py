@@ -14,14 +14,15 @@ from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.train.loop import Batches
+from clipjax.train.origin import Origin
 from clipjax.train.workdir import Workdir
 
 NOT_SHARED = "must be on storage that all processes share"
 
 
 def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
-    """The run's tokenizer. A run that resumes loads that of its workdir; a new one trains or loads it, as run.tokenizer says, and
-    saves it there.
+    """The run's tokenizer. A run that resumes loads that of its workdir. A new one saves it there; it has that of the run that it
+    starts from, or trains or loads it, as run.tokenizer says.
 
     Raises ConfigError if the source is too small (`pipeline.check_source`), if a term that stores values of every example expects
     another number of examples, and if the ids do not fit the text tower.
@@ -39,14 +40,18 @@ def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
             loaded = Tokenizer.load(file, run.model.text.length)
             _check_ids(run, loaded)
             return loaded
-        new = _new_tokenizer(run, source)
+        new = _new_tokenizer(run, workdir.origin, source)
         _check_ids(run, new)  # before it is saved: a configuration that is refused leaves no workdir
         new.save(file)
         return new
 
 
-def _new_tokenizer(run: config.Run, source: Source) -> Tokenizer:
+def _new_tokenizer(run: config.Run, origin: Origin | None, source: Source) -> Tokenizer:
     text = run.model.text
+    if origin is not None:
+        file = origin.path / TOKENIZER
+        config.require(file.exists(), "init.run", str(origin), f"its workdir has no {TOKENIZER}: put it back")
+        return Tokenizer.load(file, text.length)
     if isinstance(run.tokenizer, config.TokenizerFile):
         return Tokenizer.load(run.tokenizer.path, text.length)
     return Tokenizer.train(source.captions(), text.vocab_size, run.tokenizer.lowercase, text.length)

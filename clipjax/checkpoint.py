@@ -122,29 +122,8 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state as it was saved, sharded as `abstract` (shapes with shardings) says. Its mesh may differ from the saved one.
-
-        Raises DamagedError on all processes if one of them can't read its part.
-        """
-        items = {"params": ocp.args.StandardRestore(abstract.params)}
-        items["training"] = ocp.args.StandardRestore(_training(abstract))
-        if abstract.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(abstract.ema)
-        if abstract.skipped_in_row is not None and (self._workdir / "checkpoints" / str(step) / COUNTS).exists():
-            items[COUNTS] = ocp.args.StandardRestore({"skipped_in_row": abstract.skipped_in_row})
-        error = None
-        try:
-            with reading(self._workdir, step), _reader(self._workdir, alone=True) as reader:
-                got = reader.restore(step, args=ocp.args.Composite(**items))
-        except DamagedError as e:
-            error = e
-        if not multihost_utils.process_allgather(np.array([error is None])).all():
-            raise error or DamagedError(f"{self._workdir}@{step} can't be read by another process")
-        training, in_row = got.training, got.get(COUNTS, {}).get("skipped_in_row")
-        if abstract.skipped_in_row is not None and in_row is None:  # train.nonfinite was `stop` so far
-            in_row = jax.device_put(np.int32(0), abstract.skipped_in_row.sharding)
-        memory = training.get("memory", {})
-        return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), memory, in_row)
+        """`restore` of this workdir."""
+        return restore(self._workdir, step, abstract)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -179,12 +158,15 @@ def _score(name: str, metrics: dict[str, float]) -> float:
     return metrics.get(name, -math.inf)
 
 
-def split_name(name: str) -> tuple[Path, int | None]:
-    """`RUN` or `RUN@STEP` -> the workdir, and the step or None. Raises ConfigError unless it is a workdir that can be read."""
+def split_name(name: str, field: str = "RUN") -> tuple[Path, int | None]:
+    """`RUN` or `RUN@STEP` -> the workdir, and the step or None.
+
+    Raises ConfigError, with `field` for the name, unless it is a workdir that can be read.
+    """
     path, at, step = name.rpartition("@")
     workdir, step = (as_path(path), int(step)) if at and step.isdigit() else (as_path(name), None)
     found = reach(workdir, (workdir / "config.json").exists)
-    config.require(found, "RUN", name, "is not a workdir of `clipjax train`: it has no config.json")
+    config.require(found, field, name, "is not a workdir of `clipjax train`: it has no config.json")
     return workdir, step
 
 
@@ -227,24 +209,59 @@ def newest(workdir: Path) -> tuple[int, config.Run] | None:
     return None
 
 
-def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
-    """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
+def restore(workdir: Path, step: int, abstract: TrainState) -> TrainState:
+    """The state as it was saved, sharded as `abstract` (shapes with shardings) says. Its mesh may differ from the saved one.
 
-    Raises ConfigError where there is no such checkpoint, and DamagedError where it can't be read.
+    Raises DamagedError on all processes if one of them can't read its part.
     """
-    workdir, step = split_name(name)
+    items = {"params": ocp.args.StandardRestore(abstract.params)}
+    items["training"] = ocp.args.StandardRestore(_training(abstract))
+    if abstract.ema is not None:
+        items["ema"] = ocp.args.StandardRestore(abstract.ema)
+    if abstract.skipped_in_row is not None and (workdir / "checkpoints" / str(step) / COUNTS).exists():
+        items[COUNTS] = ocp.args.StandardRestore({"skipped_in_row": abstract.skipped_in_row})
+    error = None
+    try:
+        with reading(workdir, step), _reader(workdir, alone=True) as reader:
+            got = reader.restore(step, args=ocp.args.Composite(**items))
+    except DamagedError as e:
+        error = e
+    if not multihost_utils.process_allgather(np.array([error is None])).all():
+        raise error or DamagedError(f"{workdir}@{step} can't be read by another process")
+    training, in_row = got.training, got.get(COUNTS, {}).get("skipped_in_row")
+    if abstract.skipped_in_row is not None and in_row is None:  # train.nonfinite was `stop` so far
+        in_row = jax.device_put(np.int32(0), abstract.skipped_in_row.sharding)
+    memory = training.get("memory", {})
+    return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), memory, in_row)
+
+
+def look_up(name: str, field: str = "RUN") -> tuple[Path, int, config.Run]:
+    """The workdir, the step and the configuration of the checkpoint `RUN[@STEP]`.
+
+    Raises ConfigError where there is no such checkpoint, with `field` for its name, and DamagedError where it can't be read.
+    """
+    workdir, step = split_name(name, field)
     exists = (workdir / "checkpoints").exists()
-    config.require(exists, "RUN", name, "has no checkpoint yet: it was stopped before the first was written")
+    config.require(exists, field, name, "has no checkpoint yet: it was stopped before the first was written")
     with _reader(workdir) as reader:
         steps = sorted(reader.all_steps())
         if step is None and steps:
             step = steps[-1]
         if step is None or step not in steps:
             found = ", ".join(map(str, steps)) or "(none)"
-            raise config.ConfigError(f"RUN = {name!r}: has checkpoints of steps {found} only")
+            raise config.ConfigError(f"{field} = {name!r}: has checkpoints of steps {found} only")
         with reading(workdir, step):
-            run = read_config(reader, step)
-            target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
-            item = "params" if run.optim.ema is None else "ema"
-            restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
+            return workdir, step, read_config(reader, step)
+
+
+def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
+    """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
+
+    Raises as `look_up`.
+    """
+    workdir, step, run = look_up(name)
+    with reading(workdir, step), _reader(workdir) as reader:
+        target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
+        item = "params" if run.optim.ema is None else "ema"
+        restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
     return run, restored[item], step

@@ -321,7 +321,7 @@ FREE = {
     *("data.workers", "data.worker_kind", "model.remat", "model.unroll"),
     *("evals.0.data", "evals.0.split", "evals.0.every"),
     *(f"train.{name}" for name in ("micro_batches", "log_every", "checkpoint_every", "keep", "best", "eval_batch_size")),
-    *("train.skip", "train.nonfinite", "train.nonfinite_max"),
+    *("train.skip", "train.nonfinite", "train.nonfinite_max", "init"),
     "train.keep_every",
 }
 OTHER = {  # a valid other value where adding or negating would not give one
@@ -337,6 +337,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "model.dtype": "float32", "model.remat": "full", "optim.kind": "lion", "optim.mu_dtype": "bfloat16",
     "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5), "objective.0.label_smoothing": 0.5,
     "objective.0.reduction": "sum", "objective.0.prefixes": (64,), "train.skip": ((3, 5),), "train.nonfinite": "skip",
+    "init": config.Init(run="runs/a@3", state="all"),
 }  # fmt: skip
 BASE = Run(
     data=Data(spec="emoji"),

@@ -35,13 +35,13 @@ from clipjax.config.objective import (
     Uniformity,
     check_objective,
 )
-from clipjax.config.train import RULES, Constant, Cosine, Mesh, Optim, Rsqrt, Rule, Train
+from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train
 from clipjax.config.unions import registered, require_registered
 
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "ConfigError",
     "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
-    "Geometry", "HardNegative", "ImageTower", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Remembering",
+    "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Remembering",
     "Retrieval", "Rsqrt",
     "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
     "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
@@ -61,6 +61,7 @@ class Run(Strict):
     train: Train = Train()  # steps, batch size, cadences
     evals: tuple[TrainingEvaluation, ...] = free(())  # evaluations during training
     mesh: Mesh = Mesh()  # how devices share the work
+    init: Init | None = free(None)  # another run's state to start from; None: new weights
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")

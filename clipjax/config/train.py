@@ -116,6 +116,17 @@ class Mesh(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Init(Strict):
+    """Another run's state, from which a new workdir starts. A workdir that has checkpoints goes on from its own."""
+
+    run: str  # the other run's workdir, for its newest checkpoint, or workdir@STEP
+    state: Literal["all"]  # what is taken. all: weights, optimizer, step, moving average, example memory, place in the data
+
+    def __post_init__(self) -> None:
+        require(bool(self.run), "init.run", self.run, "must name a workdir, or workdir@STEP")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train(Strict):
     """How long a run is, how large its batch is, how often it logs and saves, and which checkpoints it keeps."""
 

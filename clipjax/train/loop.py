@@ -21,8 +21,9 @@ from clipjax.models import clip
 from clipjax.storage import DISK_FULL
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
+from clipjax.train.origin import restore_origin
 from clipjax.train.progress import Progress
-from clipjax.train.report import Report, say, say_start
+from clipjax.train.report import Report, say, say_finished, say_start
 from clipjax.train.state import TrainState, abstract_state, initial_state
 from clipjax.train.step import Batch, Metrics, jit_step, make_train_step
 from clipjax.train.workdir import Workdir, evaluated, restore_newest, save_config
@@ -64,23 +65,26 @@ def train(
     """
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
     tx = make_optimizer(run.optim, run.train.steps, params)
-    abstract = abstract_state(run, tx, mesh)
+    abstract, origin = abstract_state(run, tx, mesh), workdir.origin
+    given = None if origin is None else restore_origin(run, origin, abstract)
     # Nothing above this line writes a file: it only finds what is wrong with the run.
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir.path, run))
-        stack.enter_context(_name_last_good(checkpoints, workdir.path))
-        saved, state = restore_newest(run, workdir, checkpoints, abstract) or (None, initial_state(run, tx, mesh))
-        schedule = _Schedule(run.train, evaluators, saved.step if saved else 0, workdir.path)
+        stack.enter_context(_name_last_good(checkpoints, workdir.path, run.train))
+        begin, state = restore_newest(run, workdir, checkpoints, abstract) or (origin, given or initial_state(run, tx, mesh))
+        schedule = _Schedule(run.train, evaluators, begin.step if begin else 0, workdir.path)
         if schedule.is_finished:
-            say(f"{workdir.path}: finished, with all its {run.train.steps:,} steps; raise train.steps or choose a new --workdir")
+            say_finished(run, workdir.path)
             return state
-        say_start(run, workdir.path, saved, source)
+        say_start(run, workdir.path, begin, source)
         resolved = remat.resolved(run, mesh, abstract)
         if resolved != run:
             say(f"model.remat = auto: {resolved.model.remat}")
         devices = _Devices(resolved, tx, mesh, state)
         data = stack.enter_context(batches(schedule.start))
         save_config(run, workdir.path)
+        if origin:  # from here on, the workdir needs nothing of the run that it started from
+            checkpoints.save(origin.step, state)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max)))
         progress = stack.enter_context(Progress(run.train.steps))
         flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
@@ -235,13 +239,16 @@ class _Loop:
 
 
 @contextlib.contextmanager
-def _name_last_good(checkpoints: Checkpoints, workdir: Path) -> Iterator[None]:
+def _name_last_good(checkpoints: Checkpoints, workdir: Path, cfg: config.Train) -> Iterator[None]:
     """For `with`: a loss that is not finite, or a full disk, becomes an error that names the last good checkpoint."""
     try:
         yield
     except NonFiniteError as error:
         checkpoints.wait()
-        remedy = "lower optim.lr or set optim.clip_norm, in a new workdir"
+        first, last = cfg.place(error.step - max(error.skipped, 1)), cfg.place(error.step - 1)
+        trained_on = f"batch {last}" if first == last else f"batches {first} to {last}"
+        remedy = f"the same command without {trained_on} (train.skip); or a new --workdir, started from a checkpoint by init, "
+        remedy += "with a lower optim.lr or with optim.clip_norm"
         raise FloatingPointError(f"{error}; {checkpoints.last_good()}. Remedy: {remedy}") from error
     except OSError as error:
         if error.errno not in DISK_FULL:

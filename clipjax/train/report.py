@@ -12,6 +12,8 @@ from clipjax.data.source import Source
 from clipjax.metrics.clock import Clock, DataCounts
 from clipjax.metrics.flops import mfu
 from clipjax.metrics.writer import EvaluationResults, MetricsWriter
+from clipjax.train.optimizer import can_grow
+from clipjax.train.origin import Origin, changes_order
 from clipjax.train.progress import Progress
 from clipjax.train.workdir import Saved, changes
 
@@ -22,17 +24,29 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def say_start(run: config.Run, workdir: Path, saved: Saved | None, source: Source | None) -> None:
-    """Prints where a run starts, if it resumes, and how long it is: its steps, examples and epochs."""
+def say_start(run: config.Run, workdir: Path, begin: Saved | Origin | None, source: Source | None) -> None:
+    """Prints where a run starts, if it resumes or has another run's state, and how long it is: its steps, examples and epochs."""
     train = run.train
-    if saved:
-        changed = "; ".join(changes(saved.run, run))
+    if begin:
+        changed = "; ".join(line for line in changes(begin.run, run) if not line.startswith("init"))
         changed = f"; changed: {changed}" if changed else ""
-        say(f"{workdir}: resuming at step {saved.step:,} of {train.steps:,}{changed}")
+        starts = f"starts from {begin}" if isinstance(begin, Origin) else "resuming"
+        say(f"{workdir}: {starts} at step {begin.step:,} of {train.steps:,}{changed}")
+        if changes_order(begin.run, run):
+            say(f"the order of the data is another one: it goes on with its batch {train.place(begin.step):,}")
     if source is not None:
         examples, size = train.steps * train.batch_size, len(source)
         epochs = f"{examples / size:,.1f} epochs of {source.name} ({size:,})"
         say(f"{train.steps:,} steps of {train.batch_size:,} = {examples:,} examples, {epochs}")
+
+
+def say_finished(run: config.Run, workdir: Path) -> None:
+    """Prints that a run has all its steps, and how to go on."""
+    steps = run.train.steps
+    remedy = "raise train.steps, or choose a new --workdir"
+    if can_grow(run.optim, steps, steps + 1, steps) is not None:
+        remedy = f"its schedule ends here: choose a new --workdir, which init = Init(run='{workdir}', state='all') starts from it"
+    say(f"{workdir}: finished, with all its {steps:,} steps; {remedy}")
 
 
 class Report:

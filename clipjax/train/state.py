@@ -40,13 +40,18 @@ def _fresh(run: config.Run, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(zero, params, tx.init(params), ema, memory.initial(run), in_row)
 
 
+def state_shapes(run: config.Run, tx: optax.GradientTransformation) -> TrainState:
+    """The shapes and dtypes of a run's state, without arrays."""
+    return jax.eval_shape(lambda: _fresh(run, tx))
+
+
 def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of a run's state, without arrays. A checkpoint is restored into it.
 
     Raises ConfigError where the mesh would replicate what it should shard.
     """
     sharding.check_tensor(run.model, mesh)
-    return sharding.shapes(jax.eval_shape(lambda: _fresh(run, tx)), mesh)
+    return sharding.shapes(state_shapes(run, tx), mesh)
 
 
 def initial_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -19,6 +19,7 @@ from clipjax.checkpoint import Checkpoints, newest
 from clipjax.files import write_atomic
 from clipjax.storage import DamagedError
 from clipjax.train.optimizer import can_grow
+from clipjax.train.origin import Origin, changes_order, find_origin
 from clipjax.train.state import TrainState
 
 
@@ -35,7 +36,8 @@ class Workdir:
     """A run's folder, and what was found in it."""
 
     path: Path
-    saved: Saved | None = None  # None: there is no checkpoint, the run starts at step 0
+    saved: Saved | None = None  # None: there is no checkpoint
+    origin: Origin | None = None  # of a workdir without checkpoint: where its state comes from. None: the run starts at step 0
 
 
 def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Workdir:
@@ -44,14 +46,20 @@ def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Workdir:
     Called once for a run, before any data is opened; later functions get the result. Writes nothing.
 
     Raises ConfigError for several processes that are not joined or find different checkpoints, for a mesh that does not divide
-    the batch or the towers, and for a checkpoint of another run. Raises DamagedError if no checkpoint can be read.
+    the batch or the towers, and for a checkpoint of another run, or one that run.init names and that does not fit. Raises
+    DamagedError if no checkpoint can be read.
     """
     distributed.require_joined()
     sharding.check_batch(run, mesh)
     sharding.check_tensor(run.model, mesh)
     saved = _find_checkpoint(run, path)
     distributed.agree("the newest checkpoint's step", saved.step if saved else "none")
-    return Workdir(path, saved)
+    if saved or (origin := find_origin(run)) is None:
+        return Workdir(path, saved)
+    distributed.agree("the step of init.run", origin.step)
+    if not changes_order(origin.run, run):
+        _check_skip(run, origin.path, origin)
+    return Workdir(path, origin=origin)
 
 
 def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
@@ -60,6 +68,9 @@ def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
     if found is None:
         return None
     saved = Saved(*found)
+    if run.init not in (None, saved.run.init):
+        remedy = f"{path} has checkpoints, from which it goes on; choose a new --workdir, or set init to {saved.run.init}"
+        raise config.ConfigError(f"init.run = {run.init.run!r}: {remedy}")
     if differences := config.identity_differences(saved.run, run):
         rows = "\n  ".join(differences)
         raise config.ConfigError(f"the workdir holds another run; change these back, or choose a new --workdir:\n  {rows}")
@@ -69,11 +80,13 @@ def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
     return saved
 
 
-def _check_skip(run: config.Run, path: Path, saved: Saved) -> None:
-    """Raises ConfigError where `run` leaves out batches that the checkpoint was trained on, or has those that it left out."""
+def _check_skip(run: config.Run, path: Path, saved: Saved | Origin) -> None:
+    """Raises ConfigError where `run` leaves out batches that a checkpoint in the workdir `path` was trained on, or has those that
+    it left out.
+    """
     first = run.train.first_other_batch(saved.run.train)
     if first is not None and first < saved.step:
-        go_back = f"or start a new workdir by init = Init(run='{path}@STEP', state='all'), from a step of {first} at most"
+        go_back = f"or start a new --workdir by init = Init(run='{path}@STEP', state='all'), from a step of {first} at most"
         remedy = f"changes batches of the {saved.step} finished steps, from step {first} on; change it back, {go_back}"
         raise config.ConfigError(f"train.skip = {run.train.skip}: {remedy}")
 

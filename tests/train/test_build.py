@@ -12,6 +12,7 @@ from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.training import make_evaluators
 from clipjax.train import workdir
+from clipjax.train.origin import Origin
 from tests.train import tiny, tiny_hosts
 
 
@@ -67,6 +68,17 @@ def test_a_tokenizer_without_checkpoint_is_made_anew(run, sources, tmp_path):
         cased = dataclasses.replace(run, tokenizer=config.BPE(lowercase=lowercase))
         upper, lower = build.tokenizer(cased, opened_workdir(cased, tmp_path), sources["red"]).encode(["RED", "red"])[0]
         assert (upper == lower).all() == lowercase
+
+
+def test_the_tokenizer_comes_along_with_a_state(run, sources, tmp_path):
+    """Also to other captions."""
+    build.tokenizer(run, opened_workdir(run, tmp_path / "old"), sources["uno"])
+    new = workdir.Workdir(tmp_path / "new", origin=Origin(tmp_path / "old", 3, run))
+    made = build.tokenizer(run, new, sources["red"]).backend.get_vocab()
+    assert made == vocabulary(tmp_path / "old" / "tokenizer.json") == vocabulary(tmp_path / "new" / "tokenizer.json")
+    (tmp_path / "old" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"^init\.run = '.*old@3': its workdir has no tokenizer\.json"):
+        build.tokenizer(run, new, sources["red"])
 
 
 def test_a_checkpoints_tokenizer_stays(run, sources, tmp_path):
