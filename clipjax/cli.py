@@ -17,6 +17,8 @@ from types import ModuleType
 import clipjax
 from clipjax import commands, config, environment, preemption
 from clipjax.arguments import Help
+from clipjax.config.fields import nearest
+from clipjax.config.packaged import packaged_configs
 from clipjax.options import COMMANDS, GROUPS, Argument, Command
 from clipjax.status import BROKEN_PIPE_STATUS, CERTAIN_STATUS, INTERRUPTED_STATUS, WRONG_USE_STATUS, CertainFailure
 
@@ -66,10 +68,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. `rest` holds those that this parser does not know: for a command with `fields`, fields of the config."""
-    args, args.rest = make_parser().parse_known_args(argv)
+    words, found = _config_first(sys.argv[1:] if argv is None else list(argv))
+    args, args.rest = make_parser().parse_known_args(words)
+    if args.fields and not found:
+        args.config = None  # argparse took the value of an option that it does not know
     if args.rest and not args.fields:
-        args.parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        options = [word for word in args.rest if word.startswith("--")]
+        near = f"; the nearest of {options[0]} is {nearest(options[0], args.own_options)}" if options and args.own_options else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(args.rest)}{near}")
     return args
+
+
+def _config_first(words: list[str]) -> tuple[list[str], bool]:
+    """The words of a command line, with CONFIG.py|NAME before the options; and whether there is one.
+
+    argparse knows no field of a config, so it cannot tell their values from it. What follows an option is its value.
+    """
+    command = next((c for c in COMMANDS if c.fields and words[: len(c.name.split())] == c.name.split()), None)
+    if command is None:
+        return words, False
+    start = len(command.name.split())
+    flags = {"-h", "--help", *(a.name for a in _own(command) if a.keywords.get("action") == "store_true")}
+    pairs = list(zip(words[start - 1 :], words[start:], strict=False))
+    free = [
+        place
+        for place, (before, word) in enumerate(pairs, start)
+        if not word.startswith("-") and (not before.startswith("--") or "=" in before or before in flags)
+    ]
+    names = packaged_configs()
+    config_like = [place for place in free if words[place].endswith(".py") or "/" in words[place] or words[place] in names]
+    if not free:
+        return words, False
+    place = (config_like or free)[0]
+    return [*words[:start], words[place], *words[start:place], *words[place + 1 :]], True
 
 
 def _outcome(error: BaseException, resumes: bool) -> tuple[int, str, bool]:
@@ -129,6 +160,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _own(command: Command) -> list[Argument]:
+    """A command's arguments, those that exclude each other included."""
+    return [a for entry in command.arguments for a in ([entry] if isinstance(entry, Argument) else entry)]
+
+
 def _add(under: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, command: Command) -> None:
     """Adds the parser of one command."""
     parser = under.add_parser(
@@ -139,7 +175,8 @@ def _add(under: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str
         allow_abbrev=False,
         add_help=not command.fields,
     )
-    parser.set_defaults(run=command.run, parser=parser, fields=command.fields)
+    own = [argument.name for argument in _own(command) if argument.name.startswith("--")]
+    parser.set_defaults(run=command.run, parser=parser, fields=command.fields, own_options=own)
     if command.fields:
         what = "a Python file with config() -> clipjax.config.Run, or a name that `clipjax configs` lists"
         parser.add_argument("config", nargs="?", metavar="CONFIG.py|NAME", help=what)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import clipjax
 from clipjax import config
 from clipjax.arguments import writable_file
-from clipjax.config.load import load_config, override
+from clipjax.config.load import load_config
+from clipjax.config.override import override
 from clipjax.config.packaged import packaged_config, packaged_configs, summary
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def _configured(args: argparse.Namespace, needed: str = "") -> config.Run | None
             _wrong_use(args, "CONFIG.py is needed, or a NAME that `clipjax configs` lists")
         args.parser.print_help()
         return None
-    rest = ["--help"] if args.help else args.rest
-    return override(load_config(args.config), rest, f"{args.parser.prog} {args.config} {needed}".rstrip())
+    rest = [*args.rest, "--help"] if args.help else args.rest
+    prog = f"{args.parser.prog} {args.config} {needed}".rstrip()
+    return override(load_config(args.config), rest, prog, args.own_options)
 
 
 def configs(args: argparse.Namespace) -> None:

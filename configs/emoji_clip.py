@@ -23,5 +23,5 @@ def config() -> Run:
         ),
         optim=Optim(lr=1e-3, weight_decay=0.1, clip_norm=1.0, schedule=Cosine(warmup=20)),
         train=Train(steps=240, batch_size=256, log_every=10, checkpoint_every=120),
-        evals=(Retrieval(data="emoji", split="test", every=120),),
+        evals=(Retrieval(every=120),),
     )

@@ -40,5 +40,5 @@ def config() -> Run:
         objective=(Softmax(), Caption(weight=2.0)),
         optim=Optim(lr=1e-3, weight_decay=0.1, clip_norm=1.0, schedule=Cosine(warmup=40)),
         train=Train(steps=640, batch_size=128, log_every=20, checkpoint_every=160),
-        evals=(Captioning(data="emoji", split="test", every=320), Retrieval(data="emoji", split="test", every=320)),
+        evals=(Captioning(every=320), Retrieval(every=320)),
     )

@@ -84,11 +84,12 @@ def test_overrides_reach_any_depth():
         *("--seed", "7", "--objective.0.weight", ".5", "--optim.schedule.warmup", "3", "--evals.0.every", "11"),
         *("--model.image.patch_dropout", "0.5", "--data.augment.flip", "True", "--optim.ema", "None"),
         *("--model.image.mean", ".1", ".2", ".3", "--data.spec=tsv:a.tsv", "--tokenizer.lowercase", "False"),
+        *("--evals.0.data", "emoji"),
     )
     want = {
         "seed": 7, "objective.0.weight": 0.5, "optim.schedule.warmup": 3, "evals.0.every": 11, "model.image.patch_dropout": 0.5,
         "data.augment.flip": True, "optim.ema": None, "model.image.mean": (0.1, 0.2, 0.3), "data.spec": "tsv:a.tsv",
-        "tokenizer.lowercase": False,
+        "tokenizer.lowercase": False, "evals.0.data": "emoji",
     }  # fmt: skip
     changed = sorted(set(config.lines(made)) ^ set(config.lines(tiny_emoji.config())))
     assert {f"{name} = {value!r}" for name, value in want.items()} <= set(changed)
@@ -125,6 +126,7 @@ REFUSED = {
     "no library": (["import", "SRC", "--from", "timm", "--out", "a"], "invalid choice: 'timm'"),
     "no SRC": (["import", "nothing", "--from", "open_clip", "--out", "a"], "SRC = 'nothing': is not a folder"),
     "stray option": (["eval", "retrieval", "RUN", "--data", "emoji", "--batch", "4"], "unrecognized arguments: --batch 4"),
+    "misspelt option": (["embed", "RUN", "--data", "emoji", "--splt", "x", "--out", "a.npz"], "nearest of --splt is --split"),
     "no example": (["export", "RUN", "--to", "open_clip", "--out", "a", "--examples", "0"], "--examples: 0 must be positive"),
     "no RUN": (["eval", "retrieval", "nothing", "--data", "emoji"], "RUN = 'nothing': is not a workdir of `clipjax train`"),
     "no RUN to embed": (["embed", "nothing", "--data", "emoji", "--out", "a.npz"], "RUN = 'nothing': is not a workdir"),
@@ -269,14 +271,23 @@ WRONG_FIELDS = {
     "--optim.kind sgd": "invalid choice 'sgd' for argument '--optim.kind'. Expected one of ('adamw', 'lamb', 'lion', ",
     "--data.augment.flip perhaps": "invalid choice 'perhaps' for argument '--data.augment.flip'",
     "--train.steps": "Missing value for argument '--train.steps'",
-    "--tokenizer.kind file": "invalid choice 'file' for argument '--tokenizer.kind'",
+    "--tokenizer.kind file": "tokenizer.path: is missing: give --tokenizer.path too",
+    "--tokenizer.kind fil": "--tokenizer.kind = 'fil': must be bpe, file; the nearest is file",
+    "--optim.schedule.kind rsqr": "--optim.schedule.kind = 'rsqr': must be cosine, rsqrt, constant; the nearest is rsqrt",
+    "--optim.schedule.kind rsqrt --optim.schedule.final 0.1": "--optim.schedule.final: there is no such field",
+    "--optim.schedule.kind": "Missing value for argument '--optim.schedule.kind'",
+    "--workdirs x": "--workdirs: there is no such field; the nearest is --workdir",
+    "--evals few": "--evals = 'few': only none is possible; evaluations are chosen in CONFIG.py",
+    "--evals none --evals.0.every 4": "--evals.0.every: there is no such field",
+    "--evals none --train.best zeroshot_retrieval/image_retrieval_recall@1": "no evaluation of this run gives it",
     "--optim.lr -1": "optim.lr = -1.0: must be positive",
     "--model.image.image_size 20": "model.image.image_size = 20: must be a multiple of model.image.patch_size = 8",
     "--model.text.embed-dim 16": "model.text.embed_dim = 16: must equal the image tower's embedding width 32",
     "--train.batch_size 12": "train.batch_size = 12: must be a multiple of the 8 devices of mesh axes data x fsdp; try 8 or 16",
     "--mesh.fsdp 3": "mesh.data = -1, mesh.fsdp = 3, mesh.tensor = 1: must multiply to the number of devices, 8",
     "--train.steps 10": "optim.schedule.warmup = 10: must be less than train.steps = 10",
-    "--data.spec tsv:nothing.tsv": "data.spec = 'tsv:nothing.tsv': there is no file nothing.tsv",
+    "--data.spec tsv:nothing.tsv": "evals.0.data = None: the run's own tsv:nothing.tsv has no splits: name other examples",
+    "--evals none --data.spec tsv:nothing.tsv": "data.spec = 'tsv:nothing.tsv': there is no file nothing.tsv",
     "--data.split tset": "data.split = 'tset'",
 }
 
@@ -317,13 +328,13 @@ def test_what_can_not_be_is_refused_before_anything_is_built(option, message, ca
         ("def config():\n    return {'seed': 1}\n", "= 'dict': must return a clipjax.config.Run"),
         (
             "from clipjax.config import ImageTower\ndef config():\n    return ImageTower(image_size=9)\n",
-            "model.image.image_size = 9: must be a multiple of model.image.patch_size = 16",
+            "mine.py, line 3: model.image.image_size = 9: must be a multiple of model.image.patch_size = 16",
         ),
         ("\ndef config(:\n", "mine.py, line 2: SyntaxError: invalid syntax"),
         ("import nothing\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nothing'"),
         (
             "from clipjax.config import Run\ndef config():\n    return Run(modle=1)\n",
-            "mine.py, line 3: TypeError: Run.__init__() got an unexpected keyword argument 'modle'",
+            "mine.py, line 3: modle = 1: Run has no such field; the nearest is model\n",
         ),
         (
             "def config():\n    return of(1)\ndef of(n):\n    return {}[n]\n",
@@ -406,7 +417,7 @@ def test_a_batch_larger_than_the_dataset_is_refused(tmp_path, capsys):
         Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
         rows.append(f"{i}.png\tnumber {i}")
     (tmp_path / "ten.tsv").write_text("\n".join(rows) + "\n")
-    assert run("train", CONFIG, "--workdir", tmp_path / "run", "--data.spec", f"tsv:{tmp_path}/ten.tsv") == 2
+    assert run("train", CONFIG, "--workdir", tmp_path / "run", "--data.spec", f"tsv:{tmp_path}/ten.tsv", "--evals", "none") == 2
     said = capsys.readouterr().err
     assert "train.batch_size = 16: is more than the 10 examples" in said
     assert "Traceback" not in said

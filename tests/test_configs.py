@@ -18,7 +18,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from clipjax import aot, cli, config, plan, sharding
-from clipjax.config.load import load_config, override
+from clipjax.config.load import load_config
+from clipjax.config.override import override
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.metrics.flops import model_flops, peak_flops
 from clipjax.models import clip

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from clipjax.cli import make_parser
-from clipjax.config.load import load_config, override
+from clipjax.config.load import load_config
+from clipjax.config.override import override
 from clipjax.config.packaged import config_path, packaged_config
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clipjax.config.data import BPE, Augment, Data, Tokenizer, TokenizerFile
-from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best
+from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.model import SIZES, Activation, Decoder, ImageTower, Model, TextTower, size
 from clipjax.config.objective import (
@@ -49,7 +49,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Strict):
+class Run(Strict, prefix=""):
     """Everything that defines a run."""
 
     seed: int = 0  # of the initial weights, the order of the data and all noise
@@ -66,9 +66,8 @@ class Run(Strict):
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
         check_objective(self.objective, self.model, self.data)
-        for i, evaluation in enumerate(self.evals):
-            evaluation.require_member(f"evals.{i}")
-        check_best(self.train.best, self.evals)
+        check_evaluations(self.evals, self.data)
+        check_best(self.train.best, self.evals, self.data)
         schedule = self.optim.schedule
         if isinstance(schedule, Cosine):
             enough = schedule.warmup < self.train.steps

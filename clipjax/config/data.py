@@ -7,7 +7,7 @@ from clipjax.config.fields import TAGGED, Strict, free, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment(Strict):
+class Augment(Strict, prefix="data.augment"):
     """Random changes of a training image before it is resized. Evaluations never use them."""
 
     crop: float = 1.0  # smallest share of the area that a random resized crop keeps; 1: no crop
@@ -25,7 +25,7 @@ class Augment(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data(Strict):
+class Data(Strict, prefix="data"):
     """Where images and captions come from, and how they are read."""
 
     spec: str  # `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`
@@ -53,7 +53,7 @@ class Data(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BPE(Strict):
+class BPE(Strict, prefix="tokenizer"):
     """A byte-level BPE of at most model.text.vocab_size tokens, trained on the run's own captions."""
 
     kind: Literal["bpe"] = "bpe"
@@ -61,7 +61,7 @@ class BPE(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerFile(Strict):
+class TokenizerFile(Strict, prefix="tokenizer"):
     """A tokenizer.json of Hugging Face tokenizers."""
 
     path: str  # the tokenizer.json

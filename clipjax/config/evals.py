@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from clipjax.config.data import Data
 from clipjax.config.fields import ConfigError, free, require
 from clipjax.config.unions import OpenUnion
 
@@ -16,12 +17,16 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
     task: ClassVar[str]  # its name in metrics.jsonl
     metrics: ClassVar[tuple[str, ...]] = ()  # the metrics that train.best can name: of these, more is better
 
-    data: str = free("emoji")  # a SPEC, as on the command line
+    data: str | None = free(None)  # a SPEC, as on the command line; None: the run's own data.spec, which must have splits
     split: str = free("test")  # part of the dataset; a tsv has none
     every: int = free(1000)  # steps between two evaluations
 
     def __post_init__(self) -> None:
-        require(self.every > 0, "evals.every", self.every, "must be positive")
+        require(self.every > 0, self.named("every"), self.every, "must be positive")
+
+    def spec(self, own: Data) -> str:
+        """The SPEC of its dataset, in a run whose data is `own`."""
+        return own.spec if self.data is None else self.data
 
     @classmethod
     def register(cls, config: type[Self], implementation: Any, source: str) -> None:
@@ -74,21 +79,30 @@ class Captioning(TrainingEvaluation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.samples >= 0, "evals.samples", self.samples, "must not be negative; 0 shows none")
+        require(self.samples >= 0, self.named("samples"), self.samples, "must not be negative; 0 shows none")
 
 
 TrainingEvaluation.include(Zeroshot, Retrieval, Geometry, Captioning)
 
 
-def check_best(best: str | None, evals: tuple[TrainingEvaluation, ...]) -> None:
-    """Raises ConfigError unless exactly one evaluation gives the metric `best`.
+def check_evaluations(evals: tuple[TrainingEvaluation, ...], data: Data) -> None:
+    """Raises ConfigError for a class that is not registered, and for an evaluation on the run's own data that has no splits."""
+    for i, evaluation in enumerate(evals):
+        evaluation.require_member(f"evals.{i}")
+        remedy = f"the run's own {data.spec} has no splits: name other examples, as tsv:held_out.tsv, or leave the evaluation out"
+        require(evaluation.data is not None or not data.spec.startswith("tsv:"), f"evals.{i}.data", None, remedy)
+
+
+def check_best(best: str | None, evals: tuple[TrainingEvaluation, ...], data: Data) -> None:
+    """Raises ConfigError unless exactly one evaluation gives the metric `best`. `data`: the run's own.
 
     `best` is `task/metric` or `task/dataset/metric`. The dataset is named as in metrics.jsonl: SPEC/SPLIT, or the SPEC alone
     for a tsv, which has no splits.
     """
     given = Counter()
     for e in evals:
-        dataset = e.data if e.data.startswith("tsv:") else f"{e.data}/{e.split}"
+        spec = e.spec(data)
+        dataset = spec if spec.startswith("tsv:") else f"{spec}/{e.split}"
         given.update(f"{prefix}/{metric}" for prefix in (e.task, f"{e.task}/{dataset}") for metric in e.metrics)
     if best is None or given[best] == 1:
         return

@@ -53,7 +53,7 @@ def _check_tower(tower: "ImageTower | TextTower", name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTower(Strict):
+class ImageTower(Strict, prefix="model.image"):
     """A vision transformer. The defaults are CLIP's; `siglip` gives SigLIP's."""
 
     image_size: int = 224  # side of the square input, pixels
@@ -85,13 +85,16 @@ class ImageTower(Strict):
         remedy = f"must be a multiple of model.image.patch_size = {self.patch_size}"
         require(self.image_size % self.patch_size == 0, "model.image.image_size", self.image_size, remedy)
         require(0 <= self.patch_dropout < 1, "model.image.patch_dropout", self.patch_dropout, "must lie in [0, 1)")
+        for part in ("queries", "pool_heads"):
+            require(getattr(self, part) > 0, f"model.image.{part}", getattr(self, part), "must be positive")
+        require(min(self.std) > 0, "model.image.std", self.std, "must be positive: colours are divided by these")
         fits = self.positions == "learned" or self.width % 4 == 0
         require(fits, "model.image.width", self.width, "must be a multiple of 4 for sincos2d positions")
         if self.attentional:
             width, heads = self.embed_dim or 0, self.pool_heads
             require(width > 0, "model.image.embed_dim", None, "set it: it is the width of model.image.pool's poolers")
             remedy = f"must divide model.image.embed_dim = {width}"
-            require(heads > 0 and width % heads == 0, "model.image.pool_heads", heads, remedy)
+            require(width % heads == 0, "model.image.pool_heads", heads, remedy)
             least = 2 if self.pool == "single" else 1
             require(self.queries >= least, "model.image.queries", self.queries, f"must be at least {least}")
 
@@ -139,7 +142,7 @@ class ImageTower(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTower(Strict):
+class TextTower(Strict, prefix="model.text"):
     """A text transformer. The defaults are CLIP's; `siglip` gives SigLIP's."""
 
     length: int = 77  # tokens a caption, padding and special tokens included
@@ -195,7 +198,7 @@ class TextTower(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoder(Strict):
+class Decoder(Strict, prefix="model.decoder"):
     """A captioning head (CoCa, 2205.01917): causal layers on top of the text tower, as wide, that also attend to the image."""
 
     depth: int = 12  # number of layers
@@ -218,7 +221,7 @@ class Decoder(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model(Strict):
+class Model(Strict, prefix="model"):
     """Two towers, a captioning head where there is one, the logit scale and, for the sigmoid loss, the logit bias."""
 
     image: ImageTower = field(default_factory=ImageTower)  # from images to embeddings

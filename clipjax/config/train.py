@@ -8,7 +8,7 @@ from clipjax.config.fields import TAGGED, ConfigError, Strict, free, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine(Strict):
+class Cosine(Strict, prefix="optim.schedule"):
     """Warm-up, then half a cosine down to `final` times the peak at train.steps."""
 
     kind: Literal["cosine"] = "cosine"
@@ -21,7 +21,7 @@ class Cosine(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rsqrt(Strict):
+class Rsqrt(Strict, prefix="optim.schedule"):
     """Warm-up, then 1/sqrt(step), then a linear cool-down to 0 over the last `cooldown` steps (2106.04560)."""
 
     kind: Literal["rsqrt"] = "rsqrt"
@@ -36,7 +36,7 @@ class Rsqrt(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(Strict):
+class Constant(Strict, prefix="optim.schedule"):
     """Warm-up, then constant, then a linear cool-down to 0 over the last `cooldown` steps."""
 
     kind: Literal["constant"] = "constant"
@@ -52,7 +52,7 @@ Schedule = Annotated[Cosine | Rsqrt | Constant, TAGGED]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule(Strict):
+class Rule(Strict, prefix="optim.rules"):
     """Factors on the learning rate and on the weight decay, for the parameters whose full path matches `pattern`."""
 
     pattern: str  # a regular expression, for full paths as `image/blocks/mlp/up/kernel`
@@ -65,7 +65,7 @@ RULES = (Rule(pattern=".*/kernel|text/tokens"), Rule(pattern=".*", decay=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim(Strict):
+class Optim(Strict, prefix="optim"):
     """The optimizer, its schedule, and the rules that say what they do to each parameter."""
 
     kind: Literal["adamw", "lamb", "lion", "adafactor"] = "adamw"  # the optimizer
@@ -100,7 +100,7 @@ class Optim(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mesh(Strict):
+class Mesh(Strict, prefix="mesh"):
     """How many devices each axis of the mesh has. The batch is sharded over data x fsdp, the weights over fsdp x tensor."""
 
     data: int = free(-1)  # shards the batch; -1: all devices that are left
@@ -116,7 +116,7 @@ class Mesh(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Init(Strict):
+class Init(Strict, prefix="init"):
     """Another run's state, from which a new workdir starts. A workdir that has checkpoints goes on from its own."""
 
     run: str  # the other run's workdir, for its newest checkpoint, or workdir@STEP
@@ -127,7 +127,7 @@ class Init(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Strict):
+class Train(Strict, prefix="train"):
     """How long a run is, how large its batch is, how often it logs and saves, and which checkpoints it keeps."""
 
     steps: int = 10000  # updates of the weights
@@ -152,6 +152,7 @@ class Train(Strict):
         counts = ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every", "keep", "eval_batch_size")
         for name in (*counts, "nonfinite_max"):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "must be positive")
+        require(self.steps < 2**31, "train.steps", self.steps, "must be less than 2^31: steps are counted in 32 bits")
         if self.keep_every is not None:
             require(self.keep_every > 0, "train.keep_every", self.keep_every, "must be positive or None")
             remedy = f"must be a multiple of train.checkpoint_every = {self.checkpoint_every}: only what is saved can be kept"
@@ -160,7 +161,7 @@ class Train(Strict):
         require(self.batch_size % self.micro_batches == 0, "train.micro_batches", self.micro_batches, remedy)
         remedy = "must be pairs (a, b) with 0 <= a < b, ascending and without overlap: batches a, ..., b - 1 are left out"
         bounds = [0, *(bound for pair in self.skip for bound in pair)]
-        ascends = bounds == sorted(bounds) and all(len(pair) == 2 and pair[0] < pair[1] for pair in self.skip)
+        ascends = bounds == sorted(bounds) and all(first < end for first, end in self.skip)
         require(ascends, "train.skip", self.skip, remedy)
 
     def place(self, step: int) -> int:

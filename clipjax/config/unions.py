@@ -37,9 +37,17 @@ class OpenUnion(Strict):
     members: ClassVar[dict[str, Member]]  # by kind
 
     def __init_subclass__(cls, run_field: str | None = None, **kw: Any) -> None:
-        super().__init_subclass__(**kw)
+        super().__init_subclass__(prefix=f"{run_field or cls.run_field}.{cls.__name__}", **kw)
         if run_field is not None:
             cls.run_field, cls.members = run_field, {}
+
+    @classmethod
+    def admits(cls, value: object) -> bool:
+        return isinstance(value, cls)
+
+    @classmethod
+    def admitted(cls) -> tuple[str, ...]:
+        return tuple(member.config.__name__ for member in cls.members.values())
 
     @classmethod
     def include(cls, *classes: type[Self]) -> None:
@@ -80,7 +88,9 @@ class OpenUnion(Strict):
     def require_member(self, name: str) -> None:
         """Raises ConfigError where this object's class is not in the union. `name`: its place in the run, as objective.0."""
         remedy = f"call clipjax.register({type(self).__name__}, ...) in the file that defines it, before it is used"
-        require(self.kind in self.members, name, type(self).__name__, f"is not registered: {remedy}")
+        member = self.members.get(getattr(self, "kind", ""))
+        known = member is not None and member.config.__qualname__ == type(self).__qualname__
+        require(known, name, type(self).__name__, f"is not registered: {remedy}")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:

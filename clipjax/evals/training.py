@@ -66,15 +66,19 @@ def make_evaluators(run: config.Run, mesh: Mesh, tokenizer: Tokenizer, workdir: 
     """
     encoder = Encoder(run.model, mesh, run.train.eval_batch_size)
     _check_best(run)
-    return [
-        Evaluator(prepare(wanted, encoder, tokenizer, run), wanted.task, wanted.every, workdir / wanted.task if workdir else None)
-        for wanted in run.evals
-    ]
+    evaluators = []
+    for i, wanted in enumerate(run.evals):
+        try:
+            evaluation = prepare(wanted, encoder, tokenizer, run)
+        except config.ConfigError as error:  # the data's own messages do not say whose data
+            raise config.ConfigError(f"evals.{i}, {wanted.task}: {error}") from error
+        evaluators.append(Evaluator(evaluation, wanted.task, wanted.every, workdir / wanted.task if workdir else None))
+    return evaluators
 
 
 def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer, run: config.Run) -> Evaluation:
     """The evaluation that `wanted` describes, on its dataset."""
-    return class_of(wanted).prepare(encoder, tokenizer, eval_data(run, wanted.data, wanted.split), wanted)
+    return class_of(wanted).prepare(encoder, tokenizer, eval_data(run, wanted.spec(run.data), wanted.split), wanted)
 
 
 def _check_best(run: config.Run) -> None:
