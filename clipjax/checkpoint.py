@@ -20,6 +20,7 @@ from clipjax import config, s3, sharding
 from clipjax.files import as_path, reach, resolve
 from clipjax.models import clip
 from clipjax.storage import DamagedError, SaveError, reading, refusal
+from clipjax.train.owner import CheckOwner, never_lost
 from clipjax.train.state import TrainState
 
 TOKENIZER = "tokenizer.json"
@@ -30,7 +31,8 @@ DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/, for checkpoints
 class Checkpoints:
     """The checkpoints of one workdir, for the run that writes them. A context manager: its end waits for the writes."""
 
-    def __init__(self, workdir: Path, run: config.Run) -> None:
+    def __init__(self, workdir: Path, run: config.Run, check_owner: CheckOwner = never_lost) -> None:
+        """`check_owner`: `Workdir`'s."""
         policies = ocp.checkpoint_managers
         keep: list[ocp.checkpoint_managers.PreservationPolicy] = [policies.LatestN(run.train.keep)]
         if run.train.keep_every:
@@ -47,7 +49,7 @@ class Checkpoints:
         )
         _ignore_closed_loop()
         self._manager = _Manager(resolve(workdir) / "checkpoints", options=options)
-        self._workdir, self._run = workdir, run
+        self._workdir, self._run, self._check_owner = workdir, run, check_owner
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -80,6 +82,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self._check_owner(True)
         items = {
             "params": ocp.args.StandardSave(state.params),
             "training": ocp.args.StandardSave(_training(state)),

@@ -123,7 +123,7 @@ def _outcome(error: BaseException, resumes: bool) -> tuple[int, str, bool]:
             # What does not fit when it is compiled never will. Memory that is missing later may be another process's that ends.
             status = CERTAIN_STATUS if "compile permanent error" in str(error) else 1
             return status, f"{str(error).splitlines()[0]} Remedy: {OUT_OF_MEMORY}", True
-        case preemption.Preempted():
+        case preemption.Preempted() | preemption.OwnedError():
             return error.status, str(error), True
         case KeyboardInterrupt():
             return INTERRUPTED_STATUS, "interrupted" + "; the same command resumes from the newest checkpoint" * resumes, True

@@ -65,14 +65,14 @@ def train(args: argparse.Namespace) -> None:
     distributed.agree("the configuration's checksum", zlib.crc32(config.to_json(run).encode()))
     environment.keep_programs()
     mesh = sharding.make_mesh(run.mesh)
-    workdir = open_workdir(run, args.workdir, mesh)
-    with distributed.first_process_first("dataset"):  # the first process builds it, if it is missing
-        source = open_source(run.data)
-    distributed.agree("the number of examples", len(source))
-    teacher = build.teacher(run, source)
-    tokenizer = build.tokenizer(run, workdir, source)
-    batches = build.batches(run, source, tokenizer, teacher)
-    loop.train(run, workdir, batches, make_evaluators(run, mesh, tokenizer, workdir.path), mesh, source)
+    with open_workdir(run, args.workdir, mesh) as workdir:
+        with distributed.first_process_first("dataset"):  # the first process builds it, if it is missing
+            source = open_source(run.data)
+        distributed.agree("the number of examples", len(source))
+        teacher = build.teacher(run, source)
+        tokenizer = build.tokenizer(run, workdir, source)
+        batches = build.batches(run, source, tokenizer, teacher)
+        loop.train(run, workdir, batches, make_evaluators(run, mesh, tokenizer, workdir.path), mesh, source)
 
 
 def _load(args: argparse.Namespace) -> "LoadedRun":

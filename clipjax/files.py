@@ -86,8 +86,8 @@ def check_writable(folder: Path) -> None:
 
     def attempt() -> bool:
         probe = os.fspath(folder / f".clipjax-{os.uname().nodename}-{os.getpid()}")
-        _store(folder).pipe_file(probe, b"clipjax")
-        _store(folder).rm_file(probe)
+        store(folder).pipe_file(probe, b"clipjax")
+        store(folder).rm_file(probe)
         return True
 
     reach(folder, attempt)
@@ -105,7 +105,7 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="clipjax-") as folder:
             part = Path(folder) / path.name
             yield part
-            _store(path).put_file(str(part), os.fspath(path))
+            store(path).put_file(str(part), os.fspath(path))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -130,10 +130,11 @@ class Mirror:
 
     EVERY = 30.0  # seconds between two pushes in the background: a killed process loses this much at most
 
-    def __init__(self, remote: Path) -> None:
+    def __init__(self, remote: Path, check: Callable[[], None] = lambda: None) -> None:
+        """`check`: called before each push; raises where nothing may be written."""
         self._folder = tempfile.TemporaryDirectory(prefix="clipjax-")
         self.local = Path(self._folder.name)
-        self._remote = remote
+        self._remote, self._check = remote, check
         self._sent: dict[Path, tuple[int, int]] = {}  # file -> size and modification time of the uploaded version
         self._last = time.monotonic()
         self._lock = threading.Lock()
@@ -148,11 +149,12 @@ class Mirror:
         """Uploads every file that has changed, in full."""
         with self._lock:
             self._last = time.monotonic()
+            self._check()
             for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
                 stat = file.stat()
                 if self._sent.get(file) != (stat.st_size, stat.st_mtime_ns):
                     content = file.read_bytes()  # a snapshot: other threads may be writing
-                    _store(self._remote).pipe_file(os.fspath(self._remote / file.relative_to(self.local).as_posix()), content)
+                    store(self._remote).pipe_file(os.fspath(self._remote / file.relative_to(self.local).as_posix()), content)
                     self._sent[file] = (stat.st_size, stat.st_mtime_ns)
 
     def push_if_due(self) -> None:
@@ -177,7 +179,7 @@ class Mirror:
             self._folder.cleanup()
 
 
-def _store(path: Path) -> Any:
+def store(path: Path) -> Any:
     """fsspec's file system of a remote path."""
     import fsspec
 

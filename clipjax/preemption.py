@@ -9,7 +9,17 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from clipjax.status import INTERRUPTED_STATUS, RESTART_STATUS
+from clipjax.status import INTERRUPTED_STATUS, RESTART_STATUS, WRONG_USE_STATUS
+
+RESTARTS = "CLIPJAX_RESTARTS"  # 1: whoever started this process starts it again after RESTART_STATUS
+
+
+class OwnedError(Exception):
+    """Another process owns the workdir. `status`: the exit status of the program; a launcher that tries again sets RESTARTS."""
+
+    def __init__(self, what: str) -> None:
+        self.status = RESTART_STATUS if os.environ.get(RESTARTS) == "1" else WRONG_USE_STATUS
+        super().__init__(what)
 
 
 class Preempted(Exception):

@@ -113,6 +113,11 @@ def agree(name: str, value: str | int) -> None:
         require(expected == str(value), name, value, f"process 0 has {expected}: {remedy}")
 
 
+def value_of_first(name: str, value: str) -> str:
+    """Process 0's value, in all processes. All of them must call this."""
+    return _watch.value_of_first(name, value) if _watch else value
+
+
 def total(count: int) -> int:
     """The sum of `count` over all processes. All of them must call this."""
     if jax.process_count() == 1:

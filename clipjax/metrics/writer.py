@@ -1,6 +1,7 @@
 """The metrics that a run writes to its workdir: metrics.jsonl and TensorBoard's event files."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from clipjax.files import Mirror, scheme, write_atomic
+from clipjax.train.owner import CheckOwner, never_lost
 
 EvaluationResults = Mapping[str, float | np.ndarray]  # what an evaluation returns: metrics, and images uint8 [h, w, 3]
 
@@ -40,11 +42,11 @@ class MetricsWriter:
     CHECKED = ("loss", "grad_norm", "param_norm", "update_norm")  # must be finite in every step that is not skipped
     IN_ROW = "skipped_in_row"  # not written
 
-    def __init__(self, workdir: Path, step: int = 0, nonfinite_max: int = 0) -> None:
+    def __init__(self, workdir: Path, step: int = 0, nonfinite_max: int = 0, check_owner: CheckOwner = never_lost) -> None:
         """`step`: finished steps of the state that the run starts from. Lines of later steps are removed from the file.
-        `nonfinite_max`: how many steps in a row may be skipped because they were not finite.
+        `nonfinite_max`: how many steps in a row may be skipped because they were not finite. `check_owner`: `Workdir`'s.
         """
-        self._nonfinite_max = nonfinite_max
+        self._nonfinite_max, self._check_owner = nonfinite_max, check_owner
         self._before: list[_Pushed] = []  # the last interval, up to and with the last step that becomes a line
         self._since: list[_Pushed] = []  # the steps after it
         self._file = self._board = self._mirror = None
@@ -52,7 +54,7 @@ class MetricsWriter:
             from clipjax.metrics.board import Board  # not above: the step benchmark runs without tensorboardX
 
             if scheme(workdir):
-                self._mirror = Mirror(workdir)
+                self._mirror = Mirror(workdir, functools.partial(check_owner, True))
                 self._mirror.fetch("metrics.jsonl")
                 workdir = self._mirror.local
             workdir.mkdir(parents=True, exist_ok=True)
@@ -67,6 +69,7 @@ class MetricsWriter:
         only checked. Returns the line that was written now, which is that of the last interval, or None. Raises NonFiniteError
         for the first step whose values are not finite.
         """
+        self._check_owner(False)
         if host is None:
             self._since.append((step, {k: values[k] for k in (*self.CHECKED, self.IN_ROW) if k in values}, None))
             return None
@@ -133,6 +136,7 @@ class MetricsWriter:
     def _write(self, line: Mapping[str, Any], prefix: str, scalars: Mapping[str, float]) -> None:
         if self._file is None or self._board is None:
             return
+        self._check_owner(self._mirror is None)  # a mirror checks it for itself
         self._file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
         self._file.flush()
         known = {prefix + name: value for name, value in scalars.items() if _strict(value) is not None}

@@ -69,7 +69,7 @@ def train(
     given = None if origin is None else restore_origin(run, origin, abstract)
     # Nothing above this line writes a file: it only finds what is wrong with the run.
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir.path, run))
+        checkpoints = stack.enter_context(Checkpoints(workdir.path, run, workdir.check_owner))
         stack.enter_context(_name_last_good(checkpoints, workdir.path, run.train))
         begin, state = restore_newest(run, workdir, checkpoints, abstract) or (origin, given or initial_state(run, tx, mesh))
         schedule = _Schedule(run.train, evaluators, begin.step if begin else 0, workdir.path)
@@ -85,7 +85,8 @@ def train(
         save_config(run, workdir.path)
         if origin:  # from here on, the workdir needs nothing of the run that it started from
             checkpoints.save(origin.step, state)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max)))
+        written = MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max, workdir.check_owner)
+        writer = stack.enter_context(contextlib.closing(written))
         progress = stack.enter_context(Progress(run.train.steps))
         flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
         report = Report(run, mesh, writer, progress, flops, None if source is None else len(source))

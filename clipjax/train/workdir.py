@@ -1,11 +1,12 @@
 """A run's folder before the first step: which checkpoint the run resumes from, and whether it can be trained here at all.
 
-They only read, with two exceptions: `save_config` writes config.json, and `restore_newest` sets damaged checkpoints aside.
+They only read, with three exceptions: `open_workdir` writes owner.json, `save_config` config.json, and `restore_newest` sets
+damaged checkpoints aside.
 """
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from clipjax.files import write_atomic
 from clipjax.storage import DamagedError
 from clipjax.train.optimizer import can_grow
 from clipjax.train.origin import Origin, changes_order, find_origin
+from clipjax.train.owner import CheckOwner, never_lost, owned
 from clipjax.train.state import TrainState
 
 
@@ -38,28 +40,32 @@ class Workdir:
     path: Path
     saved: Saved | None = None  # None: there is no checkpoint
     origin: Origin | None = None  # of a workdir without checkpoint: where its state comes from. None: the run starts at step 0
+    check_owner: CheckOwner = never_lost  # raises LostError where another process owns the folder now; see `Owner.check`
 
 
-def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Workdir:
-    """Checks that `run` can be trained on `mesh` into the folder `path`, and finds the checkpoint to resume from.
+@contextlib.contextmanager
+def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Iterator[Workdir]:
+    """For `with`: checks that `run` can be trained on `mesh` into the folder `path`, owns the folder, and finds the checkpoint to
+    resume from.
 
-    Called once for a run, before any data is opened; later functions get the result. Writes nothing.
+    Called once for a run, before any data is opened; later functions get the result. Writes nothing but owner.json.
 
     Raises ConfigError for several processes that are not joined or find different checkpoints, for a mesh that does not divide
     the batch or the towers, and for a checkpoint of another run, or one that run.init names and that does not fit. Raises
-    DamagedError if no checkpoint can be read.
+    OwnedError if another process trains there, and DamagedError if no checkpoint can be read.
     """
     distributed.require_joined()
     sharding.check_batch(run, mesh)
     sharding.check_tensor(run.model, mesh)
-    saved = _find_checkpoint(run, path)
-    distributed.agree("the newest checkpoint's step", saved.step if saved else "none")
-    if saved or (origin := find_origin(run)) is None:
-        return Workdir(path, saved)
-    distributed.agree("the step of init.run", origin.step)
-    if not changes_order(origin.run, run):
-        _check_skip(run, origin.path, origin)
-    return Workdir(path, origin=origin)
+    with owned(path) as check_owner:
+        saved = _find_checkpoint(run, path)
+        distributed.agree("the newest checkpoint's step", saved.step if saved else "none")
+        origin = None if saved else find_origin(run)
+        if origin:
+            distributed.agree("the step of init.run", origin.step)
+            if not changes_order(origin.run, run):
+                _check_skip(run, origin.path, origin)
+        yield Workdir(path, saved, origin, check_owner)
 
 
 def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:

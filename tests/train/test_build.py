@@ -51,28 +51,24 @@ class Untouched:
         raise AssertionError("its captions were read")
 
 
-def opened_workdir(run, path):
-    return workdir.open_workdir(run, path, tiny.mesh_of())
-
-
 def vocabulary(path):
     return Tokenizer.load(path, 8).backend.get_vocab()
 
 
 def test_a_tokenizer_without_checkpoint_is_made_anew(run, sources, tmp_path):
-    build.tokenizer(run, opened_workdir(run, tmp_path), sources["red"])
+    build.tokenizer(run, tiny.opened(run, tmp_path), sources["red"])
     before = vocabulary(tmp_path / "tokenizer.json")
-    made = build.tokenizer(run, opened_workdir(run, tmp_path), sources["uno"])  # the first was stopped before it had a checkpoint
+    made = build.tokenizer(run, tiny.opened(run, tmp_path), sources["uno"])  # the first was stopped before it had a checkpoint
     assert made.backend.get_vocab() == vocabulary(tmp_path / "tokenizer.json") != before
     for lowercase in (True, False):
         cased = dataclasses.replace(run, tokenizer=config.BPE(lowercase=lowercase))
-        upper, lower = build.tokenizer(cased, opened_workdir(cased, tmp_path), sources["red"]).encode(["RED", "red"])[0]
+        upper, lower = build.tokenizer(cased, tiny.opened(cased, tmp_path), sources["red"]).encode(["RED", "red"])[0]
         assert (upper == lower).all() == lowercase
 
 
 def test_the_tokenizer_comes_along_with_a_state(run, sources, tmp_path):
     """Also to other captions."""
-    build.tokenizer(run, opened_workdir(run, tmp_path / "old"), sources["uno"])
+    build.tokenizer(run, tiny.opened(run, tmp_path / "old"), sources["uno"])
     new = workdir.Workdir(tmp_path / "new", origin=Origin(tmp_path / "old", 3, run))
     made = build.tokenizer(run, new, sources["red"]).backend.get_vocab()
     assert made == vocabulary(tmp_path / "old" / "tokenizer.json") == vocabulary(tmp_path / "new" / "tokenizer.json")
@@ -82,34 +78,34 @@ def test_the_tokenizer_comes_along_with_a_state(run, sources, tmp_path):
 
 
 def test_a_checkpoints_tokenizer_stays(run, sources, tmp_path):
-    tokens = build.tokenizer(run, opened_workdir(run, tmp_path), sources["red"])
+    tokens = build.tokenizer(run, tiny.opened(run, tmp_path), sources["red"])
     tiny.train_in(tmp_path, run, build.batches(run, sources["red"], tokens), [], tiny.mesh_of())
     written = (tmp_path / "tokenizer.json").read_bytes()
-    again = build.tokenizer(run, opened_workdir(run, tmp_path), Untouched())
+    again = build.tokenizer(run, tiny.opened(run, tmp_path), Untouched())
     assert again.backend.get_vocab() == tokens.backend.get_vocab()
     for other, message in (
         (dataclasses.replace(run, tokenizer=config.BPE(lowercase=False)), "tokenizer.lowercase: True -> False"),
         (dataclasses.replace(run, data=dataclasses.replace(run.data, resize="crop")), "data.resize: 'squash' -> 'crop'"),
     ):
         with pytest.raises(ConfigError, match=f"(?s)another run.*{message}"):
-            opened_workdir(other, tmp_path)
+            tiny.opened(other, tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == written
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"^--workdir = .*: has checkpoints but no tokenizer\.json"):
-        build.tokenizer(run, opened_workdir(run, tmp_path), Untouched())
+        build.tokenizer(run, tiny.opened(run, tmp_path), Untouched())
 
 
 def test_a_dataset_smaller_than_a_batch_leaves_no_workdir(run, tmp_path):
     big = dataclasses.replace(run, train=dataclasses.replace(run.train, batch_size=17))
     with pytest.raises(ConfigError, match=r"^train\.batch_size = 17: is more than the 16 examples of untouched: use at most 16$"):
-        build.tokenizer(big, opened_workdir(big, tmp_path / "run"), Untouched())
+        build.tokenizer(big, tiny.opened(big, tmp_path / "run"), Untouched())
     assert not (tmp_path / "run").exists()
 
 
 def test_data_that_does_not_fit_leaves_no_workdir(run, sources, tmp_path):
     several = dataclasses.replace(run, data=dataclasses.replace(run.data, captions_per_image=2))
     with pytest.raises(ConfigError, match=r"^data\.captions_per_image = 2: no example of tsv:.* has more than 1 "):
-        build.tokenizer(several, opened_workdir(several, tmp_path / "run"), sources["red"])
+        build.tokenizer(several, tiny.opened(several, tmp_path / "run"), sources["red"])
     taught = dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=str(tmp_path / "no.npz")))
     with pytest.raises(ConfigError, match=r"^data\.teacher = '.*no\.npz': there is no such file"):
         build.teacher(taught, sources["red"])
@@ -121,7 +117,7 @@ def test_the_teacher_is_opened_once(run, sources, tmp_path):
     np.savez(tmp_path / "teacher.npz", image=rows, text=-rows, key=[f"{i}.png" for i in range(16)])
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=str(tmp_path / "teacher.npz")))
     teacher = build.teacher(run, sources["red"])
-    tokens = build.tokenizer(run, opened_workdir(run, tmp_path / "run"), sources["red"])
+    tokens = build.tokenizer(run, tiny.opened(run, tmp_path / "run"), sources["red"])
     (tmp_path / "teacher.npz").unlink()  # mapped, so that a second look alone would miss it
     with build.batches(run, sources["red"], tokens, teacher)(0) as opened:
         batch = next(opened)

@@ -127,8 +127,8 @@ def test_lines_say_how_far_the_run_is_and_where_its_time_went(tmp_path, capsys):
     skip = during(steps=12, log_every=2, skip=((7, 9),))
     for steps in (6, 12):
         run = dataclasses.replace(skip, train=dataclasses.replace(skip.train, steps=steps))
-        workdir = open_workdir(run, tmp_path, tiny.mesh_of(2))
-        train(run, workdir, batches(replaced=4), [Evaluator([0.5, 0.5])], tiny.mesh_of(2), Examples([None] * 100))
+        with open_workdir(run, tmp_path, tiny.mesh_of(2)) as workdir:
+            train(run, workdir, batches(replaced=4), [Evaluator([0.5, 0.5])], tiny.mesh_of(2), Examples([None] * 100))
     said = capsys.readouterr().err
     assert "6 steps of 16 = 96 examples, 1.0 epochs of tsv:pairs.tsv (100)\n" in said
     assert "12 steps of 16 = 192 examples, 1.9 epochs of tsv:pairs.tsv (100)\n" in said
@@ -209,9 +209,9 @@ def test_another_runs_workdir_is_left_as_it_is(tmp_path):
         (during(steps=3), "ask for as many"),
     ):
         with pytest.raises(ConfigError, match=message):
-            open_workdir(other, tmp_path, tiny.mesh_of())
+            tiny.opened(other, tmp_path)
     assert everything(tmp_path) == before
-    assert open_workdir(RUN, tmp_path, tiny.mesh_of()).saved == Saved(4, during(steps=4))
+    assert tiny.opened(RUN, tmp_path).saved == Saved(4, during(steps=4))
     assert newest(tmp_path / "nowhere") is None
 
 

@@ -8,7 +8,6 @@ import pytest
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.train.report import say_finished
-from clipjax.train.workdir import open_workdir
 from tests.train import tiny
 from tests.train.test_memory import ISOGCLR
 from tests.train.test_trouble import AVERAGED, RUN, SKIP, during, lines, same, spoiled, train_in
@@ -66,7 +65,7 @@ def test_a_workdir_with_checkpoints_goes_on_from_its_own(origin):
     with pytest.raises(
         ConfigError, match=rf"^init\.run = '{path}@3': {path} has checkpoints, .* new --workdir, or set init to None$"
     ):
-        open_workdir(from_run(EVERYTHING, f"{path}@3"), path, tiny.mesh_of())
+        tiny.opened(from_run(EVERYTHING, f"{path}@3"), path)
 
 
 def averaging(**changes):
@@ -107,7 +106,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name(origin, tmp_path, name):
     changes, where, message = UNFIT[name]
     run = from_run(EVERYTHING, where.format(origin[0]), **changes)
     with pytest.raises(ConfigError, match=f"(?s)^{message}"):
-        open_workdir(run, tmp_path / "new", tiny.mesh_of())
+        tiny.opened(run, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

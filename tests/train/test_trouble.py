@@ -16,7 +16,6 @@ from clipjax.models import clip
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import initial_state
 from clipjax.train.step import jit_step, make_train_step
-from clipjax.train.workdir import open_workdir
 from tests.test_cli import overridden
 from tests.train import tiny
 from tests.train.test_memory import ISOGCLR
@@ -57,8 +56,8 @@ def test_the_past_can_not_be_left_out(tmp_path):
     train_in(tmp_path, during(skip=((2, 4),)))  # eight steps, to batch 9
     for skip, first in (((), 2), (((2, 5),), 2), (((2, 4), (9, 10)), 7)):
         with pytest.raises(ConfigError, match=rf"^train\.skip = .*from step {first} on; .*from a step of {first} at most$"):
-            open_workdir(during(skip=skip), tmp_path, tiny.mesh_of())
-    assert open_workdir(during(skip=((2, 3), (3, 4), (10, 12))), tmp_path, tiny.mesh_of()).saved
+            tiny.opened(during(skip=skip), tmp_path)
+    assert tiny.opened(during(skip=((2, 3), (3, 4), (10, 12))), tmp_path).saved
 
 
 def test_batches_to_leave_out_are_an_option():

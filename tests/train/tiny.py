@@ -15,7 +15,7 @@ from clipjax.train import loop
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, initial_state
 from clipjax.train.step import jit_step, make_train_step
-from clipjax.train.workdir import open_workdir
+from clipjax.train.workdir import Workdir, open_workdir
 
 SHAPE = dict(width=32, depth=2, heads=4, mlp_dim=64)
 CLIP = config.Model(
@@ -79,8 +79,15 @@ def train(cfg: config.Run, mesh: Mesh, steps: int) -> tuple[TrainState, list[flo
     return state, losses, step
 
 
+def opened(cfg: config.Run, workdir: Path) -> Workdir:
+    """What `open_workdir` finds, on one device. The folder has no owner any more when it is returned."""
+    with open_workdir(cfg, workdir, mesh_of()) as found:
+        return found
+
+
 def train_in(
     workdir: Path, cfg: config.Run, batches: loop.Batches, evaluators: Sequence[loop.Evaluator], mesh: Mesh
 ) -> TrainState:
     """What `clipjax train` does once its data and evaluators are there."""
-    return loop.train(cfg, open_workdir(cfg, workdir, mesh), batches, evaluators, mesh)
+    with open_workdir(cfg, workdir, mesh) as found:
+        return loop.train(cfg, found, batches, evaluators, mesh)
