@@ -18,7 +18,7 @@ def positive(text: str) -> int:
 
 def writable_file(text: str) -> Path:
     """A file that can be written, local or on gs:// or s3://. Checked before hours of work, not after; creates nothing."""
-    path = _place(text)
+    path = place(text)
     if files.scheme(path) is None and path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
     writable_folder(str(path.parent))
@@ -27,7 +27,7 @@ def writable_file(text: str) -> Path:
 
 def writable_folder(text: str) -> Path:
     """A folder to write into, local or on gs:// or s3://, that exists or can be made."""
-    path = _place(text)
+    path = place(text)
     if files.scheme(path) is None:
         return local_folder(text)
     try:
@@ -37,16 +37,24 @@ def writable_folder(text: str) -> Path:
     return path
 
 
-def _place(text: str) -> Path:
+def place(text: str) -> Path:
+    """A path, local or on gs:// or s3://."""
     try:
         return files.as_path(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def local(text: str) -> Path:
+    """A file or folder of this machine."""
+    if files.scheme(place(text)):
+        raise argparse.ArgumentTypeError(f"{text} is remote: copy it to this machine, and name that")
+    return Path(text)
+
+
 def local_folder(text: str) -> Path:
     """A folder of this machine to write into, that exists or can be made."""
-    if files.scheme(_place(text)):
+    if files.scheme(place(text)):
         raise argparse.ArgumentTypeError(f"{text} is remote: name a folder of this machine, and copy that")
     path = Path(text).absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.exists(p))  # Path.exists raises where a parent is not readable

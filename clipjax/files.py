@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -50,6 +51,13 @@ def as_path(text: str | os.PathLike) -> Path:
     # TensorStore does not write through fsspec: fsspec's cache of listings would not show the new files.
     fsspec.config.conf.setdefault(kind, {})["use_listings_cache"] = False
     return cast(Path, epath.Path(text))  # another class with the same methods
+
+
+def local_path(name: str, text: str) -> Path:
+    """The path of a file or folder that must be on this machine, else ConfigError. `name`: what the user calls it."""
+    if re.match(r"\w+://", text):
+        raise ConfigError(f"{name} = {text!r}: must be on this machine: copy it, or mount the bucket and name the path there")
+    return Path(text)
 
 
 def resolve(path: Path) -> Path:

@@ -3,11 +3,10 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from clipjax import commands
-from clipjax.arguments import local_folder, positive, writable_file, writable_folder
+from clipjax.arguments import local, local_folder, place, positive, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 
 
@@ -177,14 +176,14 @@ COMMANDS = (
         "import",
         commands.import_run,
         "make a workdir from another library's model, to evaluate, embed, caption or export it",
-        _argument("source", "SRC", "a folder: open_clip_config.json, .safetensors and tokenizer.json", Path),
+        _argument("source", "SRC", "a folder: open_clip_config.json, .safetensors and tokenizer.json", local),
         _argument("--from", None, "the library that wrote it", dest="origin", required=True, choices=("open_clip",)),
         _argument("--out", "RUN", "a new workdir, local or on gs:// or s3://", writable_folder, required=True),
     ),
     _command(
         "data prepare",
         commands.data_prepare,
-        "build a dataset that clipjax makes itself, in the folder of TFDS",
+        "build a dataset that clipjax makes itself, in the folder of TFDS, local or on gs:// or s3://",
         _argument("name", None, "emoji: from the system's colour-emoji font", choices=("emoji",)),
     ),
     _command(
@@ -193,7 +192,7 @@ COMMANDS = (
         "count, image sizes, captions, truncation, and a contact sheet",
         _argument("spec", "SPEC", SPEC),
         _argument("--split", None, "split of the dataset", default="train"),
-        _argument("--tokenizer", "FILE", "a tokenizer.json; else a BPE is trained on the captions", Path),
+        _argument("--tokenizer", "FILE", "a tokenizer.json; else a BPE is trained on the captions", place),
         _argument("--length", None, "tokens a caption may have, for the truncation statistics", positive, default=77),
         _argument("--png", "OUT", "the contact sheet; else SPEC-SPLIT.png in this folder", writable_file),
         _json("the statistics"),

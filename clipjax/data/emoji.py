@@ -23,6 +23,8 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFont, features
 
 from clipjax.config import ConfigError
+from clipjax.data.remote import is_prepared, upload
+from clipjax.files import local_path, scheme
 
 FONT_VARIABLE = "CLIPJAX_EMOJI_FONT"
 SIZES = (109, 160, 96)  # pixel sizes of the bitmaps in Noto Color Emoji (CBDT) and Apple Color Emoji (sbix)
@@ -105,9 +107,10 @@ class Font:
 def find_font() -> Font:
     """The font that CLIPJAX_EMOJI_FONT names, else the system's. Raises ConfigError with the remedy if there is none."""
     if chosen := os.environ.get(FONT_VARIABLE):
-        if not Path(chosen).is_file():
+        path = local_path(FONT_VARIABLE, chosen)
+        if not path.is_file():
             raise ConfigError(f"{FONT_VARIABLE} = {chosen!r}: there is no such file; name a colour-emoji font or unset it")
-        return Font(Path(chosen))
+        return Font(path)
     user = Path.home()
     if sys.platform == "darwin":
         folders, name = [Path("/System/Library/Fonts"), Path("/Library/Fonts"), user / "Library/Fonts"], "Apple Color Emoji.ttc"
@@ -168,7 +171,7 @@ def sources(font: Font) -> dict[str, str]:
 
 def is_current(folder: Path, font: Font) -> bool:
     """Whether the dataset exists and was built from this font and this `emoji` package."""
-    return folder.exists() and _metadata(folder) == sources(font)
+    return is_prepared(folder) and _metadata(folder) == sources(font)
 
 
 def _metadata(folder: Path) -> dict[str, str]:
@@ -177,7 +180,7 @@ def _metadata(folder: Path) -> dict[str, str]:
 
 
 def prepare_emoji(data_dir: Path) -> Path:
-    """Builds the dataset under `data_dir`, unless it is current (`is_current`). Returns the dataset's folder.
+    """Builds the dataset under `data_dir`, local or on gs:// or s3://, unless it is current (`is_current`). Returns its folder.
 
     The folder appears complete or not at all. Raises ConfigError if there is no font."""
     font, folder = find_font(), data_dir / "emoji" / VERSION
@@ -185,19 +188,30 @@ def prepare_emoji(data_dir: Path) -> Path:
         return folder
     emoji.config.load_language()
     tfds.disable_progress_bar()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="incomplete.", dir=data_dir) as scratch:
+    beside = None
+    if scheme(folder) is None:
+        beside = data_dir
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="incomplete.", dir=beside) as scratch:
         with contextlib.redirect_stdout(io.StringIO()):  # tfds prints
             builder = Emoji(font=font, data_dir=scratch)
             builder.download_and_prepare(download_dir=Path(scratch, "downloads"))
-        try:
-            if folder.exists() and not is_current(folder, font):
-                folder.rename(Path(scratch, "outdated"))
-            Path(builder.data_dir).rename(folder)
-        except OSError:
-            if not is_current(folder, font):  # otherwise another process was first
-                raise
+        _publish(Path(builder.data_dir), folder, font)
     return folder
+
+
+def _publish(built: Path, folder: Path, font: Font) -> None:
+    """Puts a dataset that was built elsewhere in its folder, in place of an outdated one."""
+    if scheme(folder):
+        upload(built, folder)
+        return
+    try:
+        if folder.exists() and not is_current(folder, font):
+            folder.rename(built.with_name("outdated"))
+        built.rename(folder)
+    except OSError:
+        if not is_current(folder, font):  # otherwise another process was first
+            raise
 
 
 def warn_if_outdated(folder: Path) -> None:

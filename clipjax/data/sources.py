@@ -1,11 +1,10 @@
 """Where images and captions come from: `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`, all read by index."""
 
-from pathlib import Path
-
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.source import Source
 from clipjax.data.tsv import Tsv
+from clipjax.files import local_path
 
 
 def open_source(data: config.Data) -> Source:
@@ -23,5 +22,5 @@ def open_source(data: config.Data) -> Source:
 
             return Tfds(data, find_dataset(data.spec, rest))
         case "tsv" if rest:
-            return Tsv(data, Path(rest).expanduser())
+            return Tsv(data, local_path("data.spec", rest).expanduser())
     raise ConfigError(f"data.spec = {data.spec!r}: must be emoji, tfds:NAME[/CONFIG][:VERSION] or tsv:FILE")

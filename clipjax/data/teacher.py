@@ -9,6 +9,7 @@ import numpy as np
 
 from clipjax.config import ConfigError
 from clipjax.data.source import Source
+from clipjax.files import local_path
 
 ARRAYS = ("image", "text", "key")
 
@@ -24,7 +25,7 @@ class Teacher:
 
         Raises ConfigError where the file or an array of it is missing, or is not what `clipjax embed` writes, and where examples
         have no row."""
-        self._path, self._name = Path(path).expanduser(), f"data.teacher = {path!r}"
+        self._path, self._name = local_path("data.teacher", path).expanduser(), f"data.teacher = {path!r}"
         keys = self._open()
         row_of: dict[str, int] = {}
         for row, key in enumerate(keys):

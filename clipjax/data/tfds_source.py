@@ -16,14 +16,21 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import config
 from clipjax.config import ConfigError
+from clipjax.data.remote import FEATURES, is_prepared, local_copy
 from clipjax.data.source import Record, Source
+from clipjax.files import as_path, reach
 
 KEYS = ("key", "file_name", "filename", "image_id", "id", "url")  # text features that name an example and are no caption
 
 
 def data_dir() -> Path:
-    """The folder of tfds's datasets: TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    """The folder of tfds's datasets, local or on gs:// or s3://: TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Raises ConfigError for a store that is not known, or whose extra is not installed."""
+    try:
+        return as_path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
+    except ConfigError as error:
+        raise ConfigError(f"TFDS_DATA_DIR = {error}") from error
 
 
 def open_emoji(data: config.Data) -> "Tfds":
@@ -31,17 +38,17 @@ def open_emoji(data: config.Data) -> "Tfds":
     from clipjax.data import emoji
 
     folder = data_dir() / "emoji" / emoji.VERSION
-    if folder.exists():
+    if is_prepared(folder):
         emoji.warn_if_outdated(folder)
     else:
         emoji.prepare_emoji(data_dir())
     return Tfds(data, folder)
 
 
-def _prepared() -> dict[tuple[str, ...], Path]:
-    """The folder of every prepared dataset by (name, version) or (name, config, version)."""
+def _prepared(dataset: str = "*") -> dict[tuple[str, ...], Path]:
+    """The folder of every prepared dataset, or of those called `dataset`, by (name, version) or (name, config, version)."""
     root = data_dir()
-    files = [*root.glob("*/*/features.json"), *root.glob("*/*/*/features.json")]
+    files = [*root.glob(f"{dataset}/*/{FEATURES}"), *root.glob(f"{dataset}/*/*/{FEATURES}")]
     return {f.parent.relative_to(root).parts: f.parent for f in files if not f.parent.name.startswith("incomplete.")}
 
 
@@ -53,7 +60,8 @@ def find_dataset(spec: str, name: str) -> Path:
     if not match:
         raise ConfigError(f"data.spec = {spec!r}: must be tfds:NAME[/CONFIG][:VERSION]")
     dataset, wanted_config, wanted_version = match.groups()
-    folders = {parts[1:]: folder for parts, folder in _prepared().items() if parts[0] == dataset}
+    reach(data_dir(), data_dir().exists)
+    folders = {parts[1:]: folder for parts, folder in _prepared(dataset).items()}
     found = {
         parts: folder
         for parts, folder in folders.items()
@@ -62,13 +70,20 @@ def find_dataset(spec: str, name: str) -> Path:
     if not found:
         known = [f"{'/'.join((dataset, *parts[:-1]))}:{parts[-1]}" for parts in sorted(folders)]
         known = known or sorted({parts[0] for parts in _prepared()})
-        remedy = f"prepare it with `tfds build {dataset} --file_format=array_record`, or set TFDS_DATA_DIR"
+        remedy = f"prepare it, or set TFDS_DATA_DIR. {how_to_build(dataset)}"
         raise ConfigError(
             f"data.spec = {spec!r}: not among the datasets in {data_dir()} ({', '.join(known) or 'none'}); {remedy}"
         )
     if len(configs := sorted({parts[:-1] for parts in found})) > 1:
         raise ConfigError(f"data.spec = {spec!r}: name one of its configs: {', '.join('/'.join(parts) for parts in configs)}")
     return found[max(found, key=lambda parts: [int(n) if n.isdigit() else -1 for n in parts[-1].split(".")])]
+
+
+def how_to_build(dataset: str) -> str:
+    """How to prepare a dataset of tfds: that takes TensorFlow, which clipjax does without."""
+    packages = "tensorflow tensorflow-datasets apache-beam mlcroissant importlib_resources"  # `tfds` imports all of these
+    build = f"~/tfds/bin/tfds build {dataset} --file_format=array_record"
+    return f"That takes an environment of its own: python3 -m venv ~/tfds && ~/tfds/bin/pip install {packages} && {build}"
 
 
 def _leaves(feature: Any, path: str = "", many: bool = False) -> Iterator[tuple[str, Any, bool]]:
@@ -128,11 +143,12 @@ class Tfds(Source):
             raise ConfigError(f"data.split = {data.split!r}: {data.spec} has {', '.join(info.splits)}")
         formats = sorted(f.value for f in info.available_file_formats())
         if "array_record" not in formats:
-            remedy = f"prepare it again with `tfds build {info.name} --file_format=array_record`"
-            raise ConfigError(
-                f"data.spec = {data.spec!r}: is stored as {', '.join(formats)}, which can't be read at random: {remedy}"
-            )
-        builder = tfds.builder_from_directory(info.data_dir, file_format="array_record")
+            what = f"is stored as {', '.join(formats)}, which can't be read at random: prepare it again"
+            raise ConfigError(f"data.spec = {data.spec!r}: {what}. {how_to_build(info.name)}")
+        builder = tfds.builder_from_directory(self.folder, file_format="array_record")
+        split = data.split.partition("[")[0]
+        local = local_copy(self.folder, split, builder.info.splits[split].filenames)
+        builder = tfds.builder_from_directory(local, file_format="array_record")
         try:
             raw = DeserializeMethod.RAW_BYTES
             return builder.as_data_source(data.split, deserialize_method=raw)  # pyright: ignore[reportCallIssue]  (decorated)

@@ -7,6 +7,7 @@ from pathlib import Path
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.source import Record, Source
+from clipjax.files import local_path
 
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
@@ -38,6 +39,7 @@ class Tsv(Source):
             row = dict(zip(columns, fields, strict=True))
             if not row[image] or not row[text]:
                 raise ConfigError(f"{path}, line {number}: {image} or {text} is empty; fill it in or drop the line")
+            local_path(f"{path}, line {number}: {image}", row[image])
             captions.setdefault(row[image], []).append(row[text])
         if not captions:
             raise ConfigError(f"data.spec = {data.spec!r}: {path.name} has a header but no rows")

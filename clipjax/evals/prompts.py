@@ -1,8 +1,7 @@
 """Prompt templates and class names for zero-shot classification."""
 
-from pathlib import Path
-
 from clipjax.config import ConfigError
+from clipjax.files import as_path
 
 # The 80 prompts that OpenAI wrote for ImageNet, and the 7 that its notebook found to do nearly as well (github.com/openai/CLIP,
 # notebooks/Prompt_Engineering_for_ImageNet.ipynb), in the wording and order of open_clip's zero_shot_metadata.py.
@@ -65,9 +64,9 @@ def fill(template: str, name: str) -> str:
 
 def _lines(field: str, file: str, remedy: str) -> tuple[str, ...]:
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        text = as_path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
+        reason = (e.strerror or str(e)) if isinstance(e, OSError) else "not UTF-8 text"
         raise ConfigError(f"{field} = {file!r}: {reason}: {remedy}") from e
     lines = tuple(line.strip() for line in text.rstrip().splitlines())
     if not lines:

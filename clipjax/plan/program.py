@@ -1,12 +1,12 @@
 """The train step of a run, compiled as for training, but from shapes alone: without data, tokenizer or weights."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from clipjax import aot, config, sharding
+from clipjax.files import local_path
 from clipjax.models import clip
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer
@@ -65,5 +65,5 @@ def teacher_width(run: config.Run) -> int | None:
         return None
     from clipjax.data.teacher import ARRAYS, memory_mapped
 
-    path = Path(run.data.teacher).expanduser()
+    path = local_path("data.teacher", run.data.teacher).expanduser()
     return memory_mapped(path, ARRAYS[0]).shape[1] if path.is_file() else run.model.embed_dim

@@ -15,6 +15,7 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.source import TRIES
 from clipjax.data.sources import open_source
+from clipjax.data.teacher import Teacher
 from clipjax.status import CertainFailure
 from tests.data.conftest import IMAGES, write_tsv
 
@@ -165,7 +166,10 @@ def test_can_be_pickled_and_read_by_threads(toy):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(spec="tfds:nothing"), r"'tfds:nothing': not among the datasets in .* \(toy\); prepare it with `tfds build nothing"),
+        (
+            dict(spec="tfds:nothing"),
+            r"'tfds:nothing': not among the datasets in .* \(toy\); prepare it, .*~/tfds/bin/tfds build nothing",
+        ),
         (dict(spec="tfds:toy:9.*"), r"not among the datasets in .* \(toy:1.2.0\)"),
         (dict(spec="tfds:a b"), r"must be tfds:NAME"),
         (dict(text_field="a", split="validation"), r"data.split = 'validation': tfds:toy has train, small"),
@@ -365,6 +369,28 @@ def test_a_bad_example_keeps_no_exception_in_memory(damaged, monkeypatch):
     gc.collect()
     assert len(large) == TRIES + 1
     assert not any(ref() for ref in large)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            dict(spec="tsv:gs://bucket/pairs.tsv"),
+            "data.spec = 'gs://bucket/pairs.tsv': must be on this machine: copy it, or mount",
+        ),
+        (dict(spec="emoji", teacher="s3://bucket/a.npz"), "data.teacher = 's3://bucket/a.npz': must be on this machine"),
+    ],
+)
+def test_a_file_of_a_store_is_refused_by_name(emoji_dataset, wrong, message):
+    data = config.Data(**wrong)
+    with pytest.raises(ConfigError, match=message):
+        Teacher(str(data.teacher), open_source(data))
+
+
+def test_an_address_is_no_path_of_an_image(tmp_path):
+    path = write_tsv(tmp_path, [("a.png", "a"), ("https://a.org/b.png", "b")])
+    with pytest.raises(ConfigError, match=r"pairs.tsv, line 3: filepath = 'https://a.org/b.png': must be on this machine"):
+        open_source(config.Data(spec=f"tsv:{path}"))
 
 
 def test_nothing_readable_is_an_error(tmp_path):
