@@ -1,4 +1,5 @@
-"""pyproject.toml declares every package that clipjax and its tests import, wherever in a file the import stands.
+"""pyproject.toml declares every package that clipjax and its tests import, wherever in a file the import stands, with a range of
+releases that was tried.
 
 A package that is only installed because another one needs it may be gone after the other's next release.
 """
@@ -7,18 +8,22 @@ import ast
 import sys
 import tomllib
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from clipjax import files
 from clipjax.evals import caption_metrics
 from clipjax.export import verify
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 INSTALLED = metadata.packages_distributions()  # top-level module -> distributions
 EXTRAS = {"export": "torch", "evals": "captions", "aot": "tpu"}  # room -> the extra that it may need besides `dependencies`
 
@@ -75,3 +80,34 @@ def test_every_import_of_the_tests_is_declared():
 )
 def test_what_is_looked_for_by_name_is_declared(extra, modules):
     assert {module for module in modules if not distributions(module) & declared(extra)} == set()
+
+
+def requirements() -> list[Requirement]:
+    """All of pyproject.toml, but for the extras that one extra takes from another."""
+    texts = [*PYPROJECT["build-system"]["requires"], *PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
+    return [requirement for requirement in map(Requirement, texts) if requirement.name != PROJECT["name"]]
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "launch/constraints.txt").read_text().split()
+    return {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_a_dependency_has_a_tried_range(requirement):
+    """Its ends are told, the tests' own release lies within, and the next major release does not."""
+    assert {specifier.operator for specifier in requirement.specifier} == {">=", "<"}
+    pin = pins()[canonicalize_name(requirement.name)]
+    assert pin in requirement.specifier
+    assert Version(f"{pin.major + 1}") not in requirement.specifier
+
+
+@pytest.mark.parametrize("name", sorted({requirement.name for requirement in requirements()}))
+def test_a_dependency_has_one_range(name):
+    assert len({requirement.specifier for requirement in requirements() if requirement.name == name}) == 1
+
+
+def test_the_pythons_that_were_tried_are_told():
+    told = {text.rpartition(" ")[2] for text in PROJECT["classifiers"] if text.startswith("Programming Language :: Python :: 3.")}
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in told
+    assert all(SpecifierSet(PROJECT["requires-python"]).contains(version) for version in told)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.launch.stand_ins import ROOT
 
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), ROOT / "tests" / "run.sh"])
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), *(ROOT / "tests").glob("*.sh")])
 LAUNCHERS = ("gke.sh", "retry.sh", "slurm.sbatch", "tpu_flags.sh", "tpu_pod.sh", "tpu_worker.sh")
 
 
