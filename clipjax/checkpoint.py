@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -233,7 +234,7 @@ def restore(workdir: Path, step: int, abstract: TrainState) -> TrainState:
         raise error or DamagedError(f"{workdir}@{step} can't be read by another process")
     training, in_row = got.training, got.get(COUNTS, {}).get("skipped_in_row")
     if abstract.skipped_in_row is not None and in_row is None:  # train.nonfinite was `stop` so far
-        in_row = jax.device_put(np.int32(0), abstract.skipped_in_row.sharding)
+        in_row = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=abstract.skipped_in_row.sharding)()
     memory = training.get("memory", {})
     return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), memory, in_row)
 

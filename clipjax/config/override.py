@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from clipjax.config import ConfigError, Run, Tokenizer, lines, require
+from clipjax.config import ConfigError, Init, Run, Tokenizer, lines, require
 from clipjax.config.fields import nearest
 from clipjax.config.train import Schedule
 from clipjax.config.unions import OpenUnion
@@ -35,8 +35,9 @@ def override(run: Run, args: Sequence[str], prog: str, known: Sequence[str] = ()
     rules = run.optim.rules
     run = _unchecked(run, optim=_unchecked(run.optim, rules=()))  # tyro makes no options of an empty tuple
     args, run = _without_evals(list(args), run)
-    run = _with_kinds(run, args)
-    fields = [name for name in (line.partition(" = ")[0] for line in lines(run)) if name not in ("optim.rules", "evals")]
+    run = _with_init(_with_kinds(run, args), args)
+    fields = [name for name in (line.partition(" = ")[0] for line in lines(run)) if name not in ("optim.rules", "evals", "init")]
+    fields += [f"init.{f.name}" for f in dataclasses.fields(Init)]
     _check_names(args, {name: f"--{name}" for name in fields} | {_field(option): option for option in known}, prog)
     options = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     printed = io.StringIO()
@@ -102,6 +103,20 @@ def _with_kinds(run: Run, args: Sequence[str]) -> Run:
             changed = _unchecked(parent, **{name: _of_kind(kinds[kind], old, field, given)})
             run = _unchecked(run, **{parents[0]: changed}) if parents else changed
     return run
+
+
+def _with_init(run: Run, args: Sequence[str]) -> Run:
+    """The run with an `init` for tyro to fill, where `args` name fields of it and the run has none; or for help to show."""
+    import tyro
+
+    given = [name for _, name, *_ in _given(args)]
+    if run.init is None and "help" in given:
+        return _unchecked(run, init=Init(run="none", state="all"))
+    if run.init is not None or not any(name.startswith("init.") for name in given):
+        return run
+    init = object.__new__(Init)
+    init.__dict__.update({f.name: tyro.MISSING for f in dataclasses.fields(Init)})
+    return _unchecked(run, init=init)
 
 
 def _of_kind(kind: type, old: Any, field: str, given: dict[str, str]) -> Any:

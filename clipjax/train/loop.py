@@ -248,8 +248,9 @@ def _name_last_good(checkpoints: Checkpoints, workdir: Path, cfg: config.Train) 
         checkpoints.wait()
         first, last = cfg.place(error.step - max(error.skipped, 1)), cfg.place(error.step - 1)
         trained_on = f"batch {last}" if first == last else f"batches {first} to {last}"
-        remedy = f"the same command without {trained_on} (train.skip); or a new --workdir, started from a checkpoint by init, "
-        remedy += "with a lower optim.lr or with optim.clip_norm"
+        or_skip = "" if error.skipped else ", or with train.nonfinite = skip"
+        remedy = f"the same command without {trained_on} (train.skip){or_skip}; or a new --workdir, started from a "
+        remedy += "checkpoint by init, with a lower optim.lr or with optim.clip_norm"
         raise FloatingPointError(f"{error}; {checkpoints.last_good()}. Remedy: {remedy}") from error
     except OSError as error:
         if error.errno not in DISK_FULL:

@@ -8,6 +8,7 @@ import pytest
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.train.report import say_finished
+from tests.test_cli import overridden
 from tests.train import tiny
 from tests.train.test_memory import ISOGCLR
 from tests.train.test_trouble import AVERAGED, RUN, SKIP, during, lines, same, spoiled, train_in
@@ -128,3 +129,15 @@ def test_the_end_of_a_run_says_how_to_go_on(tmp_path, capsys, schedule, grows):
     assert f"{tmp_path}: finished, with all its 8 steps; " in said
     assert ("raise train.steps" in said) == grows
     assert (f"init = Init(run='{tmp_path}', state='all')" in said) != grows
+
+
+def test_it_is_an_option():
+    assert overridden("--init.run", "runs/a@3", "--init.state=all").init == config.Init(run="runs/a@3", state="all")
+    assert overridden("--seed", "1").init is None
+    for wrong in ("--init", "--init.rnu"):
+        with pytest.raises(ConfigError, match=rf"^{wrong}: there is no such field; the nearest is --init\.run"):
+            overridden(wrong, "runs/a")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        overridden("--init.run", "runs/a")
+    with pytest.raises(ConfigError, match=r"^init\.run = '': must name a workdir"):
+        overridden("--init.run=", "--init.state", "all")
