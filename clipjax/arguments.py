@@ -16,6 +16,14 @@ def positive(text: str) -> int:
     return number
 
 
+def step_range(text: str) -> range:
+    """`FROM:TO`, two numbers of finished steps."""
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be FROM:TO with whole numbers, 0 <= FROM < TO, as 100:110")
+    return range(int(first), int(end))
+
+
 def writable_file(text: str) -> Path:
     """A file that can be written, local or on gs:// or s3://. Checked before hours of work, not after; creates nothing."""
     path = place(text)

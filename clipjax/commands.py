@@ -55,12 +55,17 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.workdir is None:
         _wrong_use(args, "--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
+    profile, steps = args.profile or range(0), run.train.steps
+    remedy = f"must begin before train.steps = {steps}"
+    config.require(profile.start < steps, "--profile", f"{profile.start}:{profile.stop}", remedy)
     from clipjax import build, distributed, environment, sharding
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators
     from clipjax.train import loop
     from clipjax.train.workdir import open_workdir
 
+    if profile:
+        environment.leave_out_libtpu()
     distributed.start()
     distributed.agree("the configuration's checksum", zlib.crc32(config.to_json(run).encode()))
     environment.keep_programs()
@@ -72,7 +77,8 @@ def train(args: argparse.Namespace) -> None:
         teacher = build.teacher(run, source)
         tokenizer = build.tokenizer(run, workdir, source)
         batches = build.batches(run, source, tokenizer, teacher)
-        loop.train(run, workdir, batches, make_evaluators(run, mesh, tokenizer, workdir.path), mesh, source)
+        evaluators = make_evaluators(run, mesh, tokenizer, workdir.path)
+        loop.train(run, workdir, batches, evaluators, mesh, source, range(profile.start, min(profile.stop, steps)))
 
 
 def _load(args: argparse.Namespace) -> "LoadedRun":

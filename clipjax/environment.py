@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
+from typing import NoReturn
 
 from clipjax.config import require
 
@@ -36,6 +37,19 @@ def quiet() -> None:
     """
     if not _has_tpu():
         os.environ |= COMPILE_ONLY | os.environ
+
+
+def leave_out_libtpu() -> None:
+    """Where this machine has no TPU: keeps JAX from loading libtpu, which may be installed for `clipjax plan`. Of another version
+    than JAX, it ends the process when a profile begins. Call it before anything asks JAX for devices.
+    """
+    from jax.extend import backend  # here: `clipjax --help` stays instant
+
+    def refuse() -> NoReturn:
+        raise RuntimeError("this machine has no TPU")
+
+    if not _has_tpu():
+        backend.register_backend_factory("tpu", refuse)
 
 
 def program_cache(environ: Mapping[str, str], platform: str) -> Path | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipjax import commands
-from clipjax.arguments import local, local_folder, place, positive, writable_file, writable_folder
+from clipjax.arguments import local, local_folder, place, positive, step_range, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 
 
@@ -70,6 +70,12 @@ COMMANDS = (
         commands.train,
         "train a model, or resume it from the newest checkpoint of its workdir",
         _argument("--workdir", "RUN", "folder of the run, local or on gs:// or s3://", writable_folder),
+        _argument(
+            "--profile",
+            "FROM:TO",
+            "trace the steps from FROM finished ones to TO, on all processes, into RUN/profile, for TensorBoard or Perfetto",
+            step_range,
+        ),
         fields=True,
     ),
     _command(

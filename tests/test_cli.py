@@ -36,7 +36,7 @@ COMMANDS = {
     "": ["train", "configs", "eval", "embed", "export", "import", "plan", "data", "bench"],
     "configs": ["NAME", "print this one"],
     "plan": ["CONFIG.py|NAME", "--topology", "--slices N", "--find-batch", "--json OUT"],
-    "train": ["--workdir RUN", "CONFIG.py|NAME"],
+    "train": ["--workdir RUN", "--profile FROM:TO", "CONFIG.py|NAME"],
     f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
     "eval": ["zeroshot", "retrieval", "geometry", "captioning"],
     "eval zeroshot": ["--data SPEC", "--split", "--classnames FILE", "--templates NAME|FILE", "--json OUT", "default: simple"],

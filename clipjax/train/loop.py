@@ -22,6 +22,7 @@ from clipjax.storage import DISK_FULL
 from clipjax.train import remat
 from clipjax.train.optimizer import make_optimizer, trained_names
 from clipjax.train.origin import restore_origin
+from clipjax.train.profiling import Profile
 from clipjax.train.progress import Progress
 from clipjax.train.report import Report, say, say_finished, say_start
 from clipjax.train.state import TrainState, abstract_state, initial_state
@@ -55,9 +56,11 @@ def train(
     evaluators: Sequence[Evaluator],
     mesh: Mesh,
     source: Source | None = None,
+    profile: range = range(0),
 ) -> TrainState:
-    """Trains until `train.steps` steps are finished, from the checkpoint that `open_workdir` found, or from the start. `source`:
-    the dataset that the batches are of, for the number of epochs.
+    """Trains until `train.steps` steps are finished, from the checkpoint that `open_workdir` found, or from the start.
+
+    `source`: the dataset that the batches are of, for the number of epochs. `profile`: the steps to trace.
 
     Raises ConfigError for an optimizer rule without a parameter and for a mesh that would replicate what it should shard,
     FloatingPointError where a loss is not finite, OSError where the disk is full, and Preempted where a stop was requested and
@@ -90,7 +93,8 @@ def train(
         progress = stack.enter_context(Progress(run.train.steps))
         flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
         report = Report(run, mesh, writer, progress, flops, None if source is None else len(source))
-        _Loop(run.train, schedule, devices, data, checkpoints, report).run()
+        profiler = stack.enter_context(Profile(profile, schedule.start, workdir.path, lambda: report.clock.paused(devices.state)))
+        _Loop(run.train, schedule, devices, data, checkpoints, report, profiler).run()
     report.say_repairs(run.train.steps - schedule.start)
     return devices.state
 
@@ -164,9 +168,10 @@ class _Loop:
         data: Iterator[dict[str, np.ndarray]],
         checkpoints: Checkpoints,
         report: Report,
+        profiler: Profile,
     ) -> None:
         self._cfg, self._schedule, self._devices = cfg, schedule, devices
-        self._data, self._checkpoints, self._report = data, checkpoints, report
+        self._data, self._checkpoints, self._report, self._profiler = data, checkpoints, report, profiler
 
     def run(self) -> None:
         """Trains to the end. Raises Preempted where a stop was requested, once the state is saved."""
@@ -183,7 +188,8 @@ class _Loop:
                     raise preemption.Preempted(f" at step {step:,}: saved; the same command goes on")
                 if step == self._cfg.steps:
                     return
-                metrics = self._train_step(step)
+                with self._profiler.step(step):
+                    metrics = self._train_step(step)
                 if step == self._schedule.start:  # earlier, a signal ends the process at once: there is nothing to save
                     stack.enter_context(preemption.listening())
                 self._report.log(step + 1, metrics)

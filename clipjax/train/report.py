@@ -36,8 +36,8 @@ def say_start(run: config.Run, workdir: Path, begin: Saved | Origin | None, sour
             say(f"the order of the data is another one: it goes on with its batch {train.place(begin.step):,}")
     if source is not None:
         examples, size = train.steps * train.batch_size, len(source)
-        epochs = f"{examples / size:,.1f} epochs of {source.name} ({size:,})"
-        say(f"{train.steps:,} steps of {train.batch_size:,} = {examples:,} examples, {epochs}")
+        epochs = f"{examples / size:,.1f}" if examples >= size else f"{examples / size:.2g}"
+        say(f"{train.steps:,} steps of {train.batch_size:,} = {examples:,} examples, {epochs} epochs of {source.name} ({size:,})")
 
 
 def say_finished(run: config.Run, workdir: Path) -> None:
