@@ -78,6 +78,12 @@ case "$workdir" in '' | gs://?*) ;; *) wrong "--workdir = '$workdir': must be gs
 [[ "$slices" =~ ^[1-9][0-9]*$ ]] || wrong "--slices = '$slices': must be a whole number, 1 or more"
 [[ "$restarts" =~ ^[0-9]+$ ]] || wrong "--restarts = '$restarts': must be a whole number"
 
+if [ "$command" = render ] || [ "$command" = apply ]; then
+  case "$1" in */* | *.py) file=$1 ;; *) file=configs/$1.py ;; esac
+  [ -e "$(dirname "${BASH_SOURCE[0]}")/../$file" ] || [ "${file#/}" != "$file" ] ||
+    say "CONFIG.py|NAME = '$1': is not in this checkout; the image must have it as $file"
+fi
+
 text() { # a YAML string
   local one="'"
   echo "'${1//$one/$one$one}'"
@@ -88,19 +94,39 @@ fields() { # its arguments, joined by commas
   echo "${all#, }"
 }
 
+flat="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+of_cubes() { # SHAPE MOST: whether it consists of cubes of 4x4x4 chips, sorted, and has at most MOST chips
+  local lengths before=4 length chips=1
+  read -r -a lengths <<<"${1//x/ }"
+  [ ${#lengths[@]} = 3 ] || return 1
+  for length in "${lengths[@]}"; do
+    if ((length % 4 || length < before)); then return 1; fi
+    before=$length chips=$((chips * length))
+  done
+  ((chips <= $2))
+}
+
 render() {
-  local kind=${topology%%:*} shape=${topology#*:} chips=1 of=4 length
-  # Labels: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. A machine has four chips; v5e and v6e also have
-  # slices of one machine with one chip, and with eight.
+  local kind=${topology%%:*} shape=${topology#*:} chips=1 of=4 known='' most='' length
+  # Labels and shapes: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus. A machine has four chips; v5e and v6e also
+  # have slices of one machine with one chip, and with eight.
   case "$kind" in
-  v4) kind=tpu-v4-podslice ;;
-  v5e) kind=tpu-v5-lite-podslice ;;
-  v5p) kind=tpu-v5p-slice ;;
-  v6e) kind=tpu-v6e-slice ;;
-  tpu7x) ;;
+  v4) kind=tpu-v4-podslice most=4096 ;;
+  v5e) kind=tpu-v5-lite-podslice known=$flat ;;
+  v5p) kind=tpu-v5p-slice most=6144 ;;
+  v6e) kind=tpu-v6e-slice known=$flat ;;
+  tpu7x) most=9216 ;;
   *) wrong "--topology = '$topology': must be v4, v5e, v5p, v6e or tpu7x and a shape, as v5e:16x16" ;;
   esac
-  [[ "$shape" =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || wrong "--topology = '$topology': must be a kind and a shape, as v5e:16x16"
+  known=${known:-2x2x1 2x2x2 2x2x4 2x4x4}
+  [[ "$shape" =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] || wrong "--topology = '$topology': must be a kind and a shape, as v5e:16x16"
+  case " $known " in
+  *" $shape "*) ;;
+  *)
+    { [ -n "$most" ] && of_cubes "$shape" "$most"; } || wrong "--topology = '$topology': there are no such slices; ${topology%%:*} comes as" \
+      "${known// /, }${most:+, and AxBxC with A <= B <= C, multiples of four, up to $most chips}"
+    ;;
+  esac
   for length in ${shape//x/ }; do chips=$((chips * length)); done
   case "$shape" in 1x1) of=1 ;; 2x4) of=8 ;; esac
 

@@ -26,10 +26,15 @@ free_port() { # an ephemeral port that nobody listens on
   echo "$port"
 }
 
+numbered() { # each line after the number of its process, at once
+  local line
+  while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done
+}
+
 set -m # each process leads its own process group: it gets a signal from this script alone, once, and does not ignore Ctrl-C
 pids=()
 pass_on() {
-  for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done
+  for pid in ${pids[@]+"${pids[@]}"}; do kill "-$1" -- "-$pid" 2>/dev/null || true; done
 }
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
@@ -47,7 +52,7 @@ for ((i = 0; i < n; i++)); do
   if [ "$i" = 0 ]; then
     "$@" &
   else
-    "$@" > >(trap '' TERM INT && exec sed -u "s/^/[$i] /" >&2) 2>&1 &
+    "$@" > >(trap '' TERM INT && numbered "$i" >&2) 2>&1 &
   fi
   pids+=($!)
 done
@@ -56,7 +61,7 @@ rank() { # how bad a status is
   case $1 in 2) echo 1000 ;; 3) echo 999 ;; 75) echo 1 ;; 0) echo 0 ;; *) echo "$((1 + $1))" ;; esac
 }
 worst=0
-left=("${pids[@]}")
+left=(${pids[@]+"${pids[@]}"})
 deadline=
 while [ ${#left[@]} -gt 0 ]; do
   running=()
@@ -70,7 +75,7 @@ while [ ${#left[@]} -gt 0 ]; do
     if [ "$(rank "$status")" -gt "$(rank "$worst")" ]; then worst=$status; fi
     if [ "$status" != 0 ] && [ -z "$deadline" ]; then deadline=$((SECONDS + patience)); fi
   done
-  left=("${running[@]}")
+  left=(${running[@]+"${running[@]}"}) # bash 3.2, which a Mac has, takes an empty array for one that is not set
   if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
     pass_on KILL
     deadline=$((SECONDS + patience))

@@ -13,7 +13,7 @@ debian() { # installs Debian or Ubuntu packages, as root or with sudo
     as_root=(sudo)
   fi
   say "installing $*"
-  "${as_root[@]}" apt-get update -qq && "${as_root[@]}" apt-get install -y -qq "$@" >/dev/null
+  ${as_root[@]+"${as_root[@]}"} apt-get update -qq && ${as_root[@]+"${as_root[@]}"} apt-get install -y -qq "$@" >/dev/null
 }
 
 find_python() {

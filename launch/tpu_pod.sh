@@ -17,7 +17,7 @@ COMMAND
              from --workdir
   create     requests the machines, as a queued resource, and returns at once
   wait       waits until the machines are ready
-  install    installs this checkout's HEAD and its requirements on all workers
+  install    installs what is committed in this checkout, and its requirements, on all workers
   train      starts the training on all workers, or finds it running, and follows the log to the end; returns its status
   logs       follows the log of the first worker
   status     shows the state of the machines and of the training
@@ -198,7 +198,6 @@ unpack="mkdir -p clipjax && tar -xzf clipjax.tar.gz -C clipjax"
 install() {
   local folder=${TMPDIR:-/tmp} status=0
   [ -n "$dry" ] || folder=$(mktemp -d)
-  [ -z "$(git status --porcelain --untracked-files=no)" ] || say "changes that are not committed are not installed: installing $(git rev-parse --short HEAD)"
   do_ git archive --format=tar.gz --output="$folder/clipjax.tar.gz" HEAD &&
     on_all_nodes copy "$folder/clipjax.tar.gz" && on_all_nodes on all "$unpack && $(worker install)" || status=1
   [ $status = 0 ] || say "the installation failed on a worker: see above"
@@ -286,6 +285,10 @@ status() {
   if [ "$now" = ACTIVE ]; then on_all_nodes on all "$(worker status)"; fi
 }
 
+case "$command" in # before anything costs money
+run | train) bash launch/committed.sh "${train[@]}" ;;
+create | install) bash launch/committed.sh ;;
+esac
 case "$command" in
 wait) await ;;
 train) training ;;

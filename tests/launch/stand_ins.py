@@ -69,6 +69,8 @@ class Stage:
             )
             program.chmod(0o755)
         subprocess.run(["cp", "-r", ROOT / "launch", ROOT / "pyproject.toml", self.checkout], check=True)
+        (self.checkout / "configs").mkdir()
+        (self.checkout / "configs" / "c.py").write_text("def config(): ...\n")
         quick = {"POLL": "0.02", "RETRY_FIRST": "0", "RETRY_MOST": "0", "RETRY_PAUSE": "0", "RETRIES": "5"}
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CLIPJAX_", "SLURM_"))}
         path = f"{self.folder / 'bin'}:/usr/bin:/bin"

@@ -1,5 +1,7 @@
 """launch/gke.yaml as launch/gke.sh fills it in, and what is handed to kubectl."""
 
+import math
+
 import pytest
 import yaml
 
@@ -147,6 +149,18 @@ def test_machines_follow_from_the_topology(stage, topology, label, machines, chi
     }
 
 
+@pytest.mark.parametrize("kind", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_what_can_be_planned_can_be_started(stage, kind):
+    for shape in aot.TOPOLOGIES[kind].split():
+        _, _, machines, pod = rendered(stage, "--topology", f"{kind}:{shape}")
+        chips = machines["completions"] * pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
+        assert chips == math.prod(map(int, shape.split("x")))
+
+
+def test_cubes_of_any_number_make_a_slice(stage):
+    assert rendered(stage, "--topology", "v5p:4x4x12")[2]["completions"] == 48
+
+
 @pytest.mark.parametrize("option", ["context", "name", "image", "topology", "workdir"])
 def test_what_is_missing_is_asked_for_by_name(stage, option):
     at = JOB.index(f"--{option}")
@@ -167,6 +181,14 @@ def test_what_is_missing_is_asked_for_by_name(stage, option):
         (["apply", *JOB, "--name", "Run_1", *TRAIN], "--name = 'Run_1': must consist of a-z"),
         (["apply", *JOB, "--topology", "v5e-256", *TRAIN], "--topology = 'v5e-256': must be"),
         (["apply", *JOB, "--topology", "v3:2x2", *TRAIN], "--topology = 'v3:2x2': must be"),
+        (["apply", *JOB, "--topology", "v5e:2x2x1", *TRAIN], "v5e comes as 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16\n"),
+        (["apply", *JOB, "--topology", "v5e:1x2", *TRAIN], "--topology = 'v5e:1x2': there are no such slices"),
+        (["apply", *JOB, "--topology", "v6e:32x32", *TRAIN], "--topology = 'v6e:32x32': there are no such slices"),
+        (["apply", *JOB, "--topology", "v4:4x4", *TRAIN], "--topology = 'v4:4x4': there are no such slices"),
+        (["apply", *JOB, "--topology", "v4:1x1x1", *TRAIN], "v4 comes as 2x2x1, 2x2x2, 2x2x4, 2x4x4, and AxBxC with A <= B <= C"),
+        (["apply", *JOB, "--topology", "v5p:8x4x4", *TRAIN], "--topology = 'v5p:8x4x4': there are no such slices"),
+        (["apply", *JOB, "--topology", "v5p:4x4x6", *TRAIN], "--topology = 'v5p:4x4x6': there are no such slices"),
+        (["apply", *JOB, "--topology", "v5p:16x16x28", *TRAIN], "multiples of four, up to 6144 chips"),
         (["apply", *JOB, "--workdir", "runs/x", *TRAIN], "--workdir = 'runs/x': must be gs://"),
         (["apply", *JOB, "--slices", "0", *TRAIN], "--slices = '0': must be"),
         (["apply", *JOB, "--restarts", "-1", *TRAIN], "--restarts = '-1': must be"),
@@ -181,6 +203,13 @@ def test_wrong_use_is_refused(stage, arguments, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert stage.calls("kubectl") == []
+
+
+def test_a_config_that_this_checkout_lacks_is_named(stage):
+    for name, file in (("clip_b99", "configs/clip_b99.py"), ("mine.py", "mine.py")):
+        done = stage.run("gke.sh", "apply", *JOB, name)
+        assert done.stderr == f"gke: CONFIG.py|NAME = '{name}': is not in this checkout; the image must have it as {file}\n"
+    assert stage.run("gke.sh", "apply", *JOB, *TRAIN).stderr == ""
 
 
 def test_a_name_that_is_not_filled_in_is_refused(stage):

@@ -1,6 +1,7 @@
 """What holds for every script of launch/, and the TPU compiler's options, which the installed one must know."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from tests.launch.stand_ins import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), *(ROOT / "tests").glob("*.sh")])
-LAUNCHERS = ("gke.sh", "retry.sh", "slurm.sbatch", "tpu_flags.sh", "tpu_pod.sh", "tpu_worker.sh")
+LAUNCHERS = ("committed.sh", "gke.sh", "retry.sh", "slurm.sbatch", "tpu_flags.sh", "tpu_pod.sh", "tpu_worker.sh")
 
 
 def test_shellcheck_finds_nothing():
@@ -32,6 +33,40 @@ def test_scripts_can_be_run():
     for script in SCRIPTS:
         assert os.access(script, os.X_OK), script
         assert script.read_text().startswith("#!/usr/bin/env bash\n"), script
+
+
+# What bash 3.2 and the BSD tools of a Mac lack. The scripts that only Linux machines run may use them.
+ON_A_MAC = [s for s in SCRIPTS if s.name not in ("slurm.sbatch", "tpu_worker.sh", "tpu_flags.sh")]
+NOT_ON_A_MAC = (
+    r"\b(declare|local|typeset) -[A-Za-z]*[Ang]",  # associative arrays, references
+    r"\b(mapfile|readarray|coproc|setsid|flock|nproc|realpath|timeout|tac|gsed|free)\b",
+    r"\$\{\w+(\^|,|@[QEPAa])",  # upper and lower case, quoting
+    r"\bwait -n|\|&|&>>|;;?&",
+    r"\breadlink -|\bsed (-\w*[iur]|--)|\bgrep (-\w*P|--)|\bdate (-d|--)|\bstat -c|\bsort -\w*V|\bxargs -r|\bcp (-t|--)",
+    r"\b(head|tail) -n -|\btail -s|\btail --|\bmktemp --|\bln -\w*r|\bkill --|/proc/",
+    r"(?<!\+)\"\$\{(?!(lengths|nodes|where|slice|alive|left|arguments|flags|train|pytest|known)\[)\w+\[[@*]\]\}",  # may be empty
+)
+
+
+@pytest.mark.parametrize("script", ON_A_MAC, ids=lambda script: script.name)
+def test_a_mac_can_run_it(script):
+    """Its bash is 3.2, where "${a[@]}" of an empty array is an error with `set -u`; its tools are BSD's."""
+    lines = [line.split(" # ")[0] for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
+    for pattern in NOT_ON_A_MAC:
+        assert [line for line in lines if re.search(pattern, line)] == [], pattern
+
+
+def test_what_a_mac_lacks_is_found():
+    wrong = (
+        "exec sed -u s/a/b/",
+        'left=("${running[@]}")',
+        "declare -A of",
+        "wait -n",
+        "readlink -f x",
+        "echo ${name^^}",
+        "grep -oP x",
+    )
+    assert all(any(re.search(pattern, line) for pattern in NOT_ON_A_MAC) for line in wrong)
 
 
 COMPILE = """

@@ -6,11 +6,12 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.launch.stand_ins import Stage, parsed
+from tests.launch.stand_ins import ROOT, Stage, parsed
 
 TWO = {"STAGE_WORKERS": "2"}  # machines a slice, rather than one
 POD = ["--project", "p", "--zone", "z", "--name", "pod", "--type", "v5litepod-16", "--workdir", "gs://b/run"]
@@ -64,6 +65,56 @@ def test_wrong_use_is_refused(stage, arguments, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert stage.calls("gcloud") == []
+
+
+def refused(stage, *train):
+    done = stage.run("tpu_pod.sh", "run", *POD, *train)
+    assert (done.returncode, done.stdout, stage.calls("gcloud")) == (2, "", []), done.stderr
+    return done.stderr
+
+
+def test_no_machines_are_requested_for_a_config_that_the_workers_would_lack(stage):
+    for name in ("none.py", "configs/none.py", "/elsewhere/c.py"):
+        assert f"CONFIG.py = '{name}': there is no such file in {stage.checkout}, the checkout" in refused(stage, name)
+    assert "NAME = 'clip_b99': there is no such packaged config; there are c " in refused(stage, "clip_b99")
+    (stage.checkout / "mine.py").write_text("def config(): ...\n")
+    assert "CONFIG.py = 'mine.py': is not committed, and the workers get what is committed: git add mine.py" in refused(
+        stage, "mine.py"
+    )
+    (stage.checkout / "configs" / "c.py").write_text("def config(): pass\n")
+    for name in ("configs/c.py", "c", "./configs/c.py"):
+        assert "has changes that are not committed" in refused(stage, name)
+
+
+def test_no_machines_are_requested_for_a_command_that_clipjax_refuses(stage):
+    """Where this machine has clipjax; what is looked at is what the workers get."""
+    python = stage.checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\nPYTHONPATH={ROOT}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    config = (ROOT / "configs" / "emoji_clip.py").read_text()
+    (stage.checkout / "configs" / "c.py").write_text(config)
+    (stage.checkout / "configs" / "broken.py").write_text("import neighbour\n" + config)
+    (stage.checkout / ".gitignore").write_text(".venv\nneighbour.py\n")
+    (stage.checkout / "configs" / "neighbour.py").touch()
+    stage.commit()
+    assert "configs/broken.py, line 1: ModuleNotFoundError: No module named 'neighbour'" in refused(stage, "configs/broken.py")
+    said = refused(stage, "configs/c.py", "--train.step", "4")
+    assert "--train.step: there is no such field" in said
+    assert "no machines were requested" in said
+    assert stage.run("tpu_pod.sh", "run", "--dry-run", *POD, "configs/c.py", "--seed", "1").returncode == 0
+
+
+def test_what_is_not_committed_is_named_before_machines_are_requested(stage):
+    assert "Not committed" not in stage.run("tpu_pod.sh", "create", *POD).stderr
+    (stage.checkout / "launch" / "Dockerfile").write_text("")
+    (stage.checkout / "neighbour.py").touch()
+    for name in range(30):
+        (stage.checkout / f"note {name}").touch()
+    for command in ("run", "create", "install"):
+        said = stage.run("tpu_pod.sh", command, "--dry-run", *POD, *TRAIN).stderr
+        assert " M launch/Dockerfile\n?? neighbour.py\n" in said
+        assert "and 12 more: git status" in said
 
 
 def dry(stage, *arguments):
