@@ -4,10 +4,11 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clipjax import config, s3, sharding
+from clipjax import config, distributed, s3, sharding
 from clipjax.files import as_path, reach, resolve
 from clipjax.models import clip
+from clipjax.preservation import Preservation
 from clipjax.storage import DamagedError, SaveError, reading, refusal
 from clipjax.train.owner import CheckOwner, never_lost
 from clipjax.train.state import TrainState
@@ -34,30 +36,28 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, run: config.Run, check_owner: CheckOwner = never_lost) -> None:
         """`check_owner`: `Workdir`'s."""
-        policies = ocp.checkpoint_managers
-        keep: list[ocp.checkpoint_managers.PreservationPolicy] = [policies.LatestN(run.train.keep)]
-        if run.train.keep_every:
-            keep.append(policies.EveryNSteps(run.train.keep_every))
-        score = None
-        if run.train.best:
-            score = functools.partial(_score, run.train.best)
-            keep.append(policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
+        self._preservation = Preservation(run.train)
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,  # removes what a killed save left
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            best_fn=score,  # the policy above chooses; this only makes Orbax write the metrics, which a resumed run needs
+            preservation_policy=self._preservation,
             **s3.options(workdir),
         )
         _ignore_closed_loop()
-        self._manager = _Manager(resolve(workdir) / "checkpoints", options=options)
         self._workdir, self._run, self._check_owner = workdir, run, check_owner
+        self._manager = _Manager(resolve(workdir) / "checkpoints", options=options)
+        self._manager.when_a_write_fails = self._end_together
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        with self._writing():
-            self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except SaveError as failed:
+            if error is None or isinstance(error, OSError):
+                raise
+            logging.warning(str(failed))  # `error` came first, and is what ends the run
 
     def latest(self) -> int | None:
         """The newest step on disk, or None."""
@@ -75,11 +75,11 @@ class Checkpoints:
             return f"no checkpoint had been written to {self._workdir}"
         return f"the last good checkpoint is {self._workdir}@{good}"
 
-    def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state: TrainState) -> None:
         """Starts to write. Returns when the state is copied from the devices, so that the next step may donate it.
 
-        `metrics` (`task/name` and `task/dataset/name` -> value) are the values that train.best can name. Does nothing for a step
-        that is on disk already. Raises SaveError, also for an earlier save that has failed since.
+        The writing goes on in threads, whatever the devices and the other processes' main threads do meanwhile. Does nothing for
+        a step that is on disk already. Raises SaveError, also for an earlier save that has failed since.
         """
         if step in self._manager.all_steps():
             return
@@ -93,9 +93,15 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardSave(state.ema)
         if state.skipped_in_row is not None:
             items[COUNTS] = ocp.args.StandardSave({"skipped_in_row": state.skipped_in_row})
-        tracked = (metrics or {}) if self._run.train.best else None
         with self._writing():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=tracked)
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of evaluations of a step, as `task/name` and as `task/dataset/name`: those that train.best can name.
+
+        The step may have been saved before: the next save decides which checkpoint is the best, and keeps it.
+        """
+        self._preservation.note(step, metrics)
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises SaveError if that failed."""
@@ -112,6 +118,20 @@ class Checkpoints:
                 raise
             remedy = "make room there, and the same command goes on from it"
             raise SaveError(f"a checkpoint could not be written ({reason}); {self.last_good()}. Remedy: {remedy}") from error
+
+    def _end_together(self, error: Exception) -> None:
+        """Of several processes, this one could not write its part: ends all of them, because the others wait for it, the main
+        threads in the next save."""
+        if not distributed.joined():
+            return
+        message = "".join(traceback.format_exception(error))
+        with contextlib.suppress(Exception):
+            try:
+                with self._writing():
+                    raise error
+            except SaveError as named:
+                message = str(named)
+        distributed.leave(1, message)
 
     def set_aside(self, step: int, why: str) -> None:
         """Moves a checkpoint that can't be read from checkpoints/ to damaged/, for a person to look at, and logs a warning."""
@@ -131,10 +151,22 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax asks JAX at each save whether a stop is requested. Only the loop may ask: all processes must ask equally often."""
+    """Orbax's manager with two differences, for runs of several processes."""
+
+    when_a_write_fails: Callable[[Exception], None]
 
     def reached_preemption(self, step: int) -> bool:
+        """Whether a stop is requested. Only the loop may ask JAX, and not Orbax at each save: all must ask equally often."""
         return False
+
+    def _wait_for_checkpointers(self) -> None:
+        """Runs in the thread that completes a save. Where a process can't write its part, Orbax's threads in all of them wait for
+        each other, for twenty minutes, and the next save waits for them."""
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.when_a_write_fails(error)
+            raise
 
 
 @functools.cache  # once in a process
@@ -158,10 +190,6 @@ def _training(state: TrainState) -> dict[str, Any]:
     return values | ({"memory": state.memory} if state.memory else {})
 
 
-def _score(name: str, metrics: dict[str, float]) -> float:
-    return metrics.get(name, -math.inf)
-
-
 def split_name(name: str, field: str = "RUN") -> tuple[Path, int | None]:
     """`RUN` or `RUN@STEP` -> the workdir, and the step or None.
 
@@ -174,15 +202,14 @@ def split_name(name: str, field: str = "RUN") -> tuple[Path, int | None]:
     return workdir, step
 
 
-def _reader(workdir: Path, *, alone: bool = False) -> ocp.CheckpointManager:
+def _reader(workdir: Path) -> ocp.CheckpointManager:
     """Reads a workdir that has checkpoints. Writes nothing and removes nothing.
 
-    `alone`: this process reads its part without waiting for the others, because it may find damage where they find none.
+    Each process reads its part without waiting for the others, because it may find damage where they find none.
     """
     me = jax.process_index()
-    only_me = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}")
-    parts = only_me if alone else ocp.options.MultiprocessingOptions()
-    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=parts, **s3.options(workdir))
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}")
+    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone, **s3.options(workdir))
     return ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
 
 
@@ -226,7 +253,7 @@ def restore(workdir: Path, step: int, abstract: TrainState) -> TrainState:
         items[COUNTS] = ocp.args.StandardRestore({"skipped_in_row": abstract.skipped_in_row})
     error = None
     try:
-        with reading(workdir, step), _reader(workdir, alone=True) as reader:
+        with reading(workdir, step), _reader(workdir) as reader:
             got = reader.restore(step, args=ocp.args.Composite(**items))
     except DamagedError as e:
         error = e
@@ -254,6 +281,7 @@ def look_up(name: str, field: str = "RUN") -> tuple[Path, int, config.Run]:
         if step is None or step not in steps:
             found = ", ".join(map(str, steps)) or "(none)"
             raise config.ConfigError(f"{field} = {name!r}: has checkpoints of steps {found} only")
+        distributed.agree("the checkpoint's step", step)
         with reading(workdir, step):
             return workdir, step, read_config(reader, step)
 

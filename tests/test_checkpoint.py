@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -68,7 +69,7 @@ def test_the_newest_are_kept(tmp_path, run, state):
     assert steps_on_disk(tmp_path) == [5, 11]
     other = dataclasses.replace(run.train, keep=1, best=METRIC)  # both are free to change
     with Checkpoints(tmp_path, dataclasses.replace(run, train=other)) as checkpoints:
-        checkpoints.save(20, at(state, 20), {METRIC: 0.5})
+        checkpoints.save(20, at(state, 20))
     assert steps_on_disk(tmp_path) == [20]
 
 
@@ -81,26 +82,38 @@ def test_multiples_of_keep_every_are_kept_for_good(tmp_path, run, state):
     assert steps_on_disk(tmp_path) == [10, 20, 30, 33]
     best = dataclasses.replace(sparse, train=dataclasses.replace(sparse.train, best=METRIC))
     with Checkpoints(tmp_path, best) as checkpoints:
-        checkpoints.save(35, at(state, 35), {METRIC: 0.5})
-        checkpoints.save(45, at(state, 45), {METRIC: 0.25})
+        checkpoints.save(35, at(state, 35))
+        checkpoints.note(35, {METRIC: 0.5})
+        checkpoints.save(45, at(state, 45))
     assert steps_on_disk(tmp_path) == [10, 20, 30, 35, 45]
 
 
 def test_the_best_is_kept_however_old(tmp_path, run, state):
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, keep=1, best=METRIC))
-    scores = {1: 0.2, 2: 0.7, 3: None, 4: 0.5, 5: None, 6: 0.1}
+    scores = {1: 0.2, 2: 0.7, 3: math.nan, 4: 0.5, 5: None, 6: 0.1}
     for part in ((1, 2, 3), (4, 5, 6)):  # also by a process that did not see it
         with Checkpoints(tmp_path, run) as checkpoints:
-            for step in part:
-                checkpoints.save(step, at(state, step), None if scores[step] is None else {METRIC: scores[step], "other/x": 9.0})
+            for before in range(1, part[0]):
+                checkpoints.note(before, {METRIC: scores[before]})
+            for step in part:  # a checkpoint is evaluated once it is saved
+                checkpoints.save(step, at(state, step))
+                checkpoints.note(step, {"other/x": 9.0} | ({} if scores[step] is None else {METRIC: scores[step]}))
     assert steps_on_disk(tmp_path) == [2, 6]
+    old = tmp_path / "checkpoints" / "2" / "metrics"  # as releases to 0.2 have written it
+    old.mkdir()
+    (old / "metrics").write_text(json.dumps({METRIC: 0.7}))
     with Checkpoints(tmp_path, run) as checkpoints:
-        checkpoints.save(7, at(state, 7), {METRIC: 0.8})
+        checkpoints.save(7, at(state, 7))
+        checkpoints.note(7, {METRIC: 0.6})
         checkpoints.save(8, at(state, 8))
-    assert steps_on_disk(tmp_path) == [7, 8]
+        checkpoints.wait()
+        assert steps_on_disk(tmp_path) == [2, 8]
+        checkpoints.note(8, {METRIC: 0.8})
+        checkpoints.save(9, at(state, 9))
+    assert steps_on_disk(tmp_path) == [8, 9]
     with Checkpoints(tmp_path, run) as checkpoints:
-        assert checkpoints.latest() == 8  # what resumes is the newest, not the best
-        same(checkpoints.restore(7, fresh(run, tiny.mesh_of())), at(state, 7))
+        assert checkpoints.latest() == 9  # what resumes is the newest, not the best
+        same(checkpoints.restore(8, fresh(run, tiny.mesh_of())), at(state, 8))
 
 
 def test_a_step_is_saved_once(tmp_path, run, state):

@@ -27,7 +27,7 @@ from clipjax.train.progress import Progress
 from clipjax.train.report import Report, say, say_finished, say_start
 from clipjax.train.state import TrainState, abstract_state, initial_state
 from clipjax.train.step import Batch, Metrics, jit_step, make_train_step
-from clipjax.train.workdir import Workdir, evaluated, restore_newest, save_config
+from clipjax.train.workdir import Workdir, evaluated, note_evaluations, qualified, restore_newest, save_config
 
 # Opens this process's batches, beginning with the one that follows a number of finished steps.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
@@ -76,6 +76,7 @@ def train(
         stack.enter_context(_name_last_good(checkpoints, workdir.path, run.train))
         begin, state = restore_newest(run, workdir, checkpoints, abstract) or (origin, given or initial_state(run, tx, mesh))
         schedule = _Schedule(run.train, evaluators, begin.step if begin else 0, workdir.path)
+        note_evaluations(run, workdir.path, checkpoints, schedule.start)
         if schedule.is_finished:
             say_finished(run, workdir.path)
             return state
@@ -121,9 +122,17 @@ class _Schedule:
             return self._missed
         return [e for e in self._evaluators if step == self._cfg.steps or e.due(step)]
 
-    def saves(self, step: int, stop: bool) -> bool:
-        """Whether the state must be saved. The state of the start is not: it is on disk, or new."""
-        return step > self.start and (stop or step == self._cfg.steps or step % self._cfg.checkpoint_every == 0)
+    def saves(self, step: int, due: Sequence[Evaluator], stop: bool) -> bool:
+        """Whether the state must be saved. The state of the start is not: it is on disk, or new.
+
+        Where train.best is a metric of the evaluations `due`, their step is saved, whatever they find.
+        """
+        regular = stop or step == self._cfg.steps or step % self._cfg.checkpoint_every == 0
+        return step > self.start and (regular or any(self._gives_best(evaluator) for evaluator in due))
+
+    def _gives_best(self, evaluator: Evaluator) -> bool:
+        evaluation, _, _ = (self._cfg.best or "").rpartition("/")
+        return evaluation in (evaluator.task, f"{evaluator.task}/{evaluator.dataset}")
 
 
 class _Devices:
@@ -178,11 +187,12 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             for step in range(self._schedule.start, self._cfg.steps + 1):
                 # Here the state and the data both describe exactly `step` finished steps, so a checkpoint that is saved here
-                # resumes bit-exactly. Keep this order: evaluate, save, stop, and only then read the next batch.
+                # resumes bit-exactly. Keep this order: save, evaluate, stop, and only then read the next batch.
                 stop = preemption.requested()
-                due, save = self._schedule.evaluations(step), self._schedule.saves(step, stop)
+                due = [] if stop else self._schedule.evaluations(step)
+                save = self._schedule.saves(step, due, stop)
                 if due or save:
-                    stop |= self._evaluate_and_save(step, [] if stop else due, save)
+                    stop |= self._save_and_evaluate(step, due, save)
                 if stop:
                     self._checkpoints.wait()
                     raise preemption.Preempted(f" at step {step:,}: saved; the same command goes on")
@@ -194,36 +204,40 @@ class _Loop:
                     stack.enter_context(preemption.listening())
                 self._report.log(step + 1, metrics)
 
-    def _evaluate_and_save(self, step: int, due: Sequence[Evaluator], save: bool) -> bool:
-        """Runs evaluations, then saves the state if `save`, or if train.best was among the results.
+    def _save_and_evaluate(self, step: int, due: Sequence[Evaluator], save: bool) -> bool:
+        """Starts to save the state if `save`, then runs evaluations. Returns whether a stop was requested meanwhile; then the
+        state is saved in any case.
 
-        Returns whether a stop was requested meanwhile; then the state is saved, too.
+        An evaluation may fail in one process while the others wait for it on their devices. Then nothing can be saved any more,
+        because all must take part. But a save that was started goes on, and is complete before the processes end.
         """
         distributed.enter_stage(step, "evaluating or saving")
-        best, stop = None, False
         with self._report.clock.paused(self._devices.state):
             self._report.flush(step)  # first: a state that is not finite must be neither evaluated nor saved
+            if save:
+                self._save(step)
             try:
-                results = self._evaluate(step, due)
-                best = results if self._cfg.best in results else None
-            except preemption.Preempted:  # raised in the middle of an evaluation; the restarted run evaluates again
-                stop = save = True
-            finally:  # also if an evaluation fails: the steps since the last checkpoint must not be lost
-                if save or best:
-                    with self._report.clock.spending("save_seconds"):
-                        self._checkpoints.save(step, self._devices.state, best)
-        return stop
+                self._evaluate(step, due)
+            except preemption.Preempted:  # in all processes; the restarted run evaluates again
+                self._save(step)
+                return True
+            except Exception:
+                if jax.process_count() == 1:  # nobody else must take part: the steps since the last checkpoint are not lost
+                    self._save(step)
+                raise
+        return False
 
-    def _evaluate(self, step: int, due: Sequence[Evaluator]) -> dict[str, float]:
-        """Runs evaluations and reports them. Returns all metrics, each as `task/metric` and as `task/dataset/metric`."""
-        values = {}
+    def _save(self, step: int) -> None:
+        with self._report.clock.spending("save_seconds"):
+            self._checkpoints.save(step, self._devices.state)
+
+    def _evaluate(self, step: int, due: Sequence[Evaluator]) -> None:
+        """Runs evaluations and reports them."""
         for evaluator in due:
             with self._report.clock.spending("eval_seconds"):
                 results = evaluator.run(self._devices.state.evaluated, step)
             metrics = self._report.evaluation(step, evaluator.task, evaluator.dataset, results)
-            for prefix in (evaluator.task, f"{evaluator.task}/{evaluator.dataset}"):
-                values |= {f"{prefix}/{name}": value for name, value in metrics.items()}
-        return values
+            self._checkpoints.note(step, qualified(evaluator.task, evaluator.dataset, metrics))
 
     def _train_step(self, step: int) -> Metrics:
         """Reads a batch and starts a step on it."""

@@ -6,9 +6,10 @@ damaged checkpoints aside.
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +60,6 @@ def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Iterator[Workdir]:
     sharding.check_tensor(run.model, mesh)
     with owned(path) as check_owner:
         saved = _find_checkpoint(run, path)
-        distributed.agree("the newest checkpoint's step", saved.step if saved else "none")
         origin = None if saved else find_origin(run)
         if origin:
             distributed.agree("the step of init.run", origin.step)
@@ -71,6 +71,7 @@ def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Iterator[Workdir]:
 def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
     """The newest checkpoint whose configuration can be read; None where there is no checkpoint. Raises as `open_workdir`."""
     found = newest(path)
+    distributed.agree("the newest checkpoint's step", found[0] if found else "none")
     if found is None:
         return None
     saved = Saved(*found)
@@ -110,7 +111,9 @@ def restore_newest(
     if (saved := workdir.saved) is None:
         return None
     while True:
-        for step in checkpoints.steps_after(saved.step):
+        damaged = checkpoints.steps_after(saved.step)
+        distributed.agree("the steps of damaged checkpoints", str(damaged))
+        for step in damaged:
             checkpoints.set_aside(step, f"{workdir.path}@{step} can't be read: its configuration is damaged")
         try:
             return saved, checkpoints.restore(saved.step, abstract)
@@ -120,16 +123,32 @@ def restore_newest(
             assert saved, "newest() raises where checkpoints were set aside and none is left"
 
 
-def evaluated(workdir: Path, step: int, tasks: Sequence[tuple[str, str]]) -> list[bool]:
-    """For each (task, dataset): whether metrics.jsonl has its line of `step`. Process 0 reads the file for all processes."""
+def evaluations(workdir: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl that evaluations wrote: `step`, `task`, `dataset`, `metrics`."""
     path = workdir / "metrics.jsonl"
-    found = set()
-    for line in path.read_text(encoding="utf-8").splitlines() if tasks and path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):  # a torn line
             record = json.loads(line)
-            if record["step"] == step:
-                found.add((record.get("task"), record.get("dataset")))
+            if "task" in record:
+                yield record
+
+
+def evaluated(workdir: Path, step: int, tasks: Sequence[tuple[str, str]]) -> list[bool]:
+    """For each (task, dataset): whether metrics.jsonl has its line of `step`. Process 0 reads the file for all processes."""
+    found = {(line["task"], line.get("dataset")) for line in evaluations(workdir) if line["step"] == step} if tasks else set()
     return multihost_utils.broadcast_one_to_all(np.array([task in found for task in tasks], bool)).tolist()
+
+
+def qualified(task: str, dataset: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of an evaluation under the names that train.best may have: `task/metric` and `task/dataset/metric`."""
+    return {f"{prefix}/{name}": value for prefix in (task, f"{task}/{dataset}") for name, value in metrics.items()}
+
+
+def note_evaluations(run: config.Run, workdir: Path, checkpoints: Checkpoints, step: int) -> None:
+    """Tells the checkpoints what evaluations up to `step` have found. train.best needs it."""
+    for line in evaluations(workdir) if run.train.best else ():
+        if line["step"] <= step:
+            checkpoints.note(line["step"], qualified(line["task"], line.get("dataset", ""), line["metrics"]))
 
 
 def changes(saved: config.Run, run: config.Run) -> list[str]:

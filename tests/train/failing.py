@@ -1,0 +1,72 @@
+"""A small run of several processes on noise, one of which fails as DOES says. WORKDIR is its folder, WHO the process."""
+
+import contextlib
+import dataclasses
+import os
+import resource
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from clipjax import commands, config, distributed, sharding
+from clipjax.metrics.writer import MetricsWriter
+from tests.train import tiny
+
+does = os.environ["DOES"]
+RUN = tiny.run(train=config.Train(steps=6, batch_size=16, log_every=1, checkpoint_every=2, keep=9))
+
+
+def fails(what):
+    """Whether this process is to fail in this way."""
+    return does == what and jax.process_index() == int(os.environ["WHO"])
+
+
+def read(start):
+    n = 16 // jax.process_count()
+    mine = slice(n * jax.process_index(), n * (jax.process_index() + 1))
+    for step, batch in list(enumerate(tiny.batches(RUN, 6)))[start:]:
+        if step == 5 and fails("data"):
+            raise TypeError("a mistake in the data")
+        if step == 3 and fails("save"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        flags = {name: np.zeros(n, bool) for name in ("replaced", "truncated")}
+        yield {name: value[mine] for name, value in batch.items()} | flags
+
+
+@dataclasses.dataclass
+class Evaluator:
+    task: str = "rows"
+    dataset: str = "noise"
+
+    def due(self, step):
+        return step % 4 == 0
+
+    def run(self, params, step):
+        if step == 4 and fails("evaluation"):
+            raise TypeError("a mistake in the evaluation")
+        return {"count": float(multihost_utils.process_allgather(np.ones(3)).sum())}
+
+
+def write(self, line, *more):
+    if line["step"] == 5 and fails("metrics"):
+        raise OSError(28, "No space left on device")
+    return written(self, line, *more)
+
+
+written, MetricsWriter._write = MetricsWriter._write, write
+
+
+def work(args):
+    distributed.start()
+    workdir, mesh = Path(os.environ["WORKDIR"]), sharding.make_mesh(config.Mesh())
+    tiny.train_in(workdir, RUN, lambda start: contextlib.nullcontext(read(start)), [Evaluator()], mesh)
+
+
+if __name__ == "__main__":
+    commands.eval_retrieval = work
+    from clipjax import cli  # only now: its table of commands takes the functions as they are
+
+    sys.exit(cli.main(["eval", "retrieval", "RUN", "--data", "emoji"]))
