@@ -5,6 +5,7 @@ import dataclasses
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from clipjax import commands, config, distributed, sharding
 from clipjax.metrics.writer import MetricsWriter
 from tests.train import tiny
 
+WORKDIR = Path(os.environ["WORKDIR"])
 does = os.environ["DOES"]
 RUN = tiny.run(train=config.Train(steps=6, batch_size=16, log_every=1, checkpoint_every=2, keep=9))
 
@@ -31,6 +33,8 @@ def read(start):
         if step == 5 and fails("data"):
             raise TypeError("a mistake in the data")
         if step == 3 and fails("save"):
+            while not (WORKDIR / "checkpoints" / "2").exists():
+                time.sleep(0.05)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         flags = {name: np.zeros(n, bool) for name in ("replaced", "truncated")}
         yield {name: value[mine] for name, value in batch.items()} | flags
@@ -61,8 +65,8 @@ written, MetricsWriter._write = MetricsWriter._write, write
 
 def work(args):
     distributed.start()
-    workdir, mesh = Path(os.environ["WORKDIR"]), sharding.make_mesh(config.Mesh())
-    tiny.train_in(workdir, RUN, lambda start: contextlib.nullcontext(read(start)), [Evaluator()], mesh)
+    mesh = sharding.make_mesh(config.Mesh())
+    tiny.train_in(WORKDIR, RUN, lambda start: contextlib.nullcontext(read(start)), [Evaluator()], mesh)
 
 
 if __name__ == "__main__":
