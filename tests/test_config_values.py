@@ -100,6 +100,12 @@ REFUSED = {
     "data.spec: is missing: Data(spec=...)": lambda: Data(),
     "data: is missing: Run(data=...)": lambda: Run(),
     "data.ids = 'captions': must be 'caption' or None": lambda: Data(spec="emoji", ids="captions"),
+    "data.spec = 'pairs.tsv': must be emoji, tfds:NAME[/CONFIG][:VERSION] or tsv:FILE; for this file tsv:pairs.tsv": (
+        lambda: Data(spec="pairs.tsv")
+    ),
+    "evals.0.data = 'coco': must be emoji, tfds:NAME[/CONFIG][:VERSION] or tsv:FILE": (
+        lambda: made(Run, evals=(config.Geometry(data="coco"),))
+    ),
     "data = {'spec': 'emoji'}: must be Data(...)": lambda: Run(data={"spec": "emoji"}),
     "data.spec = 'a\\udc80': must be Unicode text, which half of a surrogate pair is not": lambda: Data(spec="a\udc80"),
     "evals = Retrieval(...): must be a tuple, as (x,) for one value and () for none": (

@@ -24,6 +24,14 @@ class Augment(Strict, prefix="data.augment"):
             require(0 <= getattr(self, name) < 1, f"data.augment.{name}", getattr(self, name), "must lie in [0, 1)")
 
 
+def check_spec(spec: str, name: str) -> None:
+    """Raises ConfigError for a text that names no dataset. `name`: the field that holds it."""
+    kind, _, rest = spec.partition(":")
+    remedy = "must be emoji, tfds:NAME[/CONFIG][:VERSION] or tsv:FILE"
+    remedy += f"; for this file tsv:{spec}" if spec.endswith(".tsv") else ""
+    require(spec == "emoji" or (kind in ("tfds", "tsv") and bool(rest)), name, spec, remedy)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data(Strict, prefix="data"):
     """Where images and captions come from, and how they are read."""
@@ -48,6 +56,7 @@ class Data(Strict, prefix="data"):
     worker_kind: Literal["threads", "processes"] = free("threads")
 
     def __post_init__(self) -> None:
+        check_spec(self.spec, "data.spec")
         require(self.captions_per_image >= 1, "data.captions_per_image", self.captions_per_image, "must be at least 1")
         require(self.workers >= 1, "data.workers", self.workers, "must be at least 1")
 

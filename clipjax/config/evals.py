@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from clipjax.config.data import Data
+from clipjax.config.data import Data, check_spec
 from clipjax.config.fields import ConfigError, free, require
 from clipjax.config.unions import OpenUnion
 
@@ -89,6 +89,7 @@ def check_evaluations(evals: tuple[TrainingEvaluation, ...], data: Data) -> None
     """Raises ConfigError for a class that is not registered, and for an evaluation on the run's own data that has no splits."""
     for i, evaluation in enumerate(evals):
         evaluation.require_member(f"evals.{i}")
+        check_spec(evaluation.spec(data), f"evals.{i}.data")
         remedy = f"the run's own {data.spec} has no splits: name other examples, as tsv:held_out.tsv, or leave the evaluation out"
         require(evaluation.data is not None or not data.spec.startswith("tsv:"), f"evals.{i}.data", None, remedy)
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import sys
 import typing
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +27,7 @@ def override(run: Run, args: Sequence[str], prog: str, known: Sequence[str] = ()
 
     `--FIELD.kind KIND` changes the kind of a schedule or a tokenizer, and keeps what both kinds have; `--evals none` leaves out
     all evaluations. `known`: options of the command itself, which a misspelt one may mean. Raises ConfigError for an unknown
-    field, with the nearest one, and for an impossible value. Exits with 2 for a wrong type.
+    field, with the nearest one, and for a value that is impossible or of another type.
     """
     import tyro
 
@@ -47,8 +46,9 @@ def override(run: Run, args: Sequence[str], prog: str, known: Sequence[str] = ()
     except SystemExit as stop:
         if cause := _config_error(stop):
             raise cause from None
-        print(printed.getvalue(), end="", file=sys.stderr)
-        raise
+        if text := _unboxed(printed.getvalue()):
+            raise ConfigError(text) from None
+        raise  # after --help
     return dataclasses.replace(run, optim=dataclasses.replace(run.optim, rules=rules))
 
 
@@ -174,6 +174,13 @@ def _registry() -> "ConstructorRegistry":
         )
 
     return registry
+
+
+def _unboxed(text: str) -> str:
+    """The message of tyro in one line, without the box around it, the box's title and the hints below it."""
+    rows = (line.strip("│ ") for line in text.splitlines() if line.startswith("│"))
+    message = " ".join(row for row in rows if row.strip("─")) or " ".join(text.split())
+    return message.partition(" For full helptext")[0].partition(" Argument helptext")[0]
 
 
 def _config_error(stop: BaseException | None) -> ConfigError | None:

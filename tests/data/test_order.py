@@ -44,7 +44,7 @@ class Digits:
 def visits(n, batch_size, seed, steps, start=0):
     """int32 [steps * batch_size, 2]: each example's number, and the caption that was chosen."""
     where = dict(image_size=2, batch_size=batch_size, seed=seed, start_step=start)
-    with train_batches(Numbers(n), Digits(), Data(spec="numbers", workers=1), **where) as batches:
+    with train_batches(Numbers(n), Digits(), Data(spec="emoji", workers=1), **where) as batches:
         found = [np.stack([batch["index"], batch["text"][:, 0]], -1) for batch in itertools.islice(batches, steps)]
     return np.concatenate(found)
 
