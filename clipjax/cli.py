@@ -49,14 +49,14 @@ def program() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    args = _parse(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[_ToStderr()])
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is intended, as of a folder that is only read
-    expected, message = True, None
+    args, expected, message = None, True, None
     try:
+        args = _parse(argv)
         status = args.run(args) or 0
     except (Exception, KeyboardInterrupt) as error:
-        status, message, expected = _outcome(error, resumes=args.run is commands.train)
+        status, message, expected = _outcome(error, resumes=args is not None and args.run is commands.train)
         if not expected and not _distributed():
             raise
     if joined := _distributed():  # processes of one run end together, and one of them prints the message

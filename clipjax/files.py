@@ -66,7 +66,8 @@ def resolve(path: Path) -> Path:
 
 
 def reach(path: Path, ask: Callable[[], Any]) -> Any:
-    """Returns `ask()`, a question about `path`. Raises ConfigError, with what to check, if the store refuses or is silent."""
+    """Returns `ask()`, a question about `path`. Raises ConfigError, with what to check, if the store refuses, and OSError if it
+    can't be reached now, so that launchers try again."""
     kind = scheme(path)
     if kind is None:
         return ask()
@@ -86,11 +87,20 @@ def reach(path: Path, ask: Callable[[], Any]) -> Any:
         return answer[0]
     why = f"{type(failure[0]).__name__}: {failure[0]}" if failure else f"no answer within {TIMEOUT} s"
     remedy = f"does the bucket exist, and may you use it? Credentials: {CREDENTIALS[kind]}"
-    raise ConfigError(f"{path}: can't be reached ({why}); {remedy}") from (failure[0] if failure else None)
+    kind_of_error = OSError if _may_pass(failure) else ConfigError
+    raise kind_of_error(f"{path}: can't be reached ({why}); {remedy}") from (failure[0] if failure else None)
+
+
+def _may_pass(failure: list[Exception]) -> bool:
+    """Whether a store may answer in a while: it was silent, or there was no way to it. gcsfs calls a refusal OSError, too."""
+    if not failure or "Connect" in type(failure[0]).__name__:
+        return True
+    refused = isinstance(failure[0], FileNotFoundError | PermissionError) or str(failure[0]).startswith("Forbidden")
+    return isinstance(failure[0], OSError) and not refused
 
 
 def check_writable(folder: Path) -> None:
-    """Writes an object to a remote folder and deletes it. Raises ConfigError if that fails."""
+    """Writes an object to a remote folder and deletes it. Raises as `reach` does."""
 
     def attempt() -> bool:
         probe = os.fspath(folder / f".clipjax-{os.uname().nodename}-{os.getpid()}")

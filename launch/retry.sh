@@ -10,7 +10,8 @@ usage: launch/retry.sh COMMAND...
 
 Runs COMMAND. The status it ends with decides what follows:
   0, 2, 3, 130  the end: success, wrong use, a failure that would come again, or Ctrl-C; also 126 and 127, a command that can't be run
-  75            again after RETRY_PAUSE seconds (2): it or another process was preempted, and has saved its state
+  75            again after RETRY_PAUSE seconds (2): it or another process was preempted, and has saved its state; if 75 comes again
+                without progress, as when the machines are not yet all back, with the pauses of any other
   any other     again after RETRY_FIRST seconds (5), then twice that, and so on up to RETRY_MOST (300)
 It gives up after RETRIES (5) tries in a row without progress, whatever their statuses.
 A try makes progress if it leaves a newer checkpoint in the --workdir of COMMAND; if that is not a folder of this machine,
@@ -78,7 +79,7 @@ await() { # the status of process $1; a signal ends `wait` early, so it waits ag
 }
 
 export CLIPJAX_RESTARTS=1 # for COMMAND: after status 75 it is started again
-failures=0 back_off=$first
+failures=0 back_off=$first preempted=0
 while :; do
   before=$(newest) began=$SECONDS
   "$@" &
@@ -94,7 +95,7 @@ while :; do
   fi
   after=$(newest)
   if [ "$after" -gt "$before" ] || { [ ! -d "$workdir" ] && ((SECONDS - began >= long)); }; then
-    failures=0 back_off=$first
+    failures=0 back_off=$first preempted=0
   else
     failures=$((failures + 1))
   fi
@@ -103,7 +104,8 @@ while :; do
     exit $status
   fi
   wait_for=$pause
-  if [ $status != 75 ]; then
+  if [ $status = 75 ]; then preempted=$((preempted + 1)); else preempted=0; fi
+  if [ $preempted != 1 ]; then
     wait_for=$back_off back_off=$((back_off * 2 < most ? back_off * 2 : most))
   fi
   say "status $status; tries in a row without progress: $failures of $retries; again in $wait_for s"

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore
+from botocore.exceptions import EndpointConnectionError
 
 import clipjax
 from clipjax import checkpoint, cli, config, files, s3
@@ -204,11 +205,32 @@ def test_a_silent_store_is_reported_in_time(monkeypatch, capsys):
         server.listen()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()
-        with pytest.raises(SystemExit):
-            cli.main(["train", tiny_emoji.__file__, "--workdir", "s3://bucket/run"])
+        assert cli.main(["train", tiny_emoji.__file__, "--workdir", "s3://bucket/run"]) == 1  # launchers try again
         assert time.monotonic() - start < 15
     assert "s3://bucket/run: can't be reached (no answer within 2 s)" in capsys.readouterr().err
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (FileNotFoundError("bucket"), config.ConfigError),
+        (PermissionError("Access Denied"), config.ConfigError),
+        (OSError("Forbidden: bucket/run"), config.ConfigError),
+        (ValueError("Bad Request"), config.ConfigError),
+        (ConnectionRefusedError("refused"), OSError),
+        (OSError(16, "Please reduce your request rate"), OSError),
+        (EndpointConnectionError(endpoint_url="https://a"), OSError),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_a_refusal_is_wrong_use_and_a_store_without_a_way_to_it_may_come_back(error, kind):
+    def ask():
+        raise error
+
+    with pytest.raises(kind, match=r"gs://bucket/run: can't be reached \(") as caught:
+        files.reach(files.as_path("gs://bucket/run"), ask)
+    assert isinstance(caught.value, config.ConfigError) == (kind is config.ConfigError)
 
 
 @pytest.mark.slow

@@ -79,6 +79,28 @@ def test_waits_double_up_to_a_bound_and_a_preempted_run_waits_for_none(tmp_path)
     assert [int(n) for n in re.findall(r"again in (\d+) s", done.stderr)] == [5, 2, 10, 20, 40, 2, 80, 160, 300]
 
 
+def waits(tmp_path, plan):
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    (tmp_path / "sleep").chmod(0o755)
+    path = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "RETRY_PAUSE": "2",
+        "RETRY_FIRST": "5",
+        "RETRY_MOST": "300",
+        "RETRIES": "99",
+    }
+    return [int(n) for n in re.findall(r"again in (\d+) s", retry(tmp_path, plan, "--workdir", "run", **path)[2])]
+
+
+def test_a_run_that_is_preempted_at_its_start_again_waits_longer(tmp_path):
+    assert waits(tmp_path, ["exit 75"] * 4 + ["exit 1", "exit 75", "exit 0"]) == [2, 5, 10, 20, 40, 2]
+
+
+def test_one_that_makes_progress_does_not(tmp_path):
+    plan = [f"mkdir -p run/checkpoints/{n}; exit 75" for n in range(3)] + ["exit 75", "exit 75", "exit 0"]
+    assert waits(tmp_path, plan) == [2, 2, 2, 5, 10]
+
+
 @pytest.mark.parametrize("spelt", [("--workdir", "run"), ("--workdir=run",)])
 def test_a_newer_checkpoint_is_progress(tmp_path, spelt):
     """Neither a save that was not finished nor an older step that is left over is one."""
