@@ -1,12 +1,13 @@
 """Requests to stop: SIGTERM, Ctrl-C or, on a TPU, a maintenance notice. All processes of a run see a request at the same step."""
 
 import contextlib
+import ctypes
 import itertools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from clipjax.status import INTERRUPTED_STATUS, RESTART_STATUS, WRONG_USE_STATUS
@@ -38,6 +39,7 @@ class _Signals:
 
 
 _signals = _Signals()
+_wakes = False  # whether a signal wakes the thread of `before_sigterm`
 _calls = itertools.count(1)  # one count for the life of the process: with it JAX finds the step at which all stop
 
 
@@ -65,6 +67,64 @@ def listening() -> Iterator[None]:
         _signals.listening = False
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def before_sigterm(do: Callable[[], object]) -> Iterator[None]:
+    """For `with`: where SIGTERM ends the process at once, which is outside `listening`, `do` is called before.
+
+    In a thread that the signal wakes. Python's own handlers wait for the main thread, which may be in XLA's compiler for minutes.
+    Does nothing outside the main thread.
+    """
+    global _wakes
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    done = threading.Event()
+
+    def end(*_: object) -> None:
+        done.wait(10)
+        _die()
+
+    def wait() -> None:
+        while number := os.read(reading, 1):
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is end:
+                do()
+                done.set()
+                _die()
+        os.close(reading)
+
+    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGTERM, end)
+    before, _wakes = signal.set_wakeup_fd(writing, warn_on_full_buffer=False), True
+    try:
+        yield
+    finally:
+        _wakes = False
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        if not _joined():  # else JAX's service goes on handling the signal
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _die() -> None:
+    """Ends this process as SIGTERM does by default. Not by Python's `signal`, which only the main thread may call."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    libc.signal(signal.SIGTERM, None)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _after_fork() -> None:
+    """A child's signals are not its parent's."""
+    if _wakes:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def requested() -> bool:

@@ -1,5 +1,6 @@
 """Workdirs on gs:// and s3://: the real command line and real servers of both kinds (see stores.py)."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import fsspec
@@ -18,10 +20,11 @@ import tensorstore
 from botocore.exceptions import EndpointConnectionError
 
 import clipjax
-from clipjax import checkpoint, cli, config, files, s3
+from clipjax import checkpoint, cli, config, files, preemption, s3, swap
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.metrics.writer import MetricsWriter
 from clipjax.models import clip
+from clipjax.train import owner
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import abstract_state
 from tests import guard, stores
@@ -142,6 +145,86 @@ def test_files_of_a_store(store, watched):
     assert Tokenizer.load(folder / "tokenizer.json", 8).vocab_size == made.vocab_size
     with pytest.raises(config.ConfigError, match=f"RUN = '{store}://{stores.BUCKET}/files': is not a workdir"):
         checkpoint.split_name(f"{store}://{stores.BUCKET}/files")
+
+
+def test_only_the_version_that_was_read_is_replaced(store, watched):
+    path = files.as_path(f"{store}://{stores.BUCKET}/swap/file.json")
+    assert swap.read(path) is None
+    one = swap.swap(path, None, b"one")
+    assert swap.read(path) == one
+    assert swap.swap(path, None, b"late") is None
+    assert swap.is_exclusive(path, one)
+    two = swap.swap(path, one, b"two")
+    assert swap.read(path) == two
+    assert two.content == b"two"
+    assert swap.swap(path, one, b"late") is None
+    assert swap.read(path) == two
+    assert swap.swap(path, one, b"two") == two  # its own write, for which a library got no answer and asked again
+    swap.remove(path)
+    swap.remove(path)
+    assert swap.swap(path, two, b"late") is None
+    assert swap.read(path) is None
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+@pytest.mark.parametrize("status", [200, 501], ids=["ignored", "refused"])
+def test_an_s3_store_without_conditions_is_told(store, monkeypatch, capsys, status):
+    """Older ones of other makers take the condition and do not heed it, or answer that it is not implemented."""
+    from botocore.exceptions import ClientError
+
+    fs = fsspec.filesystem("s3")
+    call = fs.call_s3
+
+    def without(method, **keywords):
+        wanted = {name: keywords.pop(name) for name in ("IfMatch", "IfNoneMatch") if name in keywords}
+        if wanted and status == 501:
+            answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+            raise OSError("not implemented") from ClientError(answer, "PutObject")
+        return call(method, **keywords)
+
+    monkeypatch.setattr(fs, "call_s3", without)
+    workdir = files.as_path(f"s3://{stores.BUCKET}/unconditional-{status}")
+    held = owner.claim(workdir)
+    assert f"{workdir}: its store has no conditional writes" in capsys.readouterr().err
+    held._try_to_renew()
+    held.check(look=True)
+    with pytest.raises(preemption.OwnedError):
+        owner.claim(workdir)
+    held.release()
+    assert swap.read(workdir / "owner.json") is None
+
+
+def test_a_workdir_on_a_store_has_one_owner(store, watched, monkeypatch, capsys):
+    workdir = files.as_path(f"{store}://{stores.BUCKET}/owned")
+    now = [0.0]
+    monkeypatch.setattr(owner, "clock", lambda: now[0])
+    monkeypatch.setattr(owner, "time", types.SimpleNamespace(sleep=lambda seconds: now.append(now.pop() + seconds)))
+    held = owner.claim(workdir)
+    assert capsys.readouterr().err == ""
+    before = swap.read(workdir / "owner.json")
+    with pytest.raises(preemption.OwnedError, match=str(os.getpid())):
+        owner.claim(workdir)
+    held._try_to_renew()
+    assert swap.read(workdir / "owner.json") not in (None, before)
+    held.release()
+    assert swap.read(workdir / "owner.json") is None
+
+    elsewhere = dataclasses.replace(owner.new_record(), host="elsewhere")
+    swap.swap(workdir / "owner.json", None, elsewhere.content())
+    held = owner.claim(workdir)
+    assert 90 <= now[0] <= 92
+    assert "taken over from process" in capsys.readouterr().err
+
+    (workdir / "owner.json").write_bytes(elsewhere.content())
+    now[0] += 61
+    writer = MetricsWriter(workdir, 0, check_owner=held.check)
+    with pytest.raises(owner.LostError, match="elsewhere"):
+        writer.flush()
+    with pytest.raises(owner.LostError):
+        writer.close()
+    held.release()
+    assert owner.parse((workdir / "owner.json").read_bytes()) == elsewhere
+    assert [p.name for p in workdir.iterdir()] == ["owner.json"]
 
 
 def lines(workdir):

@@ -25,7 +25,7 @@ import jax
 
 from clipjax import distributed, swap
 from clipjax.files import scheme
-from clipjax.preemption import OwnedError
+from clipjax.preemption import OwnedError, before_sigterm
 
 FILE = "owner.json"
 EVERY = 30.0  # seconds between two beats
@@ -268,7 +268,8 @@ def owned(workdir: Path) -> Iterator[CheckOwner]:
     if refusal := distributed.value_of_first("the workdir's owner", refusal):
         raise OwnedError(refusal)
     try:
-        yield owner.check if owner else never_lost
+        with before_sigterm(owner.release) if owner else contextlib.nullcontext():
+            yield owner.check if owner else never_lost
     except Exception as error:
         loss = owner.loss(look=True) if owner else None
         if loss and not isinstance(error, LostError):  # perhaps Orbax misses what the new owner has removed
