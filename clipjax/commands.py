@@ -58,6 +58,10 @@ def train(args: argparse.Namespace) -> None:
     profile, steps = args.profile or range(0), run.train.steps
     remedy = f"must begin before train.steps = {steps}"
     config.require(profile.start < steps, "--profile", f"{profile.start}:{profile.stop}", remedy)
+    if run.train.wandb:
+        from clipjax.metrics.wandb_board import require_package
+
+        require_package(run.train.wandb)
     from clipjax import build, distributed, environment, sharding
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators

@@ -25,7 +25,12 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 INSTALLED = metadata.packages_distributions()  # top-level module -> distributions
-EXTRAS = {"export": "torch", "evals": "captions", "aot": "tpu"}  # room -> the extra that it may need besides `dependencies`
+EXTRAS = {
+    "export": "torch",
+    "evals": "captions",
+    "aot": "tpu",
+    "metrics": "wandb",
+}  # room -> the extra that it may need besides `dependencies`
 
 
 def declared(extra: str | None = None) -> set[str]:
@@ -75,8 +80,9 @@ def test_every_import_of_the_tests_is_declared():
         *((extra, [module]) for module, extra in files.STORES.values()),
         ("torch", sorted({module for modules in verify.PACKAGES.values() for module in modules})),
         ("captions", sorted(set(caption_metrics.PACKAGES.values()))),
+        ("wandb", ["wandb"]),
     ],
-    ids=["gcs", "s3", "torch", "captions"],
+    ids=["gcs", "s3", "torch", "captions", "wandb"],
 )
 def test_what_is_looked_for_by_name_is_declared(extra, modules):
     assert {module for module in modules if not distributions(module) & declared(extra)} == set()

@@ -130,6 +130,7 @@ def test_counts_of_the_newest_step_are_not_waited_for(monkeypatch):
     read[-1].finished = True
     assert [(found["replaced"], found["truncated"]) for found in read] == [(4, 36)] * 3
     assert all(found["replaced"].dtype == np.int32 and found["replaced"].shape == () for found in read)
+    assert [found["bad_share"] for found in read] == [np.float32(1 / 3)] * 3
     assert counts.total == {"replaced": 12, "truncated": 108}
     assert type(counts.total["replaced"]) is int
 
@@ -242,7 +243,7 @@ def test_lines_are_an_interval_late_and_complete(tmp_path):
     ]
 
 
-def test_images_go_to_tensorboard_alone(tmp_path):
+def test_images_go_to_the_board_alone(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     writer = MetricsWriter(tmp_path)
     assert writer.evaluation(3, "captioning", {"bleu": 2.5, "samples": image}, dataset="emoji/test") == {"bleu": 2.5}

@@ -140,6 +140,7 @@ class Train(Strict, prefix="train"):
     # Also keep the best checkpoint by this metric, as `zeroshot_retrieval/image_retrieval_recall@1`; where several evaluations
     # have that task, as `zeroshot_retrieval/emoji/test/image_retrieval_recall@1`.
     best: str | None = free(None)
+    wandb: str | None = free(None)  # PROJECT or ENTITY/PROJECT of Weights & Biases that gets the metrics, too; None: none does
     eval_batch_size: int = free(256)  # examples that an evaluation encodes at once, over all devices
     # Batches to leave out: each pair (a, b) leaves out the batches a, ..., b - 1 of the order, which counts from 0.
     skip: tuple[tuple[int, int], ...] = free(())
@@ -157,6 +158,8 @@ class Train(Strict, prefix="train"):
             require(self.keep_every > 0, "train.keep_every", self.keep_every, "must be positive or None")
             remedy = f"must be a multiple of train.checkpoint_every = {self.checkpoint_every}: only what is saved can be kept"
             require(self.keep_every % self.checkpoint_every == 0, "train.keep_every", self.keep_every, remedy)
+        is_project = self.wandb is None or re.fullmatch(r"([\w.-]+/)?[^/\\#?%:]{1,128}", self.wandb) is not None
+        require(is_project, "train.wandb", self.wandb, "must be PROJECT or ENTITY/PROJECT, without another of / \\ # ? % :")
         remedy = f"must divide train.batch_size = {self.batch_size}, and each device's share of it"
         require(self.batch_size % self.micro_batches == 0, "train.micro_batches", self.micro_batches, remedy)
         remedy = "must be pairs (a, b) with 0 <= a < b, ascending and without overlap: batches a, ..., b - 1 are left out"

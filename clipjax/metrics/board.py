@@ -27,16 +27,16 @@ class Board:
         self._flushed = time.monotonic()
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a point to each curve. A curve is named `group/name` or `name`."""
+    def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None:
+        """Adds a point to each curve. `group`: begins their names, as `task/dataset/`; empty for a training line."""
         for name, value in values.items():
-            self._add(step, summary=summary.scalar(name, value))
+            self._add(step, summary=summary.scalar(group + name, value))
         self._flush_now_and_then()
 
-    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    def images(self, step: int, group: str, images: Mapping[str, np.ndarray]) -> None:
         """Adds images, uint8 [h, w, 3], named as curves are."""
         for name, image in images.items():
-            self._add(step, summary=summary.image(name, image, dataformats="HWC"))
+            self._add(step, summary=summary.image(group + name, image, dataformats="HWC"))
         self._flush_now_and_then()
 
     def _flush_now_and_then(self) -> None:

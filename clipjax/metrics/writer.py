@@ -1,4 +1,4 @@
-"""The metrics that a run writes to its workdir: metrics.jsonl and TensorBoard's event files."""
+"""The metrics that a run writes: metrics.jsonl and TensorBoard's event files in its workdir, and Weights & Biases."""
 
 import contextlib
 import functools
@@ -8,12 +8,14 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from clipjax import config
 from clipjax.files import Mirror, scheme, write_atomic
+from clipjax.metrics.wandb_board import RECORD, WandbBoard
 from clipjax.train.owner import CheckOwner, never_lost
 
 EvaluationResults = Mapping[str, float | np.ndarray]  # what an evaluation returns: metrics, and images uint8 [h, w, 3]
@@ -31,6 +33,18 @@ class NonFiniteError(FloatingPointError):
         self.step, self.skipped = step, skipped
 
 
+class _Board(Protocol):
+    """TensorBoard, or Weights & Biases. `group` begins the names: `task/dataset/`; empty for a training line."""
+
+    def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None: ...
+
+    def images(self, step: int, group: str, images: Mapping[str, np.ndarray]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class MetricsWriter:
     """Writes metrics.jsonl and tensorboard/ of a workdir. Every process reads and checks the values; process 0 writes them.
 
@@ -42,25 +56,38 @@ class MetricsWriter:
     CHECKED = ("loss", "grad_norm", "param_norm", "update_norm")  # must be finite in every step that is not skipped
     IN_ROW = "skipped_in_row"  # not written
 
-    def __init__(self, workdir: Path, step: int = 0, nonfinite_max: int = 0, check_owner: CheckOwner = never_lost) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        step: int = 0,
+        nonfinite_max: int = 0,
+        check_owner: CheckOwner = never_lost,
+        run: config.Run | None = None,
+    ) -> None:
         """`step`: finished steps of the state that the run starts from. Lines of later steps are removed from the file.
-        `nonfinite_max`: how many steps in a row may be skipped because they were not finite. `check_owner`: `Workdir`'s.
+        `nonfinite_max`: how many steps in a row may be skipped because they were not finite. `check_owner`: `Workdir`'s. `run`:
+        goes to Weights & Biases, where it asks for that.
         """
         self._nonfinite_max, self._check_owner = nonfinite_max, check_owner
         self._before: list[_Pushed] = []  # the last interval, up to and with the last step that becomes a line
         self._since: list[_Pushed] = []  # the steps after it
-        self._file = self._board = self._mirror = None
+        self._file = self._mirror = None
+        self._boards: list[_Board] = []
         if jax.process_index() == 0:
             from clipjax.metrics.board import Board  # not above: the step benchmark runs without tensorboardX
 
+            folder = workdir
             if scheme(workdir):
                 self._mirror = Mirror(workdir, functools.partial(check_owner, True))
-                self._mirror.fetch("metrics.jsonl")
-                workdir = self._mirror.local
-            workdir.mkdir(parents=True, exist_ok=True)
-            _truncate(workdir / "metrics.jsonl", step)
-            self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-            self._board = Board(workdir / "tensorboard", step)
+                for name in ("metrics.jsonl", RECORD):
+                    self._mirror.fetch(name)
+                folder = self._mirror.local
+            folder.mkdir(parents=True, exist_ok=True)
+            _truncate(folder / "metrics.jsonl", step)
+            self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._boards.append(Board(folder / "tensorboard", step))
+            if run is not None and run.train.wandb:
+                self._boards.append(WandbBoard(run, folder, workdir, step))
 
     def push(self, step: int, values: Mapping[str, jax.Array], host: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """Takes the scalars of a step; `step` is the number of finished steps.
@@ -90,28 +117,29 @@ class MetricsWriter:
     def evaluation(self, step: int, task: str, results: EvaluationResults, **more: str) -> dict[str, float]:
         """Writes the line of an evaluation: `step`, `task`, `metrics`, and the keys of `more` (the dataset). Returns the metrics.
 
-        Images among the results, uint8 [h, w, 3], are written to TensorBoard only.
+        Images among the results, uint8 [h, w, 3], are written to the boards only.
         """
         images = {name: value for name, value in results.items() if isinstance(value, np.ndarray)}
         values = {name: float(value) for name, value in results.items() if not isinstance(value, np.ndarray)}
         prefix = "/".join([task, *more.values(), ""])
         self._write({"step": step, "task": task, **more, "metrics": values}, prefix, values)
-        if self._board is not None:
-            self._board.images(step, {prefix + name: image for name, image in images.items()})
+        for board in self._boards:
+            board.images(step, prefix, images)
         self._upload()  # a checkpoint may follow, and a run that resumes from it does not evaluate again
         return values
 
     def close(self) -> None:
         """Closes the files. What was pushed since the last flush is dropped."""
         with contextlib.ExitStack() as stack:  # all are closed, even if closing one fails, as on a full disk
-            for part in (self._mirror, self._board, self._file):
+            for part in (self._mirror, *self._boards, self._file):
                 if part is not None:
                     stack.callback(part.close)
 
     def _upload(self) -> None:
         """Copies everything to the workdir, where that is remote."""
-        if self._mirror is not None and self._board is not None:
-            self._board.flush()
+        if self._mirror is not None:
+            for board in self._boards:
+                board.flush()
             self._mirror.push()
 
     def _read(self, steps: list[_Pushed]) -> dict[str, Any] | None:
@@ -134,13 +162,14 @@ class MetricsWriter:
             logging.warning(f"step {step:,} was skipped: loss = {values['loss']}, grad_norm = {values['grad_norm']}")
 
     def _write(self, line: Mapping[str, Any], prefix: str, scalars: Mapping[str, float]) -> None:
-        if self._file is None or self._board is None:
+        if self._file is None:
             return
         self._check_owner(self._mirror is None)  # a mirror checks it for itself
         self._file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
         self._file.flush()
-        known = {prefix + name: value for name, value in scalars.items() if _strict(value) is not None}
-        self._board.scalars(line["step"], known)
+        known = {name: value for name, value in scalars.items() if _strict(value) is not None}
+        for board in self._boards:
+            board.scalars(line["step"], prefix, known)
         if self._mirror is not None:
             self._mirror.push_if_due()
 

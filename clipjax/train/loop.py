@@ -89,7 +89,7 @@ def train(
         save_config(run, workdir.path)
         if origin:  # from here on, the workdir needs nothing of the run that it started from
             checkpoints.save(origin.step, state)
-        written = MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max, workdir.check_owner)
+        written = MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max, workdir.check_owner, run)
         writer = stack.enter_context(contextlib.closing(written))
         progress = stack.enter_context(Progress(run.train.steps))
         flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
