@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -32,7 +31,8 @@ def local_copy(folder: Path, split: str, shards: Collection[str]) -> Path:
 
     `shards`: the names of the split's files. A remote folder is copied to $XDG_CACHE_HOME/clipjax/tfds, which is ~/.cache/... by
     default, unless that has a copy of the same files. One process of a machine copies, and the others wait. The copy appears
-    complete or not at all, and then takes the place of copies of earlier versions of the files.
+    complete or not at all, and then takes the place of copies of earlier versions of the files. One that was interrupted goes on
+    with the files that are missing.
 
     Raises ConfigError where a file is missing or the disk lacks the room, and OSError where the store fails.
     """
@@ -46,10 +46,11 @@ def local_copy(folder: Path, split: str, shards: Collection[str]) -> Path:
     copies.mkdir(parents=True, exist_ok=True)
     with _alone(copies / "lock"):
         if not target.exists():
-            for stale in copies.glob("incomplete.*"):  # of a process that was killed
-                shutil.rmtree(stale, ignore_errors=True)
-            _copy(folder, files, target)
-            for old in copies.glob(f"{split}-*"):
+            part = copies / f"incomplete.{target.name}"
+            part.mkdir(exist_ok=True)
+            _copy(folder, files, part)
+            part.rename(target)
+            for old in (*copies.glob(f"{split}-*"), *copies.glob(f"incomplete.{split}-*")):
                 if old != target:
                     shutil.rmtree(old, ignore_errors=True)
     return target
@@ -75,32 +76,30 @@ def _files(folder: Path, shards: Collection[str]) -> dict[str, _Version]:
     return {name: versions[name] for name in of_all | set(shards)}
 
 
-def _copy(folder: Path, files: dict[str, _Version], target: Path) -> None:
-    total, copied, said = sum(size for size, _ in files.values()), 0, time.monotonic()
-    free = shutil.disk_usage(target.parent).free
+def _copy(folder: Path, files: dict[str, _Version], part: Path) -> None:
+    """Copies those of the files that are not yet in the folder `part`."""
+    there = {file.name: file.stat().st_size for file in part.iterdir()}
+    names = [name for name in sorted(files) if there.get(name) != files[name][0]]
+    total, copied, said = sum(files[name][0] for name in names), 0, time.monotonic()
+    free = shutil.disk_usage(part).free
     if total > free:
         remedy = "set XDG_CACHE_HOME to a folder with room, or mount the bucket (gcsfuse, mount-s3) and set TFDS_DATA_DIR to that"
-        raise ConfigError(f"{folder}: {_gb(total)} must be copied, and {target.parent} has room for {_gb(free)}: {remedy}")
-    print(f"{folder}: copying {_gb(total)} in {len(files):,} files to {target}", file=sys.stderr, flush=True)
-    names = sorted(files)
-    with tempfile.TemporaryDirectory(prefix="incomplete.", dir=target.parent) as scratch:
-        part = Path(scratch, "files")
-        part.mkdir()
-        for start in range(0, len(names), GROUP):
-            group = names[start : start + GROUP]
-            _get(folder, group, part)
-            copied += sum(files[name][0] for name in group)
-            if time.monotonic() - said > SAY_EVERY:
-                said = time.monotonic()
-                print(f"{folder}: copied {_gb(copied)} of {_gb(total)}", file=sys.stderr, flush=True)
-        part.rename(target)
+        raise ConfigError(f"{folder}: {_gb(total)} must be copied, and {part.parent} has room for {_gb(free)}: {remedy}")
+    print(f"{folder}: copying {_gb(total)} in {len(names):,} files to {part.parent}", file=sys.stderr, flush=True)
+    for start in range(0, len(names), GROUP):
+        group = names[start : start + GROUP]
+        _get(folder, group, part)
+        copied += sum(files[name][0] for name in group)
+        if time.monotonic() - said > SAY_EVERY:
+            said = time.monotonic()
+            print(f"{folder}: copied {_gb(copied)} of {_gb(total)}", file=sys.stderr, flush=True)
 
 
 def _get(folder: Path, names: list[str], target: Path) -> None:
     try:
         store(folder).get([os.fspath(folder / name) for name in names], [str(target / name) for name in names])
     except Exception as error:  # each store's library has its own exceptions
-        raise OSError(f"{folder}: can't be copied to {target.parent} ({type(error).__name__}: {error})") from error
+        raise OSError(f"{folder}: can't be copied to {target} ({type(error).__name__}: {error})") from error
 
 
 @contextlib.contextmanager

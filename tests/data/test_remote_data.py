@@ -103,22 +103,37 @@ def test_no_room_and_missing_files_are_named(place, tmp_path, monkeypatch):
     files.store(place).rm_file(str(next(iter(place.glob("emoji-test*")))))
     with pytest.raises(ConfigError, match=rf"{place}: lacks emoji-test.array_record-00000-of-00001"):
         open_source(TEST)
-    assert copies(tmp_path) == ["train"]
+    assert copies(tmp_path) == ["incomplete.test", "train"]
     with pytest.raises(ConfigError, match=r"'tfds:other': not among the datasets in .* \(emoji\); prepare it"):
         open_source(config.Data(spec="tfds:other"))
 
 
+def test_a_copy_that_was_interrupted_goes_on(place, tmp_path, capsys, monkeypatch):
+    open_source(TRAIN)
+    (whole,) = tmp_path.glob("cache/clipjax/tfds/*/bucket/*/emoji/1.0.0/train-*")
+    shard = whole / "emoji-train.array_record-00000-of-00001"
+    shard.write_bytes(shard.read_bytes()[:100])
+    whole.rename(whole.with_name(f"incomplete.{whole.name}"))
+    capsys.readouterr()
+    monkeypatch.setattr(remote, "GROUP", 1)
+    monkeypatch.setattr(remote, "SAY_EVERY", 0.0)
+    assert len(records(TRAIN)) == 4
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1].split(" to ")[0] for line in said] == ["copying 0.1 MB in 1 files", "copied 0.1 MB of 0.1 MB"]
+    monkeypatch.setattr(remote, "_get", lambda *_: (_ for _ in ()).throw(OSError("the store is gone")))
+    assert records(TRAIN)
+    with pytest.raises(OSError, match="the store is gone"):
+        open_source(TEST)
+    assert copies(tmp_path) == ["incomplete.test", "train"]
+
+
 def test_processes_of_a_machine_make_one_copy(place, tmp_path, capsys):
-    """And a copy that was killed half way does not count."""
     open_source(TEST)
     shutil.rmtree(tmp_path / "cache")
     capsys.readouterr()
-    half = tmp_path / "cache" / "clipjax" / "tfds" / str(place).replace("://", "/") / "incomplete.x"
-    half.mkdir(parents=True)
     with ThreadPoolExecutor(3) as pool:  # the lock is one of open files, and holds among threads as among processes
         assert {len(source) for source in pool.map(open_source, [TEST] * 3)} == {2}
     assert capsys.readouterr().err.count("copying") == 1
-    assert not half.exists()
 
 
 def test_prompts_and_tokenizers_of_a_store(place, tmp_path, capsys):

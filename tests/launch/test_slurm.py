@@ -30,6 +30,7 @@ def test_every_task_trains(stage):
     assert trained(stage) == [f"task.{i} train configs/c.py --workdir runs/x --data.spec a b" for i in range(2)]
     (srun,) = stage.calls("srun")
     assert "--cpus-per-task=12" in srun
+    assert "CLIPJAX_RESTARTS=1\n" in (stage.folder / "trained.environment").read_text()
     assert "--kill-on-bad-exit=0" in srun
     assert stage.calls("scontrol") == []
 

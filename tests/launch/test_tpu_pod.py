@@ -217,6 +217,7 @@ def test_from_nothing_to_the_end_of_the_training(stage):
     environment = (stage.folder / "trained.environment").read_text()
     assert "TFDS_DATA_DIR=gs://b/a b\n" in environment
     assert "LIBTPU_INIT_ARGS=--xla_" in environment
+    assert "CLIPJAX_RESTARTS=1\n" in environment
     constraints = (stage.folder / "constraints").read_text()
     assert "jax==" in constraints
     assert "libtpu" not in constraints  # else no version would do for both it and jax[tpu]
