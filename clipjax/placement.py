@@ -1,13 +1,16 @@
-"""How the towers run on a mesh: on which rows of the batch, and where a layer's full weights come from.
+"""How the towers run on a mesh: on which rows of the batch, and where the full weights of a part come from.
+
+A part is one layer of a tower, or what is around its layers. The table of tokens is none: where it is sharded, no device ever has
+all of it.
 
 There are three ways. A mesh takes the first row of this table whose axis has more than one device, else the row `data`.
 
-| axis   | a training step gives the towers  | the layers run            | a layer's full weights    | gradients are summed      |
+| axis   | a training step gives the towers  | their parts run           | a part's full weights     | gradients are summed      |
 | ------ | --------------------------------- | ------------------------- | ------------------------- | ------------------------- |
 | tensor | the global batch                  | under the compiler, with  | a sharding constraint     | by the compiler           |
 |        |                                   | sharding constraints      |                           |                           |
-| fsdp   | the global batch                  | in a shard_map around the | an all_gather, once for   | and scattered, layer by   |
-|        |                                   | layers of a tower         | all chunks                | layer                     |
+| fsdp   | the global batch                  | in a shard_map around     | an all_gather, once for   | and scattered, part by    |
+|        |                                   | each part                 | all chunks                | part                      |
 | data   | a device's rows, in a shard_map   | as on one device          | on every device           | once, in float32, after   |
 |        | around both towers                |                           |                           | the last micro-batch      |
 
@@ -33,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 
 from clipjax.losses import token_nll
 from clipjax.losses.pairwise.axes import vary
-from clipjax.models.runner import ONE_DEVICE, Body, Context, Gather, Placement, RunLayers, run_on_one_device
+from clipjax.models.runner import LAYERS, ONE_DEVICE, Body, Gather, LookUp, Placement, RunPart, look_up, run_on_one_device
 from clipjax.sharding import AUTO, AXES, BATCH, batch_devices, keystr, over_rows, spec
 
 
@@ -41,7 +44,7 @@ class Way(NamedTuple):
     """A row of the table."""
 
     step_axes: tuple[str, ...]  # mesh axes of the shard_map around the towers in a training step; (): they get the global batch
-    layers: Callable[[Mesh, str], RunLayers]  # how layers run on a mesh, with kernels multiplied in a dtype
+    parts: Callable[[Mesh, str], RunPart]  # how a tower's parts run on a mesh, with kernels multiplied in a dtype
 
 
 WAYS = {
@@ -73,40 +76,68 @@ def towers(mesh: Mesh, dtype: str) -> Towers:
 
 def make_placement(mesh: Mesh, dtype: str) -> Placement:
     """How the towers run on global arrays on a mesh. `dtype`: of the towers' arithmetic."""
-    return Placement(batch_devices(mesh), way(mesh).layers(mesh, dtype))
+    sharded = mesh.shape["fsdp"] > 1
+    return Placement(batch_devices(mesh), way(mesh).parts(mesh, dtype), look_up_on(mesh) if sharded else look_up)
+
+
+def look_up_on(mesh: Mesh) -> LookUp:
+    """`runner.look_up` in a table sharded over `fsdp`. No device ever has the full table or its full gradient.
+
+    Each device takes, from its columns of the table, the rows that any device of its group needs, and sends each device its own.
+    What travels is a shard of the table, which comes as rows, and as many numbers as the result has.
+    """
+
+    def on_device(columns: jax.Array, ids: jax.Array) -> jax.Array:
+        needed = jax.lax.all_gather(ids, "fsdp")
+        found = jnp.take(columns, needed, axis=0)
+        return jax.lax.all_to_all(found, "fsdp", split_axis=0, concat_axis=found.ndim - 1, tiled=True)[0]
+
+    def global_look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+        fn = jax.shard_map(on_device, mesh=mesh, in_specs=(P(None, "fsdp"), P(BATCH)), out_specs=P(BATCH))
+        return fn(_with_columns(table, mesh), ids)[..., : table.shape[1]]
+
+    return global_look_up
 
 
 def token_nll_on(mesh: Mesh) -> Callable[..., jax.Array]:
-    """`losses.token_nll` of global arrays on a mesh: states and targets sharded as the batch, words over `tensor`."""
+    """`losses.token_nll` of global arrays: tokens sharded as the batch, words over `tensor`, their width over `fsdp`."""
 
     def global_token_nll(states: jax.Array, words: jax.Array, targets: jax.Array) -> jax.Array:
         axis = "tensor" if len(words) % mesh.shape["tensor"] == 0 else None  # else the words are replicated
-        fn = functools.partial(token_nll, axis=axis)
-        return jax.shard_map(fn, mesh=mesh, in_specs=(P(BATCH), P(axis), P(BATCH)), out_specs=P(BATCH))(states, words, targets)
+        columns = "fsdp" if mesh.shape["fsdp"] > 1 else None
+        fn = functools.partial(token_nll, axis=axis, columns=columns)
+        specs = P(BATCH), P(axis, columns), P(BATCH)
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(states, _with_columns(words, mesh), targets)
 
     return global_token_nll
 
 
-def _constrained(mesh: Mesh, dtype: str, body: Body, stacked: nnx.State, x: jax.Array, context: Context) -> jax.Array:
-    """Runs layers on global arrays. Sharding constraints on activations and gathered weights guide the compiler."""
+def _with_columns(table: jax.Array, mesh: Mesh) -> jax.Array:
+    """A table [v, d] with zeros after its columns, so that `fsdp` divides them."""
+    missing = -table.shape[1] % mesh.shape["fsdp"]
+    return jnp.pad(table, ((0, 0), (0, missing))) if missing else table
+
+
+def _constrained(mesh: Mesh, dtype: str, body: Body, path: str, weights: nnx.State, *x: Any) -> Any:
+    """Runs a part on global arrays. Sharding constraints on activations and gathered weights guide the compiler."""
 
     def constrain(weights: nnx.State) -> nnx.State:
         gathered = jax.tree.map(lambda p: NamedSharding(mesh, p), _specs(weights, mesh, fsdp=1))
         return jax.lax.with_sharding_constraint(weights, gathered)
 
-    return body(_gather(constrain, dtype), lambda x: jax.lax.with_sharding_constraint(x, over_rows(mesh)), stacked, x, context)
+    return body(_gather(constrain, dtype), lambda x: jax.lax.with_sharding_constraint(x, over_rows(mesh)), weights, *x)
 
 
-def _mapped(mesh: Mesh, dtype: str, body: Body, stacked: nnx.State, x: jax.Array, context: Context) -> jax.Array:
-    """Runs layers in a shard_map over all devices, each of which gathers a layer's weights."""
-    specs = _specs(stacked, mesh, prefix="tower/blocks/")
+def _mapped(mesh: Mesh, dtype: str, body: Body, path: str, weights: nnx.State, *x: Any) -> Any:
+    """Runs a part in a shard_map over all devices, each of which gathers the weights: of layers, one layer's at a time."""
+    specs, stacked = _specs(weights, mesh, f"tower/{path}/"), path == LAYERS
 
-    def on_device(stacked: nnx.State, x: jax.Array, context: Context) -> jax.Array:
-        gather = _gather(lambda weights: jax.tree.map(_all_gather, weights, specs), dtype)
-        return body(gather, lambda x: x, vary(stacked, BATCH), x, context)
+    def on_device(weights: nnx.State, *x: Any) -> Any:
+        gather = _gather(lambda weights: jax.tree.map(functools.partial(_all_gather, stacked), weights, specs), dtype)
+        return body(gather, lambda x: x, vary(weights, BATCH), *x)
 
     rows = P(None, BATCH)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, rows, rows), out_specs=rows)(stacked, x, context)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(specs, *[rows] * len(x)), out_specs=rows)(weights, *x)
 
 
 def _gather(fetch: Callable[[nnx.State], nnx.State], dtype: str) -> Gather:
@@ -114,10 +145,10 @@ def _gather(fetch: Callable[[nnx.State], nnx.State], dtype: str) -> Gather:
     return lambda weights: cast_like(fetch(cast_kernels(weights, dtype)), weights)
 
 
-def _all_gather(x: jax.Array, stacked: P) -> jax.Array:
-    """One layer's parameter, gathered over `fsdp`. `stacked`: the spec of the stacked parameter, which has one more axis."""
-    axes = [i - 1 for i, name in enumerate(stacked) if name == "fsdp"]
-    return jax.lax.all_gather(x, "fsdp", axis=axes[0], tiled=True) if axes else x
+def _all_gather(stacked: bool, x: jax.Array, axes: P) -> jax.Array:
+    """A parameter, gathered over `fsdp`. `stacked`: x is one layer's, and `axes` are all layers', which have one more."""
+    found = [i - stacked for i, name in enumerate(axes) if name == "fsdp"]
+    return jax.lax.all_gather(x, "fsdp", axis=found[0], tiled=True) if found else x
 
 
 def _specs(weights: nnx.State, mesh: Mesh, prefix: str = "", **sizes: int) -> Any:

@@ -1,10 +1,10 @@
 """The mesh; which axis of a parameter is sharded over which mesh axis; how a process's batch becomes a global array.
 
 The batch is sharded over `data` and `fsdp`, heads and MLP width over `tensor` (models.layers.TENSOR_AXES). Of a parameter's other
-axes, the largest that the size of `fsdp` divides is sharded over `fsdp`. What cannot be sharded is known by name, and too much of
-it is an error. Where devices come in slices that a slower network joins, the outer part of `data` is the mesh axis `slice`. So
-weights, which are sharded over `fsdp` and `tensor`, never leave a slice, and the losses' ring goes round within a slice before it
-goes to the next one.
+axes, the largest that the size of `fsdp` divides is sharded over `fsdp`. Vectors of a few KB are not: each would cost transfers
+and save next to nothing. What cannot be sharded is known by name, and too much of it is an error. Where devices come in slices
+that a slower network joins, the outer part of `data` is the mesh axis `slice`. So weights, which are sharded over `fsdp` and
+`tensor`, never leave a slice, and the losses' ring goes round within a slice before it goes to the next one.
 """
 
 import functools
@@ -28,6 +28,7 @@ AUTO = (AxisType.Auto,) * len(AXES)
 
 REPLICATED = P()
 MUST_SHARD = 0.95  # share of the bytes; below it the mesh is refused
+VECTOR = 2**14  # most numbers of a bias or another vector, in one layer, that is not sharded over `fsdp`: 64 KiB
 
 
 keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")  # a path as text/blocks/mlp/up/kernel
@@ -141,14 +142,15 @@ def on_shards(fn: Callable[..., Any], mesh: Mesh, rows: int = 2, out: Any = REPL
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The sharding of one array of a train state, by its path: a parameter, its moments, or values stored for every example."""
     if path.startswith("memory/"):  # a row for each training example
-        return P(BATCH) if shape[0] % batch_devices(mesh) == 0 else P()
+        return P(BATCH)
     axes: list[str | None] = [None] * len(shape)
     axis = TENSOR_AXES.get("/".join(path.split("/")[-2:]), 0)
     if axis and len(shape) >= -axis and mesh.shape["tensor"] > 1 and shape[axis] % mesh.shape["tensor"] == 0:
         axes[axis] = "tensor"
     first = 1 if "/blocks/" in path else 0  # the axis of the layers is scanned: it is not sharded
+    vector = path.endswith("/bias") or len(shape) == first + 1
     fits = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % mesh.shape["fsdp"] == 0]
-    if mesh.shape["fsdp"] > 1 and fits:
+    if mesh.shape["fsdp"] > 1 and fits and not (vector and math.prod(shape[first:]) <= VECTOR):
         axes[max(fits, key=lambda i: shape[i])] = "fsdp"
     return P(*axes)
 

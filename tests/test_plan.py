@@ -77,9 +77,28 @@ def test_large_replicated_tensors_are_listed():
     found, _ = planned(tiny.run(model))
     assert [x["name"].endswith("text/tokens") for x in found.unsharded] == [True] * 3  # with its moments
     assert {x["bytes"] for x in found.unsharded} == {20000 * 32 * 4}
+    assert {x["when"] for x in found.unsharded} == {"always"}
     sharded, _ = planned(tiny.run(model, mesh=config.Mesh(fsdp=2)))
     assert sharded.unsharded == []
     assert sharded.memory["parameters"] < 0.6 * found.memory["parameters"]
+
+
+@pytest.mark.slow
+def test_what_a_step_gathers_in_full_is_listed_too():
+    """The kernels of pooling; not the table of tokens, nor the layers, of which one is gathered at a time."""
+    sizes = dict(mlp_dim=10_000), dict(vocab_size=20_000)
+    image, text = (
+        dataclasses.replace(tower, **new) for tower, new in zip((tiny.SIGLIP.image, tiny.SIGLIP.text), sizes, strict=True)
+    )
+    model = dataclasses.replace(tiny.SIGLIP, image=image, text=text)
+    found, _ = planned(tiny.run(model, mesh=config.Mesh(data=1, fsdp=8)))
+    kernel = 32 * 10_000 * 4
+    names = [f"params/image/map/mlp/{name}/kernel" for name in ("down", "up")]
+    assert sorted(found.unsharded, key=lambda x: x["name"]) == [
+        {"name": n, "bytes": kernel, "when": "in the step"} for n in names
+    ]
+    assert found.sharded_fraction == pytest.approx(1 - 2 * kernel / found.state_bytes, abs=0.02)
+    assert any("params/image/map/mlp/up/kernel" in line and "in the step" in line for line in report.lines(found))
 
 
 def test_the_program_is_the_one_that_trains(sharded):

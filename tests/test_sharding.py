@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from clipjax import config, placement, sharding
+from clipjax import aot, config, hlo, placement, sharding
 from clipjax.config import ConfigError, ImageTower, Mesh, Model, TextTower
 from clipjax.models import clip
+from clipjax.plan.program import lower_step, state_of
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import initial_state
 from clipjax.train.step import jit_step, make_train_step
@@ -80,16 +81,19 @@ def test_a_batch_that_does_not_divide_is_refused(size, near):
 
 CASES = {  # width 768, 12 heads, MLP 3072
     "image/blocks/attention/qkv/kernel": ((12, 768, 3, 12, 64), P(None, "fsdp", None, "tensor", None)),
-    "image/blocks/attention/qkv/bias": ((12, 3, 12, 64), P(None, None, "tensor", "fsdp")),
+    "image/blocks/attention/qkv/bias": ((12, 3, 12, 64), P(None, None, "tensor", None)),  # a vector of a few KB a layer
     "image/blocks/attention/out/kernel": ((12, 12, 64, 768), P(None, "tensor", None, "fsdp")),
     "text/blocks/mlp/up/kernel": ((12, 768, 3072), P(None, "fsdp", "tensor")),
     "text/blocks/mlp/up/bias": ((12, 3072), P(None, "tensor")),
     "text/blocks/mlp/down/kernel": ((12, 3072, 768), P(None, "tensor", "fsdp")),
-    "text/blocks/mlp/down/bias": ((12, 768), P(None, "fsdp")),
-    "image/blocks/norm1/scale": ((12, 768), P(None, "fsdp")),
+    "text/blocks/mlp/down/bias": ((12, 768), P(None, None)),
+    "image/blocks/norm1/scale": ((12, 768), P(None, None)),
     "image/map/query/kernel": ((768, 12, 64), P("fsdp", "tensor", None)),
     "image/map/key_value/kernel": ((768, 2, 12, 64), P("fsdp", None, "tensor", None)),
-    "image/map/key_value/bias": ((2, 12, 64), P(None, "tensor", "fsdp")),
+    "image/map/key_value/bias": ((2, 12, 64), P(None, "tensor", None)),
+    "image/class_token": ((768,), P(None)),
+    "image/wide/up/bias": ((32768,), P("fsdp")),  # 128 KiB
+    "text/positions": ((64, 768), P(None, "fsdp")),
     "image/map/out/kernel": ((12, 64, 768), P("tensor", None, "fsdp")),
     "image/map/mlp/up/kernel": ((768, 3072), P("fsdp", "tensor")),
     "image/map/mlp/down/kernel": ((3072, 768), P("tensor", "fsdp")),
@@ -217,11 +221,57 @@ def test_the_way_in_which_the_towers_run_follows_from_the_mesh(shape, way):
     assert placement.make_placement(mesh, "float32").devices == sharding.batch_devices(mesh)
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 8, 1), (64, 24)), ((2, 4, 1), (10, 6)), ((2, 3, 1), (9, 16)), ((2, 2, 2), (8, 8))]
+)
+def test_rows_of_a_sharded_table(shape, size):
+    """The same rows and the same gradient as of one full table; neither its rows nor its columns need divide by `fsdp`."""
+    rng = np.random.default_rng(0)
+    table, out = rng.standard_normal(size, np.float32), rng.standard_normal((24, 5, size[1]), np.float32)
+    ids = rng.integers(0, size[0], (24, 5), np.int32)
+    mesh = tiny.mesh_of(*shape)
+    placed = jax.device_put(table, jax.NamedSharding(mesh, sharding.spec("text/tokens", size, mesh)))
+
+    @jax.jit
+    def rows(table, ids):
+        found, pull = jax.vjp(lambda t: placement.look_up_on(mesh)(t, ids), table)
+        return found, pull(out)[0]
+
+    found, gradient = rows(placed, jax.device_put(ids, sharding.over_rows(mesh)))
+    np.testing.assert_array_equal(found, table[ids])
+    want = np.zeros(size)
+    np.add.at(want, ids, out)
+    np.testing.assert_allclose(gradient, want, atol=1e-5 * np.abs(want).max())
+
+
 def test_the_tables_of_the_ways_agree():
     """The data, the docstring above it and the page."""
     page = Path(__file__).parents[1] / "docs" / "towers.md"
     for text, form in ((placement.__doc__, r"^\| (\w+) +\|"), (page.read_text(), r"^\| `(\w+)` \|")):
         assert [name for name in re.findall(form, text, re.MULTILINE) if name != "axis"] == list(placement.WAYS)
+
+
+def full_arrays(text: str, shape: tuple[int, ...]) -> list[str]:
+    """The instructions of a program that make a float32 array of this size, however it is turned."""
+    found = [i for computation in hlo.parse(text)[0].values() for i in computation.body.values()]
+    sizes = sorted(n for n in shape if n > 1)
+    return [i.name for i in found if ("f32", sizes) in [(kind, sorted(n for n in d if n > 1)) for kind, d in hlo.arrays(i.shape)]]
+
+
+@pytest.mark.slow
+def test_a_tpu_step_never_has_the_full_table():
+    """Nor its gradient, nor float32 kernels of patches and pooling; vectors are not gathered."""
+    width, words = 136, 5000
+    sizes = dict(width=width, heads=2, mlp_dim=264, depth=2)
+    image = dataclasses.replace(tiny.SIGLIP.image, **sizes)
+    text = dataclasses.replace(tiny.SIGLIP.text, vocab_size=words, embed_dim=width, **sizes)
+    model = dataclasses.replace(tiny.SIGLIP, image=image, text=text, dtype="bfloat16", remat="full")
+    run = tiny.run(model, mesh=config.Mesh(data=1, fsdp=8))
+    mesh = sharding.make_mesh(run.mesh, aot.tpu_devices("v5e:2x4"))
+    program = lower_step(run, mesh, state_of(run, mesh)).compile().as_text()
+    assert full_arrays(program, (words, width // 8))
+    for shape in ((words, width), (8, 8, 3, width), (192, width), (width, 2, 2, 68), (width, 2 * width)):
+        assert not full_arrays(program, shape)
 
 
 @pytest.mark.slow

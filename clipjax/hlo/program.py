@@ -1,12 +1,13 @@
 """The cost of a program: products, collectives and memory traffic, with every loop counted as often as it runs."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from clipjax.hlo.loops import Integers, Known
 from clipjax.hlo.products import passes, product_flops
-from clipjax.hlo.text import Computation, Instruction, byte_count, called, parse
+from clipjax.hlo.text import Computation, Instruction, arrays, byte_count, called, parse
 from clipjax.hlo.traffic import between_slices, sent, traffic
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -38,6 +39,7 @@ class Cost:
     memory_bytes: int  # read from and written to the device's memory, as far as the text shows
     sent_bytes: int  # over the links to other devices of its slice
     sent_between_slices: int  # bytes over the network to or from other slices, whichever is more
+    gathered: frozenset[int] = frozenset()  # sizes, in numbers, of the arrays that devices gather, or sum, in full
 
 
 def cost(text: str) -> Cost:
@@ -102,7 +104,15 @@ class _Program:
             memory_bytes=totals.memory_bytes,
             sent_bytes=sum(sent(kind, c.bytes) for kind, c in collectives.items() if kind in COLLECTIVES),
             sent_between_slices=sum(c.bytes for kind, c in collectives.items() if kind not in COLLECTIVES),
+            gathered=frozenset(self.gathered()),
         )
+
+    def gathered(self) -> Iterable[int]:
+        """The sizes of the results of all gathers and sums; where a piece of one is in a fusion, of the piece."""
+        for computation in self.computations.values():
+            for i in computation.body.values():
+                if i.opcode.removesuffix("-start").removesuffix("-done") in ("all-gather", "all-reduce"):
+                    yield from (math.prod(dims) for _, dims in arrays(i.shape))
 
     def totals(self, name: str, known: Known, fused: bool = False) -> _Totals:
         """The sums of computation `name`. Inside a fusion nothing reads or writes memory; the fusion itself does."""

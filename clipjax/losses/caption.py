@@ -37,17 +37,20 @@ def token_nll(
     targets: Int[Array, " n"],
     *,
     axis: Axis = None,
+    columns: str | None = None,
     tile: tuple[int, int] = TILE,
 ) -> Float[Array, " n"]:
     """-log softmax(states @ table.T)[target], float32. `states`: the decoder's outputs; `targets`: the next token's id.
 
     Inside `shard_map`, `axis` names the mesh axes over which the vocabulary is sharded: `table` is this device's shard, in the
     axes' order; states and targets are the same on all of them, and targets are ids of the full vocabulary. Over any other axis
-    each device has tokens of its own. Operands are multiplied in the dtype of `states`; sums are float32.
+    each device has tokens of its own. `columns` names one of these, of n devices, over which the table's width is sharded, with
+    zeros after d columns if n does not divide d: a tile of words is gathered when it is needed, and its gradient is scattered.
+    Operands are multiplied in the dtype of `states`; sums are float32.
     """
     sizes = _tile_size(len(states), tile[0]), _tile_size(len(table), tile[1])
     first = 0 if axis is None else jax.lax.axis_index(axis) * len(table)
-    return _token_nll(states, table, targets - first, axis, sizes)
+    return _token_nll(states, table, targets - first, axis, columns, sizes)
 
 
 def caption_nll(
@@ -67,18 +70,22 @@ def caption_nll(
     return jnp.where(real, nll, 0).sum(1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_nll(states: Array, table: Array, targets: Array, axis: Axis, tile: tuple[int, int]) -> Array:
-    return _forward(states, table, targets, axis, tile)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_nll(
+    states: Array, table: Array, targets: Array, axis: Axis, columns: str | None, tile: tuple[int, int]
+) -> Float[Array, " n"]:
+    return _forward(states, table, targets, axis, columns, tile)[0]
 
 
-def _forward(states: Array, table: Array, targets: Array, axis: Axis, tile: tuple[int, int]) -> tuple[Array, Any]:
+def _forward(
+    states: Array, table: Array, targets: Array, axis: Axis, columns: str | None, tile: tuple[int, int]
+) -> tuple[Array, Any]:
     axes = _varying(states, table, targets)
 
     def tokens(found: tuple[Array, ...], r: Array) -> tuple[tuple[Array, ...], None]:
         at, _ = _place(r, len(states), tile[0])
         h, y = _take(states, at, tile[0]), _take(targets, at, tile[0])
-        sums = _over_words(h, y, table, tile[1], axes)
+        sums = _over_words(h, y, table, columns, tile[1], axes)
         return tuple(jax.lax.dynamic_update_slice(x, part, (at,)) for x, part in zip(found, sums, strict=True)), None
 
     start = vary((jnp.zeros(len(states), jnp.float32),) * 3, axes)
@@ -91,11 +98,12 @@ def _forward(states: Array, table: Array, targets: Array, axis: Axis, tile: tupl
     return lse - own, (states, table, targets, lse)
 
 
-def _over_words(h: Array, y: Array, table: Array, words: int, axes: tuple[str, ...]) -> tuple[Array, ...]:
+def _over_words(h: Array, y: Array, table: Array, columns: str | None, words: int, axes: tuple[str, ...]) -> tuple[Array, ...]:
     """For a tile of tokens: the largest logit m, the sum of exp(logit - m), and the target's logit, over this shard's words."""
 
     def add_tile(sums: tuple[Array, ...], c: Array) -> tuple[tuple[Array, ...], None]:
-        logits, hit = _tile(h, y, table, c, words)
+        at, fresh = _place(c, len(table), words)
+        logits, hit = _tile(h, y, _words(table, at, words, h, columns), at, fresh)
         top, total, own = sums
         m = jnp.maximum(top, logits.max(-1))
         total = total * jnp.exp(top - finite(m)) + jnp.exp(logits - finite(m)[:, None]).sum(-1)
@@ -106,28 +114,29 @@ def _over_words(h: Array, y: Array, table: Array, words: int, axes: tuple[str, .
 
 
 def _backward(
-    axis: Axis, tile: tuple[int, int], residuals: tuple[Array, ...], ct: Float[Array, " n"]
+    axis: Axis, columns: str | None, tile: tuple[int, int], residuals: tuple[Array, ...], ct: Float[Array, " n"]
 ) -> tuple[Array, Array, None]:
     states, table, targets, lse = residuals
     axes = _varying(states, table, targets, ct)
     replicated = tuple(a for a in axes if a not in _varying(table))  # of the table: its gradient is summed there, tile by tile
 
     def words(found: tuple[Array, Array], c: Array) -> tuple[tuple[Array, Array], None]:
-        at_word, _ = _place(c, len(table), tile[1])
+        at_word, fresh_words = _place(c, len(table), tile[1])
+        w = _words(table, at_word, tile[1], states, columns)
 
         def tokens(found: tuple[Array, Array], r: Array) -> tuple[tuple[Array, Array], None]:
             at, fresh = _place(r, len(states), tile[0])
             h, y, z, weight = (_take(x, at, tile[0]) for x in (states, targets, lse, ct))
-            logits, hit = _tile(h, y, table, c, tile[1])
+            logits, hit = _tile(h, y, w, at_word, fresh_words)
             g = (jnp.exp(logits - z[:, None]) - hit) * jnp.where(fresh, weight, 0)[:, None]
             g = g.astype(h.dtype)
             of_word = found[1] + einsum("nv,nd->vd", g, h, preferred_element_type=jnp.float32)
-            w = _words(table, at_word, tile[1], h.dtype)
             of_row = _take(found[0], at, tile[0]) + einsum("nv,vd->nd", g, w, preferred_element_type=jnp.float32)
             return (jax.lax.dynamic_update_slice(found[0], of_row, (at, 0)), of_word), None
 
-        start = found[0], vary(jnp.zeros((tile[1], table.shape[1]), jnp.float32), axes)
+        start = found[0], vary(jnp.zeros(w.shape, jnp.float32), axes)
         (of_states, of_words), _ = jax.lax.scan(tokens, start, _numbers(len(states), tile[0]))
+        of_words = _own_columns(of_words, table.shape[1], columns)
         # The barrier: without it XLA sums the full table after the loop, in a second loop. The last tile overlaps the one before.
         of_words = jax.lax.optimization_barrier(jax.lax.psum(of_words, replicated)) + _take(found[1], at_word, tile[1])
         return (of_states, jax.lax.dynamic_update_slice(found[1], of_words, (at_word, 0))), None
@@ -142,20 +151,28 @@ def _backward(
 _token_nll.defvjp(_forward, _backward)
 
 
-def _tile(h: Array, y: Array, table: Array, c: Array, words: int) -> tuple[Float[Array, "r c"], Array]:
-    """The logits of some tokens and the c-th tile of words, and which are the targets'. Words of an earlier tile are left out."""
-    at, fresh = _place(c, len(table), words)
-    logits = einsum("nd,vd->nv", h, _words(table, at, words, h.dtype), preferred_element_type=jnp.float32)
-    return jnp.where(fresh[None], logits, -jnp.inf), (y[:, None] == at + jnp.arange(words)[None]) & fresh[None]
+def _tile(h: Array, y: Array, w: Array, at: Array, fresh: Array) -> tuple[Float[Array, "r c"], Array]:
+    """The logits of some tokens and the words from number `at` on, and which are the targets'. Words not `fresh` are left out."""
+    logits = einsum("nd,vd->nv", h, w, preferred_element_type=jnp.float32)
+    return jnp.where(fresh[None], logits, -jnp.inf), (y[:, None] == at + jnp.arange(len(w))[None]) & fresh[None]
 
 
-def _words(table: Array, at: Array, count: int, dtype: jnp.dtype) -> Float[Array, "c d"]:
-    """Rows of the table, as they are multiplied.
+def _words(table: Array, at: Array, count: int, states: Array, columns: str | None) -> Float[Array, "c d"]:
+    """Rows of the table, as they are multiplied with the states.
 
     They are rounded first. If they were only converted, XLA would convert the full table before the loop and keep it.
     """
-    info = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(_take(table, at, count), info.nexp, info.nmant).astype(dtype)
+    info = jnp.finfo(states.dtype)
+    rows = jax.lax.reduce_precision(_take(table, at, count), info.nexp, info.nmant).astype(states.dtype)
+    return rows if columns is None else jax.lax.all_gather(rows, columns, axis=1, tiled=True)[:, : states.shape[1]]
+
+
+def _own_columns(of_words: Float[Array, "c d"], width: int, columns: str | None) -> Float[Array, "c w"]:
+    """The gradient of a tile of words, summed over the devices that each have `width` columns of it: this device's columns."""
+    if columns is None:
+        return of_words
+    padded = jnp.pad(of_words, ((0, 0), (0, jax.lax.axis_size(columns) * width - of_words.shape[1])))
+    return jax.lax.psum_scatter(padded, columns, scatter_dimension=1, tiled=True)
 
 
 def _tile_size(length: int, most: int) -> int:

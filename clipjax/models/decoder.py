@@ -121,7 +121,7 @@ class Decoder(Layer):
             mask = jnp.asarray(np.tri(x.shape[1], dtype=bool)[None] | parallel[:, None, None])
         x, context = (runner.to_chunks(a, self.rows) for a in (x, context))
         mask = None if mask is None else runner.to_chunks(mask, self.rows)
-        return runner.from_chunks(runner.map_chunks(self.norm, runner.layers(self.blocks, x, context, mask)))
+        return runner.from_chunks(runner.map_chunks(self.norm, runner.layers(self.blocks, x, context, mask)), len(states))
 
     def keys(self, context: Float[Array, "b m c"]) -> tuple[Float[Array, "L b h m k"], Float[Array, "L b h m k"]]:
         """Every layer's keys and values of the images' tokens."""

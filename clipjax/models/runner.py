@@ -3,15 +3,17 @@
 A batch is [n, p, ...] here: n chunks of p rows each, run one after the other.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import einops
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 # Tokens of a device in one chunk: enough to fill a matrix unit. A layer's recomputed activations, many times the size of its
 # input, exist for one chunk at a time.
@@ -25,16 +27,25 @@ REMAT_POLICIES = {  # config.Model.remat -> what the backward pass keeps; it rec
 }
 CHUNKED_POLICIES = ("mlp", "full")  # those that recompute so much that a batch is run in chunks
 
-Gather = Callable[[nnx.State], nnx.State] | None  # a layer's sharded weights -> its full weights; None: they are full already
+LAYERS, TABLE = "blocks", "tokens"  # attributes of a tower: its layers, its table of token embeddings
+Gather = Callable[[nnx.State], nnx.State] | None  # sharded weights, of one layer -> full weights; None: they are full already
 Constrain = Callable[[Array], Array]  # activations [p, t, d] -> the same, sharded as the rows of the batch
-Context = tuple[Array | None, ...]  # what each layer gets beside x, in chunks as x: masks, an image's tokens
-Body = Callable[[Gather, Constrain, nnx.State, Array, Context], Array]  # runs all layers: stacked weights, x, context -> x
-RunLayers = Callable[[Body, nnx.State, Array, Context], Array]  # runs a body on stacked weights and x [n, p, t, d]
+Body = Callable[..., Any]  # runs part of a tower: (Gather, Constrain, weights, *trees of arrays [n, p, ...]) -> such a tree
+# Runs a body: (body, the path of its weights in a tower, weights, *trees). LAYERS is the path of all layers' stacked weights.
+RunPart = Callable[..., Any]
 
 
-def run_on_one_device(body: Body, stacked: nnx.State, x: Array, context: Context) -> Array:
-    """Runs layers where every device has the full weights."""
-    return body(None, lambda x: x, stacked, x, context)
+def run_on_one_device(body: Body, path: str, weights: nnx.State, *x: Any) -> Any:
+    """Runs a part of a tower where every device has its full weights."""
+    return body(None, lambda x: x, weights, *x)
+
+
+LookUp = Callable[[Array, Array], Array]  # (table [v, d], ids [b, t]) -> the table's rows [b, t, d]
+
+
+def look_up(table: Float[Array, "v d"], ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """The rows `ids` of a table that every device has in full."""
+    return jnp.take(table, ids, axis=0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,8 @@ class Placement:
     """How a batch's rows and a tower's weights are sharded; clipjax.placement makes one for a mesh."""
 
     devices: int = 1  # over which the rows of arrays [b, ...] are sharded
-    run: RunLayers = run_on_one_device
+    run: RunPart = run_on_one_device
+    look_up: LookUp = look_up
 
 
 ONE_DEVICE = Placement()
@@ -59,17 +71,29 @@ class Runner:
     def to_chunks(self, x: Shaped[Array, "b ..."], tokens: int) -> Shaped[Array, "n p ..."]:
         """A batch in chunks. On each device a chunk has at most CHUNK_TOKENS tokens; an example has `tokens`.
 
-        Policies that keep much save little by chunks: with them the batch is one chunk.
+        Policies that keep much save little by chunks: with them the batch is one chunk. Where chunks do not divide a device's
+        rows, copies of its last row fill the last chunk.
         """
-        rows, n = len(x) // self.placement.devices, 1
-        if self.remat in CHUNKED_POLICIES:
-            n = next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * tokens <= CHUNK_TOKENS or n == rows))
-        return einops.rearrange(x, "(d n p) ... -> n (d p) ...", d=self.placement.devices, n=n)
-
-    def from_chunks(self, x: Any) -> Any:
-        """Arrays [n, p, ...], or a tree of them, back to [b, ...]."""
         devices = self.placement.devices
-        return jax.tree.map(lambda x: einops.rearrange(x, "n (d p) ... -> (d n p) ...", d=devices), x)
+        rows = len(x) // devices
+        n = chunk_count(rows, max(1, CHUNK_TOKENS // tokens)) if self.remat in CHUNKED_POLICIES else 1
+        if missing := -rows % n:
+            x = x.reshape(devices, rows, *x.shape[1:])
+            last = jnp.broadcast_to(x[:, -1:], (devices, missing, *x.shape[2:]))
+            x = jnp.concatenate([x, last], axis=1).reshape(-1, *x.shape[2:])
+        return einops.rearrange(x, "(d n p) ... -> n (d p) ...", d=devices, n=n)
+
+    def from_chunks(self, x: Any, count: int) -> Any:
+        """Arrays [n, p, ...], or a tree of them, back to [b, ...]. b is `count`: what filled the last chunk is left out."""
+        devices = self.placement.devices
+
+        def of_array(x: Array) -> Array:
+            x = einops.rearrange(x, "n (d p) ... -> (d n p) ...", d=devices)
+            if len(x) == count:
+                return x
+            return x.reshape(devices, -1, *x.shape[1:])[:, : count // devices].reshape(count, *x.shape[1:])
+
+        return jax.tree.map(of_array, x)
 
     def map_chunks(self, fn: Callable[..., Any], *x: Any) -> Any:
         """`fn` on one chunk after the other: from trees of arrays [n, p, ...] to a tree of arrays [n, p, ...]."""
@@ -80,18 +104,31 @@ class Runner:
             return jax.tree.map(lambda y: y[None], fn(*jax.tree.map(lambda x: x[0], x)))
         return jax.lax.map(lambda chunk: fn(*chunk), x)
 
+    def around_layers(self, method: Callable[..., Any], tower: nnx.Module, *x: Any) -> Any:
+        """`method(tower, *chunk)` on one chunk after the other. It may use the weights of all but layers and table."""
+        graphdef, others, weights = nnx.split(tower, lambda path, _: path[0] in (LAYERS, TABLE), ...)
+
+        def body(gather: Gather, constrain: Constrain, weights: nnx.State, *x: Any) -> Any:
+            def part(weights: nnx.State, *x: Any) -> Any:
+                full = checkpoint_name(gather(weights), FULL_WEIGHTS) if gather else weights
+                return self.map_chunks(functools.partial(method, nnx.merge(graphdef, others, full)), *x)
+
+            return (jax.checkpoint(part, policy=REMAT_POLICIES[self.remat]) if gather else part)(weights, *x)
+
+        return self.placement.run(body, "", weights, *x)
+
     def layers(self, blocks: nnx.Module, x: Float[Array, "n p t d"], *context: Array | None) -> Float[Array, "n p t d"]:
         """x through every layer of a stacked Block. Each layer also gets `context`, arrays [n, p, ...]."""
         graphdef, stacked = nnx.split(blocks)
 
-        def body(gather: Gather, constrain: Constrain, stacked: nnx.State, x: Array, context: Context) -> Array:
+        def body(gather: Gather, constrain: Constrain, stacked: nnx.State, x: Array, *context: Array | None) -> Array:
             def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
                 full = checkpoint_name(gather(weights), FULL_WEIGHTS) if gather else weights
                 return self.map_chunks(_block(graphdef, full, constrain), x, *context), None
 
             return self._scan(layer, x, stacked, checkpoint=self.remat != "none" or gather is not None)
 
-        return self.placement.run(body, stacked, x, context)
+        return self.placement.run(body, LAYERS, stacked, x, *context)
 
     def _scan(self, layer: Callable[..., tuple[Array, None]], x: Array, stacked: nnx.State, checkpoint: bool) -> Array:
         """x through `layer`, once with each layer's weights."""
@@ -104,6 +141,12 @@ class Runner:
         for i in range(depth):  # not a scan with unroll=depth: it would still stack what the backward pass keeps
             x, _ = layer(x, jax.tree.map(lambda w, i=i: w[i], stacked))
         return x
+
+
+def chunk_count(rows: int, most: int) -> int:
+    """In how many chunks of at most `most` rows to run `rows`: as few as can be, or up to twice that where these divide them."""
+    fewest = -(-rows // most)
+    return next((n for n in range(fewest, 2 * fewest + 1) if rows % n == 0), fewest)
 
 
 def _block(graphdef: nnx.GraphDef, weights: nnx.State, constrain: Constrain) -> Callable[..., Array]:

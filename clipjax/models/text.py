@@ -15,7 +15,7 @@ from clipjax.config import TextTower
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
 from clipjax.models.layers import LayerNorm, Linear, Scope, normal
-from clipjax.models.runner import Runner
+from clipjax.models.runner import LookUp, Runner, look_up
 from clipjax.models.steps import Step
 
 
@@ -43,20 +43,20 @@ class TextTransformer(nnx.Module):
         self, tokens: Int[Array, "b t"], runner: Runner, states: bool = False
     ) -> tuple[Float[Array, "b e"], Float[Array, "b t d"] | None]:
         """Token ids -> embeddings, not normalised. With `states`, also each token's state after the last layer."""
-        x, mask = self.embed(tokens), None
+        x, mask, count = self.embed(tokens, look_up=runner.placement.look_up), None, len(tokens)
         if self.class_token is not None:
             last = jnp.broadcast_to(self.class_token[...] + self.positions[...][-1], (len(x), 1, self.cfg.width))
             x, mask = jnp.concatenate([x, last.astype(self.dtype)], axis=1), self.mask(tokens)
         x, tokens = (runner.to_chunks(a, self.cfg.positions) for a in (x, tokens))
         mask = None if mask is None else runner.to_chunks(mask, self.cfg.positions)
         x = runner.layers(self.blocks, x, mask)
-        z = runner.from_chunks(runner.map_chunks(self.pool, x, tokens))
-        return z, runner.from_chunks(x[:, :, : self.cfg.length]) if states else None
+        z = runner.from_chunks(runner.around_layers(TextTransformer.pool, self, x, tokens), count)
+        return z, runner.from_chunks(x[:, :, : self.cfg.length], count) if states else None
 
-    def embed(self, tokens: Int[Array, "b t"], start: int | Array = 0) -> Float[Array, "b t d"]:
+    def embed(self, tokens: Int[Array, "b t"], start: int | Array = 0, look_up: LookUp = look_up) -> Float[Array, "b t d"]:
         """The first layer's input, of tokens at positions `start` and after."""
         positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, tokens.shape[1])
-        return (jnp.take(self.tokens[...], tokens, axis=0) + positions[None]).astype(self.dtype)
+        return (look_up(self.tokens[...], tokens) + positions[None]).astype(self.dtype)
 
     def step(
         self, tokens: Int[Array, "b n t"], at: Array, caches: Any, layer_step: Step

@@ -56,8 +56,9 @@ class ViT(nnx.Module):
         side = self.cfg.patch_size
         patches = einops.rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
         chunks = jax.tree.map(lambda x: runner.to_chunks(x, self.cfg.patches), (patches, keys))
-        x = runner.layers(self.blocks, runner.map_chunks(self.embed, *chunks))
-        return runner.from_chunks(runner.map_chunks(functools.partial(self.pool, with_tokens=tokens), x))
+        x = runner.layers(self.blocks, runner.around_layers(ViT.embed, self, *chunks))
+        pooled = runner.around_layers(functools.partial(ViT.pool, with_tokens=tokens), self, x)
+        return runner.from_chunks(pooled, len(images))
 
     def embed(self, patches: UInt8[Array, "b n f"], keys: Key[Array, " b"] | None) -> Float[Array, "b t d"]:
         cfg = self.cfg

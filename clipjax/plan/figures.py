@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +20,7 @@ from clipjax.train import remat
 from clipjax.train.optimizer import trained_names
 from clipjax.train.state import TrainState
 
-LARGE = 10**6  # bytes; the report does not list smaller replicated tensors
+LARGE = 10**6  # bytes; the report does not list smaller tensors
 
 # The report's names for the fields of a state.
 KINDS = {
@@ -52,8 +52,9 @@ class Plan:
     capacity_bytes: int | None
     memory: dict[str, int]  # by kind; the sum is the peak
     state_bytes: int  # of the state, each tensor counted once
-    sharded_fraction: float  # of `state_bytes`: what is not replicated on every device
-    unsharded: list[dict[str, Any]]  # the large tensors that are replicated on every device: name and bytes
+    sharded_fraction: float  # of `state_bytes`: what no device ever has in full
+    # The large tensors that every device has in full: name, bytes in the state, and `when`: always, or in the step.
+    unsharded: list[dict[str, Any]]
     flops_per_step: float  # counted by hand, over all chips
     flops: dict[str, float]  # the same, by part
     program_flops: int | None = None  # of the compiled program, over all chips, with everything that is recomputed
@@ -80,7 +81,7 @@ def make_plan(run: config.Run, target: Target) -> tuple[Plan, int]:
     except aot.DoesNotFit as error:
         needed = error.needed and plan.devices // plan.chips * error.needed
         return replace(plan, peak_bytes_per_chip=needed, compile_seconds=time.perf_counter() - start), fixed
-    return _with_program(plan, target, compiled), fixed
+    return _with_program(plan, target, state, compiled), fixed
 
 
 def _argument_bytes(state: TrainState, batch: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
@@ -116,14 +117,32 @@ def _uncompiled(run: config.Run, target: Target, state: TrainState, arguments: M
         memory={kind: per_chip * size for kind, size in arguments.items()},
         state_bytes=sharding.byte_count(state),
         sharded_fraction=sharding.sharded_fraction(state, placed, *sharding.AXES),
-        unsharded=[{"name": k, "bytes": n} for k, n in sorted(replicated.items(), key=lambda x: -x[1]) if n >= LARGE],
+        unsharded=_listed(replicated, "always"),
         flops_per_step=sum(flops.values()),
         flops=flops,
     )
 
 
-def _with_program(plan: Plan, target: Target, compiled: aot.Compiled) -> Plan:
+def _listed(tensors: Mapping[str, int], when: str) -> list[dict[str, Any]]:
+    """The large ones of these tensors, name -> bytes, for a report."""
+    by_size = sorted(tensors.items(), key=lambda x: -x[1])
+    return [{"name": name, "bytes": size, "when": when} for name, size in by_size if size >= LARGE]
+
+
+def _gathered(state: TrainState, gathered: Collection[int]) -> dict[str, int]:
+    """Path -> bytes in the state, of the sharded parameters that a program gathers in full. `gathered`: hlo.Cost.gathered."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        axes, mesh = leaf.sharding.spec, leaf.sharding.mesh
+        full = leaf.size // (mesh.shape["tensor"] if "tensor" in axes else 1)
+        if "fsdp" in axes and full in gathered:
+            found[f"params/{sharding.keystr(path)}"] = sharding.byte_count(leaf)
+    return found
+
+
+def _with_program(plan: Plan, target: Target, state: TrainState, compiled: aot.Compiled) -> Plan:
     """The plan with the figures of the compiled program."""
+    gathered = _gathered(state, compiled.cost.gathered)
     cost, per_chip = compiled.cost, plan.devices // plan.chips
     towers = sum(n for name, n in plan.flops.items() if name.endswith("tower"))
     compiler_bytes = {
@@ -136,6 +155,8 @@ def _with_program(plan: Plan, target: Target, compiled: aot.Compiled) -> Plan:
         peak_bytes_per_chip=per_chip * compiled.peak_bytes,
         argument_bytes=per_chip * compiled.argument_bytes,
         temp_bytes=per_chip * compiled.temp_bytes,
+        sharded_fraction=plan.sharded_fraction - sum(gathered.values()) / plan.state_bytes,
+        unsharded=plan.unsharded + _listed(gathered, "in the step"),
         memory=plan.memory | compiler_bytes,
         program_flops=cost.flops * len(target.devices),
         collectives={kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()},

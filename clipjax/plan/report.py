@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from clipjax.plan.figures import Plan
 from clipjax.plan.search import Try
 
-LISTED = 10  # of the tensors that are replicated on every device, at most
+LISTED = 10  # of the tensors that every device has in full, at most
 MEANING = {
     "compute": "matrix products at the bfloat16 peak",
     "memory": "reads and writes of the chip's memory",
@@ -64,11 +64,11 @@ def _sharding(plan: Plan) -> Iterator[str]:
     share = f"{plan.sharded_fraction:.1%} of {size(plan.state_bytes)}"
     if plan.devices == 1:
         return
-    yield f"\nSharded: {share} of weights and optimizer state; replicated tensors over 1 MB: " + (
+    yield f"\nSharded: {share} of weights and optimizer state; tensors over 1 MB that a chip has in full: " + (
         f"{len(plan.unsharded)}" if plan.unsharded else "none"
     )
     for tensor in plan.unsharded[:LISTED]:
-        yield f"  {tensor['name']:<60} {size(tensor['bytes']):>12}"
+        yield f"  {tensor['name']:<60} {size(tensor['bytes']):>12} {tensor['when']}"
     if len(plan.unsharded) > LISTED:
         rest = plan.unsharded[LISTED:]
         yield f"  and {len(rest)} more, together{'':<38} {size(sum(x['bytes'] for x in rest)):>12}"

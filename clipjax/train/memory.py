@@ -1,8 +1,8 @@
 """Values that a term of the objective stores for every training example: SogCLR's moving averages, iSogCLR's temperatures.
 
-They are a dict of float32 [n], indexed by the example's position in the dataset, so n is at least the number of examples. They
-are sharded over the same devices as the batch. A batch's rows are read before the loss and written after it; an index appears
-only once in a batch.
+They are a dict of float32 [n], indexed by the example's position in the dataset. They are sharded over the same devices as the
+batch, so n is a multiple of their number, and at least that of the examples; it may change when a run resumes on another mesh.
+A batch's rows are read before the loss and written after it; an index appears only once in a batch.
 """
 
 import jax
@@ -13,7 +13,7 @@ from clipjax.losses.sogclr import UNSEEN
 
 Memory = dict[str, jax.Array]
 SIDES = ("image", "text")
-MULTIPLE = 1024  # n is a multiple of it, so that any usual mesh divides it, also when a run resumes on another mesh
+MULTIPLE = 1024  # n is the next multiple of it, and then of the devices: so it is the same on any usual mesh
 MAX_GRADIENT = 5.0  # a temperature's gradient is clipped to [-5, 5], as in iSogCLR's code (2305.11965)
 
 
@@ -22,17 +22,21 @@ def term_of(run: config.Run) -> config.Remembering | None:
     return next((t for t in run.objective if isinstance(t, config.Remembering) and t.weight), None)
 
 
-def initial(run: config.Run) -> Memory:
-    """The values before any example was seen."""
+def initial(run: config.Run, devices: int) -> Memory:
+    """The values before any example was seen, to be sharded over so many devices."""
     term = term_of(run)
     if term is None:
         return {}
-    n = -(-term.examples // MULTIPLE) * MULTIPLE
+    n = _round_up(_round_up(term.examples, MULTIPLE), devices)
     values = {f"log_u_{side}": jnp.full(n, UNSEEN) for side in SIDES}
     if isinstance(term, config.Isogclr):
         values |= {f"temperature_{side}": jnp.full(n, term.temperature) for side in SIDES}
         values |= {f"momentum_{side}": jnp.zeros(n) for side in SIDES}
     return values
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def read(memory: Memory, index: jax.Array) -> Memory:

@@ -32,17 +32,17 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def _fresh(run: config.Run, tx: optax.GradientTransformation) -> TrainState:
+def _fresh(run: config.Run, tx: optax.GradientTransformation, devices: int) -> TrainState:
     params = clip.init(run.model, run.seed)
     ema = params if run.optim.ema is not None else None
     zero = jnp.zeros((), jnp.int32)
     in_row = zero if run.train.nonfinite == "skip" else None
-    return TrainState(zero, params, tx.init(params), ema, memory.initial(run), in_row)
+    return TrainState(zero, params, tx.init(params), ema, memory.initial(run, devices), in_row)
 
 
-def state_shapes(run: config.Run, tx: optax.GradientTransformation) -> TrainState:
-    """The shapes and dtypes of a run's state, without arrays."""
-    return jax.eval_shape(lambda: _fresh(run, tx))
+def state_shapes(run: config.Run, tx: optax.GradientTransformation, devices: int = 1) -> TrainState:
+    """The shapes and dtypes of a run's state, without arrays. `devices`: over which the batch is sharded."""
+    return jax.eval_shape(lambda: _fresh(run, tx, devices))
 
 
 def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -51,11 +51,11 @@ def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
     Raises ConfigError where the mesh would replicate what it should shard.
     """
     sharding.check_tensor(run.model, mesh)
-    return sharding.shapes(state_shapes(run, tx), mesh)
+    return sharding.shapes(state_shapes(run, tx, sharding.batch_devices(mesh)), mesh)
 
 
 def initial_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first step. It is made shard by shard on its devices: no host or device ever holds a full copy of a
     sharded array."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, mesh))
-    return jax.jit(lambda: _fresh(run, tx), out_shardings=shardings)()
+    return jax.jit(lambda: _fresh(run, tx, sharding.batch_devices(mesh)), out_shardings=shardings)()

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from clipjax.losses import caption_loss, token_nll
+from clipjax.placement import token_nll_on
 from clipjax.sharding import BATCH
 from tests.losses.meshes import mesh_of
 
@@ -56,6 +57,18 @@ def test_tokens_and_words_sharded_over_devices(shape, words):
     """Words on `tensor`, or all of them on every device; their gradient is of all devices' tokens."""
     fn = functools.partial(token_nll, axis=words, tile=(5, 9))
     check(jax.shard_map(fn, mesh=mesh_of(*shape), in_specs=(P(BATCH), P(words), P(BATCH)), out_specs=P(BATCH)), 1.0)
+
+
+@pytest.mark.parametrize(("shape", "words"), [((1, 1, 8, 1), None), ((2, 1, 2, 2), None), ((1, 1, 4, 2), "tensor")], ids=str)
+def test_the_words_width_sharded_over_devices(shape, words):
+    """A tile of words at a time comes together, and its gradient is scattered."""
+    fn = functools.partial(token_nll, axis=words, columns="fsdp", tile=(5, 9))
+    specs = P(BATCH), P(words, "fsdp"), P(BATCH)
+    check(jax.shard_map(fn, mesh=mesh_of(*shape), in_specs=specs, out_specs=P(BATCH)), 1.0)
+
+
+def test_a_width_that_the_devices_do_not_divide():
+    check(token_nll_on(mesh_of(1, 2, 3, 1)), 1.0)
 
 
 def test_uniform_logits_give_the_log_of_the_vocabulary():

@@ -11,6 +11,7 @@ from clipjax import config, sharding
 from clipjax.checkpoint import Checkpoints
 from clipjax.losses.sogclr import UNSEEN
 from clipjax.models import clip
+from clipjax.plan.program import lower_step, state_of
 from clipjax.train import memory
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import abstract_state, initial_state
@@ -51,7 +52,7 @@ def test_every_mesh_and_micro_batching_remember_alike():
     seen = np.unique(np.concatenate(orders))
     for name in ("log_u_image", "log_u_text"):
         values = np.asarray(one.memory[name])
-        assert len(values) % memory.MULTIPLE == 0
+        assert len(values) == memory.MULTIPLE  # the same on every usual mesh
         assert np.isfinite(values[seen]).all()
         assert (np.delete(values, seen) == UNSEEN).all()
     split = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batches=2))
@@ -118,3 +119,35 @@ def test_a_checkpoint_keeps_it_for_another_mesh_too(tmp_path):
         # A momentum is a difference of logits of up to 2 / temperature = 100 each, in float32.
         atol = 2e-6 * 100 if name.startswith("momentum") else 1e-5
         np.testing.assert_allclose(got.memory[name], values, rtol=1e-4, atol=atol, err_msg=name)
+
+
+def test_no_device_has_all_of_it_whatever_their_number(tmp_path):
+    """6 and 7 do not divide 1,024. A checkpoint goes from any mesh to any other."""
+    cfg = tiny.run(objective=ISOGCLR)
+    tx = make_optimizer(cfg.optim, cfg.train.steps, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
+    meshes = [tiny.mesh_of(3, 2), tiny.mesh_of(7), tiny.mesh_of(8)]
+    state = initial_state(cfg, tx, meshes[-1])
+    numbers = np.arange(EXAMPLES, dtype=np.float32)
+    with Checkpoints(tmp_path, cfg) as checkpoints:
+        for step, (mesh, size) in enumerate(zip(meshes, (1026, 1029, 1024), strict=True)):
+            like = abstract_state(cfg, tx, mesh)
+            state = state if step == 0 else checkpoints.restore(step - 1, like)
+            if step == 0:
+                placed = jax.tree.map(lambda x: np.resize(numbers, x.shape), like.memory)
+                state = dataclasses.replace(state, memory=jax.device_put(placed, jax.tree.map(lambda x: x.sharding, like.memory)))
+            for values in state.memory.values():
+                assert len(values) == size
+                assert {shard.data.shape for shard in values.addressable_shards} == {(size // mesh.size,)}
+                np.testing.assert_array_equal(values[:EXAMPLES], numbers)
+            checkpoints.save(step, state)
+            checkpoints.wait()
+
+
+def test_a_step_does_not_gather_it():
+    cfg = tiny.run(objective=SOGCLR, train=dataclasses.replace(tiny.TRAIN, batch_size=12))
+    mesh = tiny.mesh_of(3, 2)
+    state = state_of(cfg, mesh)
+    (size,) = {len(x) for x in state.memory.values()}
+    text = lower_step(cfg, mesh, state).compile().as_text()
+    assert f"f32[{size // 6}]" in text
+    assert f"[{size}]" not in text
