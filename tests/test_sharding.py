@@ -92,7 +92,7 @@ CASES = {  # width 768, 12 heads, MLP 3072
     "image/map/key_value/kernel": ((768, 2, 12, 64), P("fsdp", None, "tensor", None)),
     "image/map/key_value/bias": ((2, 12, 64), P(None, "tensor", None)),
     "image/class_token": ((768,), P(None)),
-    "image/wide/up/bias": ((32768,), P("fsdp")),  # 128 KiB
+    "image/wide/out/bias": ((32768,), P("fsdp")),  # 128 KiB
     "text/positions": ((64, 768), P(None, "fsdp")),
     "image/map/out/kernel": ((12, 64, 768), P("tensor", None, "fsdp")),
     "image/map/mlp/up/kernel": ((768, 3072), P("fsdp", "tensor")),
