@@ -30,7 +30,7 @@ class NonFiniteError(FloatingPointError):
     def __init__(self, name: str, value: float, step: int, skipped: int = 0) -> None:
         in_row = f", after {skipped - 1} others in a row that were skipped" if skipped else ""
         super().__init__(f"{name} = {value} at step {step}{in_row}")
-        self.step, self.skipped = step, skipped
+        self.name, self.step, self.skipped = name, step, skipped
 
 
 class _Board(Protocol):

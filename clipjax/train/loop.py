@@ -268,7 +268,8 @@ def _name_last_good(checkpoints: Checkpoints, workdir: Path, cfg: config.Train) 
         checkpoints.wait()
         first, last = cfg.place(error.step - max(error.skipped, 1)), cfg.place(error.step - 1)
         trained_on = f"batch {last}" if first == last else f"batches {first} to {last}"
-        or_skip = "" if error.skipped else ", or with train.nonfinite = skip"
+        would_skip = error.name in ("loss", "grad_norm") and not error.skipped
+        or_skip = ", or with train.nonfinite = skip" if would_skip else ""
         remedy = f"the same command without {trained_on} (train.skip){or_skip}; or a new --workdir, started from a "
         remedy += "checkpoint by init, with a lower optim.lr or with optim.clip_norm"
         raise FloatingPointError(f"{error}; {checkpoints.last_good()}. Remedy: {remedy}") from error

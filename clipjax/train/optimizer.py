@@ -69,13 +69,15 @@ def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str 
     field = f"train.steps = {new_steps}: this run was started with {old_steps}"
     if isinstance(optim.schedule, Cosine):
         return f"{field}, which its cosine depends on; keep that, or start a new --workdir from it by init"
-    if new_steps < at_step:
-        return f"train.steps = {new_steps}: the workdir's checkpoint has {at_step} finished steps; ask for as many at least"
-    shared = min(old_steps, new_steps) - max(optim.schedule.cooldown - 1, 0)  # finished steps before any cool-down
+    cooled = max(optim.schedule.cooldown - 1, 0)  # finished steps at the end that had part of the cool-down
+    shared = min(old_steps, new_steps) - cooled
     if at_step <= shared:
         return None
-    begun = f"by step {at_step} the cool-down of {min(old_steps, new_steps)} steps has begun"
-    return f"{field}, and {begun}; keep that, or start a new --workdir by init from a checkpoint of step {shared} at most"
+    begun = f"{field}, and by step {at_step} the cool-down of {min(old_steps, new_steps)} steps has begun"
+    if new_steps > old_steps:
+        return f"{begun}; keep that, or start a new --workdir by init from a checkpoint of step {shared} at most"
+    least = min(at_step + cooled, old_steps)
+    return f"{begun if at_step <= new_steps else f'{field}, and has {at_step} finished steps'}; ask for {least} at least"
 
 
 def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:

@@ -80,7 +80,7 @@ def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
         raise config.ConfigError(f"init.run = {run.init.run!r}: {remedy}")
     if differences := config.identity_differences(saved.run, run):
         rows = "\n  ".join(differences)
-        remedy = f"change these back, or choose a new --workdir, started by init = Init(run='{path}', state='all')"
+        remedy = "change these back, or choose a new --workdir, which init starts from this one where its state fits"
         raise config.ConfigError(f"the workdir holds another run; {remedy}:\n  {rows}")
     if refusal := can_grow(run.optim, saved.run.train.steps, run.train.steps, saved.step):
         raise config.ConfigError(refusal)

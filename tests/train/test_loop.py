@@ -206,7 +206,7 @@ def test_another_runs_workdir_is_left_as_it_is(tmp_path):
     before = everything(tmp_path)
     for other, message in (
         (dataclasses.replace(RUN, seed=1), r"another run.*\n  seed: 0 -> 1$"),
-        (during(steps=3), "ask for as many"),
+        (during(steps=3), "ask for 4 at least"),
     ):
         with pytest.raises(ConfigError, match=message):
             tiny.opened(other, tmp_path)

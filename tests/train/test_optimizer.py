@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -239,8 +240,23 @@ def test_a_run_may_grow_where_its_past_stays_true(schedule, old, new, step, says
 
 @pytest.mark.parametrize("schedule", [Constant(warmup=1), Rsqrt(warmup=1, timescale=5)])
 def test_a_run_does_not_shrink_below_what_is_done(schedule):
-    assert "has 60 finished steps; ask for as many at least" in can_grow(Optim(schedule=schedule), 100, 50, 60)
+    assert "has 60 finished steps; ask for 60 at least" in can_grow(Optim(schedule=schedule), 100, 50, 60)
     assert can_grow(Optim(schedule=schedule), 100, 60, 60) is None
+
+
+@pytest.mark.parametrize("cooldown", [0, 1, 4])
+@pytest.mark.parametrize("at_step", [7, 16, 17, 18, 20])
+def test_the_number_of_steps_that_a_refusal_names_is_not_refused(cooldown, at_step):
+    optim = Optim(schedule=Constant(warmup=1, cooldown=cooldown))
+    for new in range(1, 30):
+        message = can_grow(optim, 20, new, at_step)
+        if message and new < 20:
+            least = int(re.search(r"ask for (\d+) at least$", message)[1])
+            assert can_grow(optim, 20, least, at_step) is None
+            assert least == 20 or can_grow(optim, 20, least - 1, at_step) is not None
+        elif message:
+            step = int(re.search(r"of step (\d+) at most$", message)[1])
+            assert can_grow(optim, 20, new, step) is None
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])

@@ -37,7 +37,7 @@ def batches(run, change=lambda place, batch: batch):
 
 
 def train_in(workdir, run, change=lambda place, batch: batch, mesh=None):
-    return tiny.train_in(workdir, run, batches(run, change), [], mesh or tiny.mesh_of(2))
+    return tiny.train_in(workdir, run, batches(run, change), [], mesh or tiny.mesh_of())
 
 
 def same(one, other):
@@ -125,6 +125,7 @@ def test_steps_that_are_skipped_are_counted_over_a_resume(tmp_path, caplog):
     for workdir in (resumed, straight):
         with pytest.raises(FloatingPointError) as raised:
             train_in(workdir, during(SKIP, steps=12, checkpoint_every=7), change)
+        assert "without batches 6 to 8 (train.skip); or" in str(raised.value)
         assert f"loss = nan at step 9, after 2 others in a row that were skipped; the last good checkpoint is {workdir}@7" in str(
             raised.value
         )
@@ -145,5 +146,6 @@ def test_a_run_may_begin_and_cease_to_skip(tmp_path):
     state = train_in(tmp_path, during(SKIP, steps=5), change)
     assert lines(tmp_path)[-1]["skipped_steps"] == 1
     assert int(state.skipped_in_row) == 0
-    with pytest.raises(FloatingPointError, match=r"^loss = nan at step 6; the last good checkpoint is"):
+    remedy = r"Remedy: the same command without batch 5 \(train\.skip\), or with train\.nonfinite = skip; or a new --workdir"
+    with pytest.raises(FloatingPointError, match=rf"^loss = nan at step 6; the last good checkpoint is .*{remedy}"):
         train_in(tmp_path, during(steps=6), spoiled(5))
