@@ -64,7 +64,7 @@ def test_memory_by_kind_adds_up(sharded):
 def test_what_is_sharded_and_what_is_not(sharded):
     _, found, _ = sharded
     assert found.mesh["fsdp"] == found.mesh["tensor"] == 2
-    assert 0.95 < found.sharded_fraction < 1
+    assert 0.9 < found.sharded_fraction < 1  # the kernel of patches is gathered; vectors are not sharded
     assert found.unsharded == []  # all tensors are small
     replicated, _ = planned(tiny.run())
     assert replicated.sharded_fraction == 0
