@@ -190,10 +190,12 @@ def caption(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """`clipjax export`: writes a run for open_clip or transformers; with --verify returns 1 if the results differ there."""
+    from clipjax import distributed
     from clipjax.checkpoint import TOKENIZER
     from clipjax.export.folder import export
     from clipjax.export.verify import require_packages, verify
 
+    distributed.require_alone("clipjax export")
     if args.verify:
         require_packages(args.to)
     _register(args)
@@ -222,8 +224,10 @@ def export(args: argparse.Namespace) -> int:
 
 def import_run(args: argparse.Namespace) -> None:
     """`clipjax import`: makes a workdir from a model of another library."""
+    from clipjax import distributed
     from clipjax.export.imported import import_open_clip
 
+    distributed.require_alone("clipjax import")
     _, notes = import_open_clip(args.source, args.out)
     print(f"{args.out}: step 0, from {args.source}")
     for note in notes:

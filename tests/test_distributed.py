@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from clipjax import cli
 from clipjax.config import ConfigError
 from clipjax.distributed import _without_proxies, watch
 from clipjax.distributed.cluster import detect
@@ -77,6 +78,17 @@ def test_a_contradiction_is_named(env, message):
 def test_slurm_without_srun_is_said(caplog):
     assert detect({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False) is None
     assert "srun did not start this process" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "command", [["export", "RUN", "--to", "open_clip", "--out", "out"], ["import", "--from", "open_clip", "SRC"]]
+)
+def test_what_one_process_does_is_refused_in_several(command, monkeypatch, capsys):
+    for name, value in EXPLICIT.items():
+        monkeypatch.setenv(name, value)
+    status = cli.main([*command, *(["--out", "RUN"] if command[0] == "import" else [])])
+    assert status == 2
+    assert f"clipjax {command[0]} is for one process, and this is one of several: start it once" in capsys.readouterr().err
 
 
 def beats(**changes):

@@ -58,6 +58,12 @@ def require_joined() -> None:
         raise ConfigError("this is one of several processes: call clipjax.distributed.start() before anything asks for devices")
 
 
+def require_alone(command: str) -> None:
+    """Raises ConfigError in one of several processes: each would do all of the command's work, and write the same files."""
+    if detect(os.environ, tpu=False):  # on TPU VMs every machine may have a folder of its own
+        raise ConfigError(f"{command} is for one process, and this is one of several: start it once, as with `srun --ntasks=1`")
+
+
 def joined() -> bool:
     """Whether this process is one of several."""
     return _watch is not None
