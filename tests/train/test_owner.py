@@ -20,7 +20,8 @@ import pytest
 from clipjax import config, preemption, swap
 from clipjax.train import owner
 from clipjax.train.owner import LostError, Record
-from tests.train import tiny
+from tests import hosts
+from tests.train import tiny, tiny_emoji
 
 MINE = owner.new_record()
 ELSEWHERE = dataclasses.replace(MINE, host="elsewhere", token="theirs")
@@ -344,3 +345,37 @@ def test_what_was_not_begun_leaves_no_folder(tmp_path):
     with pytest.raises(config.ConfigError):
         owned_until(config.ConfigError(), workdir, (workdir / "file").touch)
     assert [p.name for p in workdir.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_two_jobs_that_start_together(tmp_path):
+    """Of two configurations one trains, and the other ends without a trace. After kill -9 the same command goes on at once."""
+    workdir = tmp_path / "run"
+    environment = os.environ | hosts.STRICT | {"CLIPJAX_RESTARTS": "0"}
+
+    def start(seed, steps):
+        options = ["--seed", str(seed), "--train.steps", str(steps), "--train.checkpoint_every", "1000000", "--evals", "none"]
+        command = [sys.executable, *hosts.CLI, "train", tiny_emoji.__file__, "--workdir", str(workdir), *options]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    with start(0, 1_000_000) as one, start(1, 1_000_000) as other:
+        try:
+            while one.poll() is other.poll() is None:
+                time.sleep(0.05)
+            winner, loser = (one, other) if one.poll() is None else (other, one)
+            assert loser.wait() == 2
+            assert f"clipjax: {workdir} is being trained by process {winner.pid} on " in loser.stderr.read()
+            assert found(workdir).pid == winner.pid
+        finally:
+            one.kill()
+            other.kill()
+    assert winner.returncode == -signal.SIGKILL
+    assert found(workdir).pid == winner.pid
+    seed = 0 if winner is one else 1
+    with start(seed, 20) as again:
+        _, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert f"{workdir}: taken over from process {winner.pid} on " in said
+    assert json.loads((workdir / "config.json").read_text())["seed"] == seed
+    assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["20"]
+    assert not [name for name in content(workdir) if "owner" in name]
