@@ -288,6 +288,16 @@ def test_the_status_says_whether_the_same_command_can_succeed(error, status, mes
     assert line.startswith(f"clipjax: {message}")
 
 
+@pytest.mark.slow
+def test_too_many_images_that_cannot_be_read_fail_for_good(tmp_path, capsys):
+    """Also where a worker process finds them."""
+    rows = "".join(f"{i}.png\tnumber {i}\n" for i in range(16))
+    (tmp_path / "pairs.tsv").write_text(f"filepath\ttitle\n{rows}")
+    more = ["--evals", "none", "--data.worker_kind", "processes", "--model.text.vocab_size", "300"]
+    assert run("train", CONFIG, "--workdir", tmp_path / "run", "--data.spec", f"tsv:{tmp_path}/pairs.tsv", *more) == 3
+    assert "and 64 others can't be read (the log has the reasons); check the files and their paths" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
