@@ -228,7 +228,7 @@ def test_in_training(tsv, params, tmp_path, capsys):
 def test_what_is_impossible_is_refused_before_training(tsv, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.decoder = None: only a model with a captioning head"):
         make_evaluators(run_of(tsv, MODEL), mesh_of("1"), TOKENIZER)
-    with pytest.raises(ConfigError, match=r"evals\.samples = -1"):
+    with pytest.raises(ConfigError, match=r"evals\.Captioning\.samples = -1"):
         config.Captioning(samples=-1)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     make_evaluators(run_of(tsv, best="captioning/exact_match"), mesh_of("1"), TOKENIZER)

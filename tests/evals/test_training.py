@@ -120,9 +120,21 @@ def test_what_can_not_be_read_is_refused_before_training(run):
         (config.Zeroshot(data=run.data.spec, templates="fancy", classnames=run.evals[1].classnames), "templates = 'fancy'"),
         (config.Retrieval(data="tsv:nowhere"), "nowhere"),
         (config.Geometry(data="tsv:nowhere"), "nowhere"),
+        (config.Retrieval(split="tset"), r"^evals\.0, zeroshot_retrieval: data\.split = 'tset': emoji has "),
     ):
         with pytest.raises(ConfigError, match=match):
             make_evaluators(config.Run(data=config.Data(spec="emoji"), model=MODEL, evals=(evals,)), mesh_of("1"), TOKENIZER)
+
+
+def test_an_evaluation_without_data_sees_the_run_s_own():
+    own = Data(spec="emoji", text_field="captions", workers=1)
+    evals = (config.Retrieval(), config.Retrieval(data="emoji", split="train"))
+    best = "zeroshot_retrieval/emoji/test/image_retrieval_recall@1"
+    run = config.Run(data=own, model=MODEL, evals=evals, train=config.Train(best=best))
+    one, other = make_evaluators(run, mesh_of("1"), TOKENIZER)
+    assert (one.dataset, other.dataset) == ("emoji/test", "emoji/train")
+    with pytest.raises(ConfigError, match=r"^evals\.1\.data = None: the run's own tsv:a\.tsv has no splits"):
+        dataclasses.replace(run, data=Data(spec="tsv:a.tsv"), evals=(config.Retrieval(data="tsv:b.tsv"), config.Retrieval()))
 
 
 def test_no_labels_at_all(run, params, tsv):
