@@ -107,16 +107,12 @@ def _with_kinds(run: Run, args: Sequence[str]) -> Run:
 
 def _with_init(run: Run, args: Sequence[str]) -> Run:
     """The run with an `init` for tyro to fill, where `args` name fields of it and the run has none; or for help to show."""
-    import tyro
-
-    given = [name for _, name, *_ in _given(args)]
+    given = {name: value for _, name, value, _ in _given(args)}
     if run.init is None and "help" in given:
         return _unchecked(run, init=Init(run="none", state="all"))
     if run.init is not None or not any(name.startswith("init.") for name in given):
         return run
-    init = object.__new__(Init)
-    init.__dict__.update({f.name: tyro.MISSING for f in dataclasses.fields(Init)})
-    return _unchecked(run, init=init)
+    return _unchecked(run, init=_of_kind(Init, None, "init", given))
 
 
 def _of_kind(kind: type, old: Any, field: str, given: dict[str, str]) -> Any:
