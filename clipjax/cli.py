@@ -24,6 +24,10 @@ from clipjax.status import BROKEN_PIPE_STATUS, CERTAIN_STATUS, INTERRUPTED_STATU
 
 # What the user can mend, as a file's name shows. Any other error of a file (EIO, ESTALE of a network disk) may pass.
 OF_A_NAME = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+STATUSES = (
+    "Exit status: 0 success; 1 failed; 2 wrong use; 3 failed, and the same command will fail again; 75 preempted, start again; "
+    "130 interrupted."
+)
 OUT_OF_MEMORY = "lower train.batch_size or raise train.micro_batches; `clipjax plan` says what fits"
 
 
@@ -148,7 +152,7 @@ class _ToStderr(logging.Handler):
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands. Its result holds `run`, the command's function, `parser`, the command's own, and `fields`."""
-    parser = argparse.ArgumentParser(prog="clipjax", description=clipjax.__doc__)
+    parser = argparse.ArgumentParser(prog="clipjax", description=clipjax.__doc__, epilog=STATUSES)
     parser.add_argument("--version", action="version", version=f"clipjax {clipjax.__version__}")
     groups = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
     for command in COMMANDS:

@@ -27,6 +27,9 @@ OPTION (or an environment variable, or a default)
   --spot                             use cheaper machines that can be taken away
   --env NAME=VALUE                   variable for the training, as TFDS_DATA_DIR=gs://BUCKET/tfds; may be repeated
   --dry-run                          prints the commands, and runs none
+
+The JobSet ends at once where training ends with 2 (wrong use) or 3 (a failure that would come again). After any other failure, and
+after 75 (preempted), first each machine and then all slices start again.
 TEXT
 }
 

@@ -35,7 +35,7 @@ def run(*args) -> int:
 
 
 COMMANDS = {
-    "": ["train", "configs", "eval", "embed", "export", "import", "plan", "data", "bench"],
+    "": ["train", "configs", "eval", "embed", "export", "import", "plan", "data", "bench", "3 failed, and the same command will"],
     "configs": ["NAME", "print this one"],
     "plan": ["CONFIG.py|NAME", "--topology", "--slices N", "--find-batch", "--json OUT"],
     "train": ["--workdir RUN", "--profile FROM:TO", "CONFIG.py|NAME"],

@@ -12,6 +12,7 @@ from PIL import Image
 
 from clipjax.config import ConfigError
 from clipjax.data.image import decode, fit, rgb
+from clipjax.files import local_path
 
 ImageLike = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
 EXPECTED = "a PIL image, a file name or a uint8 array [h, w, 3]"
@@ -81,8 +82,9 @@ def _checked_rgb(name: str, image: Image.Image) -> Image.Image:
 
 
 def _read(name: str, path: str | Path) -> Image.Image:
+    file = local_path(name, str(path))
     try:
-        return decode(Path(path))
+        return decode(file)
     except Exception as error:  # a decoder may raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else f"is no image that can be read: {error}"
         raise ConfigError(f"{name} = {str(path)!r}: {reason}") from error

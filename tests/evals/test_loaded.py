@@ -124,6 +124,7 @@ NO_IMAGES = [
     ([Image.new("RGB", (0, 3))], ValueError, r"images\[0\]: has no pixels; expected"),
     ([Image.fromarray(np.zeros((4, 4), np.float32))], ValueError, r"images\[0\]: is no image that can be read: mode F"),
     ([Image.fromarray(np.full((4, 4), 70_000, np.int32))], ValueError, r"images\[0\]: is no image that can be read: mode I"),
+    (["s3://bucket/a.png"], config.ConfigError, r"images\[0\] = 's3://bucket/a.png': must be on this machine"),
     (["/absent.png"], config.ConfigError, r"images\[0\] = '/absent.png': No such file or directory"),
     (["a\0b"], config.ConfigError, r"images\[0\] = 'a\\x00b': is no image that can be read"),
     (["\ud800.png"], config.ConfigError, r"images\[0\] = '\\ud800.png': is no image that can be read"),
