@@ -75,9 +75,9 @@ def parse(content: bytes) -> Record:
     """The record in a file. An empty one where the file is damaged."""
     try:
         found = json.loads(content)
-        known = {field.name: type(field.default) for field in dataclasses.fields(Record)}
-        return Record(**{name: kind(found[name]) for name, kind in known.items() if name in found})
-    except (ValueError, TypeError):
+        texts = {field.name: str(found.get(field.name, "")) for field in dataclasses.fields(Record) if field.name != "pid"}
+        return Record(pid=int(found.get("pid", 0)), **texts)
+    except (ValueError, TypeError, AttributeError):
         return Record()
 
 
@@ -116,7 +116,7 @@ def birth(pid: int) -> str | None:
 
 def is_dead(owner: Record) -> bool | None:
     """Whether the owner's process is gone. None: that can't be told from here."""
-    if owner.host == socket.gethostname() and owner.machine in ("", machine()):
+    if owner.pid > 0 and owner.host == socket.gethostname() and owner.machine in ("", machine()):
         now = birth(owner.pid)
         return now is None or bool(now and owner.birth and now != owner.birth)
     with contextlib.suppress(ValueError, TypeError):  # no date; a date without its time zone
@@ -247,9 +247,8 @@ class _Watched:
 
 
 def _refusal(workdir: Path, owner: Record) -> str:
-    stop = f"`kill {owner.pid}` on {owner.host} makes it save and end"
-    remedy = f"wait for it, or stop it ({stop}), or choose another --workdir"
-    return f"{workdir} is being trained by {owner}. Remedy: {remedy}"
+    stop = f", or stop it (`kill {owner.pid}` on {owner.host} makes it save and end)" if owner.host else ""
+    return f"{workdir} is being trained by {owner}. Remedy: wait for it{stop}, or choose another --workdir"
 
 
 @contextlib.contextmanager

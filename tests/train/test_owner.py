@@ -143,8 +143,9 @@ def test_a_process_that_was_not_waited_for_is_dead(tmp_path, clock):
         dataclasses.replace(ELSEWHERE, beat="2999-01-01T00:00:00+00:00"),  # its clock is wrong
         dataclasses.replace(ELSEWHERE, beat=(datetime.now(UTC) - timedelta(hours=14)).isoformat()),  # its time zone is wrong
         Record(),  # the file is damaged
+        Record(host=MINE.host),
     ],
-    ids=["another host", "another container", "clock", "time zone", "damaged"],
+    ids=["another host", "another container", "clock", "time zone", "damaged", "no process"],
 )
 def test_another_host_must_miss_three_beats(tmp_path, clock, capsys, record):
     put(tmp_path, record)
