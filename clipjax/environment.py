@@ -74,7 +74,8 @@ def keep_programs() -> None:
     import jax  # here: `clipjax --help` stays instant
 
     folder = program_cache(os.environ, jax.default_backend())
-    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+    told = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]: JAX adds it when it is imported
+    if folder is None or told is not None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

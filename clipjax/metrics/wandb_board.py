@@ -62,7 +62,7 @@ class WandbBoard:
             login_timeout=PATIENCE,
             init_timeout=PATIENCE,
             finish_timeout=PATIENCE,
-            x_transaction_log_flush_interval=1.0,  # seconds: a killed process loses this much of an offline run, not 15
+            x_transaction_log_flush_interval=0.1,  # seconds: a killed process loses this much of an offline run, not 15
         )
         more |= dict(project=project, entity=entity[0] if entity else None, id=self._record["id"], settings=settings)
         try:
@@ -74,7 +74,7 @@ class WandbBoard:
             opened = wandb.init(resume="allow", mode="offline", **more)
         opened.define_metric("step", hidden=True)
         opened.define_metric("*", step_metric="step")
-        place = opened.url or f"`wandb sync --append {Path(opened.dir).parent}` sends it"
+        place = f"`wandb sync --append {Path(opened.dir).parent}` sends it" if opened.offline else opened.url or "disabled"
         print(f"Weights & Biases, run {opened.id}: {place}", file=sys.stderr, flush=True)
         return opened
 

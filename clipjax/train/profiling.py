@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
-from jax._src.lib import _jax
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]: nothing public knows what is loaded
 
 from clipjax import distributed
 from clipjax.files import write_atomic
