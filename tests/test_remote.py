@@ -26,7 +26,8 @@ from clipjax.metrics.writer import MetricsWriter
 from clipjax.models import clip
 from clipjax.train import owner
 from clipjax.train.optimizer import make_optimizer
-from clipjax.train.state import abstract_state
+from clipjax.train.origin import restore_origin
+from clipjax.train.state import abstract_state, initial_state
 from tests import guard, stores
 from tests.conftest import CACHE, QUICK, SIMPLEST
 from tests.train import tiny, tiny_emoji
@@ -423,3 +424,23 @@ def test_a_run_on_a_store(store, straight, tmp_path):
     texts = ["grinning face", "astronaut"]
     np.testing.assert_array_equal(model.encode_text(texts), clipjax.load(straight).encode_text(texts))
     assert embedded["image"].shape == embedded["text"].shape == (363, 32)
+
+
+def test_a_state_of_a_store_is_started_from(store, watched, tmp_path):
+    """And one that is not there is refused by its name."""
+    cfg = tiny.run(train=config.Train(steps=9, batch_size=16), optim=config.Optim(schedule=config.Constant(warmup=1)))
+    tx = make_optimizer(cfg.optim, 9, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
+    name, state = f"{store}://{stores.BUCKET}/origin", initial_state(cfg, tx, tiny.mesh_of())
+    workdir = files.as_path(name)
+    with checkpoint.Checkpoints(workdir, cfg) as made:
+        made.save(3, state)
+    (workdir / "config.json").write_text(config.to_json(cfg))
+    run = dataclasses.replace(cfg, init=config.Init(run=f"{name}@3", state="all"))
+    origin = tiny.opened(run, tmp_path / "new").origin
+    assert (str(origin), origin.run) == (f"{name}@3", cfg)
+    restored = restore_origin(run, origin, abstract_state(run, tx, tiny.mesh_of()))
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, state))
+    for wrong, message in (("@4", "has checkpoints of steps 3 only"), ("/none", "is not a workdir")):
+        run = dataclasses.replace(cfg, init=config.Init(run=name + wrong, state="all"))
+        with pytest.raises(config.ConfigError, match=rf"^init\.run = '{name}{wrong}': {message}"):
+            tiny.opened(run, tmp_path / "new")
