@@ -21,7 +21,8 @@ from clipjax.files import write_json
 from clipjax.preemption import Preempted
 
 RECORD = "wandb.json"  # file of a workdir: which W&B run it belongs to, and what was sent there
-PATIENCE = 60  # seconds to wait for W&B's server when a run begins or ends
+PATIENCE = 60  # seconds to wait for W&B's server when a run begins
+FAREWELL = 15  # seconds to wait for it when a run ends: less than the notice before machines are taken away
 
 
 def require_package(project: str) -> None:
@@ -61,7 +62,7 @@ class WandbBoard:
             silent=True,
             login_timeout=PATIENCE,
             init_timeout=PATIENCE,
-            finish_timeout=PATIENCE,
+            finish_timeout=FAREWELL,  # the rest stays on this machine, for `wandb sync`
             x_transaction_log_flush_interval=0.1,  # seconds: a killed process loses this much of an offline run, not 15
         )
         more |= dict(project=project, entity=entity[0] if entity else None, id=self._record["id"], settings=settings)
@@ -71,6 +72,7 @@ class WandbBoard:
             if os.environ.get("WANDB_MODE", "online") != "online":
                 raise
             self._warn(f"{error}; it is written to this machine only")
+            wandb.teardown()  # else its process still waits for the server, and writes nothing
             opened = wandb.init(resume="allow", mode="offline", **more)
         opened.define_metric("step", hidden=True)
         opened.define_metric("*", step_metric="step")
@@ -123,7 +125,7 @@ class WandbBoard:
     def _warn(self, text: str) -> None:
         """Once in a run."""
         if not self._warned:
-            logging.warning(f"train.wandb: {text}; the training goes on")
+            logging.warning(f"train.wandb: {' '.join(text.split())}; the training goes on")
         self._warned = True
 
 
