@@ -58,7 +58,7 @@ say "$("$python" --version), $python"
 export PATH="$work/venv/bin:$PATH" JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8
 if [ $# -gt 0 ]; then extras+=,test; fi
 python -m pip install -qq --upgrade pip # the one that comes with Python 3.11 searches for minutes
-python -m pip install -qq "${root}[$extras]"
+python -m pip install -qq --no-compile "${root}[$extras]"
 python -m pip check
 cd "$work" # the program is the installed one, not the checkout's
 step clipjax data prepare emoji
