@@ -147,6 +147,19 @@ def test_lines_say_how_far_the_run_is_and_where_its_time_went(tmp_path, capsys):
     assert not [key for key in lines[-1].keys() - {"softmax_loss"} if f"`{key}`" not in page]
 
 
+def test_the_best_so_far_is_known_when_a_run_resumes(tmp_path):
+    run_it(during((config.Retrieval(),), steps=8, keep=1, best=FOUND), tmp_path, [Evaluator([0.9, 0.1])])
+    assert steps_on_disk(tmp_path) == [4, 8]
+    run_it(during((config.Retrieval(),), keep=1, best=FOUND), tmp_path, [Evaluator([0.2])])
+    assert steps_on_disk(tmp_path) == [4, 12]
+
+
+def test_a_failing_evaluation_of_one_process_costs_no_step(tmp_path):
+    with pytest.raises(ValueError, match="a mistake"):
+        run_it(RUN, tmp_path, [Evaluator([ValueError("a mistake")], every=3)])
+    assert steps_on_disk(tmp_path) == [3]
+
+
 def everything(workdir):
     return {p.relative_to(workdir): p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
 
