@@ -55,7 +55,7 @@ class Checkpoints:
             with self._writing():
                 self._manager.close()
         except SaveError as failed:
-            if error is None or isinstance(error, OSError):
+            if error is None or isinstance(error, SaveError):
                 raise
             logging.warning(str(failed))  # `error` came first, and is what ends the run
 
