@@ -79,7 +79,8 @@ def same(a, b):
 def written(workdir):
     """The lines of metrics.jsonl without what time decides."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("examples_per_second", "data_wait")} for line in lines]
+    timed = {"examples_per_second", "data_wait", "save_seconds", "eval_seconds", "useful_share"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 @dataclasses.dataclass
