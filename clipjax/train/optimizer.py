@@ -33,8 +33,9 @@ def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
         shape = jnp.minimum(1.0, (count + 1) / max(schedule.warmup, 1))
         match schedule:
             case Cosine():
-                done = jnp.minimum(1.0, since / (steps - schedule.warmup))
-                shape *= schedule.final + (1 - schedule.final) * (1 + jnp.cos(jnp.pi * done)) / 2
+                left = jnp.clip((steps - schedule.warmup - since) / (steps - schedule.warmup), 0, 1)
+                # (1 + cos(pi (1 - left))) / 2, which float32 would round to 0 in the last of many steps
+                shape *= schedule.final + (1 - schedule.final) * jnp.sin(jnp.pi / 2 * left) ** 2
             case Rsqrt():
                 shape *= jax.lax.rsqrt(1 + since / schedule.timescale)
             case Constant():

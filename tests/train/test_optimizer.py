@@ -220,6 +220,15 @@ def test_schedule_values(schedule, steps, values):
     assert bool(((every > 0) & jnp.isfinite(every)).all())
 
 
+@pytest.mark.parametrize("steps", [30_000, 10_000_000])
+def test_the_last_of_many_steps_still_learns(steps):
+    """The cosine of an angle near pi is -1 in float32."""
+    rate = learning_rate(Optim(lr=1.0, schedule=Cosine(warmup=10)), steps)
+    counts = np.array([steps - 1, steps - 2, steps - 100])
+    exact = np.sin(np.pi / 2 * (steps - counts) / (steps - 10)) ** 2  # (1 + cos(pi (1 - x))) / 2 = sin(pi x / 2) ** 2
+    np.testing.assert_allclose([rate(int(count)) for count in counts], exact, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("schedule", "old", "new", "step", "says"), [
     (Cosine(warmup=1), 10, 10, 5, None),
     (Cosine(warmup=1), 10, 20, 5, "started with 10, which its cosine depends on"),
