@@ -122,7 +122,7 @@ REFUSED = {
         lambda: made(Run, objective=(Term(kind="softmax"),))
     ),
     "evals.0.data = None: the run's own tsv:a.tsv has no splits: name other examples, as tsv:held_out.tsv, or leave the "
-    "evaluation out": lambda: Run(data=Data(spec="tsv:a.tsv"), evals=(config.Retrieval(),)),
+    "evaluation out (--evals none)": lambda: Run(data=Data(spec="tsv:a.tsv"), evals=(config.Retrieval(),)),
 }
 
 

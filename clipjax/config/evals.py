@@ -91,6 +91,7 @@ def check_evaluations(evals: tuple[TrainingEvaluation, ...], data: Data) -> None
         evaluation.require_member(f"evals.{i}")
         check_spec(evaluation.spec(data), f"evals.{i}.data")
         remedy = f"the run's own {data.spec} has no splits: name other examples, as tsv:held_out.tsv, or leave the evaluation out"
+        remedy += " (--evals none)"
         require(evaluation.data is not None or not data.spec.startswith("tsv:"), f"evals.{i}.data", None, remedy)
 
 
