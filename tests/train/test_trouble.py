@@ -44,6 +44,7 @@ def same(one, other):
     return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), one, other))
 
 
+@pytest.mark.slow
 def test_batches_are_left_out_when_a_run_resumes(tmp_path):
     """The batch that made trouble lies after the checkpoint: the resumed run goes on as one that never read it."""
     want = train_in(tmp_path / "straight", during(skip=((5, 7),)))
@@ -137,6 +138,7 @@ def test_steps_that_are_skipped_are_counted_over_a_resume(tmp_path, caplog):
     assert "step 2 was skipped: loss = nan, grad_norm = nan" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_may_begin_and_cease_to_skip(tmp_path):
     """Its checkpoints open in both directions; the count of all skipped steps does not get lost."""
     change = spoiled(1)
