@@ -263,7 +263,8 @@ def test_metrics_of_a_store(store, watched):
     assert sum(b"zeroshot/emoji/acc1" in content for content in events) >= 1
     assert [line for line in lines(workdir) if "loss" in line] == [dict(step=s, loss=x) for s, x in ((1, 1), (2, 2), (3, 30))]
     writer._file.close()
-    writer._board.close()
+    for board in writer._boards:
+        board.close()
     writer._mirror._folder.cleanup()
 
 

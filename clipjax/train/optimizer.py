@@ -47,16 +47,21 @@ def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
     return rate
 
 
-def next_rate(optim: Optim, steps: int, opt_state: optax.OptState) -> jax.Array:
-    """The learning rate of the update that follows `opt_state`, before the factors of the rules: float32 [].
+def next_rate(optim: Optim, steps: int, opt_state: optax.OptState) -> jax.Array | None:
+    """The learning rate of the update that follows `opt_state`, before the factors of the rules: float32 []. None for another
+    optimizer than `make_optimizer`'s.
 
     From the optimizer's own count of updates, which is not the number of steps where updates were skipped.
     """
-    return jnp.asarray(learning_rate(optim, steps)(finished_updates(opt_state)))
+    count = finished_updates(opt_state)
+    return None if count is None else jnp.asarray(learning_rate(optim, steps)(count))
 
 
 def finished_updates(opt_state: optax.OptState) -> jax.Array:
-    """How many updates the optimizer has made, int32 []: the count of its schedule. Steps that were skipped do not count."""
+    """How many updates the optimizer has made, int32 []: the count of its schedule. Steps that were skipped do not count.
+
+    None, against the annotation, for another optimizer than `make_optimizer`'s, which only tests have.
+    """
     return optax.tree.get(opt_state, "count", filtering=lambda path, _: "ScaleByScheduleState" in str(path[-1]))
 
 

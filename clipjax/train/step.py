@@ -67,8 +67,9 @@ def make_train_step(
         else:
             ema = choose(ema_update(state.ema, params, decay, nonfinite.updates(state)), state.ema)
         norms = {"grad_norm": gradient.params, "param_norm": params, "update_norm": updates}
-        scalars = {"lr": next_rate(run.optim, run.train.steps, state.opt_state), "scale": jnp.exp(params["log_scale"])}
-        scalars |= {"bias": params["bias"]} if "bias" in params else {}
+        scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
+        if (rate := next_rate(run.optim, run.train.steps, state.opt_state)) is not None:
+            scalars["lr"] = rate
         metrics = {"loss": loss} | logged | scalars | {name: optax.tree.norm(tree) for name, tree in norms.items()}
         if remembered:
             rows = choose(memory.learn(run, remembered, gradient.temperatures), past)
