@@ -180,7 +180,7 @@ def test_dtype_of_the_arithmetic(workdir, loaded):
     assert all(z.dtype == np.float32 for z in seen)
     assert 1e-6 < np.abs(seen[0] - seen[1]).max() < 0.05
     for wrong in ("float16", np.float32):
-        with pytest.raises(config.ConfigError, match="dtype = .*bfloat16"):
+        with pytest.raises(config.ConfigError, match=r"dtype = .*bfloat16"):
             clipjax.load(workdir, dtype=wrong)
 
 
