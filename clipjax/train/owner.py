@@ -91,7 +91,7 @@ def machine() -> str:
         if sys.platform == "linux":
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-        return subprocess.check_output(["sysctl", "-n", "kern.bootsessionuuid"], text=True, stderr=subprocess.DEVNULL).strip()
+        return subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True).stdout.strip()
     return ""
 
 

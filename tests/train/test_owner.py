@@ -12,7 +12,6 @@ import threading
 import time
 import types
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,21 +53,6 @@ def put(workdir, record):
 
 def found(workdir):
     return owner.parse(swap.read(workdir / "owner.json").content)
-
-
-def dead_process():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def zombie():
-    """A process that has died, and whose parent has not asked how."""
-    process = subprocess.Popen(["sleep", "60"])
-    process.send_signal(signal.SIGKILL)
-    while "Z" not in Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]:
-        time.sleep(0.01)
-    return process
 
 
 @pytest.fixture
@@ -125,13 +109,18 @@ def test_a_dead_process_of_this_host_is_followed_at_once(tmp_path, clock, capsys
     held.release()
 
 
-def test_a_process_that_was_not_waited_for_is_dead(tmp_path, clock):
-    process = zombie()
-    try:
-        put(tmp_path, dataclasses.replace(MINE, pid=process.pid))
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_a_process_that_was_not_waited_for_is_dead(tmp_path, clock, monkeypatch, platform):
+    """On macOS `ps` knows it, as here."""
+    monkeypatch.setattr(owner, "sys", types.SimpleNamespace(platform=platform, stderr=sys.stderr))
+    assert owner.birth(os.getpid()) == owner.birth(os.getpid()) != ""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        put(tmp_path, dataclasses.replace(MINE, pid=process.pid, birth=owner.birth(process.pid), machine=owner.machine()))
+        with pytest.raises(preemption.OwnedError):
+            owner.claim(tmp_path)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         owner.claim(tmp_path).release()
-    finally:
-        process.wait()
     assert clock.now == 1000
 
 
