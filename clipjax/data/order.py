@@ -22,7 +22,9 @@ class Order:
     def __getitem__(self, position: int) -> int:
         """The example at a position, which counts on over all epochs."""
         epoch, place = divmod(position, self.examples // self.batch_size * self.batch_size)
-        return _shuffled(self.examples, (derived(self.seed, "order") + epoch) % 2**32)[place]
+        example = _shuffled(self.examples, (derived(self.seed, "order") + epoch) % 2**32)[place]
+        assert example is not None  # only a filtered dataset has gaps
+        return example
 
 
 @functools.lru_cache(maxsize=4)  # workers are at the end of one epoch and at the start of the next
