@@ -3,6 +3,7 @@
 Letters: b batch, t tokens, d width, h heads, k width of a head, f width of the MLP, e embedding, n patches, L layers.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ def erfc(x: Array) -> Array:
 @erfc.defjvp
 def _erfc_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     [x], [dx] = primals, tangents
-    return erfc(x), np.asarray(-2 / np.sqrt(np.pi), x.dtype) * (dx * jnp.exp(-jnp.square(x)))
+    return erfc(x), -2 / math.sqrt(math.pi) * (dx * jnp.exp(-jnp.square(x)))
 
 
 class MLP(Layer):
