@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from clipjax import sharding
-from clipjax.config import Decoder, ImageTower, Model, TextTower
+from clipjax.config import Decoder, ImageTower, Model, TextTower, fields
 from clipjax.models import clip, layers, pooling
 from clipjax.models.facts import Layout
 from clipjax.train.remat import POLICIES_BY_MEMORY
@@ -69,13 +69,14 @@ def traced_flops(cfg: Model) -> float:
 
 @pytest.fixture
 def score(monkeypatch):
-    """The pooler of the page, defined where and as it says."""
+    """The pooler of the page, defined where and as it says: the class, the line in the table, the name in the field."""
     section = PAGE.read_text().partition("## A tower or a pooler")[2].partition("\n## ")[0]
     (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     (name, found) = re.search(r'`"(\w+)": (\w+),`', section).groups()
     axes, names = dict(layers.TENSOR_AXES), dict(vars(pooling))
     exec(compile(code, PAGE.name, "exec"), names)
     monkeypatch.setitem(pooling.POOLERS, name, names[found])
+    monkeypatch.setitem(fields._hints(ImageTower), "pool", typing.Literal[(*POOLS, name)])
     yield name
     layers.TENSOR_AXES.clear()
     layers.TENSOR_AXES.update(axes)
