@@ -39,7 +39,7 @@ class _Signals:
 
 
 _signals = _Signals()
-_wakes = False  # whether a signal wakes the thread of `before_sigterm`
+_waking = -1  # the pipe that wakes the thread of `before_sigterm` at a signal; -1: none does
 _calls = itertools.count(1)  # one count for the life of the process: with it JAX finds the step at which all stop
 
 
@@ -56,6 +56,9 @@ def listening() -> Iterator[None]:
         yield
         return
     _signals.listening = True
+    # Signals from here on wake no thread of `before_sigterm`: it may look when this is over already, and would end the process.
+    waking = _waking
+    _wake_by(-1)
     before = {signal.SIGINT: signal.signal(signal.SIGINT, _on_ctrl_c)}
     if _joined():
         _listen_together()
@@ -65,6 +68,7 @@ def listening() -> Iterator[None]:
         yield
     finally:
         _signals.listening = False
+        _wake_by(waking)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -76,7 +80,6 @@ def before_sigterm(do: Callable[[], object]) -> Iterator[None]:
     In a thread that the signal wakes. Python's own handlers wait for the main thread, which may be in XLA's compiler for minutes.
     Does nothing outside the main thread.
     """
-    global _wakes
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -98,12 +101,12 @@ def before_sigterm(do: Callable[[], object]) -> Iterator[None]:
 
     threading.Thread(target=wait, daemon=True).start()
     signal.signal(signal.SIGTERM, end)
-    before, _wakes = signal.set_wakeup_fd(writing, warn_on_full_buffer=False), True
+    before = _waking
+    _wake_by(writing)
     try:
         yield
     finally:
-        _wakes = False
-        signal.set_wakeup_fd(before)
+        _wake_by(before)
         os.close(writing)
         if not _joined():  # else JAX's service goes on handling the signal
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -117,14 +120,34 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _wake_by(pipe: int) -> None:
+    """From now on a signal writes to this pipe."""
+    global _waking
+    if pipe != _waking:
+        signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+        _waking = pipe
+
+
+# A child's signals are not its parent's. From the fork until Python runs in it, a child would write to its parent's pipe.
+
+
+def _before_fork() -> None:
+    if _waking != -1 and threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
 def _after_fork() -> None:
-    """A child's signals are not its parent's."""
-    if _wakes:
+    if _waking != -1 and threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(_waking, warn_on_full_buffer=False)
+
+
+def _after_fork_in_child() -> None:
+    if _waking != -1:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def requested() -> bool:
