@@ -148,24 +148,30 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     if axis and len(shape) >= -axis and mesh.shape["tensor"] > 1 and shape[axis] % mesh.shape["tensor"] == 0:
         axes[axis] = "tensor"
     first = 1 if "/blocks/" in path else 0  # the axis of the layers is scanned: it is not sharded
-    vector = path.endswith("/bias") or len(shape) == first + 1
     fits = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % mesh.shape["fsdp"] == 0]
-    if mesh.shape["fsdp"] > 1 and fits and not (vector and math.prod(shape[first:]) <= VECTOR):
+    if mesh.shape["fsdp"] > 1 and fits and not _is_small_vector(path, shape):
         axes[max(fits, key=lambda i: shape[i])] = "fsdp"
     return P(*axes)
+
+
+def _is_small_vector(path: str, shape: tuple[int, ...]) -> bool:
+    """Whether an array is a bias or another vector that stays on every device, so that `fsdp` costs it no transfers."""
+    of_layer = shape[1:] if "/blocks/" in path else shape
+    return (path.endswith("/bias") or len(of_layer) <= 1) and math.prod(of_layer) <= VECTOR
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf (array or shape) of a tree of parameters, or of a train state.
 
-    Raises ConfigError where less than 95 % of the bytes can be sharded over `fsdp`. It names the largest parameters that cannot,
-    and the sizes of `fsdp` that would work.
+    Raises ConfigError where less than 95 % of the bytes can be sharded over `fsdp`, small vectors aside. It names the largest
+    parameters that cannot, and the sizes of `fsdp` that would work.
     """
     placed = _place(tree, mesh)
     fsdp = mesh.shape["fsdp"]
-    share = sharded_fraction(tree, placed, "fsdp") if fsdp > 1 else 1.0
+    left = _not_over_fsdp(tree, placed) if fsdp > 1 else {}
+    share = 1 - sum(left.values()) / byte_count(tree)
     if share < MUST_SHARD:
-        largest = sorted(unsharded(tree, placed, "fsdp").items(), key=lambda x: -x[1])[:5]
+        largest = sorted(left.items(), key=lambda x: -x[1])[:5]
         replicated = ", ".join(f"{name} ({size:,} bytes)" for name, size in largest)
         use = ", ".join(str(n) for n in _fsdp_sizes(tree, mesh)) or "none but 1"
         message = f"only {share:.0%} of the bytes can be sharded so; use {use}. Replicated: {replicated}"
@@ -180,8 +186,16 @@ def _fsdp_sizes(tree: Any, mesh: Mesh) -> Iterator[int]:
         if devices % n == 0:
             sizes = dict(mesh.shape) | {"data": devices // n, "fsdp": n}
             other = AbstractMesh(tuple(sizes.values()), AXES, axis_types=AUTO)
-            if sharded_fraction(tree, _place(tree, other), "fsdp") >= MUST_SHARD:
+            if sum(_not_over_fsdp(tree, _place(tree, other)).values()) <= (1 - MUST_SHARD) * byte_count(tree):
                 yield n
+
+
+def _not_over_fsdp(tree: Any, placed: Any) -> dict[str, int]:
+    """Path -> bytes, of the leaves that should be sharded over `fsdp` and are not."""
+    small = {
+        keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if _is_small_vector(keystr(path), leaf.shape)
+    }
+    return {path: size for path, size in unsharded(tree, placed, "fsdp").items() if path not in small}
 
 
 def _place(tree: Any, mesh: Mesh | AbstractMesh) -> Any:

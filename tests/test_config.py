@@ -331,7 +331,7 @@ FREE = {
 OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.image_size": 240, "model.image.patch_size": 14, "model.image.width": 780, "model.image.heads": 6,
     "model.image.embed_dim": None, "model.text.heads": 16, "model.text.embed_dim": None, "mesh.data": 4,
-    "objective.0.dtype": "bfloat16", "evals.0.data": "emoji",
+    "objective.0.dtype": "bfloat16", "evals.0.data": "emoji", "data.spec": "tfds:coco_captions",
     "data.image_field": "picture", "data.text_field": "title", "data.ids": "caption", "data.teacher": "teacher.npz",
     "optim.clip_norm": 1.0, "optim.ema": 0.5, "optim.b1": 0.5, "train.keep_every": 1000, "train.wandb": "team/project",
     "optim.b2": 0.5, "train.best": "zeroshot_retrieval/emoji/test/text_retrieval_recall@1", "model.init_bias": -10.0,

@@ -1,6 +1,7 @@
 """The mesh, and how everything is sharded over it."""
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -159,6 +160,16 @@ def test_a_mesh_that_replicates_too_much_is_refused_by_name(fsdp, use):
     assert "Replicated: image/blocks/mlp/" in str(error.value)  # largest first
     assert f"({27 * 1152 * 4304 * 4:,} bytes)" in str(error.value)
     sharding.shardings(tree, abstract(fsdp, 1))  # replicating on purpose is fine
+
+
+def test_small_vectors_are_no_reason_to_refuse_a_mesh():
+    """They are most of a tiny model, and stay on every device on purpose."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+    tree = {"kernel": shape((8, 8)), "bias": shape((64,))}
+    assert sharding.shardings(tree, abstract(1, 2))["bias"].spec == P(None)
+    large = tree | {"bias": shape((2 * sharding.VECTOR + 1,))}
+    with pytest.raises(ConfigError, match="Replicated: bias "):
+        sharding.shardings(large, abstract(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
