@@ -279,7 +279,7 @@ def test_a_tpu_step_never_has_the_full_table():
     model = dataclasses.replace(tiny.SIGLIP, image=image, text=text, dtype="bfloat16", remat="full")
     run = tiny.run(model, mesh=config.Mesh(data=1, fsdp=8))
     mesh = sharding.make_mesh(run.mesh, aot.tpu_devices("v5e:2x4"))
-    program = lower_step(run, mesh, state_of(run, mesh)).compile().as_text()
+    program = aot.compile(lower_step(run, mesh, state_of(run, mesh))).program.as_text()
     assert full_arrays(program, (words, width // 8))
     for shape in ((words, width), (8, 8, 3, width), (192, width), (width, 2, 2, 68), (width, 2 * width)):
         assert not full_arrays(program, shape)
