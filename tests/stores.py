@@ -29,6 +29,21 @@ def serving(scheme: str) -> Iterator[dict[str, str]]:
             server.terminate()
 
 
+@contextmanager
+def of_this_process(scheme: str) -> Iterator[None]:
+    """`scheme`:// is such a store in this process, whose libraries forget the one that they knew before."""
+    import fsspec
+    import pytest
+    from etils.epath import backend
+
+    with serving(scheme) as env, pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
+        backend.fsspec_backend._get_filesystem.cache_clear()
+        yield
+
+
 def environment(scheme: str, address: str) -> dict[str, str]:
     """What tells fsspec and TensorStore of a store at `address`, and keys that it takes."""
     if scheme == "s3":

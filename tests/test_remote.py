@@ -39,10 +39,7 @@ STORES = ("gs", "s3")
 @pytest.fixture(scope="module", params=STORES)
 def store(request):
     """An empty store of this process, with a bucket; its scheme."""
-    with stores.serving(request.param) as env, pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class(request.param).clear_instance_cache()
+    with stores.of_this_process(request.param):
         s3._account.cache_clear()
         yield request.param
 

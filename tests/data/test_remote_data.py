@@ -4,7 +4,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import emoji as package
-import fsspec
 import pytest
 
 from clipjax import cli, config, files
@@ -21,10 +20,7 @@ TRAIN, TEST = (config.Data(spec="emoji", split=split) for split in ("train", "te
 @pytest.fixture(scope="module", params=("gs", "s3"))
 def bucket(request):
     """An empty bucket of this process, as a URL."""
-    with stores.serving(request.param) as env, pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class(request.param).clear_instance_cache()
+    with stores.of_this_process(request.param):
         unwatch = guard.watch()
         yield f"{request.param}://{stores.BUCKET}"
         unwatch()
