@@ -1,4 +1,6 @@
-"""A run's checkpoints in its workdir: written asynchronously and atomically, each with the state and the configuration."""
+"""A run's checkpoints in its workdir: written asynchronously and atomically, each with the state and the configuration.
+
+`clipjax.restore` reads them."""
 
 import contextlib
 import functools
@@ -9,26 +11,20 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from clipjax import config, distributed, s3, sharding
-from clipjax.files import as_path, reach, resolve
-from clipjax.models import clip
+from clipjax import config, distributed, s3
+from clipjax.files import resolve
 from clipjax.preservation import Preservation
-from clipjax.storage import DamagedError, SaveError, reading, refusal
+from clipjax.restore import COUNTS, DAMAGED, restore, training_part
+from clipjax.storage import SaveError, refusal
 from clipjax.train.owner import CheckOwner, never_lost
 from clipjax.train.state import TrainState
 
 TOKENIZER = "tokenizer.json"
-COUNTS = "counts"  # item of a checkpoint, only with train.nonfinite = skip
-DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/, for checkpoints that could not be read
 
 
 class Checkpoints:
@@ -86,7 +82,7 @@ class Checkpoints:
         self._check_owner(True)
         items = {
             "params": ocp.args.StandardSave(state.params),
-            "training": ocp.args.StandardSave(_training(state)),
+            "training": ocp.args.StandardSave(training_part(state)),
             "config": ocp.args.JsonSave(json.loads(config.to_json(self._run))),
         }
         if state.ema is not None:
@@ -182,119 +178,3 @@ def _ignore_closed_loop() -> None:
             before(found)
 
     sys.unraisablehook = hook
-
-
-def _training(state: TrainState) -> dict[str, Any]:
-    """The part of the state that only training needs, with the names that it has on disk."""
-    values: dict[str, Any] = {"step": state.step, "opt_state": state.opt_state}
-    return values | ({"memory": state.memory} if state.memory else {})
-
-
-def split_name(name: str, field: str = "RUN") -> tuple[Path, int | None]:
-    """`RUN` or `RUN@STEP` -> the workdir, and the step or None.
-
-    Raises ConfigError, with `field` for the name, unless it is a workdir that can be read.
-    """
-    path, at, step = name.rpartition("@")
-    workdir, step = (as_path(path), int(step)) if at and step.isdigit() else (as_path(name), None)
-    found = reach(workdir, (workdir / "config.json").exists)
-    config.require(found, field, name, "is not a workdir of `clipjax train`: it has no config.json")
-    return workdir, step
-
-
-def _reader(workdir: Path) -> ocp.CheckpointManager:
-    """Reads a workdir that has checkpoints. Writes nothing and removes nothing.
-
-    Each process reads its part without waiting for the others, because it may find damage where they find none.
-    """
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}")
-    options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=alone, **s3.options(workdir))
-    return ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options)
-
-
-def read_config(reader: ocp.CheckpointManager, step: int) -> config.Run:
-    """The configuration that was saved with a checkpoint."""
-    saved = reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-    return config.from_json(json.dumps(saved["config"]))
-
-
-def newest(workdir: Path) -> tuple[int, config.Run] | None:
-    """The step and the configuration of a workdir's newest checkpoint; None where there is no checkpoint.
-
-    Skips checkpoints whose configuration can't be read. Raises DamagedError where there are some and none can be read: a run must
-    not start again from step 0 unless its user says so.
-    """
-    if not (workdir / "checkpoints").exists():
-        return None
-    aside = sorted(p.name for p in (workdir / DAMAGED).iterdir()) if (workdir / DAMAGED).exists() else []
-    with _reader(workdir) as reader:
-        steps = sorted(reader.all_steps(), reverse=True)
-        for step in steps:
-            with contextlib.suppress(DamagedError), reading(workdir, step):
-                return step, read_config(reader, step)
-    if steps or aside:
-        names = ", ".join([str(step) for step in steps] + [f"{DAMAGED}/{name}" for name in aside])
-        remedy = f"put a copy into {workdir / 'checkpoints'}, choose a new --workdir, or remove these to begin at step 0"
-        raise DamagedError(f"{workdir}: none of its checkpoints can be read ({names}). Remedy: {remedy}")
-    return None
-
-
-def restore(workdir: Path, step: int, abstract: TrainState) -> TrainState:
-    """The state as it was saved, sharded as `abstract` (shapes with shardings) says. Its mesh may differ from the saved one.
-
-    Raises DamagedError on all processes if one of them can't read its part.
-    """
-    items = {"params": ocp.args.StandardRestore(abstract.params)}
-    # The example memory has a few numbers after the last example, as many as the mesh asks for: they come and go unread.
-    items["training"] = ocp.args.StandardRestore(_training(abstract), strict=not abstract.memory)
-    if abstract.ema is not None:
-        items["ema"] = ocp.args.StandardRestore(abstract.ema)
-    if abstract.skipped_in_row is not None and (workdir / "checkpoints" / str(step) / COUNTS).exists():
-        items[COUNTS] = ocp.args.StandardRestore({"skipped_in_row": abstract.skipped_in_row})
-    error = None
-    try:
-        with reading(workdir, step), _reader(workdir) as reader:
-            got = reader.restore(step, args=ocp.args.Composite(**items))
-    except DamagedError as e:
-        error = e
-    if not multihost_utils.process_allgather(np.array([error is None])).all():
-        raise error or DamagedError(f"{workdir}@{step} can't be read by another process")
-    training, in_row = got.training, got.get(COUNTS, {}).get("skipped_in_row")
-    if abstract.skipped_in_row is not None and in_row is None:  # train.nonfinite was `stop` so far
-        in_row = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=abstract.skipped_in_row.sharding)()
-    memory = training.get("memory", {})
-    return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), memory, in_row)
-
-
-def look_up(name: str, field: str = "RUN") -> tuple[Path, int, config.Run]:
-    """The workdir, the step and the configuration of the checkpoint `RUN[@STEP]`.
-
-    Raises ConfigError where there is no such checkpoint, with `field` for its name, and DamagedError where it can't be read.
-    """
-    workdir, step = split_name(name, field)
-    exists = (workdir / "checkpoints").exists()
-    config.require(exists, field, name, "has no checkpoint yet: it was stopped before the first was written")
-    with _reader(workdir) as reader:
-        steps = sorted(reader.all_steps())
-        if step is None and steps:
-            step = steps[-1]
-        if step is None or step not in steps:
-            found = ", ".join(map(str, steps)) or "(none)"
-            raise config.ConfigError(f"{field} = {name!r}: has checkpoints of steps {found} only")
-        distributed.agree("the checkpoint's step", step)
-        with reading(workdir, step):
-            return workdir, step, read_config(reader, step)
-
-
-def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
-    """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
-
-    Raises as `look_up`.
-    """
-    workdir, step, run = look_up(name)
-    with reading(workdir, step), _reader(workdir) as reader:
-        target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
-        item = "params" if run.optim.ema is None else "ema"
-        restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
-    return run, restored[item], step

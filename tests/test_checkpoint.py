@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from clipjax import config
-from clipjax.checkpoint import Checkpoints, load_params, newest, split_name
+from clipjax.checkpoint import Checkpoints
 from clipjax.config import ConfigError
 from clipjax.models import clip
+from clipjax.restore import load_params, newest, split_name
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import abstract_state
 from clipjax.train.workdir import save_config

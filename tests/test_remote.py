@@ -20,7 +20,7 @@ import tensorstore
 from botocore.exceptions import EndpointConnectionError
 
 import clipjax
-from clipjax import checkpoint, cli, config, files, preemption, s3, swap
+from clipjax import checkpoint, cli, config, files, preemption, restore, s3, swap
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.metrics.writer import MetricsWriter
 from clipjax.models import clip
@@ -142,7 +142,7 @@ def test_files_of_a_store(store, watched):
     made.save(folder / "tokenizer.json")
     assert Tokenizer.load(folder / "tokenizer.json", 8).vocab_size == made.vocab_size
     with pytest.raises(config.ConfigError, match=f"RUN = '{store}://{stores.BUCKET}/files': is not a workdir"):
-        checkpoint.split_name(f"{store}://{stores.BUCKET}/files")
+        restore.split_name(f"{store}://{stores.BUCKET}/files")
 
 
 def test_only_the_version_that_was_read_is_replaced(store, watched):
@@ -325,7 +325,7 @@ def test_checkpoints_of_a_store(store, watched):
     with checkpoint.Checkpoints(workdir, cfg) as made:
         made.save(1, state)
     (workdir / "checkpoints" / "7" / "params" / "_METADATA").write_text("{}")
-    assert checkpoint.newest(workdir) == (1, cfg)
+    assert restore.newest(workdir) == (1, cfg)
     with checkpoint.Checkpoints(workdir, cfg) as made:
         made.wait()
         assert made.latest() == 1

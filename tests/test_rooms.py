@@ -15,7 +15,7 @@ ROOMS = (  # a module may import from its own group and from those before it
         *("environment", "files", "swap", "s3", "storage", "hlo", "aot", "chips", "distributed", "preemption"),
         *("sharding", "placement", "data", "models", "losses"),
     },
-    {"build", "train", "checkpoint", "preservation", "metrics"},
+    {"build", "train", "checkpoint", "restore", "preservation", "metrics"},
     {"evals", "generate", "export", "plan", "bench"},
     {"arguments", "commands", "options", "cli"},
 )

@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from clipjax import config, sharding
-from clipjax.checkpoint import TOKENIZER, load_params, split_name
+from clipjax.checkpoint import TOKENIZER
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import given
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
 from clipjax.evals.given import ImageLike
 from clipjax.files import resolve
 from clipjax.generate import GREEDY, Captioner, Decoding
+from clipjax.restore import load_params, split_name
 
 
 class LoadedRun:

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 
 from clipjax import config, sharding
-from clipjax.checkpoint import look_up, restore
 from clipjax.models import clip
+from clipjax.restore import look_up, restore
 from clipjax.storage import DamagedError
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, state_shapes

@@ -17,8 +17,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clipjax import config, distributed, sharding
-from clipjax.checkpoint import Checkpoints, newest
+from clipjax.checkpoint import Checkpoints
 from clipjax.files import write_atomic
+from clipjax.restore import newest
 from clipjax.storage import DamagedError
 from clipjax.train.optimizer import can_grow
 from clipjax.train.origin import Origin, changes_order, find_origin

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from clipjax import config, sharding
-from clipjax.checkpoint import newest
 from clipjax.config import ConfigError
+from clipjax.restore import newest
 from clipjax.train.loop import train
 from clipjax.train.optimizer import learning_rate
 from clipjax.train.workdir import Saved, open_workdir
