@@ -1,12 +1,38 @@
-"""Which captions of an image are used at one visit, and when two captions count as equal."""
+"""Which captions are used, of a source and at one visit, and when two captions count as equal."""
 
 import functools
+import html
+import re
 import unicodedata
+from collections.abc import Iterable
 from hashlib import blake2b
 
 import numpy as np
 
 KEPT_PUNCTUATION = "#%&*@"  # by which names differ: `keycap #` and `keycap *`, `C#`, `R&B`, `50 %`
+BLANK = {  # neither space, control nor format character by its category, and yet nothing is drawn
+    *"\u115f\u1160\u3164\uffa0",  # Hangul fillers
+    *"\u2800\ufffc",  # Braille without a dot; the place of an object that the text lacks
+    *"\U0001d159\U00013441\U00013442",  # null note head; hieroglyphic blanks
+}
+_ASCII = re.compile("[!-~]")
+_NEVER_DRAWN = re.compile("[\u2065\ufdd0-\ufdef\ufff0-\ufff8\U000e0000-\U000e0fff]")  # of the characters that are not assigned
+
+
+def visible(text: str) -> bool:
+    """Whether a text has a character that can be seen. One rule for all sources: a caption without is none.
+
+    White space, control and format characters (zero-width ones, byte-order marks, direction marks), half surrogates, fillers
+    and blanks can't be seen, nor marks without a letter to stand on (accents, variation selectors). Of HTML entities the
+    character counts: `&nbsp;` is a space. Private-use characters and those of a later Unicode count as visible."""
+    if "&" in text:
+        text = html.unescape(html.unescape(text))
+    return _ASCII.search(text) is not None or any(map(_visible, text))
+
+
+def kept(texts: Iterable[str]) -> tuple[str, ...]:
+    """The captions that have a visible character, unchanged and in order."""
+    return tuple(filter(visible, texts))
 
 
 def choose(n: int, k: int, rng: np.random.Generator) -> list[int]:
@@ -48,6 +74,13 @@ def caption_id(caption: str) -> int:
 def _invisible(c: str) -> bool:
     """Format characters (joiners, direction marks, soft hyphens) and variation selectors; not tags, by which flags differ."""
     return (unicodedata.category(c) == "Cf" and c < "\U000e0000") or "VARIATION SELECTOR" in unicodedata.name(c, "")
+
+
+@functools.cache
+def _visible(c: str) -> bool:
+    if (category := unicodedata.category(c)) == "Cn":  # not assigned, perhaps in this Python's Unicode only: emoji are added
+        return not _NEVER_DRAWN.match(c) and ord(c) & 0xFFFE != 0xFFFE
+    return category == "Co" or (category[0] in "LNPS" and c not in BLANK)
 
 
 @functools.cache

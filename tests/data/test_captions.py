@@ -6,7 +6,7 @@ import emoji as package
 import numpy as np
 import pytest
 
-from clipjax.data.captions import caption_id, choose, normalise
+from clipjax.data.captions import caption_id, choose, kept, normalise, visible
 
 SAME = [
     ("A dog, running.", "a  dog running"),
@@ -43,6 +43,67 @@ DIFFERENT = [
     ("か", "が"),
 ]
 EMPTY = ["", " ", "  ", "?", "!", "?!", "...", "。", "-", "--", "_", "\u200b", "\u200d", "\ufe0f", "\n", "\x00"]
+
+INVISIBLE = [
+    *["", " ", "\t\r\n", "\u00a0\u2003\u3000", "\u2028\u2029", "\x00\x1b\x7f\x85"],
+    *[
+        "\ufeff",
+        "\u200b\u200c\u200d\u2060",
+        "\u200e\u202a\u202c\u2066",
+        "\u00ad",
+        "\u180e\ufe0f\U000e0100",
+        "\U000e0067\U000e007f",
+    ],
+    *["\u0301", "\u034f", "\u20e3", " \u0308 ", "\u093e", "\ud83d", "\udc00\ud800"],  # marks alone, half surrogates
+    *["\u2800\u2800", "\u3164", "\u115f\u1160", "\uffa0", "\ufffc", "\uffff", "\ufdd0", "\U0010ffff"],
+    *["&nbsp;", "&#8203; &#xFEFF;", "&amp;nbsp;", "&zwnj;&NewLine;"],
+]
+VISIBLE = [
+    *[
+        "a",
+        "0",
+        ".",
+        "?",
+        "&",
+        "&amp;",
+        "$",
+        "\u00b0",
+        "\u00b4",
+        "e\u0301",
+        "\u0915\u093e",
+        "\u06d4",
+        "\u4eba",
+        "\u1112",
+        "\u11a8",
+    ],
+    *[
+        "\U0001f600",
+        "\u2764\ufe0f",
+        "\U0001f1e9\U0001f1ea",
+        "\U0001f468\u200d\U0001f469",
+        "#\ufe0f\u20e3",
+        "\u2801",
+        "\ufffd",
+        "\ue000",
+    ],
+    *["\U0001fae8", "\U0001f6d8", "\U0001faea"],  # emoji of Unicode 15, 17 and 16, whichever of them this Python knows
+    *["\ufeff\u200bx", "\ud83dx"],
+]
+
+
+@pytest.mark.parametrize("text", INVISIBLE)
+def test_a_caption_without_a_visible_character_is_none(text):
+    assert not visible(text)
+
+
+@pytest.mark.parametrize("text", VISIBLE)
+def test_visible(text):
+    assert visible(text)
+
+
+def test_kept_captions_are_unchanged_and_in_order():
+    assert kept([" b ", "\ufeff", "a", "", "a"]) == (" b ", "a", "a")
+    assert kept(INVISIBLE) == ()
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
