@@ -36,12 +36,16 @@ def of_this_process(scheme: str) -> Iterator[None]:
     import pytest
     from etils.epath import backend
 
+    from clipjax.data import ranges
+
     with serving(scheme) as env, pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
         fsspec.get_filesystem_class(scheme).clear_instance_cache()
         backend.fsspec_backend._get_filesystem.cache_clear()
+        ranges.forget()
         yield
+    ranges.forget()
 
 
 def environment(scheme: str, address: str) -> dict[str, str]:

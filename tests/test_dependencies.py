@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from clipjax import files
+from clipjax.data import ranges
 from clipjax.evals import caption_metrics
 from clipjax.export import verify
 
@@ -25,18 +25,19 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 INSTALLED = metadata.packages_distributions()  # top-level module -> distributions
-EXTRAS = {
-    "export": "torch",
-    "evals": "captions",
-    "aot": "tpu",
-    "metrics": "wandb",
-}  # room -> the extra that it may need besides `dependencies`
+EXTRAS = {  # room -> the extras that it may need besides `dependencies`
+    "data": ("http",),
+    "export": ("torch",),
+    "evals": ("captions",),
+    "aot": ("tpu",),
+    "metrics": ("wandb",),
+}
 
 
-def declared(extra: str | None = None) -> set[str]:
-    """The distributions in `dependencies` and, where given, in an extra; with those that `jax[tpu]` adds to jax."""
+def declared(*extras: str) -> set[str]:
+    """The distributions in `dependencies` and in the given extras; with those that `jax[tpu]` adds to jax."""
     found = set()
-    for text in PROJECT["dependencies"] + (PROJECT["optional-dependencies"][extra] if extra else []):
+    for text in chain(PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)):
         requirement = Requirement(text)
         found.add(canonicalize_name(requirement.name))
         for more in map(Requirement, metadata.requires(requirement.name) or [] if requirement.extras else []):
@@ -63,7 +64,7 @@ def distributions(module: str) -> set[str]:
 @pytest.mark.parametrize("room", sorted({p.relative_to(ROOT / "clipjax").parts[0] for p in ROOT.glob("clipjax/**/*.py")}))
 def test_every_import_is_declared(room):
     path = ROOT / "clipjax" / room
-    allowed = declared(EXTRAS.get(room.removesuffix(".py")))
+    allowed = declared(*EXTRAS.get(room.removesuffix(".py"), ()))
     modules = {module for file in ([path] if path.is_file() else path.rglob("*.py")) for module in imported(file)}
     assert {module for module in modules if not distributions(module) & allowed} == set()
 
@@ -77,12 +78,12 @@ def test_every_import_of_the_tests_is_declared():
 @pytest.mark.parametrize(
     ("extra", "modules"),
     [
-        *((extra, [module]) for module, extra in files.STORES.values()),
+        *((extra, [module]) for module, extra in dict.fromkeys(ranges.SCHEMES.values())),
         ("torch", sorted({module for modules in verify.PACKAGES.values() for module in modules})),
         ("captions", sorted(set(caption_metrics.PACKAGES.values()))),
         ("wandb", ["wandb"]),
     ],
-    ids=["gcs", "s3", "torch", "captions", "wandb"],
+    ids=["gcs", "s3", "http", "hf", "torch", "captions", "wandb"],
 )
 def test_what_is_looked_for_by_name_is_declared(extra, modules):
     assert {module for module in modules if not distributions(module) & declared(extra)} == set()
