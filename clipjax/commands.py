@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import clipjax
@@ -273,6 +274,14 @@ def bench_input(args: argparse.Namespace) -> None:
 
 def data_prepare(args: argparse.Namespace) -> None:
     """`clipjax data prepare`: builds a dataset, unless it exists, and prints its folder."""
+    if args.name == "openclipart":
+        from clipjax.data.openclipart import NEXT, prepare_openclipart
+
+        folder = args.out or Path("openclipart")
+        print(prepare_openclipart(folder).partition("---\n# ")[2], NEXT.format(folder=folder), sep="\n")
+        return
+    if args.out is not None:
+        _wrong_use(args, "--out: emoji is built in the folder of TFDS: set TFDS_DATA_DIR")
     from clipjax.data.emoji import prepare_emoji
     from clipjax.data.tfds_source import data_dir
 

@@ -189,8 +189,14 @@ COMMANDS = (
     _command(
         "data prepare",
         commands.data_prepare,
-        "build a dataset that clipjax makes itself, in the folder of TFDS, local or on gs:// or s3://",
-        _argument("name", None, "emoji: from the system's colour-emoji font", choices=("emoji",)),
+        "build a dataset: emoji in the folder of TFDS, local or on gs:// or s3://, or openclipart in --out",
+        _argument(
+            "name",
+            None,
+            "emoji: from the system's colour-emoji font; openclipart: 5,409 drawings from two packages of Debian, 156 MB",
+            choices=("emoji", "openclipart"),
+        ),
+        _argument("--out", "DIR", "a new folder for openclipart; else openclipart in this folder", local_folder),
     ),
     _command(
         "data inspect",
