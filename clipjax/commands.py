@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import clipjax
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from clipjax.evals.loaded import LoadedRun
 
 
-def _wrong_use(args: argparse.Namespace, message: str) -> NoReturn:
+def wrong_use(args: argparse.Namespace, message: str) -> NoReturn:
     """Prints the command's usage and the message, and exits with 2."""
     parser: argparse.ArgumentParser = args.parser
     parser.error(message)
@@ -31,7 +30,7 @@ def _configured(args: argparse.Namespace, needed: str = "") -> config.Run | None
     """The run of CONFIG.py|NAME, with the options that name its fields. None if the user asked for --help without a config."""
     if args.config is None:
         if not args.help:
-            _wrong_use(args, "CONFIG.py is needed, or a NAME that `clipjax configs` lists")
+            wrong_use(args, "CONFIG.py is needed, or a NAME that `clipjax configs` lists")
         args.parser.print_help()
         return None
     rest = [*args.rest, "--help"] if args.help else args.rest
@@ -55,7 +54,7 @@ def train(args: argparse.Namespace) -> None:
     if (run := _configured(args, "--workdir RUN")) is None:
         return
     if args.workdir is None:
-        _wrong_use(args, "--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
+        wrong_use(args, "--workdir RUN is needed: the folder for config, checkpoints, metrics and tokenizer")
     profile, steps = args.profile or range(0), run.train.steps
     remedy = f"must begin before train.steps = {steps}"
     config.require(profile.start < steps, "--profile", f"{profile.start}:{profile.stop}", remedy)
@@ -178,7 +177,7 @@ def caption(args: argparse.Namespace) -> None:
     sampling, search = given("temperature", "top_k", "top_p", "seed"), given("beams", "alpha")
     if sampling and search:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sampling)
-        _wrong_use(args, f"{names}: only for sampled captions; --beams and --alpha are for beam search")
+        wrong_use(args, f"{names}: only for sampled captions; --beams and --alpha are for beam search")
     decoding = Sample(**sampling) if sampling else Beam(**search) if search else GREEDY
     model = _load(args)
     pairs = zip(args.images, model.captions(args.images, decoding), strict=True)
@@ -270,37 +269,3 @@ def bench_input(args: argparse.Namespace) -> None:
     from clipjax.bench import input as reading
 
     reading.run(args, run)
-
-
-def data_prepare(args: argparse.Namespace) -> None:
-    """`clipjax data prepare`: builds a dataset, unless it exists, and prints its folder."""
-    if args.name == "openclipart":
-        from clipjax.data.openclipart import NEXT, prepare_openclipart
-
-        folder = args.out or Path("openclipart")
-        print(prepare_openclipart(folder).partition("---\n# ")[2], NEXT.format(folder=folder), sep="\n")
-        return
-    if args.out is not None:
-        _wrong_use(args, "--out: emoji is built in the folder of TFDS: set TFDS_DATA_DIR")
-    from clipjax.data.emoji import prepare_emoji
-    from clipjax.data.tfds_source import data_dir
-
-    print(prepare_emoji(data_dir()))
-
-
-def data_inspect(args: argparse.Namespace) -> None:
-    """`clipjax data inspect`: prints statistics of a dataset and draws a contact sheet."""
-    from clipjax.data.inspect import describe, inspect
-    from clipjax.data.tokenizer import Tokenizer
-    from clipjax.evals.report import png_name
-    from clipjax.files import write_json
-
-    tokenizer = Tokenizer.load(args.tokenizer, args.length) if args.tokenizer else None
-    sheet = args.png or writable_file(png_name(f"{args.spec}-{args.split}"))
-    report = inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)
-    print(describe(report))
-    if args.json:
-        write_json(args.json, report)
-    remedy = f"none of the {report['examples_looked_at']:,} images looked at can be read"
-    config.require(bool(report["width"]), "SPEC", args.spec, remedy)
-    print(f"contact sheet: {sheet}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipjax import commands
+from clipjax import commands, data_commands
 from clipjax.arguments import local, local_folder, place, positive, step_range, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 
@@ -188,7 +188,7 @@ COMMANDS = (
     ),
     _command(
         "data prepare",
-        commands.data_prepare,
+        data_commands.data_prepare,
         "build a dataset: emoji in the folder of TFDS, local or on gs:// or s3://, or openclipart in --out",
         _argument(
             "name",
@@ -200,7 +200,7 @@ COMMANDS = (
     ),
     _command(
         "data inspect",
-        commands.data_inspect,
+        data_commands.data_inspect,
         "count, image sizes, captions, truncation, and a contact sheet",
         _argument("spec", "SPEC", SPEC),
         _argument("--split", None, "split of the dataset", default="train"),

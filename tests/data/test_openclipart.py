@@ -64,7 +64,7 @@ def test_words_of_a_file_name():
 
 
 def test_what_is_left_out_is_counted(tmp_path):
-    """A foreign licence, a series, a second drawing with the same picture, no word, a bomb, no picture, a broken SVG and a link."""
+    """A foreign licence, a series, the same picture again, no word, a bomb, no picture, a broken SVG and a link."""
     png = next(COLLECTION.rglob("*.png")).read_bytes()
     huge = png[:16] + (20_000).to_bytes(4, "big") * 2 + png[24:]
     gpl = "http://creativecommons.org/licenses/GPL/2.0/"

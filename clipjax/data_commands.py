@@ -1,0 +1,42 @@
+"""What the commands of the group `data` do, given their parsed arguments. As in commands.py, each imports what it needs."""
+
+import argparse
+from pathlib import Path
+
+from clipjax import config
+from clipjax.arguments import writable_file
+from clipjax.commands import wrong_use
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    """`clipjax data prepare`: builds a dataset, unless it exists, and prints its folder."""
+    if args.name == "openclipart":
+        from clipjax.data.openclipart import NEXT, prepare_openclipart
+
+        folder = args.out or Path("openclipart")
+        print(prepare_openclipart(folder).partition("---\n# ")[2], NEXT.format(folder=folder), sep="\n")
+        return
+    if args.out is not None:
+        wrong_use(args, "--out: emoji is built in the folder of TFDS: set TFDS_DATA_DIR")
+    from clipjax.data.emoji import prepare_emoji
+    from clipjax.data.tfds_source import data_dir
+
+    print(prepare_emoji(data_dir()))
+
+
+def data_inspect(args: argparse.Namespace) -> None:
+    """`clipjax data inspect`: prints statistics of a dataset and draws a contact sheet."""
+    from clipjax.data.inspect import describe, inspect
+    from clipjax.data.tokenizer import Tokenizer
+    from clipjax.evals.report import png_name
+    from clipjax.files import write_json
+
+    tokenizer = Tokenizer.load(args.tokenizer, args.length) if args.tokenizer else None
+    sheet = args.png or writable_file(png_name(f"{args.spec}-{args.split}"))
+    report = inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)
+    print(describe(report))
+    if args.json:
+        write_json(args.json, report)
+    remedy = f"none of the {report['examples_looked_at']:,} images looked at can be read"
+    config.require(bool(report["width"]), "SPEC", args.spec, remedy)
+    print(f"contact sheet: {sheet}")
