@@ -205,12 +205,13 @@ def export(args: argparse.Namespace) -> int:
     print(f"{args.out}: {args.to}, step {model.step} of {model.workdir}")
     if not args.verify:
         return 0
+    from clipjax.data.faults import shown
     from clipjax.data.sources import open_source
 
     source = open_source(run.data)
     chosen = range(0, len(source), max(1, len(source) // args.examples))
-    examples = [source[i] for i in chosen[: args.examples]]
-    images, texts = [x.image for x in examples], [x.captions[0] for x in examples]
+    examples = [x for x in shown(source, chosen[: args.examples]) if x.record.captions]
+    images, texts = [x.image for x in examples], [x.record.captions[0] for x in examples]
     report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, images, texts)
     print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
     for figures in report.figures:

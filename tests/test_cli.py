@@ -647,13 +647,14 @@ def test_what_embed_writes_is_a_teacher(embedded, tmp_path):
 
 
 def test_load_encodes_what_embed_does(model, embedded, workdir):
+    from clipjax.data.faults import shown
     from clipjax.data.sources import open_source
 
     source = open_source(config.Data(spec="emoji", split="test"))
     chosen = [0, 1, 17, 362]
-    images = [source[i].image for i in chosen]
-    assert [source[i].key for i in chosen] == embedded["key"][chosen].tolist()
-    image, text = model.encode_image(images), model.encode_text([source[i].captions[0] for i in chosen])
+    images, records = [x.image for x in shown(source, chosen)], [source.text(i) for i in chosen]
+    assert [record.key for record in records] == embedded["key"][chosen].tolist()
+    image, text = model.encode_image(images), model.encode_text([record.captions[0] for record in records])
     for got, want in ((image, embedded["image"][chosen]), (text, embedded["text"][chosen])):
         assert (got.shape, got.dtype) == ((4, 32), np.float32)
         np.testing.assert_allclose(got, want, atol=1e-6)

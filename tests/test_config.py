@@ -200,8 +200,8 @@ REFUSED = {
     "brightness": (lambda: config.Augment(brightness=1.0), r"data\.augment\.brightness = 1\.0: must lie in \[0, 1\)"),
     "contrast": (lambda: config.Augment(contrast=-0.1), r"data\.augment\.contrast = -0\.1: must lie in \[0, 1\)"),
     "saturation": (lambda: config.Augment(saturation=2.0), r"data\.augment\.saturation = 2\.0: must lie in \[0, 1\)"),
-    "workers": (lambda: config.Data(spec="emoji", workers=0), r"data\.workers = 0: must be at least 1"),
-    "no captions": (lambda: config.Data(spec="emoji", captions_per_image=0), r"data\.captions_per_image = 0: must be at least 1"),
+    "workers": (lambda: config.Data(spec="emoji", workers=0), r"data\.workers = 0: must be positive"),
+    "no captions": (lambda: config.Data(spec="emoji", captions_per_image=0), r"data\.captions_per_image = 0: must be positive"),
     "lr": (optim(lr=0.0), r"optim\.lr = 0\.0: must be positive"),
     "lr nan": (optim(lr=math.nan), r"optim\.lr = nan: must be a finite number"),
     "b1": (optim(b1=1.0), r"optim\.b1 = 1\.0: must lie in \[0, 1\)"),
@@ -321,7 +321,7 @@ def test_nonsense_is_refused_with_field_value_and_remedy(make, message):
 
 FREE = {
     *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
-    *("data.workers", "data.worker_kind", "model.remat", "model.unroll"),
+    *("data.workers", "data.worker_kind", "data.index", "data.prefetch_bytes", "data.max_bad", "model.remat", "model.unroll"),
     *("evals.0.data", "evals.0.split", "evals.0.every"),
     *(f"train.{name}" for name in ("micro_batches", "log_every", "checkpoint_every", "keep", "best", "eval_batch_size")),
     *("train.skip", "train.nonfinite", "train.nonfinite_max", "init"),
@@ -342,10 +342,11 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "model.dtype": "float32", "model.remat": "full", "optim.kind": "lion", "optim.mu_dtype": "bfloat16",
     "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5), "objective.0.label_smoothing": 0.5,
     "objective.0.reduction": "sum", "objective.0.prefixes": (64,), "train.skip": ((3, 5),), "train.nonfinite": "skip",
-    "init": config.Init(run="runs/a@3", state="all"),
+    "init": config.Init(run="runs/a@3", state="all"), "data.order": "windows", "data.resizer": "fast", "data.max_bad": 0.5,
+    "data.label_field": "a", "data.index": "a", "data.filter.max_aspect": 2.0, "data.filter.max_characters": 9,
 }  # fmt: skip
 BASE = Run(
-    data=Data(spec="emoji"),
+    data=Data(spec="emoji", filter=config.Filter(number="a", at_least=0.5)),
     model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768, pool="cls")),
     evals=(config.Retrieval(),),
 )
@@ -363,7 +364,9 @@ def leaves():
     """Every field of a run, except the kinds, which are not changed without changing the class, and parts that are absent."""
     for line in config.lines(BASE):
         name, _, text = line.partition(" = ")
-        if not name.endswith(("objective.0.kind", "tokenizer.kind", "schedule.kind", "evals.0.kind", "model.decoder")):
+        if not name.endswith(
+            ("objective.0.kind", "tokenizer.kind", "schedule.kind", "evals.0.kind", "model.decoder", "data.sources")
+        ):
             yield name, text
 
 

@@ -78,6 +78,7 @@ def test_every_class_names_the_nearest_of_a_misspelt_field(cls):
         made(cls, **{f"{name}s": 1})
 
 
+SPECS = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES or folder:DIR"
 REFUSED = {
     "data.resize = 'sqaush': must be 'squash' or 'crop'; the nearest is 'squash'": lambda: Data(spec="emoji", resize="sqaush"),
     "model.image.activation = 'relu': must be 'gelu', 'gelu_tanh' or 'quick_gelu'; the nearest is 'gelu'": (
@@ -97,15 +98,11 @@ REFUSED = {
     "model.image.mean.1 = None: must be a number": lambda: ImageTower(mean=(0.5, None, 0.5)),
     "model.image.std = (0.5, 0.0, 0.5): must be positive: colours are divided by these": lambda: ImageTower(std=(0.5, 0, 0.5)),
     "model.image.queries = 0: must be positive": lambda: ImageTower(queries=0),
-    "data.spec: is missing: Data(spec=...)": lambda: Data(),
+    "data.spec = '': must be " + SPECS: lambda: Data(),
     "data: is missing: Run(data=...)": lambda: Run(),
     "data.ids = 'captions': must be 'caption' or None": lambda: Data(spec="emoji", ids="captions"),
-    "data.spec = 'pairs.tsv': must be emoji, tfds:NAME[/CONFIG][:VERSION] or tsv:FILE; for this file tsv:pairs.tsv": (
-        lambda: Data(spec="pairs.tsv")
-    ),
-    "evals.0.data = 'coco': must be emoji, tfds:NAME[/CONFIG][:VERSION] or tsv:FILE": (
-        lambda: made(Run, evals=(config.Geometry(data="coco"),))
-    ),
+    "data.spec = 'pairs.tsv': must be " + SPECS + "; for this file tsv:pairs.tsv": (lambda: Data(spec="pairs.tsv")),
+    "evals.0.data = 'coco': must be " + SPECS: (lambda: made(Run, evals=(config.Geometry(data="coco"),))),
     "data = {'spec': 'emoji'}: must be Data(...)": lambda: Run(data={"spec": "emoji"}),
     "data.spec = 'a\\udc80': must be Unicode text, which half of a surrogate pair is not": lambda: Data(spec="a\udc80"),
     "evals = Retrieval(...): must be a tuple, as (x,) for one value and () for none": (
@@ -121,8 +118,10 @@ REFUSED = {
     "objective.0 = 'Term': is not registered: call clipjax.register(Term, ...) in the file that defines it, before it is used": (
         lambda: made(Run, objective=(Term(kind="softmax"),))
     ),
-    "evals.0.data = None: the run's own tsv:a.tsv has no splits: name other examples, as tsv:held_out.tsv, or leave the "
-    "evaluation out (--evals none)": lambda: Run(data=Data(spec="tsv:a.tsv"), evals=(config.Retrieval(),)),
+    "evals.0.data = None: the run's own tsv:a.tsv has no splits: name other examples, as tsv:held_out.tsv, "
+    "set data.split = train#0-95 and evals.0.split = train#95-100, or leave the evaluation out (--evals none)": lambda: Run(
+        data=Data(spec="tsv:a.tsv"), evals=(config.Retrieval(),)
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 from clipjax import cli, config
+from clipjax.data.faults import shown
 from clipjax.data.sources import open_source
 from clipjax.evals.retrieval import TIE
 from clipjax.export.verify import load
@@ -57,7 +58,7 @@ def test_the_export_is_as_accurate_in_torch(workdir, metrics, tmp_path, capsys, 
     names = source.classnames
     assert (len(source), len(names)) == (363, 3789)
     with torch.inference_mode():
-        pixels, ids = theirs.pixels([source[i].image for i in range(len(source))]), theirs.ids(names)
+        pixels, ids = theirs.pixels([x.image for x in shown(source, range(len(source)))]), theirs.ids(names)
         assert pixels.shape == (363, 3, 32, 32)
         assert ids.shape == (3789, 20)
         images = theirs.encode(pixels, ids[:1])[0].double().numpy()

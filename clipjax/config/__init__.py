@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clipjax.config.data import BPE, Augment, Data, Tokenizer, TokenizerFile
+from clipjax.config.data import BPE, Augment, Data, Filter, Part, Tokenizer, TokenizerFile
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.model import SIZES, Activation, Decoder, ImageTower, Model, TextTower, size
@@ -41,9 +41,10 @@ from clipjax.config.unions import registered, require_registered
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "ConfigError",
     "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
-    "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Remembering",
-    "Retrieval", "Rsqrt",
-    "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
+    "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Part",
+    "Remembering",
+    "Retrieval",
+    "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
     "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip
 

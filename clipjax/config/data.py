@@ -1,9 +1,10 @@
 """The input's part of a configuration: dataset, augmentation, workers and tokenizer."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from clipjax.config.fields import TAGGED, Strict, free, require
+from clipjax.config.fields import COUNT, POSITIVE, SHARE, TAGGED, Strict, free, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,41 +25,154 @@ class Augment(Strict, prefix="data.augment"):
             require(0 <= getattr(self, name) < 1, f"data.augment.{name}", getattr(self, name), "must lie in [0, 1)")
 
 
+KINDS = {  # of SPECs, with the form of each
+    "emoji": "emoji",
+    "tfds": "tfds:NAME[/CONFIG][:VERSION]",
+    "wds": "wds:SHARDS",
+    "parquet": "parquet:FILES",
+    "csv": "csv:FILES",
+    "tsv": "tsv:FILES",
+    "folder": "folder:DIR",
+}
+ENDINGS = {".tsv": "tsv", ".csv": "csv", ".parquet": "parquet", ".tar": "wds"}  # of files, and the kinds that read them
+
+
 def check_spec(spec: str, name: str) -> None:
     """Raises ConfigError for a text that names no dataset. `name`: the field that holds it."""
     kind, _, rest = spec.partition(":")
-    remedy = "must be emoji, tfds:NAME[/CONFIG][:VERSION] or tsv:FILE"
-    remedy += f"; for this file tsv:{spec}" if spec.endswith(".tsv") else ""
-    require(spec == "emoji" or (kind in ("tfds", "tsv") and bool(rest)), name, spec, remedy)
+    remedy = f"must be {', '.join(list(KINDS.values())[:-1])} or {KINDS['folder']}"
+    likely = next((kind for ending, kind in ENDINGS.items() if spec.endswith(ending)), None)
+    remedy += f"; for this file {likely}:{spec}" if likely else ""
+    require(spec == "emoji" or (kind in KINDS and kind != "emoji" and bool(rest)), name, spec, remedy)
+
+
+def has_splits(spec: str, split: str) -> bool:
+    """Whether `split` tells examples of this dataset from others: tars and tables are whole, but for a share as `train#0-95`."""
+    return "#" in split or spec.partition(":")[0] not in ("wds", "csv", "tsv")
+
+
+def dataset_name(spec: str, split: str) -> str:
+    """What a dataset is called in messages and results: SPEC/SPLIT, or the SPEC alone where there are no splits."""
+    return f"{spec}/{split}" if has_splits(spec, split) else spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter(Strict, prefix="data.filter"):
+    """Which examples a training run leaves out. Others take their places, and they are counted apart from unreadable ones."""
+
+    min_side: int = 0  # pixels that the shorter side of an image must have
+    max_aspect: float | None = None  # largest ratio of the longer side to the shorter one
+    min_characters: int = 0  # characters that a caption must have; an example without such a caption is left out
+    max_characters: int | None = None  # and may have
+    number: str | None = None  # the field of a number, as `json.similarity`, that must be at least `at_least`
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_side", "min_characters"):
+            require(getattr(self, name) >= 0, f"data.filter.{name}", getattr(self, name), "must not be negative")
+        remedy = "must be at least 1, the ratio of a square"
+        require(self.max_aspect is None or self.max_aspect >= 1, "data.filter.max_aspect", self.max_aspect, remedy)
+        most, least = self.max_characters, max(self.min_characters, 1)
+        require(most is None or most >= least, "data.filter.max_characters", most, f"must be at least {least}")
+        remedy = "goes with data.filter.number: give both or neither"
+        require((self.number is None) == (self.at_least is None), "data.filter.at_least", self.at_least, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Strict, prefix="data.sources"):
+    """One of several datasets that are mixed in every batch. A field that is None is that of `data`."""
+
+    spec: str  # as `data.spec`
+    split: str = "train"
+    image_field: str | None = None
+    text_field: str | None = None
+    label_field: str | None = None
+    weight: float | None = None  # its share of every batch is in proportion to this
+    repeat: float | None = None  # or to this times its number of examples; 1 where no part has either
+    augment: Augment | None = None
+    filter: Filter | None = None
+    index: str | None = None
+
+    def __post_init__(self) -> None:
+        check_spec(self.spec, "data.sources.spec")
+        for name in ("weight", "repeat"):
+            POSITIVE.require(f"data.sources.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Strict, prefix="data"):
     """Where images and captions come from, and how they are read."""
 
-    spec: str  # `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`
-    split: str = "train"  # part of the dataset; a tsv has none
-    image_field: str | None = None  # name of the image feature or column; None: the only image feature, `filepath` of a tsv
-    # Name of the caption feature or column; None: `caption`, the only text feature, or the class names of the only label; `title`
-    # of a tsv.
+    # `emoji`, `tfds:NAME[/CONFIG][:VERSION]`, `wds:SHARDS`, `parquet:FILES`, `csv:FILES`, `tsv:FILES` or `folder:DIR`: on disks,
+    # gs://, s3://, https:// or hf://; several joined by `::`. Needed, unless `sources` are given.
+    spec: str = ""
+    split: str = "train"  # part of the dataset, where it has parts; `train#0-95`: its examples with crc32(key) mod 100 in [0, 95)
+    sources: tuple[Part, ...] = ()  # several datasets that are mixed, with exact counts in every batch
+    # Name of the image feature, column or suffix, or a path, as `image.bytes`; None: the only one, `filepath` of a table.
+    image_field: str | None = None
+    # Name of the caption feature, column or suffix, or a path, as `json.caption`; or several with probabilities, as
+    # `txt=0.7,json.alt=0.3`. None: `caption`, the only text feature, or the class names of the only label; `title` of a table.
     text_field: str | None = None
+    label_field: str | None = None  # name of the class label, or a path; None: the only label feature, `cls` of a tar
     # 1: at each visit one of the captions at random. K: the main caption and K - 1 random others; if there are fewer, some twice.
     captions_per_image: int = 1
     # `caption`: examples with equal main captions share an id; case, punctuation and white space do not count. Pairs that share
     # an id are no negatives of each other.
     ids: Literal["caption"] | None = None
     teacher: str | None = None  # an .npz that `clipjax embed` wrote of these examples, for a Distillation term
+    # `random`: all examples of an epoch are shuffled. `windows`: for tars and parquet that are large or remote, which are then
+    # read in large pieces: each of `lanes` parts of an epoch gives its share of every batch and shuffles `window` examples.
+    order: Literal["random", "windows"] = "random"
+    lanes: int = 64
+    window: int = 2048
+    index: str | None = free(None)  # folder of the index of tars; None: beside them, or in the cache of the user
+    filter: Filter = Filter()  # which examples training leaves out
     # To a square: `squash` resizes both sides, `crop` resizes the shorter side and crops the centre.
     resize: Literal["squash", "crop"] = "squash"
+    # `fast`: of training images, by SIMD (the extra `fast`). Values differ from Pillow's by at most 3 of 255.
+    resizer: Literal["pillow", "fast"] = "pillow"
+    max_pixels: int = 178_956_970  # a larger image is unreadable: decoding it takes too much memory
     augment: Augment = Augment()  # random changes of training images
     workers: int = free(4)  # number of threads or processes on each host that read, decode and augment
     # `processes` are faster if Python takes more of the time than decoding.
     worker_kind: Literal["threads", "processes"] = free("threads")
+    prefetch_bytes: int = free(2 * 2**30)  # bytes of examples that are ready ahead of the step, on each host
+    # A run ends if more than this share of the last 10,000 examples is bad: unreadable, or without an image or a caption.
+    max_bad: float = free(0.1)
 
     def __post_init__(self) -> None:
-        check_spec(self.spec, "data.spec")
-        require(self.captions_per_image >= 1, "data.captions_per_image", self.captions_per_image, "must be at least 1")
-        require(self.workers >= 1, "data.workers", self.workers, "must be at least 1")
+        if self.sources:
+            remedy = "leave it out: data.sources name the datasets"
+            for name in ("spec", "image_field", "text_field", "label_field", "index"):
+                require(not getattr(self, name), f"data.{name}", getattr(self, name), remedy)
+            for name in ("weight", "repeat"):
+                given = [getattr(part, name) is not None for part in self.sources]
+                require(all(given) or not any(given), f"data.sources.{name}", None, "must be given for all sources, or for none")
+            twice = self.sources[0].weight is not None and self.sources[0].repeat is not None
+            require(not twice, "data.sources.repeat", self.sources[0].repeat, "goes without weight: give one of the two")
+        else:
+            check_spec(self.spec, "data.spec")
+        for name in ("captions_per_image", "workers", "lanes", "window", "max_pixels", "prefetch_bytes"):
+            COUNT.require(f"data.{name}", getattr(self, name))
+        SHARE.require("data.max_bad", self.max_bad)
+
+    @property
+    def parts(self) -> tuple["Data", ...]:
+        """One of a single dataset for each of the sources; this one where there are none."""
+        if not self.sources:
+            return (self,)
+        return tuple(self._part(part) for part in self.sources)
+
+    @property
+    def name(self) -> str:
+        """As `dataset_name`; of a mixture, the names of its parts."""
+        return " + ".join(dataset_name(part.spec, part.split) for part in self.parts)
+
+    def _part(self, part: Part) -> "Data":
+        names = ("spec", "split", "image_field", "text_field", "label_field", "index")
+        own = {name: getattr(part, name) for name in names}
+        augment, wanted = part.augment or self.augment, part.filter or self.filter
+        return dataclasses.replace(self, sources=(), augment=augment, filter=wanted, **own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from clipjax.config.data import Data, check_spec
+from clipjax.config.data import Data, check_spec, dataset_name, has_splits
 from clipjax.config.fields import ConfigError, free, require
 from clipjax.config.unions import OpenUnion
 
@@ -18,7 +18,7 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
     metrics: ClassVar[tuple[str, ...]] = ()  # the metrics that train.best can name: of these, more is better
 
     data: str | None = free(None)  # a SPEC, as on the command line; None: the run's own data.spec, which must have splits
-    split: str = free("test")  # part of the dataset; a tsv has none
+    split: str = free("test")  # part of the dataset, as `data.split`
     every: int = free(1000)  # steps between two evaluations
 
     def __post_init__(self) -> None:
@@ -89,22 +89,25 @@ def check_evaluations(evals: tuple[TrainingEvaluation, ...], data: Data) -> None
     """Raises ConfigError for a class that is not registered, and for an evaluation on the run's own data that has no splits."""
     for i, evaluation in enumerate(evals):
         evaluation.require_member(f"evals.{i}")
+        own = evaluation.data is None
+        remedy = "the run trains on a mixture: name the examples to evaluate on"
+        require(not own or not data.sources, f"evals.{i}.data", None, remedy)
         check_spec(evaluation.spec(data), f"evals.{i}.data")
-        remedy = f"the run's own {data.spec} has no splits: name other examples, as tsv:held_out.tsv, or leave the evaluation out"
-        remedy += " (--evals none)"
-        require(evaluation.data is not None or not data.spec.startswith("tsv:"), f"evals.{i}.data", None, remedy)
+        remedy = (
+            f"the run's own {data.spec} has no splits: name other examples, as tsv:held_out.tsv, set data.split = train#0-95 "
+        )
+        remedy += f"and evals.{i}.split = train#95-100, or leave the evaluation out (--evals none)"
+        require(not own or has_splits(data.spec, evaluation.split), f"evals.{i}.data", None, remedy)
 
 
 def check_best(best: str | None, evals: tuple[TrainingEvaluation, ...], data: Data) -> None:
     """Raises ConfigError unless exactly one evaluation gives the metric `best`. `data`: the run's own.
 
-    `best` is `task/metric` or `task/dataset/metric`. The dataset is named as in metrics.jsonl: SPEC/SPLIT, or the SPEC alone
-    for a tsv, which has no splits.
+    `best` is `task/metric` or `task/dataset/metric`. The dataset is named as in metrics.jsonl (`dataset_name`).
     """
     given = Counter()
     for e in evals:
-        spec = e.spec(data)
-        dataset = spec if spec.startswith("tsv:") else f"{spec}/{e.split}"
+        dataset = dataset_name(e.spec(data), e.split)
         given.update(f"{prefix}/{metric}" for prefix in (e.task, f"{e.task}/{dataset}") for metric in e.metrics)
     if best is None or given[best] == 1:
         return

@@ -4,7 +4,7 @@ import functools
 import html
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -35,11 +35,14 @@ def kept(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(filter(visible, texts))
 
 
-def choose(n: int, k: int, rng: np.random.Generator) -> list[int]:
+def choose(n: int, k: int, rng: np.random.Generator, chances: Sequence[float] | None = None) -> list[int]:
     """The numbers of the k captions, of n, that are used at one visit.
 
-    k = 1: any one. Otherwise the main one, number 0, and k - 1 of the others without replacement. With fewer than k captions,
-    all of them, repeated in turn: a caption that comes twice is one more positive of the same image."""
+    k = 1: any one, each with its share of `chances`, or all alike. Otherwise the main one, number 0, and k - 1 of the others
+    without replacement. With fewer than k captions, all of them, repeated in turn: a caption that comes twice is one more
+    positive of the same image."""
+    if k == 1 and chances is not None:
+        return [int(rng.choice(n, p=np.divide(chances, sum(chances))))]
     if k == 1:
         return [int(rng.integers(n))]
     if n <= k:

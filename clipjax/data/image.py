@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from clipjax.config import Augment
+from clipjax.config import Augment, Data
+from clipjax.data.filter import check_size
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -50,6 +51,18 @@ def fit(image: Image.Image, size: int, resize: Literal["squash", "crop"]) -> np.
     width, height = size * width // short, size * height // short
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.resize((width, height), BICUBIC).crop((left, top, left + size, top + size)))
+
+
+def training(stored: bytes | Path, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [size, size, 3] of a stored image, augmented. Raises Filtered, and what decoding raises."""
+    image = decode(stored, min_decoded_side(size, data.augment))
+    check_size(data.filter, *image.size)
+    return transform(image, size, data.resize, data.augment, rng)
+
+
+def evaluation(stored: bytes | Path, size: int, data: Data) -> np.ndarray:
+    """uint8 [size, size, 3] of a stored image, not augmented. Raises what decoding raises."""
+    return fit(decode(stored), size, data.resize)
 
 
 def min_decoded_side(size: int, augment: Augment) -> int:

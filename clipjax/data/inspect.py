@@ -10,6 +10,7 @@ from PIL import Image
 
 from clipjax import config
 from clipjax.data.captions import caption_id
+from clipjax.data.faults import shown
 from clipjax.data.image import decode
 from clipjax.data.sheet import Cell, contact_sheet
 from clipjax.data.source import Record, Source
@@ -104,5 +105,5 @@ def _spread(values: list[int]) -> dict[str, float]:
 def _contact_sheet(source: Source, readable: list[int], title: str) -> Image.Image:
     """The same random images every time, so that two sheets can be compared."""
     chosen = np.random.default_rng(0).permutation(readable)[: GRID * GRID].tolist()
-    examples = [source[i] for i in chosen]
-    return contact_sheet(title, [Cell(e.image, [(e.captions[0], "#333333")]) for e in examples], GRID)
+    cells = [Cell(x.image, [(text, "#333333") for text in x.record.captions[:1]]) for x in shown(source, chosen)]
+    return contact_sheet(title, cells, GRID)

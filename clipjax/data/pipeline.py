@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,8 @@ from absl import flags
 
 from clipjax import config
 from clipjax.config import ConfigError, require
-from clipjax.data import captions
-from clipjax.data.image import fit, min_decoded_side, transform
-from clipjax.data.order import Order, derived
+from clipjax.data.examples import Direct, EvaluationExample, TrainingExample
+from clipjax.data.order import Random, derived
 from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
@@ -60,54 +59,6 @@ class BatchStream(Iterator[Batch]):
         self.close()
 
 
-@dataclass(frozen=True)
-class _TrainExample:
-    """Makes the example at a position of the order. Grain calls it in a worker, with a random generator of this position."""
-
-    source: Source
-    order: Order
-    tokenizer: Tokenizer
-    data: config.Data
-    size: int
-    teacher: Teacher | None
-
-    def __call__(self, position: int, rng: np.random.Generator) -> Batch:
-        data, k, index = self.data, self.data.captions_per_image, self.order[position]
-        example = self.source.read(index, min_decoded_side(self.size, data.augment))
-        chosen = [example.captions[i] for i in captions.choose(len(example.captions), k, rng)]
-        tokens, truncated = self.tokenizer.encode(chosen)
-        arrays: Batch = {
-            "image": transform(example.image, self.size, data.resize, data.augment, rng),
-            "text": tokens if k > 1 else tokens[0],
-            "index": np.int32(index),
-            "replaced": np.bool_(example.replaced),
-            "truncated": truncated if k > 1 else truncated[0],
-        }
-        if data.ids == "caption":
-            arrays["id"] = np.int32(captions.caption_id(example.captions[0]))
-        return arrays if self.teacher is None else arrays | self.teacher[example.index]
-
-
-@dataclass(frozen=True)
-class _EvalExample:
-    """Makes an example from its index, or padding from an index past the source's end."""
-
-    source: Source
-    data: config.Data
-    size: int
-
-    def __call__(self, index: int) -> Batch:
-        real = index < len(self.source)
-        example = self.source.read(index if real else 0)
-        return {
-            "image": fit(example.image, self.size, self.data.resize),
-            "index": np.int32(index if real else -1),
-            "label": np.int32(example.label),
-            "mask": np.bool_(real and not example.replaced),
-            "replaced": np.bool_(real and example.replaced),
-        }
-
-
 def train_batches(
     source: Source,
     tokenizer: Tokenizer,
@@ -129,7 +80,9 @@ def train_batches(
 
     - `image` uint8 [b, s, s, 3] and `text` int32 [b, t]; with `data.captions_per_image` = K > 1, `text` int32 [b, K, t];
     - `index` int32 [b], the example's number in the source. A replaced example keeps its own number;
-    - `replaced` bool [b]: the image could not be read, and another example replaces it;
+    - `replaced` bool [b]: the example is bad, and another replaces it (`Order.stand_in`); `fault` int8 [b] is its kind, 1 + the
+      index in FAULTS, or 0, and `fault_index` int32 [b] its number in the source, or -1;
+    - `filtered` bool [b]: data.filter leaves the example out, and another replaces it;
     - `truncated` bool [b], or [b, K]: the caption was too long;
     - with `data.ids`, `id` int32 [b] of the main caption (`captions.caption_id`);
     - with `data.teacher`, `teacher_image` and `teacher_text` (of the main caption) float32 [b, f]. `teacher` is that file, if it
@@ -140,38 +93,71 @@ def train_batches(
     full batch, and the next one is shuffled again.
 
     Raises ConfigError as `check_source` and `Teacher` do, and for a batch that the processes can't divide equally."""
-    n = len(source)
     local = _local_batch(batch_size, process_count)
     check_source(source, data, batch_size)
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
     if teacher is None and data.teacher is not None:
         teacher = Teacher(data.teacher, source)
-    make_example = _TrainExample(source, Order(n, batch_size, seed), tokenizer, data, image_size, teacher)
-    # From positions, not from examples: Grain would decode all images of a batch before it augments the first. They count on
-    # over all epochs, and random_map keys its generator by them.
-    positions = grain.MapDataset.range(sys.maxsize).random_map(make_example, seed=derived(seed, "choices"))
-    batches = positions.batch(local, drop_remainder=True)
-    return _open(_without(batches[process_index::process_count], skip)[start_step:], data)
+    order = Random(len(source), batch_size, seed)
+    make_example = TrainingExample(source, order, Direct(source), tokenizer, data, image_size, teacher)
+    # Grain gives each position of the order its own random generator. Positions count on over all epochs.
+    positions = grain.MapDataset.range(sys.maxsize)
+    at = _AtPosition(make_example, batch_size)
+    examples = positions.random_map(at, seed=derived(seed, "choices"))
+    own = _Own(config.Train(skip=skip).place, start_step, batch_size, local, process_index)
+    return _open(positions.map(_Picked(examples, own)), data, local)
 
 
-def _without(batches: grain.MapDataset, skip: tuple[tuple[int, int], ...]) -> grain.MapDataset:
-    """`batches` without the ranges of `skip`, which ascend."""
-    if not skip:
-        return batches
-    starts, ends = (0, *(end for _, end in skip)), (*(first for first, _ in skip), None)
-    parts = [batches[start:end] for start, end in zip(starts, ends, strict=True) if start != end]
-    return grain.MapDataset.concatenate(parts)
+@dataclass(frozen=True)
+class _AtPosition:
+    """Makes the example at a position of the order."""
+
+    make_example: TrainingExample
+    batch_size: int
+
+    def __call__(self, position: int, rng: np.random.Generator) -> Batch:
+        return self.make_example(*divmod(position, self.batch_size), rng)
 
 
-def _open(batches: grain.MapDataset, data: config.Data) -> BatchStream:
+@dataclass(frozen=True)
+class _Own:
+    """The positions of this process's examples, in the order in which it needs them."""
+
+    batch_of_step: Callable[[int], int]  # which leaves out those of train.skip
+    start_step: int
+    batch_size: int  # global
+    local: int
+    process_index: int
+
+    def __call__(self, i: int) -> int:
+        step, place = divmod(i, self.local)
+        return self.batch_of_step(self.start_step + step) * self.batch_size + self.process_index * self.local + place
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """Element i is the example at position own(i)."""
+
+    examples: grain.MapDataset
+    own: _Own
+
+    def __call__(self, i: int) -> Batch:
+        example = self.examples[self.own(i)]
+        assert example is not None  # only a filtered dataset has gaps
+        return example
+
+
+def _open(examples: grain.MapDataset, data: config.Data, local: int) -> BatchStream:
     """Starts the workers that `data` asks for."""
     if data.worker_kind == "threads":
-        return BatchStream(batches.to_iter_dataset(_read_options(data.workers)))
+        options = grain.ReadOptions(num_threads=data.workers, prefetch_buffer_size=2 * local)
+        return BatchStream(examples.to_iter_dataset(options).batch(local, drop_remainder=True))
     if not flags.FLAGS.is_parsed():  # Grain passes its own flags to its workers
         flags.FLAGS.mark_as_parsed()
     single = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     workers = grain.MultiprocessingOptions(num_workers=data.workers)
-    return BatchStream(batches.to_iter_dataset(single).mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
+    batches = examples.batch(local, drop_remainder=True).to_iter_dataset(single)
+    return BatchStream(batches.mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
 
 
 def check_source(source: Source, data: config.Data, batch_size: int) -> None:
@@ -183,7 +169,7 @@ def check_source(source: Source, data: config.Data, batch_size: int) -> None:
         return
     most, sample = 0, np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(int)).tolist()
     for i in sample:
-        if (most := max(most, len(source.record(i).captions))) >= k:
+        if (most := max(most, len(source.text(i).captions))) >= k:
             return
     remedy = f"no example of {source.name} has more than {most} ({len(sample):,} were looked at): use at most that many"
     raise ConfigError(f"data.captions_per_image = {k}: {remedy}, or set data.text_field to a field of several")
@@ -222,13 +208,13 @@ def eval_batches(
     never change. All processes get the same number of batches."""
     local = _local_batch(batch_size, process_count)
     padded = math.ceil(len(source) / batch_size) * batch_size
-    batches = grain.MapDataset.range(padded).map(_EvalExample(source, data, image_size)).batch(local)
+    batches = grain.MapDataset.range(padded).map(EvaluationExample(source, data, image_size)).batch(local)
     return BatchStream(batches[process_index::process_count].to_iter_dataset(_read_options(data.workers)))
 
 
 def eval_captions(source: Source) -> tuple[list[str], np.ndarray]:
-    """Every caption of every example, m in all, and int32 [m]: the index of its example. Decodes no image."""
-    of_examples = [source.record(i).captions for i in range(len(source))]
+    """Every caption of every example, m in all, and int32 [m]: the index of its example. Reads no image."""
+    of_examples = [record.captions for record in source.texts()]
     example = np.repeat(np.arange(len(of_examples), dtype=np.int32), [len(c) for c in of_examples])
     return [text for several in of_examples for text in several], example
 

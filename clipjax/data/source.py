@@ -1,18 +1,16 @@
-"""What a source of images and captions is: examples by index. Another example replaces one that can't be read."""
+"""What a source of images and captions is: examples by number, one at a time or in chunks, with or without their images."""
 
 import logging
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from clipjax.data.image import decode
-from clipjax.status import CertainFailure
-
-TRIES = 64  # other examples tried in place of an unreadable one
+CHUNK = 128  # examples of a chunk, where the storage has no larger unit of its own
 
 log = logging.getLogger(__name__)
 
@@ -21,28 +19,32 @@ log = logging.getLogger(__name__)
 class Record:
     """An example as stored, its image not yet decoded."""
 
-    image: bytes | Path  # empty: it has none
+    image: bytes | Path  # empty: it has none, or it was not asked for
     captions: tuple[str, ...]  # the first is the main one
     key: str
     label: int = -1  # index of its class name; -1: none
+    chances: tuple[float, ...] | None = None  # with which each caption is chosen; None: all alike
+    number: float | None = None  # the value of data.filter.number, where that is asked for and there
 
 
 @dataclass(frozen=True)
-class Example:
-    image: Image.Image  # RGB
-    captions: tuple[str, ...]  # at least one
-    key: str
-    label: int
-    index: int  # the number, in the source, of the example that was read: of a replacement, its own
-    replaced: bool  # this example is used in place of one that can't be read
+class Fetched:
+    """A chunk in memory."""
+
+    content: Any  # what the source's `record_in` reads
+    nbytes: int
 
 
 class Source(ABC):
-    """Examples by index. A source can be pickled, and read by several threads at once."""
+    """Examples by number. A source can be pickled, and read by several threads at once.
+
+    Storage that is read best in large pieces has chunks: runs of consecutive examples, each fetched with one read."""
 
     name: str  # SPEC/SPLIT, or the SPEC alone where there are no splits
     classnames: tuple[str, ...] | None = None  # by label
     fields: dict[str, str]  # every field that is stored, and its kind
+    version: str = ""  # names what is stored now, as far as the storage knows: part of the fingerprint
+    captioned: bool = True  # False: images alone
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
@@ -53,50 +55,62 @@ class Source(ABC):
     @abstractmethod
     def _record(self, i: int) -> Record: ...
 
+    def read(self, i: int) -> Record:
+        """Example i, its image not decoded. May raise anything."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._record(i)
+
     def record(self, i: int) -> Record:
         """Example i, its image not decoded. If it can't be read, that is logged, and it has no caption and an empty image."""
-        if i >= len(self):
+        if not 0 <= i < len(self):
             raise IndexError(i)
         try:
             return self._record(i)
         except Exception as e:  # a reader may raise anything
-            self._warn(f"number {i}", "can't be read", e)
+            self.warn(f"number {i}", f"can't be read: {type(e).__name__}: {e}")
             return Record(b"", (), f"number {i}")
 
-    def _warn(self, key: str, what: str, error: Exception) -> None:
-        """Logs an error, once for each key. It stores the key, not the exception: that would keep arrays in memory."""
-        if key not in self._warned:
-            self._warned.add(key)
-            log.warning("%s: example %s %s: %s", self.name, key, what, f"{type(error).__name__}: {error}")
+    def text(self, i: int) -> Record:
+        """Example i without its image: what the storage reads fastest."""
+        return replace(self.record(i), image=b"")
+
+    def texts(self) -> Iterator[Record]:
+        """Every example without its image, in order."""
+        return map(self.text, range(len(self)))
 
     def captions(self) -> Iterator[str]:
-        """All captions, without decoding images: what a tokenizer is trained on."""
-        for i in range(len(self)):
-            yield from self.record(i).captions
+        """All captions: what a tokenizer is trained on."""
+        return (caption for record in self.texts() for caption in record.captions)
 
-    def __getitem__(self, i: int) -> Example:
-        return self.read(i)
+    def part_of(self, i: int) -> tuple[int, int]:
+        """Which part of a mixture example i is of, and its number there."""
+        return 0, i
 
-    def read(self, i: int, min_side: int | None = None) -> Example:
-        """Example i. If it can't be read, or has no image or caption: another one, always the same (`replaced`). That is logged.
+    def buckets(self) -> np.ndarray:
+        """uint8 [n]: crc32 of each example's key in UTF-8, mod 100. Splits as `train#0-95` are ranges of it."""
+        return np.fromiter((bucket(record.key) for record in self.texts()), np.uint8, len(self))
 
-        `min_side`: sides of that many pixels are enough (see `image.decode`). Raises CertainFailure if no other can be read."""
-        if example := self._try(i, min_side):
-            return example
-        for j in np.random.default_rng(i).integers(len(self), size=TRIES).tolist():
-            if example := self._try(j, min_side):
-                return replace(example, replaced=True)
-        bad = self.record(i)
-        name = bad.image if isinstance(bad.image, Path) else bad.key
-        remedy = "can't be read (the log has the reasons); check the files and their paths"
-        raise CertainFailure(f"{self.name}: {name} and {TRIES} others {remedy}")
+    def chunks(self) -> np.ndarray:
+        """int64 [c]: how many examples each chunk has. Together they are all examples, in order."""
+        starts = np.arange(0, len(self), CHUNK)
+        return np.minimum(len(self) - starts, CHUNK)
 
-    def _try(self, i: int, min_side: int | None) -> Example | None:
-        record = self.record(i)
-        try:
-            if not record.captions or not record.image:
-                raise ValueError(f"it has no {'image' if record.captions else 'caption'}")
-            return Example(decode(record.image, min_side), record.captions, record.key, record.label, i, replaced=False)
-        except Exception as e:  # a decoder may raise anything, and a bad image must not end a run
-            self._warn(record.key, "is replaced by another", e)
-            return None
+    def fetch(self, chunk: int) -> Fetched:
+        """Reads a chunk. May raise anything."""
+        return Fetched(chunk * CHUNK, 0)
+
+    def record_in(self, fetched: Fetched, chunk: int, j: int) -> Record:
+        """Example j of a fetched chunk, counted from 0. May raise anything."""
+        return self._record(fetched.content + j)
+
+    def warn(self, key: str, what: str) -> None:
+        """Logs what is wrong with an example, once for each key."""
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning("%s: example %s %s", self.name, key, what)
+
+
+def bucket(key: str) -> int:
+    """crc32 of a key mod 100."""
+    return zlib.crc32(key.encode("utf-8", "surrogatepass")) % 100

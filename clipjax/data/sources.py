@@ -1,13 +1,13 @@
-"""Where images and captions come from: `emoji`, `tfds:NAME[/CONFIG][:VERSION]` or `tsv:FILE`, all read by index."""
+"""Where images and captions come from: opens what a SPEC names."""
 
 from clipjax import config
 from clipjax.data.source import Source
-from clipjax.data.tsv import Tsv
 from clipjax.files import local_path
 
 
 def open_source(data: config.Data) -> Source:
-    """The source that `data.spec` and `data.split` name. `emoji` is built first if it does not exist yet.
+    """The source that `data.spec` and `data.split` name, or the mixture of `data.sources`. `emoji` is built first if it does not
+    exist yet.
 
     Raises ConfigError, which names the valid ones, for an unknown dataset, split or field."""
     kind, _, rest = data.spec.partition(":")
@@ -20,5 +20,8 @@ def open_source(data: config.Data) -> Source:
             from clipjax.data.tfds_source import Tfds, find_dataset
 
             return Tfds(data, find_dataset(data.spec, rest))
-        case _:  # tsv: `config.Data` takes no others
+        case "tsv":
+            from clipjax.data.tsv import Tsv
+
             return Tsv(data, local_path("data.spec", rest).expanduser())
+    raise config.ConfigError(f"data.spec = {data.spec!r}: can't be read yet")

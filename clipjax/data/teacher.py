@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from clipjax.config import ConfigError
+from clipjax.data.faults import shown
 from clipjax.data.source import Source
 from clipjax.files import local_path
 
@@ -30,13 +31,13 @@ class Teacher:
         row_of: dict[str, int] = {}
         for row, key in enumerate(keys):
             row_of.setdefault(key, row)
-        self._rows = np.array([row_of.get(source.record(i).key, -1) for i in range(len(source))], np.int32)
+        self._rows = np.fromiter((row_of.get(record.key, -1) for record in source.texts()), np.int32, len(source))
         absent = np.flatnonzero(self._rows < 0).tolist()
-        missing = next((i for i in absent if not source.read(i).replaced), None)
+        missing = next((x.number for x in shown(source, absent) if x.record.captions), None)
         if missing is not None:
             what = f"has no row for {len(absent):,} of the {len(source):,} examples of {source.name}"
             remedy = "write it from the same dataset and split with `clipjax embed`"
-            raise ConfigError(f"{self._name}: {what}, the first with key {source.record(missing).key!r}; {remedy}")
+            raise ConfigError(f"{self._name}: {what}, the first with key {source.text(missing).key!r}; {remedy}")
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """`teacher_image` and `teacher_text` (of the main caption) float32 [f] of the source's example i."""

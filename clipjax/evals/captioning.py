@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from clipjax import config
+from clipjax.data.faults import Shown, shown
 from clipjax.data.sheet import Cell, contact_sheet
 from clipjax.data.source import Source
 from clipjax.data.sources import open_source
@@ -128,12 +129,11 @@ class CaptioningEvaluation(Evaluation):
     def samples(self, captions: Mapping[int, str], n: int) -> list[CaptionSample]:
         """At most n images with these captions. They are the same images every time, so that two steps can be compared."""
         chosen = np.random.default_rng(0).permutation(list(captions))[:n].tolist()
-        return [self._sample(i, captions[i]) for i in chosen]
+        return [self._sample(example, captions[example.number]) for example in shown(self._source, chosen)]
 
-    def _sample(self, i: int, caption: str) -> CaptionSample:
-        example = self._source[i]
-        correct = caption_metrics.exact_match([caption], [self._accepted[i]]) == 1
-        return CaptionSample(example.image, example.key, caption, example.captions[0], correct)
+    def _sample(self, example: Shown, caption: str) -> CaptionSample:
+        correct = caption_metrics.exact_match([caption], [self._accepted[example.number]]) == 1
+        return CaptionSample(example.image, example.record.key, caption, example.record.captions[0], correct)
 
     def _nll(self, params: Params, images: Array, tokens: Int[Array, "b t"]) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
         """The sum of -log p over each caption's tokens, and their number."""

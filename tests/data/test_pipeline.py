@@ -10,7 +10,7 @@ import pytest
 from clipjax import config
 from clipjax.config import Augment, ConfigError, Data
 from clipjax.data.captions import caption_id
-from clipjax.data.image import fit
+from clipjax.data.image import decode, fit
 from clipjax.data.pipeline import eval_batches, eval_captions, train_batches
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
@@ -70,8 +70,11 @@ def test_shapes_and_types(batches, tokenizer):
         "image": ((8, SIZE, SIZE, 3), "uint8"),
         "text": ((8, tokenizer.length), "int32"),
         "index": ((8,), "int32"),
-        "replaced": ((8,), "bool"),
         "truncated": ((8,), "bool"),
+        "fault": ((8,), "int8"),
+        "fault_index": ((8,), "int32"),
+        "replaced": ((8,), "bool"),
+        "filtered": ((8,), "bool"),
     }
     assert not batch["replaced"].any()
     assert not batch["truncated"].any()
@@ -340,7 +343,7 @@ def test_evaluation_is_complete_in_order_and_not_augmented(data, resize):
     images = np.concatenate([b["image"] for b in seen])
     source = open_source(data)
     for i in range(41):
-        np.testing.assert_array_equal(images[i], fit(source[i].image, SIZE, resize))
+        np.testing.assert_array_equal(images[i], fit(decode(source.read(i).image), SIZE, resize))
 
 
 def test_hosts_share_an_evaluation(data):
@@ -385,7 +388,8 @@ def test_workers_log_as_the_command_line_does(batches, tmp_path, images_tsv, cap
     batches(2, batch_size=4, source=source, worker_kind="processes", workers=1)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(f"WARNING: {source.name}: example 0.png is replaced by another: UnidentifiedImageError: ")
+    expected = "example 0.png is replaced by another: it has an image that can't be used: UnidentifiedImageError: "
+    assert lines[0].startswith(f"WARNING: {source.name}: {expected}")
 
 
 def test_workers_end_cleanly(data, tmp_path):

@@ -13,9 +13,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data.source import TRIES
+from clipjax.data.examples import TRIES, Direct, TrainingExample
+from clipjax.data.faults import BAD_IMAGE, FAULTS, NO_CAPTION, NO_IMAGE, UNREAD, shown
+from clipjax.data.order import Random
 from clipjax.data.sources import open_source
 from clipjax.data.teacher import Teacher
+from clipjax.data.tokenizer import Tokenizer
 from clipjax.status import CertainFailure
 from tests.data.conftest import IMAGES, write_tsv
 
@@ -65,7 +68,7 @@ LABEL = (FEATURES.ClassLabel(names=["tabby_cat", "dog"]), lambda i: i % 2)
 
 def by_red(source):
     """Captions by what the image shows: tfds stores examples in an order of its own."""
-    return {int(np.asarray(e.image)[0, 0, 0]) // 20: e.captions for e in map(source.__getitem__, range(len(source)))}
+    return {int(np.asarray(x.image)[0, 0, 0]) // 20: x.record.captions for x in shown(source, range(len(source)))}
 
 
 def test_caption(toy):
@@ -74,8 +77,8 @@ def test_caption(toy):
     assert by_red(source) == {i: (f"image {i}",) for i in range(10)}
     assert sorted(source.captions()) == [f"image {i}" for i in range(10)]
     assert source.classnames == ("tabby cat", "dog")
-    assert all(source[i].label == int(source[i].captions[0][-1]) % 2 for i in range(10))
-    assert source[0].image.mode == "RGB"
+    assert all(source.record(i).label == int(source.record(i).captions[0][-1]) % 2 for i in range(10))
+    assert next(shown(source, [0])).image.mode == "RGB"
     assert set(source.fields) == {"image", "caption", "label", "note"}
 
 
@@ -88,7 +91,7 @@ def test_label_only(toy):
 
 def test_text_that_is_only_a_file_name_is_the_key(toy):
     source = toy({"label": LABEL, "file_name": (FEATURES.Text(), lambda i: f"{i}.jpg")})
-    example = source[3]
+    example = source.record(3)
     assert example.captions[0] in ("tabby cat", "dog")
     assert example.key.endswith(".jpg")
 
@@ -120,7 +123,7 @@ def test_sequence_of_sequences(toy):
     record.features.feature["texts/ragged_flat_values"].bytes_list.value.extend([b"a", b"b", b"c"])
     record.features.feature["texts/ragged_row_lengths_0"].int64_list.value.extend([2, 1])
     source._records = [record.SerializeToString()]
-    assert source[0].captions == ("a", "b", "c")
+    assert source.record(0).captions == ("a", "b", "c")
 
 
 def test_chosen_field(toy):
@@ -159,8 +162,8 @@ def test_can_be_pickled_and_read_by_threads(toy):
     source = toy({"caption": TEXT})
     copy = pickle.loads(pickle.dumps(source))
     with ThreadPoolExecutor(8) as pool:
-        seen = list(pool.map(lambda i: copy[i % 10].captions, range(200)))
-    assert seen == [source[i % 10].captions for i in range(200)]
+        seen = list(pool.map(lambda i: copy.record(i % 10).captions, range(200)))
+    assert seen == [source.record(i % 10).captions for i in range(200)]
 
 
 @pytest.mark.parametrize(
@@ -215,8 +218,8 @@ def test_tsv(images_tsv):
     source = open_source(config.Data(spec=f"tsv:{images_tsv}"))
     assert len(source) == IMAGES
     assert source.classnames is None
-    example = source[7]
-    assert (example.captions, example.key, example.label, example.replaced) == (("number 7",), "7.png", -1, False)
+    (example,) = shown(source, [7])
+    assert (example.record.captions, example.record.key, example.record.label) == (("number 7",), "7.png", -1)
     assert (np.asarray(example.image)[..., 0] == 28).all()
     assert list(source.captions())[:2] == ["number 0", "number 1"]
 
@@ -237,7 +240,7 @@ def test_tsv_with_other_columns(images_tsv):
     path = path.rename(path.with_name("other.tsv"))
     write_tsv(images_tsv.parent, [(f"{i}.png", f"number {i}") for i in range(IMAGES)])
     source = open_source(config.Data(spec=f"tsv:{path}", image_field="image", text_field="alt"))
-    assert source[0].captions == ("b",)
+    assert source.record(0).captions == ("b",)
     with pytest.raises(ConfigError, match=r"data.image_field = 'filepath': is not among the columns .* image, title, alt"):
         open_source(config.Data(spec=f"tsv:{path}"))
     with pytest.raises(ConfigError, match=r"data.text_field = 'x': is not among the columns of other.tsv"):
@@ -292,7 +295,7 @@ def test_names_include_the_split_if_there_is_one(toy, images_tsv):
         open_source(config.Data(spec=f"tsv:{images_tsv}", split="val"))
 
 
-@pytest.mark.parametrize("spec", ["imagenet", "emoji:x", "tfds:", "tsv:", "wds:a.tar"])
+@pytest.mark.parametrize("spec", ["imagenet", "emoji:x", "tfds:", "tsv:", "files:a.tar"])
 def test_unknown_spec(spec):
     with pytest.raises(ConfigError, match=rf"data.spec = '{spec}': must be emoji, tfds:NAME"):
         open_source(config.Data(spec=spec))
@@ -310,25 +313,42 @@ def damaged(tmp_path, images_tsv):
     return config.Data(spec=f"tsv:{path}")
 
 
+SIZE = 4
+
+
+def made(source, n, share=None):
+    """The example at each place of an epoch's batches of `share`, n in all; by default one batch is all of them."""
+    share, tokenizer = share or n, Tokenizer.train(["number"], 265, lowercase=True, length=24)
+    make = TrainingExample(source, Random(n, share, 0), Direct(source), tokenizer, config.Data(spec="emoji"), SIZE, None)
+    examples = [make(*divmod(i, share), np.random.default_rng(i)) for i in range(n)]
+    return [(e, tokenizer.decode(e["text"])) for e in examples]
+
+
+def bad_ones(examples):
+    """The number of each replaced example, and its fault."""
+    return {int(e["index"]): FAULTS[e["fault"] - 1] for e, _ in examples if e["replaced"]}
+
+
 def test_unreadable_images_are_replaced_by_other_examples(damaged, caplog):
     source = open_source(damaged)
     with caplog.at_level(logging.WARNING):
-        examples = [source[i] for i in range(12)]
-        again = [source[i] for i in range(12)]
-    assert [i for i, e in enumerate(examples) if e.replaced] == [2, 5, 9]
-    for e in examples:  # image and caption still belong together
-        assert (np.asarray(e.image)[..., 0] == 4 * int(e.captions[0].split()[1])).all()
+        examples, again = made(source, 12, 4), made(source, 12, 4)
+    assert bad_ones(examples) == dict.fromkeys((2, 5, 9), BAD_IMAGE)
+    for e, caption in examples:  # image and caption still belong together
+        assert (e["image"][..., 0] == 4 * int(caption.split()[1])).all()
+    assert [caption for _, caption in examples] == [caption for _, caption in again]
+    for batch in (examples[:4], examples[4:8], examples[8:]):
+        assert len({caption for _, caption in batch}) == 4  # none is its own negative
     messages = [r.getMessage() for r in caplog.records]
-    assert [e.key for e in examples] == [e.key for e in again] == [open_source(damaged)[i].key for i in range(12)]
-    assert len([m for m in messages if "2.png is replaced by another: OSError" in m]) == 1
-    assert [m.split()[2] for m in messages if "5.png is" in m or "9.png is" in m] == ["5.png", "9.png"]
+    assert len([m for m in messages if "2.png is replaced by another: it has an image that can't be used: OSError" in m]) == 1
+    assert sorted(m.split()[2] for m in messages if "5.png is" in m or "9.png is" in m) == ["5.png", "9.png"]
 
 
 def test_examples_without_a_caption_are_replaced_too(toy):
     source = toy({"texts": (FEATURES.Sequence(FEATURES.Text()), lambda i: [] if i == 4 else [f"{i}"])})
-    examples = [source[i] for i in range(10)]
-    assert sum(e.replaced for e in examples) == 1
-    assert all(e.captions == (str(np.asarray(e.image)[0, 0, 0] // 20),) for e in examples)
+    examples = made(source, 10, 5)
+    assert list(bad_ones(examples).values()) == [NO_CAPTION]
+    assert all(caption == str(e["image"][0, 0, 0] // 20) for e, caption in examples)
 
 
 def test_examples_without_an_image_and_torn_records_are_replaced_too(toy, caplog):
@@ -339,33 +359,32 @@ def test_examples_without_an_image_and_torn_records_are_replaced_too(toy, caplog
     source._records = [source._records[i] for i in range(10)]
     source._records[2], source._records[5] = bare.SerializeToString(), torn.SerializeToString()[:-3]
     with caplog.at_level(logging.WARNING):
-        examples = [source[i] for _ in range(2) for i in range(10)]
-    assert [i for i, e in enumerate(examples[:10]) if e.replaced] == [2, 5]
-    for e in examples:
-        assert e.captions == (f"image {np.asarray(e.image)[0, 0, 0] // 20}",)
+        examples = made(source, 10, 5) + made(source, 10, 5)
+    assert bad_ones(examples) == {2: NO_IMAGE, 5: UNREAD}
+    for e, text in examples:
+        assert text == f"image {e['image'][0, 0, 0] // 20}"
+    messages = sorted(r.getMessage() for r in caplog.records)
+    assert len(messages) == 2
+    assert "example number 5 is replaced by another: it can't be read: DecodeError" in messages[0]
+    assert "example train-2 is replaced by another: it has no image" in messages[1]
     assert (source.record(2).captions, source.record(2).label) == ((caption,), -1)  # what is there can be evaluated
     assert source.record(5).captions == ()
     assert len(list(source.captions())) == 9
-    messages = sorted(r.getMessage() for r in caplog.records)
-    assert len(messages) == 2
-    assert "example number 5 can't be read: DecodeError" in messages[0]
-    assert "example train-2 is replaced by another: ValueError: it has no image" in messages[1]
-    assert len(list(source)) == 10  # the sequence has an end
 
 
 def test_a_bad_example_keeps_no_exception_in_memory(damaged, monkeypatch):
     """An exception holds its frames, and a frame holds the image that was being read."""
     large = []
 
-    def fail(source, min_side=None):
+    def fail(*_):
         image = np.zeros(10)
         large.append(weakref.ref(image))
         raise OSError("torn")
 
     source = open_source(damaged)
-    monkeypatch.setattr("clipjax.data.source.decode", fail)
-    with pytest.raises(CertainFailure):
-        source[0]
+    monkeypatch.setattr("clipjax.data.image.training", fail)
+    with pytest.raises(CertainFailure, match=r"\.png and 64 others can't be read"):
+        made(source, 12, 4)
     gc.collect()
     assert len(large) == TRIES + 1
     assert not any(ref() for ref in large)
@@ -395,5 +414,5 @@ def test_an_address_is_no_path_of_an_image(tmp_path):
 
 def test_nothing_readable_is_an_error(tmp_path):
     path = write_tsv(tmp_path, [("a.png", "a"), ("b.png", "b")])
-    with pytest.raises(CertainFailure, match=rf"tsv:.*pairs.tsv: .*a.png and {TRIES} others can't be read .* check the files"):
-        open_source(config.Data(spec=f"tsv:{path}"))[0]
+    with pytest.raises(CertainFailure, match=rf"tsv:.*pairs.tsv: .*.png and {TRIES} others can't be read .* check the files"):
+        made(open_source(config.Data(spec=f"tsv:{path}")), 2)

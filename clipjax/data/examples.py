@@ -1,0 +1,135 @@
+"""From records to arrays: an example of a training batch, with a stand-in for a bad one, and an example of an evaluation."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from clipjax import config
+from clipjax.data import captions, image
+from clipjax.data.faults import BAD_IMAGE, FAULTS, Bad, usable
+from clipjax.data.filter import Filtered, check_text
+from clipjax.data.order import Order
+from clipjax.data.source import Record, Source
+from clipjax.data.teacher import Teacher
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.status import CertainFailure
+
+Arrays = dict[str, Any]  # of a single example also scalars of NumPy
+TRIES = 64  # stand-ins that may be bad, too
+FILTERED_TRIES = 2000  # stand-ins that data.filter may leave out
+
+
+class Reader(Protocol):
+    """Reads the example `number`, which is at a place of a batch of the order. May raise anything."""
+
+    def __call__(self, step: int, place: int, number: int) -> Record: ...
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Reads each example by itself."""
+
+    source: Source
+
+    def __call__(self, step: int, place: int, number: int) -> Record:
+        return self.source.read(number)
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """Makes the example at a place of a batch."""
+
+    source: Source
+    order: Order
+    reader: Reader
+    tokenizer: Tokenizer
+    data: config.Data
+    size: int
+    teacher: Teacher | None
+    parts: tuple[config.Data, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", self.data.parts)
+
+    def __call__(self, step: int, place: int, rng: np.random.Generator) -> Arrays:
+        """`rng`: of this place of this batch.
+
+        Raises CertainFailure if none of TRIES stand-ins can be used, and if data.filter leaves out too many."""
+        number = first = int(self.order.at(step, np.array([place]))[0])
+        fault, fault_index, filtered, tries, failed, arrays = 0, -1, 0, 0, "", None
+        while arrays is None:
+            try:
+                arrays = self._arrays(step, place, number, rng)
+            except Filtered:
+                filtered += 1
+            except Bad as bad:
+                self.source.warn(bad.key, f"is replaced by another: it {bad}")
+                fault, fault_index = fault or 1 + FAULTS.index(bad.fault), fault_index if fault else number
+                tries, failed = tries + 1, failed or bad.key
+            # Here, and not where the exceptions are caught: the one that is raised would hold them, and they what was being read.
+            if arrays is None:
+                self._check_tries(failed, tries, filtered)
+                number = self.order.stand_in(step, place, tries + filtered)
+        replaced = {"fault": np.int8(fault), "fault_index": np.int32(fault_index), "replaced": np.bool_(fault > 0)}
+        return arrays | replaced | {"index": np.int32(first), "filtered": np.bool_(filtered > 0)}
+
+    def _check_tries(self, failed: str, tries: int, filtered: int) -> None:
+        if filtered > FILTERED_TRIES:
+            raise CertainFailure(f"data.filter of {self.source.name}: leaves out {filtered:,} examples in a row: loosen it")
+        if tries > TRIES:
+            remedy = "can't be read (the log has the reasons); check the files and their paths"
+            raise CertainFailure(f"{self.source.name}: {failed} and {TRIES} others {remedy}")
+
+    def _arrays(self, step: int, place: int, number: int, rng: np.random.Generator) -> Arrays:
+        """The arrays of the example `number`. Raises Bad, or Filtered."""
+        data, k = self.parts[self.source.part_of(number)[0]], self.data.captions_per_image
+        record = check_text(data.filter, usable(lambda: self.reader(step, place, number), number))
+        chosen = [record.captions[i] for i in captions.choose(len(record.captions), k, rng, record.chances)]
+        try:
+            pixels = image.training(record.image, self.size, data, rng)
+            tokens, truncated = self.tokenizer.encode(chosen)
+        except Filtered:
+            raise
+        except Exception as e:  # a decoder may raise anything, and a bad image must not end a run
+            raise Bad(BAD_IMAGE, record.key, e) from e
+        arrays: Arrays = {
+            "image": pixels,
+            "text": tokens if k > 1 else tokens[0],
+            "truncated": truncated if k > 1 else truncated[0],
+        }
+        if data.ids == "caption":
+            arrays["id"] = np.int32(captions.caption_id(record.captions[0]))
+        return arrays if self.teacher is None else arrays | self.teacher[number]
+
+
+@dataclass(frozen=True)
+class EvaluationExample:
+    """Makes an example from its number, or padding from a number past the source's end."""
+
+    source: Source
+    data: config.Data
+    size: int
+
+    def __call__(self, number: int) -> Arrays:
+        real, good, label = number < len(self.source), False, -1
+        pixels = np.zeros((self.size, self.size, 3), np.uint8)
+        if real:
+            try:
+                record = usable(lambda: self.source.read(number), number, self.source.captioned)
+                pixels, label, good = self._pixels(record), record.label, True
+            except Bad as bad:
+                self.source.warn(bad.key, f"is left out: it {bad}")
+        return {
+            "image": pixels,
+            "index": np.int32(number if real else -1),
+            "label": np.int32(label),
+            "mask": np.bool_(good),
+            "replaced": np.bool_(real and not good),
+        }
+
+    def _pixels(self, record: Record) -> np.ndarray:
+        try:
+            return image.evaluation(record.image, self.size, self.data)
+        except Exception as e:  # a decoder may raise anything
+            raise Bad(BAD_IMAGE, record.key, e) from e

@@ -1,0 +1,53 @@
+"""Examples that can't be used: what is wrong with them, and how the others are read."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from PIL import Image
+
+from clipjax.data import image
+from clipjax.data.source import Record, Source
+
+UNREAD, NO_IMAGE, NO_CAPTION, BAD_IMAGE = "can't be read", "has no image", "has no caption", "has an image that can't be used"
+FAULTS = (UNREAD, NO_IMAGE, NO_CAPTION, BAD_IMAGE)  # the `fault` of a batch is 0, or 1 + an index here
+
+
+class Bad(Exception):
+    """An example that can't be used."""
+
+    def __init__(self, fault: str, key: str, reason: Exception | None = None) -> None:
+        super().__init__(fault if reason is None else f"{fault}: {type(reason).__name__}: {reason}")
+        self.fault, self.key = fault, key
+
+
+def usable(read: Callable[[], Record], number: int, captioned: bool = True) -> Record:
+    """What `read()` returns of example `number`. Raises Bad where that fails, or the record lacks its image or, where
+    `captioned`, a caption."""
+    try:
+        record = read()
+    except Exception as e:  # a reader may raise anything
+        raise Bad(UNREAD, f"number {number}", e) from e
+    if not record.image:
+        raise Bad(NO_IMAGE, record.key)
+    if captioned and not record.captions:
+        raise Bad(NO_CAPTION, record.key)
+    return record
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example to look at."""
+
+    number: int  # of the source
+    image: Image.Image  # RGB
+    record: Record
+
+
+def shown(source: Source, numbers: Iterable[int]) -> Iterator[Shown]:
+    """Those of the examples that can be read, with their images decoded; the others are logged."""
+    for number in numbers:
+        record = source.record(number)
+        try:
+            yield Shown(number, image.decode(record.image), record)
+        except Exception as e:  # a decoder may raise anything
+            source.warn(record.key, f"is left out: {type(e).__name__}: {e}")
