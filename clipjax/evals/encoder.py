@@ -1,10 +1,9 @@
 """Embeddings of a full dataset, computed on all devices batch by batch. They stay on the devices that computed them."""
 
 import collections
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +12,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
-from tqdm import tqdm
 
 from clipjax import config, distributed, preemption
+from clipjax.data.bar import bar
 from clipjax.models.clip import Params, bind
 from clipjax.placement import make_placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
 Batch = dict[str, np.ndarray]  # this process's rows
 CACHE_BYTES = 256 * 2**20  # if a dataset's batches need at most so much, they stay in host memory between evaluations
-PROGRESS_DELAY = 5.0  # seconds before a progress line is shown
 IN_FLIGHT = 2  # batches that the devices may compute at a time: bounds memory, and keeps the devices busy
 
 T = TypeVar("T")
@@ -156,26 +154,11 @@ def progress(batches: CachedBatches, batch_size: int) -> Iterator[Batch]:
     """Yields the batches. After some seconds, the first process shows the rate and the time left on stderr: a terminal has one
     line that is redrawn, a log file a line every 30 s.
     """
-    live = sys.stderr.isatty()
-    pace: dict[str, Any] = dict(delay=PROGRESS_DELAY, mininterval=0.5 if live else 30, leave=not live)
-    pace |= {} if live else dict(file=_LogLines(), ascii=True, ncols=80)
-    total, unit = len(batches) * batch_size, f" {batches.unit}"
-    quiet = jax.process_index() != 0
-    with tqdm(desc=batches.name, total=total, unit=unit, unit_scale=True, disable=quiet, **pace) as bar:
+    total = len(batches) * batch_size
+    with bar(batches.name, total, batches.unit, quiet=jax.process_index() != 0) as shown:
         for batch in batches:
             yield batch
-            bar.update(batch_size)
-
-
-class _LogLines:
-    """A stream for tqdm that is no terminal: each state of the bar is a line of its own."""
-
-    def write(self, text: str) -> None:
-        if state := text.strip():
-            print(state, file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        pass
+            shown.update(batch_size)
 
 
 def to_host(x: Array) -> np.ndarray:

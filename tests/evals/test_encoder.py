@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clipjax.data import bar
 from clipjax.evals import encoder as module
 from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.sharding import batch_devices
@@ -90,7 +91,7 @@ def test_an_iteration_that_was_cut_short_is_not_cached():
 
 
 def test_progress_names_rate_and_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(module, "PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr(bar, "DELAY", 0.0)
     list(module.progress(CachedBatches(lambda: [{}] * 3, 3, "emoji/test", "images"), 256))
     line = capsys.readouterr().err
     assert "emoji/test: 100%" in line
