@@ -9,6 +9,7 @@ import jax
 
 from clipjax import config, distributed
 from clipjax.checkpoint import TOKENIZER
+from clipjax.data import reading
 from clipjax.data.pipeline import check_source, train_batches
 from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
@@ -54,7 +55,8 @@ def _new_tokenizer(run: config.Run, origin: Origin | None, source: Source) -> To
         return Tokenizer.load(file, text.length)
     if isinstance(run.tokenizer, config.TokenizerFile):
         return Tokenizer.load(run.tokenizer.path, text.length)
-    return Tokenizer.train(source.captions(), text.vocab_size, run.tokenizer.lowercase, text.length)
+    captions = source.captions(reading.texts(source))  # in the first process only
+    return Tokenizer.train(captions, text.vocab_size, run.tokenizer.lowercase, text.length)
 
 
 def _check_ids(run: config.Run, tokenizer: Tokenizer) -> None:
@@ -74,7 +76,8 @@ def _check_ids(run: config.Run, tokenizer: Tokenizer) -> None:
 def teacher(run: config.Run, source: Source) -> Teacher | None:
     """The teacher's embeddings, which run.data.teacher names; None if it names none. Raises ConfigError if they belong to other
     data."""
-    return None if run.data.teacher is None else Teacher(run.data.teacher, source)
+    quiet = jax.process_index() > 0
+    return None if run.data.teacher is None else Teacher(run.data.teacher, source, quiet)
 
 
 def batches(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teacher | None = None) -> Batches:

@@ -12,7 +12,7 @@ def bar(name: str, total: int, unit: str, *, quiet: bool = False, **more: Any) -
     """A bar of tqdm; call its `update(n)`, and close it or leave its `with` block. `unit`: of what is counted; `more`: tqdm's."""
     live = sys.stderr.isatty()
     pace: dict[str, Any] = dict(delay=DELAY, mininterval=0.5 if live else 30, leave=not live)
-    pace |= {} if live else dict(file=_LogLines(), ascii=True, ncols=80)
+    pace |= {} if live else dict(file=_LogLines(), ascii=True, ncols=len(name) + 70)  # a long name must not cut off the rate
     return tqdm(desc=name, total=total, unit=f" {unit}", unit_scale=True, disable=quiet, **pace | more)
 
 

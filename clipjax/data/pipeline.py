@@ -21,6 +21,7 @@ from absl import flags
 
 from clipjax import config
 from clipjax.config import ConfigError, require
+from clipjax.data import reading
 from clipjax.data.examples import Direct, EvaluationExample, TrainingExample
 from clipjax.data.order import Random, derived
 from clipjax.data.source import Source
@@ -212,9 +213,10 @@ def eval_batches(
     return BatchStream(batches[process_index::process_count].to_iter_dataset(_read_options(data.workers)))
 
 
-def eval_captions(source: Source) -> tuple[list[str], np.ndarray]:
-    """Every caption of every example, m in all, and int32 [m]: the index of its example. Reads no image."""
-    of_examples = [record.captions for record in source.texts()]
+def eval_captions(source: Source, quiet: bool = False) -> tuple[list[str], np.ndarray]:
+    """Every caption of every example, m in all, and int32 [m]: the index of its example. Reads no image. Shows its progress
+    unless `quiet`."""
+    of_examples = [record.captions for record in reading.texts(source, quiet)]
     example = np.repeat(np.arange(len(of_examples), dtype=np.int32), [len(c) for c in of_examples])
     return [text for several in of_examples for text in several], example
 

@@ -3,7 +3,7 @@
 import logging
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,9 @@ class Source(ABC):
         """Every example without its image, in order."""
         return map(self.text, range(len(self)))
 
-    def captions(self) -> Iterator[str]:
-        """All captions: what a tokenizer is trained on."""
-        return (caption for record in self.texts() for caption in record.captions)
+    def captions(self, texts: Iterable[Record] | None = None) -> Iterator[str]:
+        """All captions: what a tokenizer is trained on. `texts`: the result of `self.texts()`, if somebody watches it."""
+        return (caption for record in (self.texts() if texts is None else texts) for caption in record.captions)
 
     def part_of(self, i: int) -> tuple[int, int]:
         """Which part of a mixture example i is of, and its number there."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from clipjax.config import ConfigError
+from clipjax.data import reading
 from clipjax.data.faults import shown
 from clipjax.data.source import Source
 from clipjax.files import local_path
@@ -20,9 +21,9 @@ class Teacher:
 
     The vectors stay in the file and are memory-mapped, so that workers share them. It can be pickled."""
 
-    def __init__(self, path: str, source: Source) -> None:
-        """Reads the key of every record. Decodes only the images of examples without a row: one that can't be read needs no
-        row, because another example replaces it.
+    def __init__(self, path: str, source: Source, quiet: bool = False) -> None:
+        """Reads the key of every record, with a progress line unless `quiet`. Decodes only the images of examples without a row:
+        one that can't be read needs no row, because another example replaces it.
 
         Raises ConfigError where the file or an array of it is missing, or is not what `clipjax embed` writes, and where examples
         have no row."""
@@ -31,7 +32,7 @@ class Teacher:
         row_of: dict[str, int] = {}
         for row, key in enumerate(keys):
             row_of.setdefault(key, row)
-        self._rows = np.fromiter((row_of.get(record.key, -1) for record in source.texts()), np.int32, len(source))
+        self._rows = np.fromiter((row_of.get(record.key, -1) for record in reading.texts(source, quiet)), np.int32, len(source))
         absent = np.flatnonzero(self._rows < 0).tolist()
         missing = next((x.number for x in shown(source, absent) if x.record.captions), None)
         if missing is not None:

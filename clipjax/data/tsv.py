@@ -1,7 +1,7 @@
 """Tab-separated files as sources, as open_clip reads them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from clipjax import config
@@ -53,7 +53,7 @@ class Tsv(Source):
         path = self._paths[i]
         return Record(self.folder / path, self._captions[i], path)
 
-    def captions(self) -> Iterator[str]:
+    def captions(self, texts: Iterable[Record] | None = None) -> Iterator[str]:
         return (text for texts in self._captions for text in texts)
 
 

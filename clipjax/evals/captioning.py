@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from PIL import Image
 
 from clipjax import config
+from clipjax.data import reading
 from clipjax.data.faults import Shown, shown
 from clipjax.data.sheet import Cell, contact_sheet
 from clipjax.data.source import Source
@@ -75,7 +76,7 @@ class CaptioningEvaluation(Evaluation):
         self.encoder, self._tokenizer, self._source, self._samples = encoder, tokenizer, source, samples
         self._captioner = Captioner(encoder.model, encoder.mesh, encoder.batch_size, tokenizer)
         self._score = jax.jit(self._nll, out_shardings=over_rows(encoder.mesh))
-        self.references = [source.record(i).captions for i in range(len(source))]
+        self.references = [record.captions for record in reading.texts(source, quiet=jax.process_index() > 0)]
         self._accepted = _with_round_trips(self.references, tokenizer)
         main = [several[0] if several else "" for several in self.references]
         self._pairs = _pair_batches(encoder, tokenizer, source, data, main)

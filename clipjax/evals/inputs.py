@@ -9,6 +9,7 @@ import numpy as np
 
 from clipjax import config, distributed
 from clipjax.config import ConfigError
+from clipjax.data import reading
 from clipjax.data.pipeline import eval_batches
 from clipjax.data.source import Record, Source
 from clipjax.data.tokenizer import Tokenizer
@@ -117,7 +118,7 @@ class _ByCaption(Source):
         super().__init__()
         self.name, self.fields, self.classnames, self._source = source.name, source.fields, names, source
         labels = {name: i for i, name in enumerate(names)}
-        main = [source.record(i).captions[:1] for i in range(len(source))]
+        main = [record.captions[:1] for record in reading.texts(source, quiet=jax.process_index() > 0)]
         self._labels = [labels.get(caption[0], -1) if caption else -1 for caption in main]
         unknown = sorted({caption[0] for caption, label in zip(main, self._labels, strict=True) if caption and label < 0})
         remedy = f"{len(unknown)} captions of {source.name} are no class name: add {', '.join(map(repr, unknown[:5]))}"

@@ -46,7 +46,8 @@ class RetrievalEvaluation(Evaluation):
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Retrieval) -> Self:
         source = open_source(data)
-        captions = caption_batches(encoder, tokenizer, *eval_captions(source), source.name)
+        texts = eval_captions(source, quiet=jax.process_index() > 0)
+        captions = caption_batches(encoder, tokenizer, *texts, source.name)
         return cls(encoder, image_batches(encoder, source, data), captions)
 
     def run(self, params: Params) -> Results:

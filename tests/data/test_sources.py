@@ -1,7 +1,9 @@
+import dataclasses
 import gc
 import logging
 import pickle
 import weakref
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
@@ -13,6 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import config
 from clipjax.config import ConfigError
+from clipjax.data import tfds_source
 from clipjax.data.examples import TRIES, Direct, TrainingExample
 from clipjax.data.faults import BAD_IMAGE, FAULTS, NO_CAPTION, NO_IMAGE, UNREAD, shown
 from clipjax.data.order import Random
@@ -124,6 +127,64 @@ def test_sequence_of_sequences(toy):
     record.features.feature["texts/ragged_row_lengths_0"].int64_list.value.extend([2, 1])
     source._records = [record.SerializeToString()]
     assert source.record(0).captions == ("a", "b", "c")
+
+
+def test_texts_are_records_without_images(toy, monkeypatch):
+    """Of every field that is asked for, also of several values; and no image is parsed."""
+    several = FEATURES.Sequence({"text": FEATURES.Text(), "score": np.float32})
+    fields = {"captions": (several, lambda i: {"text": [f"a {i}", f"b {i}"], "score": [0.0, 1.0]}), "label": LABEL}
+    source = toy(fields | {"id": (FEATURES.Text(), lambda i: f"key {i}"), "note": TEXT}, text_field="captions")
+    full = [dataclasses.replace(source.record(i), image=b"") for i in range(10)]
+    assert sorted(record.captions[1] for record in full) == [f"b {i}" for i in range(10)]
+    assert sorted((record.key, record.label) for record in full) == [(f"key {i}", i % 2) for i in range(10)]
+    buckets = [zlib.crc32(record.key.encode()) % 100 for record in full]
+    monkeypatch.setattr(tfds_source, "tf_example_pb2", None)
+    monkeypatch.setattr(tfds_source, "TOGETHER", 4)
+    assert [source.text(i) for i in range(10)] == list(source.texts()) == full
+    assert source.buckets().tolist() == buckets
+
+
+def test_a_record_that_is_torn_has_no_text(toy, caplog):
+    source = toy({"caption": TEXT})
+    records = [source._records[i] for i in range(3)]
+    for torn in (records[1][:20], b"", b"\x12\x00", records[1] + b"\n\x00", records[1][:1] + b"\xff" * 12):
+        source._records = Records([records[0], torn, records[2]])
+        source._warned.clear()
+        assert [len(record.captions) for record in source.texts()] == [1, 0, 1]
+    assert sum("example number 1 can't be read" in r.getMessage() for r in caplog.records) == 5
+
+
+def test_a_record_that_the_storage_does_not_give(toy, caplog):
+    """The others that are read with it are read one by one."""
+    source = toy({"caption": TEXT})
+    source._records = Records([source._records[0], OSError("damaged"), source._records[2]])
+    assert [len(record.captions) for record in source.texts()] == [1, 0, 1]
+    assert "example number 1 can't be read: OSError: damaged" in caplog.text
+
+
+class Records(list):
+    """As ArrayRecord's, with what can't be read."""
+
+    def __getitem__(self, i):
+        record = super().__getitem__(i)
+        if isinstance(record, Exception):
+            raise record
+        return record
+
+    def __getitems__(self, numbers):
+        return [self[i] for i in numbers]
+
+
+def test_keys_of_records_without_any_need_no_reading(toy):
+    source = toy({"caption": TEXT})
+    expected = [zlib.crc32(source.text(i).key.encode()) % 100 for i in range(10)]
+    source._records = Records([OSError()] * 10)
+    assert source.buckets().tolist() == expected
+
+
+def test_the_version_says_what_is_stored(toy):
+    """The dataset's own, and which features it has."""
+    assert toy({"caption": TEXT}).version.startswith("1.2.0 ")
 
 
 def test_chosen_field(toy):
