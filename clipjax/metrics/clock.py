@@ -31,8 +31,8 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self, work: jax.Array | None = None) -> Iterator[None]:
-        """For `with`, around next(data). `work` is a result of the newest step: while the devices still compute it, the time does
-        not count as waiting.
+        """For `with`, around reading a batch and putting it on the devices. `work` is a result of the newest step: while the
+        devices still compute it, the time does not count as waiting.
         """
         start = self._now()
         try:

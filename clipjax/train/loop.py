@@ -240,14 +240,14 @@ class _Loop:
             self._checkpoints.note(step, qualified(evaluator.task, evaluator.dataset, metrics))
 
     def _train_step(self, step: int) -> Metrics:
-        """Reads a batch and starts a step on it."""
+        """Reads a batch and starts a step on it. Its transfer starts while the devices still compute the step before."""
         first, clock = step == self._schedule.start, self._report.clock
         self._devices.wait()
         distributed.enter_stage(step, "reading data")
         with clock.waiting(self._devices.newest_loss):
             batch = next(self._data)
+            rows = self._devices.put(batch)
         self._report.counts.count(batch)
-        rows = self._devices.put(batch)
         distributed.enter_stage(step, "compiling" if first else "training")
         if first:
             with clock.paused():  # the first step compiles, so it does not count for the rate

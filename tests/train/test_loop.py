@@ -1,10 +1,13 @@
 """The loop on batches from memory: one compilation, failing and colliding evaluations, what is said and what is written."""
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +15,9 @@ import pytest
 
 from clipjax import config, sharding
 from clipjax.config import ConfigError
+from clipjax.metrics.clock import Clock
 from clipjax.restore import newest
+from clipjax.train import loop
 from clipjax.train.loop import train
 from clipjax.train.optimizer import learning_rate
 from clipjax.train.workdir import Saved, open_workdir
@@ -247,6 +252,37 @@ def test_what_was_repaired_is_counted_by_line_and_said_in_the_end(tmp_path, caps
     cut = np.arange(48).reshape(16, 3) < 18
     run_it(several, tmp_path / "several", truncated=cut)
     assert "144 of 384 captions were truncated" in capsys.readouterr().err
+
+
+class Loss:
+    """A result of step t, which is computed once somebody has waited for it."""
+
+    def __init__(self, t, calls):
+        self.t, self.calls = t, calls
+
+    def block_until_ready(self):
+        self.calls.append(("wait", self.t))
+
+    def is_ready(self):
+        return ("wait", self.t) in self.calls
+
+
+def test_the_next_batch_is_on_its_way_while_a_step_runs():
+    """Batch t is read and put on the devices when step t - 2 is done, and nobody has waited for step t - 1."""
+    calls, time = [], iter(range(0, 10_000, 10))
+    devices = object.__new__(loop._Devices)
+    devices.state, devices._losses = {}, collections.deque(maxlen=loop.STEPS_AHEAD)
+    devices.put = lambda batch: calls.append(("put", batch)) or batch
+    devices._step = lambda state, batch: calls.append(("step", batch)) or (state, {"loss": Loss(batch, calls)})
+    clock = Clock(lambda: next(time))
+    report = SimpleNamespace(clock=clock, counts=SimpleNamespace(count=lambda batch: None))
+    data = (calls.append(("read", t)) or t for t in itertools.count())
+    it = loop._Loop(TRAIN, SimpleNamespace(start=0), devices, data, None, report, None)
+    for t in range(1, 6):
+        it._train_step(t)
+    ahead = [[("read", t), ("put", t), ("step", t)] for t in range(5)]
+    assert calls == [*ahead[0], *ahead[1], *(call for t in range(2, 5) for call in (("wait", t - 2), *ahead[t]))]
+    assert clock.read()["data_wait"] == pytest.approx(10 / 70)  # of the first batch alone: the others come while a step runs
 
 
 def test_what_a_batch_has_reaches_the_devices(tmp_path, monkeypatch):
