@@ -15,6 +15,7 @@ from clipjax.data.source import Record, Source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder
 from clipjax.evals.prompts import classnames, fill
+from clipjax.status import CertainFailure
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,11 @@ def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Cached
                 unreadable += int(batch["replaced"].sum())
                 counted = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
                 yield {"image": batch["image"], **counted}
-        if (unreadable := distributed.total(unreadable)) and jax.process_index() == 0:
+        if (unreadable := distributed.total(unreadable)) == len(source):
+            raise CertainFailure(
+                f"{source.name}: none of {unreadable:,} examples can be used; the log says why"
+            )
+        if unreadable and jax.process_index() == 0:
             log.warning("%s: %d of %d images can't be read and are left out", source.name, unreadable, len(source))
 
     return CachedBatches(read, encoder.batch_count(len(source)), source.name, "images")

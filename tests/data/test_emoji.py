@@ -12,6 +12,7 @@ from PIL import ImageFont
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data import emoji
+from clipjax.data.faults import shown
 from clipjax.data.sources import open_source
 
 TONES = {f"{c:x}" for c in range(0x1F3FB, 0x1F400)}
@@ -70,12 +71,12 @@ def test_test_combines_what_train_has_seen(train, test):
 
 def test_record(test):
     i = keys(test).index(COUPLE)
-    example = test[i]
-    assert example.captions == ("couple with heart woman woman dark skin tone light skin tone",)
+    (example,) = shown(test, [i])
+    assert example.record.captions == ("couple with heart woman woman dark skin tone light skin tone",)
     assert example.image.size == (136, 128)
     assert (np.asarray(example.image)[0, 0] == 255).all()  # white where nothing is drawn
     assert np.ptp(np.asarray(example.image, int), axis=2).max() > 100  # in colour
-    assert test.classnames[example.label] == "couple with heart woman woman dark skin tone light skin tone"
+    assert test.classnames[example.record.label] == "couple with heart woman woman dark skin tone light skin tone"
 
 
 def test_classes_are_the_names_of_both_splits(train, test):
