@@ -154,6 +154,9 @@ class Data(Strict, prefix="data"):
             check_spec(self.spec, "data.spec")
         for name in ("captions_per_image", "workers", "lanes", "window", "max_pixels", "prefetch_bytes"):
             COUNT.require(f"data.{name}", getattr(self, name))
+        remedy = "each process would fetch every chunk that windows are made of: use threads, or data.order = 'random'"
+        fits = self.order == "random" or self.worker_kind == "threads"
+        require(fits, "data.worker_kind", self.worker_kind, remedy)
         SHARE.require("data.max_bad", self.max_bad)
 
     @property

@@ -25,15 +25,7 @@ class Reader(Protocol):
 
     def __call__(self, step: int, place: int, number: int) -> Record: ...
 
-
-@dataclass(frozen=True)
-class Direct:
-    """Reads each example by itself."""
-
-    source: Source
-
-    def __call__(self, step: int, place: int, number: int) -> Record:
-        return self.source.read(number)
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class TrainingExample:
         """`rng`: of this place of this batch.
 
         Raises CertainFailure if none of TRIES stand-ins can be used, and if data.filter leaves out too many."""
-        number = first = int(self.order.at(step, np.array([place]))[0])
+        number = first = self.order.one(step, place)
         fault, fault_index, filtered, tries, failed, arrays = 0, -1, 0, 0, "", None
         while arrays is None:
             try:

@@ -4,12 +4,17 @@ Grain only permutes the numbers of one epoch. What its pipelines do with a shuff
 releases (google/grain issue 1200), and a run must go on with the same batches under the next one.
 """
 
+import collections
 import functools
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import grain
 import numpy as np
+
+KEPT = 1 << 15  # places whose examples are kept, at least those of four batches
 
 
 class Order(ABC):
@@ -22,16 +27,28 @@ class Order(ABC):
     def at(self, step: int, places: np.ndarray) -> np.ndarray:
         """int64: the examples at these places of batch `step`, which counts on over all epochs."""
 
+    def one(self, step: int, place: int) -> int:
+        """The example at one place."""
+        return int(self.at(step, np.array([place]))[0])
+
+    def located(self, step: int, places: np.ndarray) -> tuple[np.ndarray, ...]:
+        """As `at`, and what else an order knows of these examples, arrays of the same length."""
+        return (self.at(step, places),)
+
     def stand_in(self, step: int, place: int, tried: int) -> int:
-        """The example to try, after `tried` others, instead of a bad one: that at the same place of a later batch of the epoch,
-        from its end on of the first ones. So no example comes twice in a batch.
+        """The example to try instead of a bad one, after `tried` - 1 others were: that at the same place of a later batch of the
+        epoch, from its end on of the first ones; when all have been tried, at the next place of these batches. So no example
+        comes twice in a batch.
 
         Where one batch is the epoch, there are no others: then the example of a later place of the same batch."""
         if self.batches == 1:
-            return int(self.at(step, np.array([(place + tried) % self.share]))[0])
+            return self.one(step, (place + tried) % self.share)
         epoch, batch = divmod(step, self.batches)
-        later = epoch * self.batches + (batch + tried) % self.batches
-        return int(self.at(later, np.array([place]))[0])
+        turn, later = divmod(tried - 1, self.batches - 1)
+        return self.one(epoch * self.batches + (batch + 1 + later) % self.batches, (place + turn) % self.share)
+
+
+Inner = TypeVar("Inner", bound=Order)
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,41 @@ class Random(Order):
         epoch, batch = divmod(step, self.batches)
         shuffled = _shuffled(self.examples, (derived(self.seed, "order") + epoch) % 2**32)
         return np.array([shuffled[batch * self.share + place] for place in places.tolist()], np.int64)
+
+
+class Planned(Order, Generic[Inner]):
+    """An order, of which `count` places from `first` on are computed a batch at a time and kept: those of one process.
+
+    One at a time would cost as much as all of them, where NumPy computes the order."""
+
+    def __init__(self, order: Inner, first: int, count: int) -> None:
+        self.order, self.first, self.count = order, first, count
+        self.share, self.batches = order.share, order.batches
+        self._places = np.arange(first, first + count)
+        self._plans: collections.OrderedDict[int, tuple[np.ndarray, ...]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.order, self.first, self.count)  # without what is kept, and its lock
+
+    def at(self, step: int, places: np.ndarray) -> np.ndarray:
+        return self.order.at(step, places)
+
+    def one(self, step: int, place: int) -> int:
+        own = 0 <= place - self.first < self.count
+        return int(self.plan(step)[0][place - self.first]) if own else self.order.one(step, place)
+
+    def stand_in(self, step: int, place: int, tried: int) -> int:
+        return self.order.stand_in(step, place, tried)
+
+    def plan(self, step: int) -> tuple[np.ndarray, ...]:
+        """The examples at this process's places of batch `step`, and what else the order knows of them (`Order.located`)."""
+        with self._lock:
+            found = self._plans.pop(step, None) or self.order.located(step, self._places)
+            self._plans[step] = found
+            while len(self._plans) > max(4, KEPT // max(self.count, 1)):
+                self._plans.popitem(last=False)
+            return found
 
 
 @functools.lru_cache(maxsize=4)  # workers are at the end of one epoch and at the start of the next

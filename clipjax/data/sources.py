@@ -10,6 +10,10 @@ def open_source(data: config.Data) -> Source:
     exist yet.
 
     Raises ConfigError, which names the valid ones, for an unknown dataset, split or field."""
+    if data.sources:
+        from clipjax.data.mixture import Mixture
+
+        return Mixture([open_source(part) for part in data.parts], data)
     kind, _, rest = data.spec.partition(":")
     match kind:
         case "emoji":

@@ -15,24 +15,25 @@ import threading
 
 import numpy as np
 
+from clipjax.data.order import Order
 from clipjax.data.permutation import hashed, permuted
 
 GOLDEN = 2654435769  # 2^32 divided by the golden ratio
 
 
-class Windows:
+class Windows(Order):
     """Examples by (step, place), whatever the number of processes. Each epoch has floor(n / b) batches of b different examples;
     which ones are left out differs.
 
     For 400 million examples in chunks of 128, an epoch's table takes 12.5 MB, and so do the chunks' starts."""
 
-    def __init__(self, chunks: np.ndarray, batch_size: int, seed: int, lanes: int, window: int) -> None:
-        """`chunks`: int [c], the examples of each chunk. `batch_size`: global, or this source's share of it."""
-        self.examples, self.batch_size, self.window = int(chunks.sum()), batch_size, window
-        self.batches = self.examples // batch_size
+    def __init__(self, chunks: np.ndarray, share: int, seed: int, lanes: int, window: int) -> None:
+        """`chunks`: int [c], the examples of each chunk. `share`: this source's examples in a global batch."""
+        self.examples, self.share, self.window = int(chunks.sum()), share, window
+        self.batches = self.examples // share
         dtype = np.uint32 if self.examples < 2**32 else np.uint64
-        self._starts = np.concatenate([[0], np.cumsum(chunks)]).astype(dtype)  # of each chunk in the source, and its end
-        self._cuts = np.arange(min(lanes, batch_size) + 1) * batch_size // min(lanes, batch_size)  # of a batch into lanes
+        self.starts = np.concatenate([[0], np.cumsum(chunks)]).astype(dtype)  # of each chunk in the source, and its end
+        self._cuts = np.arange(min(lanes, share) + 1) * share // min(lanes, share)  # of a batch into lanes
         self._widths = np.diff(self._cuts)
         numbers = np.arange(len(self._widths))
         shift = (numbers * GOLDEN % 2**32 * window) >> 32  # by how much the first window of each lane is shorter
@@ -44,20 +45,18 @@ class Windows:
         )  # readers are at one epoch's end and at the next one's start
 
     def at(self, step: int, places: np.ndarray) -> np.ndarray:
-        """int64, of the shape of `places`: the numbers of the examples at these places of batch `step`, which counts on over all
-        epochs."""
-        return self.locate(step, places)[0]
+        return self.located(step, places)[0]
 
-    def locate(self, step: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def located(self, step: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the examples at these places of batch `step`: their numbers, the numbers of their chunks, and the rank of each chunk
         in its epoch."""
         epoch, _ = divmod(step, self.batches)
         table, offset, key = self.epoch(epoch)
         laid = (self._laid(step, places, key) + offset) % self.examples
         rank = np.searchsorted(table, laid.astype(table.dtype), side="right") - 1
-        chunk = permuted(rank, len(self._starts) - 1, hashed(key, 1))
-        start = self._starts[chunk].astype(np.int64)
-        count = self._starts[chunk + 1].astype(np.int64) - start
+        chunk = permuted(rank, len(self.starts) - 1, hashed(key, 1))
+        start = self.starts[chunk].astype(np.int64)
+        count = self.starts[chunk + 1].astype(np.int64) - start
         within = permuted(laid - table[rank].astype(np.int64), count, hashed(key, 2, chunk))
         return start + within, chunk, rank
 
@@ -68,13 +67,18 @@ class Windows:
             return self._epoch(epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, int, np.ndarray]:
-        key, count = hashed(self._seed, epoch), len(self._starts) - 1
-        table = np.zeros(count + 1, self._starts.dtype)
+        key, count = hashed(self._seed, epoch), len(self.starts) - 1
+        table = np.zeros(count + 1, self.starts.dtype)
         for first in range(0, count, 1 << 16):  # in parts: what is computed on the way would take more memory than the result
             chunk = permuted(np.arange(first, min(first + (1 << 16), count)), count, hashed(key, 1))
-            lengths = self._starts[chunk + 1] - self._starts[chunk]
+            lengths = self.starts[chunk + 1] - self.starts[chunk]
             table[first + 1 : first + 1 + len(chunk)] = table[first] + np.cumsum(lengths, dtype=table.dtype)
         return table, int(permuted(np.zeros(1, np.int64), self.examples, hashed(key, 3))[0]), key
+
+    def lanes_of(self, first: int, count: int) -> int:
+        """How many lanes have a place among the `count` ones of a batch from `first` on."""
+        low, high = np.searchsorted(self._cuts, [first, first + count - 1], side="right")
+        return int(high - low) + 1
 
     def _laid(self, step: int, places: np.ndarray, key: np.ndarray) -> np.ndarray:
         """The examples at these places, in the layout from lane 0 on."""
@@ -98,7 +102,7 @@ class Windows:
         table, offset, _ = self.epoch(epoch)
         low, high = table[rank].astype(np.int64), table[rank + 1].astype(np.int64)
         first = (low - offset) % self.examples
-        stop, used = first + high - low, self.batches * self.batch_size
+        stop, used = first + high - low, self.batches * self.share
         ends = np.minimum(np.stack([first, stop - 1]), used - 1)
         lane = np.searchsorted(self.batches * self._cuts, ends, side="right") - 1
         begin, width = self.batches * self._cuts[lane], self._widths[lane]

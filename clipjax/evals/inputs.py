@@ -39,9 +39,7 @@ def image_batches(encoder: Encoder, source: Source, data: config.Data) -> Cached
                 counted = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
                 yield {"image": batch["image"], **counted}
         if (unreadable := distributed.total(unreadable)) == len(source):
-            raise CertainFailure(
-                f"{source.name}: none of {unreadable:,} examples can be used; the log says why"
-            )
+            raise CertainFailure(f"{source.name}: none of {unreadable:,} examples can be used; the log says why")
         if unreadable and jax.process_index() == 0:
             log.warning("%s: %d of %d images can't be read and are left out", source.name, unreadable, len(source))
 

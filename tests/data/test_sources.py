@@ -16,9 +16,10 @@ from tensorflow_datasets.proto import tf_example_pb2
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data import tfds_source
-from clipjax.data.examples import TRIES, Direct, TrainingExample
+from clipjax.data.examples import TRIES, TrainingExample
 from clipjax.data.faults import BAD_IMAGE, FAULTS, NO_CAPTION, NO_IMAGE, UNREAD, shown
 from clipjax.data.order import Random
+from clipjax.data.readers import Direct
 from clipjax.data.sources import open_source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer

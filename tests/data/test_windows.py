@@ -71,7 +71,7 @@ def test_an_epoch_has_no_repeats_and_each_chunk_is_needed_as_long_as_it_says(sha
     for epoch in range(2):
         seen = []
         for step in range(epoch * order.batches, (epoch + 1) * order.batches):
-            example, chunk, rank = order.locate(step, np.arange(batch_size))
+            example, chunk, rank = order.located(step, np.arange(batch_size))
             assert ((bounds[chunk] <= example) & (example < bounds[chunk + 1])).all()
             last = order.last_steps(epoch, rank)
             assert (last >= step).all()
@@ -137,7 +137,7 @@ def test_reads_are_even():
     order = Windows(np.full(800, 100), 256, 3, 16, 1000)
     seen, needed = set(), []
     for step in range(order.batches):
-        _, chunk, _ = order.locate(step, np.arange(128))  # the first of two hosts
+        _, chunk, _ = order.located(step, np.arange(128))  # the first of two hosts
         new = set(chunk.tolist()) - seen
         needed.append(len(new))
         seen |= new
