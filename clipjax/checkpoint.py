@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,7 +20,7 @@ from jax.experimental import multihost_utils
 from clipjax import config, distributed, s3
 from clipjax.files import resolve
 from clipjax.preservation import Preservation
-from clipjax.restore import COUNTS, DAMAGED, restore, training_part
+from clipjax.restore import COUNTS, DAMAGED, FINGERPRINT, restore, training_part
 from clipjax.storage import SaveError, refusal
 from clipjax.train.owner import CheckOwner, never_lost
 from clipjax.train.state import TrainState
@@ -30,8 +31,14 @@ TOKENIZER = "tokenizer.json"
 class Checkpoints:
     """The checkpoints of one workdir, for the run that writes them. A context manager: its end waits for the writes."""
 
-    def __init__(self, workdir: Path, run: config.Run, check_owner: CheckOwner = never_lost) -> None:
-        """`check_owner`: `Workdir`'s."""
+    def __init__(
+        self,
+        workdir: Path,
+        run: config.Run,
+        check_owner: CheckOwner = never_lost,
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`check_owner` and `fingerprint`: `Workdir`'s."""
         self._preservation = Preservation(run.train)
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True,  # removes what a killed save left
@@ -39,7 +46,7 @@ class Checkpoints:
             **s3.options(workdir),
         )
         _ignore_closed_loop()
-        self._workdir, self._run, self._check_owner = workdir, run, check_owner
+        self._workdir, self._run, self._check_owner, self._fingerprint = workdir, run, check_owner, fingerprint
         self._manager = _Manager(resolve(workdir) / "checkpoints", options=options)
         self._manager.when_a_write_fails = self._end_together
 
@@ -89,6 +96,8 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardSave(state.ema)
         if state.skipped_in_row is not None:
             items[COUNTS] = ocp.args.StandardSave({"skipped_in_row": state.skipped_in_row})
+        if self._fingerprint is not None:
+            items[FINGERPRINT] = ocp.args.JsonSave(dict(self._fingerprint))
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items))
 

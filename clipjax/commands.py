@@ -66,6 +66,7 @@ def train(args: argparse.Namespace) -> None:
     from clipjax.data.sources import open_source
     from clipjax.evals.training import make_evaluators
     from clipjax.train import loop
+    from clipjax.train.same_data import recognized
     from clipjax.train.workdir import open_workdir
 
     if profile:
@@ -78,6 +79,7 @@ def train(args: argparse.Namespace) -> None:
         with distributed.first_process_first("dataset"):  # the first process builds it, if it is missing
             source = open_source(run.data)
         distributed.agree("the number of examples", len(source))
+        workdir = recognized(workdir, source, args.accept_new_data)
         teacher = build.teacher(run, source)
         tokenizer = build.tokenizer(run, workdir, source)
         batches = build.batches(run, source, tokenizer, teacher)

@@ -76,6 +76,9 @@ COMMANDS = (
             "trace the steps from FROM finished ones to TO, on all processes, into RUN/profile, for TensorBoard or Perfetto",
             step_range,
         ),
+        _argument(
+            "--accept-new-data", None, "resume also with other data than before (other keys or captions)", action="store_true"
+        ),
         fields=True,
     ),
     _command(

@@ -19,6 +19,7 @@ from clipjax.storage import DamagedError, reading
 from clipjax.train.state import TrainState
 
 COUNTS = "counts"  # item of a checkpoint, only with train.nonfinite = skip
+FINGERPRINT = "data"  # item of a checkpoint: of the data that it was trained on; none before release 0.4
 DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/, for checkpoints that could not be read
 
 
@@ -55,6 +56,14 @@ def read_config(reader: ocp.CheckpointManager, step: int) -> config.Run:
     """The configuration that was saved with a checkpoint."""
     saved = reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
     return config.from_json(json.dumps(saved["config"]))
+
+
+def read_fingerprint(workdir: Path, step: int) -> dict[str, Any] | None:
+    """What a checkpoint says of the data that it was trained on (`data.fingerprint.of`); None if it says nothing."""
+    if not (workdir / "checkpoints" / str(step) / FINGERPRINT).exists():
+        return None
+    with reading(workdir, step), _reader(workdir) as reader:
+        return reader.restore(step, args=ocp.args.Composite(**{FINGERPRINT: ocp.args.JsonRestore()}))[FINGERPRINT]
 
 
 def newest(workdir: Path) -> tuple[int, config.Run] | None:

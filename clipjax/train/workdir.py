@@ -43,6 +43,7 @@ class Workdir:
     saved: Saved | None = None  # None: there is no checkpoint
     origin: Origin | None = None  # of a workdir without checkpoint: where its state comes from. None: the run starts at step 0
     check_owner: CheckOwner = never_lost  # raises LostError where another process owns the folder now; see `Owner.check`
+    fingerprint: Mapping[str, Any] | None = None  # of the run's data, once they are open: `same_data.recognized`
 
 
 @contextlib.contextmanager

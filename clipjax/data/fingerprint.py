@@ -1,0 +1,84 @@
+"""Which data these are: what a checkpoint remembers of a source, so that a run does not go on with other data unnoticed.
+
+No image is decoded. A change of images alone, under the same keys and captions, is not seen.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from clipjax.data.source import Source
+
+SAMPLE = 1000  # examples that are looked at, evenly spread; of fewer, all
+THREADS = 32  # that read them: on a distant storage each read waits for its answer
+SAID = 60  # characters of a key in a message
+
+Fingerprint = dict[str, Any]  # as JSON
+
+
+def of(source: Source) -> Fingerprint:
+    """The fingerprint of a source, which does not depend on where its files lie:
+
+    - `name`, for messages only;
+    - `examples`: how many;
+    - `version`: what names this stored version, such as that of a TFDS dataset; empty where there is none;
+    - `keys`, `captions`: of the examples `_sampled`, the CRC-32 of the key, and of all captions as a JSON list; None where an
+      example could not be read;
+    - of a mixture only: `parts`, the fingerprint of each; it has no samples of its own.
+    """
+    fingerprint: Fingerprint = {"name": source.name, "examples": len(source), "version": source.version}
+    if source.parts:
+        return fingerprint | {"parts": [of(part) for part in source.parts]}
+    with ThreadPoolExecutor(THREADS) as pool:
+        records = list(pool.map(source.text, places := _sampled(len(source))))
+    readable = [record.key != f"number {i}" for i, record in zip(places, records, strict=True)]
+    keys = [_crc(record.key) if ok else None for ok, record in zip(readable, records, strict=True)]
+    texts = [_crc(json.dumps(record.captions)) if ok else None for ok, record in zip(readable, records, strict=True)]
+    return fingerprint | {"keys": keys, "captions": texts}
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], source: Source) -> list[str]:
+    """What differs between two fingerprints, a line each; nothing where it is the same data. `now` is of `source`.
+
+    An example that could not be read is no difference."""
+    parts, found = now.get("parts", ()), saved.get("parts", ())
+    if len(parts) != len(found):
+        return [f"parts: {len(found)} -> {len(parts)}"]
+    lines = []
+    for before, after, part in zip(found, parts, source.parts, strict=True):
+        lines += [f"{after['name']}, {line}" for line in differences(before, after, part)]
+    if parts:
+        return lines
+    if saved["examples"] != now["examples"]:
+        lines.append(f"examples: {saved['examples']:,} -> {now['examples']:,}")
+    if saved["version"] != now["version"]:
+        lines.append(f"version: {saved['version'] or '(none)'} -> {now['version'] or '(none)'}")
+    if saved["examples"] == now["examples"]:  # else the samples lie elsewhere
+        lines += [line for what in ("keys", "captions") if (line := _unlike(what, saved, now, source))]
+    return lines
+
+
+def _unlike(what: str, saved: Mapping[str, Any], now: Mapping[str, Any], source: Source) -> str:
+    """How many of the sampled examples have another key, or other captions; empty if none has."""
+    pairs = zip(_sampled(len(source)), saved[what], now[what], strict=True)
+    changed = [i for i, before, after in pairs if None not in (before, after) and before != after]
+    if not changed:
+        return ""
+    key = source.text(changed[0]).key
+    key = key if len(key) <= SAID else f"{key[:SAID]}..."
+    return (
+        f"{what}: {len(changed):,} of {len(now[what]):,} examples have other ones; the first is number {changed[0]}, now {key!r}"
+    )
+
+
+def _sampled(n: int) -> list[int]:
+    """The examples that are looked at, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(int)).tolist()
+
+
+def _crc(text: str) -> int:
+    return zlib.crc32(text.encode(errors="surrogatepass"))
