@@ -17,11 +17,13 @@ from tensorboardX.proto.event_pb2 import Event
 from clipjax import sharding
 from clipjax.chips import chip_of
 from clipjax.config import ImageTower, Mesh, Model, Rule, TextTower
-from clipjax.metrics.clock import Clock, DataCounts
+from clipjax.metrics.clock import Clock
+from clipjax.metrics.counts import BadExamples, DataCounts, Interval, TooManyBadError
 from clipjax.metrics.flops import mfu, model_flops, peak_flops
 from clipjax.metrics.writer import MetricsWriter, NonFiniteError
 from clipjax.models import clip
 from clipjax.train.optimizer import stop_frozen, trained_names
+from tests.train import tiny
 
 
 class Time:
@@ -118,8 +120,8 @@ def test_counts_of_the_newest_step_are_not_waited_for(monkeypatch):
 
     counts = DataCounts(sharding.make_mesh(Mesh(data=8)))
     add_up = counts._add_up
-    monkeypatch.setattr(counts, "_add_up", lambda rows: Running(add_up(rows)))
-    flags = {"replaced": np.arange(6) < 2, "truncated": np.ones((6, 3), bool)}
+    monkeypatch.setattr(counts, "_add_up", lambda rows: (Running(add_up(rows)[0]), add_up(rows)[1]))
+    flags = tiny.marks(6, bad=2) | {"truncated": np.ones((6, 3), bool)}
     read = []
     for _ in range(3):
         for before in read:  # a log interval later, the devices are that far
@@ -131,8 +133,47 @@ def test_counts_of_the_newest_step_are_not_waited_for(monkeypatch):
     assert [(found["replaced"], found["truncated"]) for found in read] == [(4, 36)] * 3
     assert all(found["replaced"].dtype == np.int32 and found["replaced"].shape == () for found in read)
     assert [found["bad_share"] for found in read] == [np.float32(1 / 3)] * 3
-    assert counts.total == {"replaced": 12, "truncated": 108}
+    assert counts.total == {"replaced": 12, "filtered": 0, "truncated": 108}
     assert type(counts.total["replaced"]) is int
+
+
+def intervals(*bad, examples=640):
+    found = BadExamples(0.1)
+    for number, count in enumerate(bad):
+        found.add(Interval(examples, (0, 0, count, 0), 10 + number if count else -1, 2 if count else 0))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("bad", "examples"),
+    [
+        ([63], 63),  # all of them, but fewer than 64
+        ([64], 640),  # exactly the share
+        ([0, 1000], 5000),  # exactly the share of the last 10,000
+        ([*[1000] * 9, *[0] * 9], 2000),  # half of all, but not of the last 10,000
+        ([0, 1000, 0], 10_000),  # intervals longer than what is looked back at
+    ],
+)
+def test_as_many_bad_examples_as_are_allowed_end_no_run(bad, examples):
+    intervals(*bad, examples=examples).check(None)
+
+
+@pytest.mark.parametrize(
+    ("bad", "examples", "share"),
+    [
+        ([64], 64, "64 of the last 64"),
+        ([64], 639, "64 of the last 639"),
+        ([0, 1001], 5000, "1,001 of the last 10,000"),
+        ([*[0] * 90, 900, 101], 1000, "1,001 of the last 10,000"),
+        ([0, 1001], 10_000, "1,001 of the last 10,000"),
+    ],
+)
+def test_one_more_does(bad, examples, share):
+    first = 10 + next(i for i, count in enumerate(bad) if count)
+    with pytest.raises(TooManyBadError) as raised:
+        intervals(*bad, examples=examples).check(None)
+    named = f"examples are bad (has no caption: {share.split()[0]}); the first is number {first}, which has no caption"
+    assert str(raised.value) == f"data.max_bad = 0.1: {share} {named}"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from clipjax import config, distributed, preemption, sharding
 from clipjax.checkpoint import Checkpoints
 from clipjax.data.source import Source
+from clipjax.metrics.counts import TooManyBadError
 from clipjax.metrics.flops import model_flops
 from clipjax.metrics.writer import EvaluationResults, MetricsWriter, NonFiniteError
 from clipjax.models import clip
@@ -63,8 +64,8 @@ def train(
     `source`: the dataset that the batches are of, for the number of epochs. `profile`: the steps to trace.
 
     Raises ConfigError for an optimizer rule without a parameter and for a mesh that would replicate what it should shard,
-    FloatingPointError where a loss is not finite, OSError where the disk is full, and Preempted where a stop was requested and
-    the state is saved.
+    FloatingPointError where a loss is not finite, TooManyBadError where more examples are bad than data.max_bad allows, OSError
+    where the disk is full, and Preempted where a stop was requested and the state is saved.
     """
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
     tx = make_optimizer(run.optim, run.train.steps, params)
@@ -72,7 +73,7 @@ def train(
     given = None if origin is None else restore_origin(run, origin, abstract)
     # Nothing above this line writes a file: it only finds what is wrong with the run.
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir.path, run, workdir.check_owner))
+        checkpoints = stack.enter_context(Checkpoints(workdir.path, run, workdir.check_owner, workdir.fingerprint))
         stack.enter_context(_name_last_good(checkpoints, workdir.path, run.train))
         begin, state = restore_newest(run, workdir, checkpoints, abstract) or (origin, given or initial_state(run, tx, mesh))
         schedule = _Schedule(run.train, evaluators, begin.step if begin else 0, workdir.path)
@@ -93,7 +94,7 @@ def train(
         writer = stack.enter_context(contextlib.closing(written))
         progress = stack.enter_context(Progress(run.train.steps))
         flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
-        report = Report(run, mesh, writer, progress, flops, None if source is None else len(source))
+        report = Report(run, mesh, writer, progress, flops, source)
         profiler = stack.enter_context(Profile(profile, schedule.start, workdir.path, lambda: report.clock.paused(devices.state)))
         _Loop(run.train, schedule, devices, data, checkpoints, report, profiler).run()
     report.say_repairs(run.train.steps - schedule.start)
@@ -261,7 +262,8 @@ class _Loop:
 
 @contextlib.contextmanager
 def _name_last_good(checkpoints: Checkpoints, workdir: Path, cfg: config.Train) -> Iterator[None]:
-    """For `with`: a loss that is not finite, or a full disk, becomes an error that names the last good checkpoint."""
+    """For `with`: a loss that is not finite, too much bad data, or a full disk, becomes an error that names the last good
+    checkpoint."""
     try:
         yield
     except NonFiniteError as error:
@@ -273,6 +275,10 @@ def _name_last_good(checkpoints: Checkpoints, workdir: Path, cfg: config.Train) 
         remedy = f"the same command without {trained_on} (train.skip){or_skip}; or a new --workdir, started from a "
         remedy += "checkpoint by init, with a lower optim.lr or with optim.clip_norm"
         raise FloatingPointError(f"{error}; {checkpoints.last_good()}. Remedy: {remedy}") from error
+    except TooManyBadError as error:
+        checkpoints.wait()
+        remedy = "check the files and their paths (the log has the reasons), and the same command goes on from it; or allow more"
+        raise TooManyBadError(f"{error}; {checkpoints.last_good()}. Remedy: {remedy}, by data.max_bad") from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -11,7 +11,7 @@ import jax
 
 
 class Progress:
-    """Shows the rate, the loss, the time left and the share of time spent waiting for data.
+    """Shows the rate, the loss, the time left, the share of time spent waiting for data, and those of bad and filtered examples.
 
     A context manager: on a terminal it takes the place of sys.stderr, so that the live line is erased before others print.
     """
@@ -56,6 +56,9 @@ class Progress:
             parts.append(f"{rate:,.{0 if rate >= 100 else 2}f} examples/s")
         if "data_wait" in self._line:
             parts.append(f"data wait {self._line['data_wait']:.0%}")
+        for name in ("bad", "filtered"):
+            if share := self._line.get(f"{name}_share"):
+                parts.append(f"{name} {100 * share:.2g}%")
         start, since = self._first or (step, now)
         if step > start:  # from all the time so far, so that evaluations and checkpoints are included
             parts.append(f"{duration((now - since) / (step - start) * (self._steps - step))} left")

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from clipjax import config
 from clipjax.data.source import Source
-from clipjax.metrics.clock import Clock, DataCounts
+from clipjax.metrics.clock import Clock
+from clipjax.metrics.counts import BadExamples, DataCounts
 from clipjax.metrics.flops import mfu
 from clipjax.metrics.writer import EvaluationResults, MetricsWriter
 from clipjax.train.optimizer import can_grow
@@ -53,16 +54,19 @@ class Report:
     """Collects what a run reports, and writes it to the files, to the progress line and to stderr."""
 
     def __init__(
-        self, run: config.Run, mesh: Mesh, writer: MetricsWriter, progress: Progress, flops: float, dataset_size: int | None
+        self, run: config.Run, mesh: Mesh, writer: MetricsWriter, progress: Progress, flops: float, source: Source | None
     ) -> None:
-        """`flops`: what the model needs for one image-text pair, forward and backward. `dataset_size`: examples of an epoch; None
-        where that is not known."""
-        self.clock, self.counts = Clock(), DataCounts(mesh)
+        """`flops`: what the model needs for one image-text pair, forward and backward. `source`: of the batches; None where
+        that is not known."""
+        self._bad = BadExamples(run.data.max_bad)
+        self.clock, self.counts = Clock(), DataCounts(mesh, self._bad)
         self._run, self._devices = run, list(mesh.devices.flat)
-        self._writer, self._progress, self._flops, self._dataset_size = writer, progress, flops, dataset_size
+        self._writer, self._progress, self._flops, self._source = writer, progress, flops, source
 
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of step `step` (finished steps, so from 1). Every train.log_every steps they become a line."""
+        """Takes the metrics of step `step` (finished steps, so from 1). Every train.log_every steps they become a line.
+
+        Raises as `flush`, one log interval late."""
         cfg = self._run.train
         due = step % cfg.log_every == 0 or step == cfg.steps
         host = self._rates() | self._position(step) if due else None
@@ -70,10 +74,15 @@ class Report:
         if host is not None and "skipped_steps" not in metrics:
             host["skipped_steps"] = 0
         self._progress.update(step, self._writer.push(step, values, host))
+        if due:
+            self._bad.check(self._source)
 
     def flush(self, step: int) -> None:
-        """Checks and writes what was logged so far; waits for the devices. Raises NonFiniteError as `MetricsWriter.push`."""
+        """Checks and writes what was logged so far; waits for the devices. Raises NonFiniteError as `MetricsWriter.push`, and
+        TooManyBadError where too many examples are bad."""
         self._progress.update(step, self._writer.flush())
+        self.counts.fetch()
+        self._bad.check(self._source)
 
     def evaluation(self, step: int, task: str, dataset: str, results: EvaluationResults) -> dict[str, float]:
         """Writes and prints the line of an evaluation, and returns its metrics."""
@@ -82,10 +91,13 @@ class Report:
         return metrics
 
     def say_repairs(self, steps: int) -> None:
-        """At the end: how many images were replaced and captions truncated in `steps` trained steps."""
+        """At the end: how many examples were bad or left out, and captions truncated, in `steps` trained steps."""
         examples, total = steps * self._run.train.batch_size, self.counts.total
         if total["replaced"]:
-            say(f"{total['replaced']:,} of {examples:,} images could not be read; others were used in their place")
+            say(f"{total['replaced']:,} of {examples:,} examples were bad (the log says why); others were used in their place")
+        if total["filtered"]:
+            share = f"{total['filtered'] / examples:.2g}"
+            say(f"{total['filtered']:,} of {examples:,} examples ({share}) were left out by data.filter, and others used instead")
         if total["truncated"]:
             captions, length = examples * self._run.data.captions_per_image, self._run.model.text.length
             say(f"{total['truncated']:,} of {captions:,} captions were truncated to model.text.length = {length} tokens")
@@ -99,6 +111,6 @@ class Report:
 
     def _position(self, step: int) -> dict[str, float]:
         """How far the run is in its data after `step` steps. Batches that it left out were passed, too, but not seen."""
-        train, size = self._run.train, self._dataset_size
-        passed = {"epoch": train.place(step) * train.batch_size / size} if size else {}
+        train, source = self._run.train, self._source
+        passed = {} if source is None else {"epoch": train.place(step) * train.batch_size / len(source)}
         return {"examples_seen": step * train.batch_size} | passed

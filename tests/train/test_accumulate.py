@@ -199,8 +199,7 @@ def test_a_run_may_change_its_micro_batches_on_resume(tmp_path, capsys):
     def losses(workdir, micro_batches, steps):
         run = run_of(micro_batches, size=32, optim=optim)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps))
-        marks = {"replaced": np.zeros(32, bool), "truncated": np.zeros(32, bool)}
-        made = [batch | marks for batch in tiny.batches(run, steps)]
+        made = [batch | tiny.marks(32) for batch in tiny.batches(run, steps)]
         tiny.train_in(workdir, run, lambda start: contextlib.nullcontext(iter(made[start:])), [], tiny.mesh_of())
         return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 

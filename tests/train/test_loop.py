@@ -36,7 +36,8 @@ def during(evals=(), **changes):
 def batches(**marks):
     """The same examples for every start, with what else there is in a batch; a number: so many were repaired."""
     made = tiny.batches(RUN, TRAIN.steps)
-    marks = {k: np.arange(16) < v if isinstance(v, int) else v for k, v in ({"replaced": 0, "truncated": 0} | marks).items()}
+    counts = {name: marks.pop(name) for name, value in list(marks.items()) if isinstance(value, int)}
+    marks = tiny.marks(16, **counts) | marks
     return lambda start: contextlib.nullcontext(iter([batch | marks for batch in made[start:]]))
 
 
@@ -237,17 +238,18 @@ def test_what_was_repaired_is_counted_by_line_and_said_in_the_end(tmp_path, caps
     run_it(during(steps=8), tmp_path, truncated=3)
     said = capsys.readouterr().err
     assert "24 of 128 captions were truncated to model.text.length = 8 tokens" in said
-    assert "images" not in said
-    run_it(RUN, tmp_path, replaced=1)
+    assert "examples were" not in said
+    run_it(RUN, tmp_path, bad=1, filtered=4)
     said = capsys.readouterr().err
-    assert "4 of 64 images could not be read" in said
+    assert "4 of 64 examples were bad" in said
+    assert "16 of 64 examples (0.25) were left out by data.filter" in said
     assert "captions" not in said
-    counts = [(r["step"], r["replaced"], r["truncated"]) for r in records(tmp_path)]
-    assert counts == [(5, 0, 15), (8, 0, 9), (10, 2, 0), (12, 2, 0)]
+    counts = [(r["step"], r["replaced"], r["filtered"], r["truncated"]) for r in records(tmp_path)]
+    assert counts == [(5, 0, 0, 15), (8, 0, 0, 9), (10, 2, 8, 0), (12, 2, 8, 0)]
+    assert [(r["bad_share"], r["filtered_share"]) for r in records(tmp_path)] == [(0, 0)] * 2 + [(0.0625, 0.25)] * 2
     run_it(RUN, tmp_path / "sound")
     said = capsys.readouterr().err
-    assert "images" not in said
-    assert "captions" not in said
+    assert "were" not in said
     several = dataclasses.replace(during(steps=8), data=config.Data(spec="emoji", captions_per_image=3))
     cut = np.arange(48).reshape(16, 3) < 18
     run_it(several, tmp_path / "several", truncated=cut)

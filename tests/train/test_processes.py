@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from clipjax import config, sharding
 from clipjax.distributed import require_joined
-from clipjax.metrics.clock import DataCounts
+from clipjax.metrics.counts import BadExamples, DataCounts
 
 jax.config.update("jax_num_cpu_devices", 2)
 me = int(sys.argv[2])
@@ -30,12 +30,19 @@ try:
     sharding.to_global({"text": mine}, sharding.make_mesh(config.Mesh(data=1, tensor=4)))
 except config.ConfigError as error:
     print("refused:", error)
-counts = DataCounts(sharding.make_mesh(config.Mesh(data=2, fsdp=1, tensor=2)))
-for _ in range(3):
-    counts.count({"replaced": np.array([True, me == 1]), "truncated": np.array([False, False])})
-assert counts.read() == {"replaced": 9, "truncated": 0, "bad_share": 0.75}
-assert counts.read() == {"replaced": 0, "truncated": 0, "bad_share": 0.0}
-assert counts.total == {"replaced": 9, "truncated": 0}
+bad = BadExamples(0.5)
+counts = DataCounts(sharding.make_mesh(config.Mesh(data=2, fsdp=1, tensor=2)), bad)
+nothing = {"replaced": 0, "filtered": 0, "truncated": 0}
+for step in range(3):
+    fault = np.array([4 * (me == 0 and step == 2), me * (1 + step)], np.int8)  # the first is of process 1, can't be read
+    flags = {"filtered": np.array([False, me == 0]), "truncated": np.zeros(2, bool)}
+    counts.count({"replaced": fault > 0, "fault": fault, "fault_index": np.array([7, 30 + step], np.int32)} | flags)
+assert counts.read() == nothing | {"replaced": 4, "filtered": 3, "bad_share": np.float32(1 / 3), "filtered_share": 0.25}
+assert counts.read() == nothing | {"bad_share": 0.0, "filtered_share": 0.0}
+assert counts.total == nothing | {"replaced": 4, "filtered": 3}
+found, empty = bad._newest
+assert (found.examples, found.kinds, found.first, found.first_kind) == (12, (1, 1, 1, 1), 30, 0), found
+assert (empty.examples, empty.kinds, empty.first) == (0, (0, 0, 0, 0), -1), empty
 print("done")
 """
 

@@ -32,8 +32,7 @@ def during(run=RUN, **changes):
 def batches(run, change=lambda place, batch: batch):
     """The batches of the run's order, without those that it leaves out."""
     made = [change(place, batch) for place, batch in enumerate(tiny.batches(run, 30))]
-    counts = {"replaced": np.zeros(16, bool), "truncated": np.zeros(16, bool)}
-    return lambda start: contextlib.nullcontext(made[run.train.place(step)] | counts for step in itertools.count(start))
+    return lambda start: contextlib.nullcontext(made[run.train.place(step)] | tiny.marks(16) for step in itertools.count(start))
 
 
 def train_in(workdir, run, change=lambda place, batch: batch, mesh=None):

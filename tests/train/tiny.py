@@ -62,6 +62,13 @@ def batches(cfg: config.Run, steps: int) -> list[dict[str, np.ndarray]]:
     ]
 
 
+def marks(n: int, bad: int = 0, filtered: int = 0, truncated: int = 0) -> dict[str, np.ndarray]:
+    """What a batch of n examples says of them; the first so many are bad (they can't be read), left out, or truncated."""
+    replaced, row = np.arange(n) < bad, np.arange(n)
+    flags = {"replaced": replaced, "filtered": row < filtered, "truncated": row < truncated}
+    return flags | {"fault": replaced.astype(np.int8), "fault_index": np.where(replaced, row, -1).astype(np.int32)}
+
+
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over the first devices."""
     return sharding.make_mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
