@@ -31,8 +31,8 @@ def of(source: Source) -> Fingerprint:
     - of a mixture only: `parts`, the fingerprint of each; it has no samples of its own.
     """
     fingerprint: Fingerprint = {"name": source.name, "examples": len(source), "version": source.version}
-    if source.parts:
-        return fingerprint | {"parts": [of(part) for part in source.parts]}
+    if source.sources:
+        return fingerprint | {"parts": [of(part) for part in source.sources]}
     with ThreadPoolExecutor(THREADS) as pool:
         records = list(pool.map(source.text, places := _sampled(len(source))))
     readable = [record.key != f"number {i}" for i, record in zip(places, records, strict=True)]
@@ -49,7 +49,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], source: Source
     if len(parts) != len(found):
         return [f"parts: {len(found)} -> {len(parts)}"]
     lines = []
-    for before, after, part in zip(found, parts, source.parts, strict=True):
+    for before, after, part in zip(found, parts, source.sources, strict=True):
         lines += [f"{after['name']}, {line}" for line in differences(before, after, part)]
     if parts:
         return lines

@@ -45,6 +45,7 @@ class Source(ABC):
     fields: dict[str, str]  # every field that is stored, and its kind
     version: str = ""  # names what is stored now, as far as the storage knows: part of the fingerprint
     captioned: bool = True  # False: images alone
+    sources: tuple["Source", ...] = ()  # of a mixture: those that it mixes
 
     def __init__(self) -> None:
         self._warned: set[str] = set()

@@ -14,7 +14,7 @@ from clipjax.train.workdir import Workdir
 
 def recognized(workdir: Workdir, source: Source, accept_new: bool = False) -> Workdir:
     """`workdir` with the fingerprint of `source`, which its checkpoints will hold; compared with that of the checkpoint to resume
-    from. A checkpoint of release 0.3 or earlier has none, and fits any data. So does another run's, from which this one starts.
+    from. An older checkpoint has none, and fits any data. So does that of another run, from which this one starts.
 
     Raises ConfigError for other data, which `accept_new` allows, and where the processes find different data."""
     now = fingerprint.of(source)
@@ -26,8 +26,6 @@ def recognized(workdir: Workdir, source: Source, accept_new: bool = False) -> Wo
     if accept_new:
         say(f"{workdir.path}: the data are others than before, as --accept-new-data allows: {'; '.join(rows)}")
         return workdir
-    remedy = (
-        "bring those back; or --accept-new-data goes on with these; or choose a new --workdir, which init starts from this one"
-    )
-    what = f"are not the data that {workdir.path}@{workdir.saved.step} was trained on; {remedy}"
-    raise config.ConfigError("\n  ".join([f"data: {source.name}: {what}:", *rows]))
+    what = f"is not what {workdir.path}@{workdir.saved.step} was trained on"
+    remedy = "bring that back, go on with this by --accept-new-data, or choose a new --workdir, which init starts from this one"
+    raise config.ConfigError("\n  ".join([f"data = {source.name}: {what}; {remedy}:", *rows]))

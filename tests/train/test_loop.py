@@ -134,7 +134,7 @@ def test_lines_say_how_far_the_run_is_and_where_its_time_went(tmp_path, capsys):
     for steps in (6, 12):
         run = dataclasses.replace(skip, train=dataclasses.replace(skip.train, steps=steps))
         with open_workdir(run, tmp_path, tiny.mesh_of(2)) as workdir:
-            train(run, workdir, batches(replaced=4), [Evaluator([0.5, 0.5])], tiny.mesh_of(2), Examples([None] * 100))
+            train(run, workdir, batches(bad=4), [Evaluator([0.5, 0.5])], tiny.mesh_of(2), Examples([None] * 100))
     said = capsys.readouterr().err
     assert "6 steps of 16 = 96 examples, 0.96 epochs of tsv:pairs.tsv (100)\n" in said
     assert "12 steps of 16 = 192 examples, 1.9 epochs of tsv:pairs.tsv (100)\n" in said
