@@ -26,7 +26,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 INSTALLED = metadata.packages_distributions()  # top-level module -> distributions
 EXTRAS = {  # room -> the extras that it may need besides `dependencies`
-    "data": ("http",),
+    "data": ("fast", "http"),
     "export": ("torch",),
     "evals": ("captions",),
     "aot": ("tpu",),
@@ -79,11 +79,12 @@ def test_every_import_of_the_tests_is_declared():
     ("extra", "modules"),
     [
         *((extra, [module]) for module, extra in dict.fromkeys(ranges.SCHEMES.values())),
+        ("fast", ["cykooz_resizer"]),
         ("torch", sorted({module for modules in verify.PACKAGES.values() for module in modules})),
         ("captions", sorted(set(caption_metrics.PACKAGES.values()))),
         ("wandb", ["wandb"]),
     ],
-    ids=["gcs", "s3", "http", "hf", "torch", "captions", "wandb"],
+    ids=["gcs", "s3", "http", "hf", "fast", "torch", "captions", "wandb"],
 )
 def test_what_is_looked_for_by_name_is_declared(extra, modules):
     assert {module for module in modules if not distributions(module) & declared(extra)} == set()

@@ -1,108 +1,117 @@
-"""Images: bytes to RGB, and RGB to squares of uint8, augmented for training and never for evaluation."""
+"""Images: stored bytes to squares of uint8, as a viewer shows them, augmented for training and never for evaluation.
+
+An image is upright (EXIF), of 8 bits, on white, and the first frame. See `turn`, `modes`, `resize`, `strip` and `augment`.
+"""
 
 import io
-import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
-from clipjax.config import Augment, Data
-from clipjax.data.filter import check_size
+from clipjax.config import Data
+from clipjax.data import filter as filters
+from clipjax.data.augment import draw_crop, recolour
+from clipjax.data.modes import keyed, rgb
+from clipjax.data.resize import Box, check_size, fit, fit_box, resize_box
+from clipjax.data.turn import stored_box, turn_of, turned, turned_size
 
-BICUBIC = Image.Resampling.BICUBIC
-
-
-def decode(source: bytes | Path, min_side: int | None = None) -> Image.Image:
-    """A stored image as RGB. Raises what the decoder raises if it can't be read.
-
-    With `min_side`, a JPEG may be decoded at a half, a quarter or an eighth of its size, if both sides keep `min_side` pixels."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        if min_side is not None:
-            image.draft(None, (min_side, min_side))
-        image.load()
-        return rgb(image)
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """An image as RGB, 8 bits a channel. Transparent pixels become white.
-
-    Raises ValueError for numbers that have no known range (modes F and I): which of them is white?
-    """
-    if image.mode in ("F", "I"):
-        raise ValueError(f"mode {image.mode}: numbers of 32 bits; expected colours of 8 or 16 bits")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    elif image.mode.startswith("I;16"):  # whose conversion would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def fit(image: Image.Image, size: int, resize: Literal["squash", "crop"]) -> np.ndarray:
-    """uint8 [size, size, 3]: both sides resized (squash), or the shorter side resized and the centre taken (crop).
-
-    Bicubic and antialiased, with the sizes and offsets of torchvision's Resize and CenterCrop on PIL images."""
-    if resize == "squash":
-        return np.asarray(image.resize((size, size), BICUBIC))
-    width, height = image.size
-    short = min(width, height)
-    width, height = size * width // short, size * height // short
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.resize((width, height), BICUBIC).crop((left, top, left + size, top + size)))
+DRAFTED = ("JPEG", "MPO")  # formats that are decoded at a half, a quarter or an eighth of their size for less work
+# Pillow warns of metadata that are broken and of large images, each in words of its own. The first do no harm, and
+# data.max_pixels judges the second.
+QUIET = [
+    ("ignore", None, Image.DecompressionBombWarning, None, 0),
+    ("ignore", None, UserWarning, re.compile(r"PIL\."), 0),
+]
 
 
 def training(stored: bytes | Path, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [size, size, 3] of a stored image, augmented. Raises Filtered, and what decoding raises."""
-    image = decode(stored, min_decoded_side(size, data.augment))
-    check_size(data.filter, *image.size)
-    return transform(image, size, data.resize, data.augment, rng)
+    """uint8 [size, size, 3] of a stored image, augmented: a random resized crop, then flip, brightness, contrast and saturation.
+
+    Raises Filtered, and what `opened` and the decoder raise."""
+    augment = data.augment
+    with opened(stored, data.max_pixels) as image:
+        check(image, size, data)
+        filters.check_size(data.filter, *image.size)
+        if image.format not in DRAFTED:  # their metadata may stand behind the pixels
+            image.load()
+            check(image, size, data)
+        turn = turn_of(image)
+        upright = turned_size(*image.size, turn)
+        box = draw_crop(*upright, augment, rng) if augment.crop < 1 else fit_box(*upright, size, data.resize)
+        box = stored_box(box, *image.size, turn)
+        scale = _draft(image, box, size)
+        image.load()
+        pixels = rgb(image)
+    if augment.crop == 1 and scale == 1 and data.resizer == "pillow":  # what an evaluation shows, bit for bit
+        square = Image.fromarray(fit(turned(pixels, turn), size, data.resize))
+    else:  # turned when it is small
+        left, top, right, bottom = box
+        box = left / scale, top / scale, right / scale, bottom / scale
+        square = turned(resize_box(pixels, size, box, data.resizer), turn)
+    return np.asarray(recolour(square, augment, rng))
 
 
 def evaluation(stored: bytes | Path, size: int, data: Data) -> np.ndarray:
-    """uint8 [size, size, 3] of a stored image, not augmented. Raises what decoding raises."""
-    return fit(decode(stored), size, data.resize)
+    """uint8 [size, size, 3] of a stored image, not augmented, resized by Pillow. Raises what `opened` and the decoder raise."""
+    with opened(stored, data.max_pixels) as image:
+        check(image, size, data)
+        image.load()
+        check(image, size, data)
+        pixels = upright(image)
+    return fit(pixels, size, data.resize)
 
 
-def min_decoded_side(size: int, augment: Augment) -> int:
-    """The `min_side` of `decode` for training, in pixels: twice what the smallest crop needs to give `size` pixels."""
-    return math.ceil(2 * size * (math.sqrt(augment.aspect / augment.crop) if augment.crop < 1 else 1))
+def decode(stored: bytes | Path, max_pixels: int = Data.max_pixels) -> Image.Image:
+    """A stored image as RGB, upright. Raises what `opened` and the decoder raise."""
+    with opened(stored, max_pixels) as image:
+        return upright(image)
 
 
-def transform(
-    image: Image.Image, size: int, resize: Literal["squash", "crop"], augment: Augment, rng: np.random.Generator
-) -> np.ndarray:
-    """uint8 [size, size, 3] for training: a random resized crop, then flip, brightness, contrast and saturation."""
-    if augment.crop < 1:
-        image = image.resize((size, size), BICUBIC, box=_crop(*image.size, augment, rng))
-    else:
-        image = Image.fromarray(fit(image, size, resize))
-    if augment.flip and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    for amount, enhance in (
-        (augment.brightness, ImageEnhance.Brightness),
-        (augment.contrast, ImageEnhance.Contrast),
-        (augment.saturation, ImageEnhance.Color),
-    ):
-        if amount > 0:
-            image = enhance(image).enhance(rng.uniform(1 - amount, 1 + amount))
-    return np.asarray(image)
+def upright(image: Image.Image) -> Image.Image:
+    """An image as RGB, turned and mirrored as its metadata say."""
+    image.load()
+    return turned(rgb(image), turn_of(image))
 
 
-def _crop(width: int, height: int, augment: Augment, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a crop, as torchvision's RandomResizedCrop, but with fractions of a pixel.
+@contextmanager
+def opened(stored: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
+    """A stored image, identified but not yet decoded. Raises ValueError for more than `max_pixels`, and what Pillow raises."""
+    _limit_pillow(max_pixels)
+    try:
+        image = Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"{e} (data.max_pixels = {max_pixels:,})") from None
+    with image:
+        check_size(*image.size, 1, max_pixels)
+        yield keyed(image)
 
-    Its share of the area is uniform in [crop, 1]. Its ratio of sides is log-uniform in [1/aspect, aspect]. If none of ten draws
-    fits into the image, it is the largest centre crop of the nearest ratio."""
-    log_aspect = math.log(augment.aspect)
-    for _ in range(10):
-        area = width * height * rng.uniform(augment.crop, 1)
-        ratio = math.exp(rng.uniform(-log_aspect, log_aspect))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if w <= width and h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return left, top, min(left + w, width), min(top + h, height)
-    w = min(width, height * augment.aspect)
-    h = min(height, width * augment.aspect)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+def check(image: Image.Image, size: int, data: Data) -> None:
+    """Raises ValueError for an image that is too large to decode, or too long to resize. For some formats, as ICO, its size is
+    known only when it is loaded."""
+    check_size(*image.size, size, data.max_pixels)
+
+
+def _limit_pillow(max_pixels: int) -> None:
+    """Lets Pillow open what `max_pixels` allows. Its own limit stays for images within images, as in an ICO."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    if list(warnings.filters[: len(QUIET)]) != QUIET:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def _draft(image: Image.Image, box: Box, size: int) -> int:
+    """Has a JPEG decoded at 1/s of its size, where `box` then still has `size` pixels on each side. Returns s: 1, 2, 4 or 8."""
+    width, height = image.size
+    shortest = min(box[2] - box[0], box[3] - box[1])
+    scale = next((s for s in (8, 4, 2) if shortest >= s * size), 1)
+    if image.format not in DRAFTED or scale == 1:
+        return 1
+    image.draft(None, (width // scale, height // scale))
+    return scale if image.size == (-(-width // scale), -(-height // scale)) else 1

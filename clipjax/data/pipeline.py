@@ -26,6 +26,7 @@ from clipjax.data.examples import EvaluationExample, Reader, TrainingExample
 from clipjax.data.mixture import Mixture, batch_counts
 from clipjax.data.order import derived
 from clipjax.data.readers import training_order, training_reader
+from clipjax.data.resize import check_resizer
 from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
@@ -100,6 +101,7 @@ def train_batches(
     Raises ConfigError as `check_source` and `Teacher` do, and for a batch that the processes can't divide equally."""
     local = _local_batch(batch_size, process_count)
     check_source(source, data, batch_size)
+    check_resizer(data.resizer)
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
     if teacher is None and data.teacher is not None:
         teacher = Teacher(data.teacher, source)

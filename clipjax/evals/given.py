@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from clipjax.config import ConfigError
-from clipjax.data.image import decode, fit, rgb
+from clipjax.data.image import decode, fit, upright
 from clipjax.files import local_path
 
 ImageLike = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]
@@ -76,7 +76,7 @@ def _checked_rgb(name: str, image: Image.Image) -> Image.Image:
     if not all(image.size):
         raise ValueError(f"{name}: has no pixels; expected {EXPECTED}")
     try:
-        return rgb(image)
+        return upright(image)
     except Exception as error:  # a decoder may raise anything, and PIL decodes late
         raise ValueError(f"{name}: is no image that can be read: {error}") from error
 

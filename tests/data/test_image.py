@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import Augment
-from clipjax.data.image import _crop, decode, fit, min_decoded_side, transform
+from clipjax.config import Augment, ConfigError, Data, Filter
+from clipjax.data import image as images
+from clipjax.data.augment import draw_crop
+from clipjax.data.filter import Filtered
+from clipjax.data.image import decode, evaluation, training
+from clipjax.data.resize import check_resizer, fit, fit_box, resize_box
 
 
 def noise(height, width, channels=3):
@@ -18,6 +22,10 @@ def encoded(image: Image.Image, form: str = "png", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
+
+
+def trained(image, size, resize, augment, rng):
+    return training(encoded(image), size, Data(spec="emoji", resize=resize, augment=augment), rng)
 
 
 def resize_reference(x, size, axis):
@@ -64,28 +72,6 @@ def test_crop_is_resize_and_center_crop(height, width, resized, offset):
     assert np.abs(fit(Image.fromarray(pixels), 64, "crop") - expected).max() <= 1
 
 
-def test_transparency_becomes_white():
-    rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    rgba.putpixel((0, 0), (255, 0, 0, 255))
-    rgba.putpixel((1, 0), (0, 0, 0, 128))
-    got = np.asarray(decode(encoded(rgba)))
-    assert got[0, :3].tolist() == [[255, 0, 0], [127, 127, 127], [255, 255, 255]]
-    palette = Image.new("P", (2, 1), 0)
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putpixel((1, 0), 1)
-    assert np.asarray(decode(encoded(palette, transparency=0))).tolist() == [[[255, 255, 255], [40, 50, 60]]]
-
-
-def test_modes_become_rgb():
-    gray = Image.fromarray(np.array([[0, 100, 255]], np.uint8))
-    assert np.asarray(decode(encoded(gray))).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
-    deep = Image.fromarray(np.array([[0, 100 * 256 + 7, 65535]], np.uint16))
-    assert np.asarray(decode(encoded(deep))).tolist() == [[[0] * 3, [100] * 3, [255] * 3]]
-    cmyk = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg"))
-    assert cmyk.mode == "RGB"
-    assert np.abs(np.asarray(cmyk, int)[0, 0] - [255, 0, 0]).max() <= 3
-
-
 def test_decode_from_a_path(tmp_path):
     pixels = noise(5, 6)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -99,26 +85,100 @@ def test_broken_images_raise(tmp_path):
             decode(data)
 
 
-def test_jpeg_is_decoded_no_smaller_than_needed():
+def test_jpeg_is_decoded_at_the_scale_that_the_drawn_crop_allows(monkeypatch):
+    """The scale is the smallest with at least 1 pixel of the file for each of the square, whatever other crops could be drawn."""
+    scales, draft = [], images._draft
+    monkeypatch.setattr(images, "_draft", lambda image, box, size: scales.append((box, draft(image, box, size))) or scales[-1][1])
     data = encoded(Image.fromarray(noise(600, 800)), "jpeg")
-    assert [decode(data, least).size for least in (None, 601, 300, 299, 151, 150, 75, 10)] == [
-        *[(800, 600)] * 2, *[(400, 300)] * 3, (200, 150), *[(100, 75)] * 2,
-    ]  # fmt: skip
-    png = encoded(Image.fromarray(noise(60, 80)))
-    assert decode(png, 10).size == (80, 60)
+    for i in range(60):
+        training(data, 64, Data(spec="emoji", augment=Augment(crop=0.01)), np.random.default_rng(i))
+    assert {scale for _, scale in scales} == {1, 2, 4, 8}
+    for (x0, y0, x1, y1), scale in scales:
+        side = min(x1 - x0, y1 - y0)
+        assert side / scale >= 64 or scale == 1
+        assert side / (2 * scale) < 64 or scale == 8
+    training(encoded(Image.fromarray(noise(600, 800))), 64, Data(spec="emoji"), np.random.default_rng(0))
+    assert scales[-1] == ((0, 0, 800, 600), 1)  # a PNG
 
 
-def test_smallest_crop_still_has_the_pixels():
-    augment = Augment(crop=0.2, aspect=2.0)
-    least = min_decoded_side(64, augment)
-    boxes = [_crop(least, least, augment, np.random.default_rng(i)) for i in range(500)]
-    assert min(min(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes) >= 2 * 64 - 1
-    assert min_decoded_side(64, Augment()) == 128
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+@pytest.mark.parametrize("augment", [Augment(), Augment(crop=0.5)])
+@pytest.mark.parametrize("shape", [(600, 800), (333, 777), (601, 451)])
+def test_a_drafted_crop_shows_what_the_whole_image_shows(resize, augment, shape):
+    smooth = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(shape[::-1])
+    data, stored = Data(spec="emoji", resize=resize, augment=augment), encoded(smooth, "jpeg", quality=95)
+    assert min(shape) >= 64 * 4
+    got = training(stored, 64, data, np.random.default_rng(0)).astype(int)
+    box = draw_crop(*smooth.size, augment, np.random.default_rng(0)) if augment.crop < 1 else fit_box(*smooth.size, 64, resize)
+    expected = np.asarray(resize_box(decode(stored), 64, box, "pillow"), int)
+    assert np.abs(got - expected).mean() < 1
+    assert np.abs(got - expected).max() <= 12
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+def test_fast_differs_by_three_levels_at_most(resize):
+    pytest.importorskip("cykooz_resizer")
+    for i, shape in enumerate([(128, 136), (50, 31), (500, 375), (40, 400), (224, 224)]):
+        image = Image.fromarray(noise(*[side // 3 for side in shape])).resize(shape[::-1], Image.Resampling.BILINEAR)
+        box = draw_crop(*image.size, Augment(crop=0.3), np.random.default_rng(i))
+        for part in (box, fit_box(*image.size, 64, resize)):
+            fast, pillow = (np.asarray(resize_box(image, 64, part, name), int) for name in ("fast", "pillow"))
+            assert np.abs(fast - pillow).max() <= 3
+    stored, data = encoded(image), Data(spec="emoji", resize=resize, resizer="fast")
+    trained = training(stored, 64, data, np.random.default_rng(0)).astype(int)
+    np.testing.assert_array_equal(trained, resize_box(image, 64, fit_box(*image.size, 64, resize), "fast"))
+    np.testing.assert_array_equal(evaluation(stored, 64, data), fit(image, 64, resize))  # by Pillow
+
+
+def test_fast_says_how_to_install_it(monkeypatch):
+    check_resizer("pillow")
+    monkeypatch.setitem(__import__("sys").modules, "cykooz_resizer", None)
+    with pytest.raises(ConfigError, match=r"data.resizer = 'fast': .*pip install 'clipjax\[fast\]'"):
+        check_resizer("fast")
+
+
+def test_boxes_that_fit_shows():
+    assert fit_box(70, 50, 32, "squash") == (0, 0, 70, 50)
+    image = Image.fromarray(noise(100, 210))
+    box = fit_box(*image.size, 32, "crop")
+    np.testing.assert_allclose(box, (56.42, 0, 156.72, 100), atol=0.01)  # 67 columns of which 18 to 50 are shown
+    difference = np.asarray(resize_box(image, 32, box, "pillow"), int) - fit(image, 32, "crop")
+    assert np.abs(difference).max() <= 1
+
+
+def test_filter_looks_at_the_stored_size_before_decoding():
+    whole = encoded(Image.fromarray(noise(40, 80)), "jpeg")
+    stored = whole[: len(whole) // 2]  # its header is all there
+    for wanted in (Filter(min_side=41), Filter(max_aspect=1.9)):
+        with pytest.raises(Filtered, match="80 x 40"):
+            training(stored, 8, Data(spec="emoji", filter=wanted), np.random.default_rng(0))
+    kept = Data(spec="emoji", filter=Filter(min_side=40, max_aspect=2.0))
+    assert training(whole, 8, kept, np.random.default_rng(0)).shape == (8, 8, 3)
+    assert evaluation(whole, 8, Data(spec="emoji", filter=Filter(min_side=41))).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("read", [evaluation, lambda *given: training(*given, np.random.default_rng(0))])
+def test_larger_images_are_refused_before_they_are_decoded(read, monkeypatch):
+    stored = encoded(Image.fromarray(noise(30, 40)))
+    assert read(stored, 8, Data(spec="emoji", max_pixels=1200)).shape == (8, 8, 3)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    with pytest.raises(ValueError, match=r"40 x 30 pixels are more than data.max_pixels = 1,199"):
+        read(stored, 8, Data(spec="emoji", max_pixels=1199))
+
+
+@pytest.mark.parametrize(("allowed", "pillows"), [(1200, 1000), (1200, 500), (1200, 1200)])
+def test_pillows_own_limit_neither_warns_nor_counts(allowed, pillows, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+    stored = encoded(Image.fromarray(noise(30, 40)))
+    assert evaluation(stored, 8, Data(spec="emoji", max_pixels=allowed)).shape == (8, 8, 3)
+    for larger in ((30, 41), (300, 400)):
+        with pytest.raises(ValueError, match=r"pixels.*data.max_pixels = 1,200"):
+            evaluation(encoded(Image.fromarray(noise(*larger))), 8, Data(spec="emoji", max_pixels=allowed))
 
 
 def test_crops_are_what_the_configuration_says():
     augment, width, height = Augment(crop=0.3, aspect=1.5), 120, 100
-    boxes = np.array([_crop(width, height, augment, np.random.default_rng(i)) for i in range(2000)])
+    boxes = np.array([draw_crop(width, height, augment, np.random.default_rng(i)) for i in range(2000)])
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     share, ratio = w * h / (width * height), w / h
     assert (boxes >= 0).all()
@@ -133,7 +193,7 @@ def test_crops_are_what_the_configuration_says():
 
 
 def test_crop_of_a_narrow_image():
-    x0, y0, x1, y1 = _crop(1000, 10, Augment(crop=0.9, aspect=4 / 3), np.random.default_rng(0))
+    x0, y0, x1, y1 = draw_crop(1000, 10, Augment(crop=0.9, aspect=4 / 3), np.random.default_rng(0))
     assert (y0, y1) == (0, 10)
     np.testing.assert_allclose([x0, x1], [500 - 20 / 3, 500 + 20 / 3])
 
@@ -141,21 +201,21 @@ def test_crop_of_a_narrow_image():
 def test_without_augmentation_training_sees_what_evaluation_sees():
     image = Image.fromarray(noise(50, 70))
     for resize in ("squash", "crop"):
-        got = transform(image, 32, resize, Augment(), np.random.default_rng(0))
+        got = trained(image, 32, resize, Augment(), np.random.default_rng(0))
         np.testing.assert_array_equal(got, fit(image, 32, resize))
 
 
 def test_transform_is_a_function_of_its_generator():
     image = Image.fromarray(noise(50, 70))
     augment = Augment(crop=0.5, flip=True, brightness=0.3, contrast=0.3, saturation=0.3)
-    one, same, other = (transform(image, 32, "squash", augment, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    one, same, other = (trained(image, 32, "squash", augment, np.random.default_rng(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
 
 
 def test_flip_is_one_of_two():
     image = Image.fromarray(noise(32, 32))
-    got = [transform(image, 32, "squash", Augment(flip=True), np.random.default_rng(i)) for i in range(200)]
+    got = [trained(image, 32, "squash", Augment(flip=True), np.random.default_rng(i)) for i in range(200)]
     mirrored = sum(np.array_equal(x, np.asarray(image)[:, ::-1]) for x in got)
     straight = sum(np.array_equal(x, np.asarray(image)) for x in got)
     assert mirrored + straight == 200
@@ -168,7 +228,7 @@ def test_colour_jitter_changes_what_it_says():
 
     def jittered(**changes):
         rng = np.random.default_rng(3)
-        return transform(image, 32, "squash", Augment(**changes), rng).astype(float)
+        return trained(image, 32, "squash", Augment(**changes), rng).astype(float)
 
     factor = np.random.default_rng(3).uniform(0.5, 1.5)
     np.testing.assert_allclose(jittered(brightness=0.5), np.clip(pixels * factor, 0, 255), atol=1)

@@ -1,0 +1,41 @@
+"""Random changes of training images: a crop before, and flip and colours after an image is resized."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from clipjax.config import Augment
+from clipjax.data.resize import Box
+
+
+def draw_crop(width: int, height: int, augment: Augment, rng: np.random.Generator) -> Box:
+    """A crop, as torchvision's RandomResizedCrop, but with fractions of a pixel.
+
+    Its share of the area is uniform in [crop, 1]. Its ratio of sides is log-uniform in [1/aspect, aspect]. If none of ten draws
+    fits into the image, it is the largest centre crop of the nearest ratio."""
+    log_aspect = math.log(augment.aspect)
+    for _ in range(10):
+        area = width * height * rng.uniform(augment.crop, 1)
+        ratio = math.exp(rng.uniform(-log_aspect, log_aspect))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, top, min(left + w, width), min(top + h, height)
+    w = min(width, height * augment.aspect)
+    h = min(height, width * augment.aspect)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def recolour(image: Image.Image, augment: Augment, rng: np.random.Generator) -> Image.Image:
+    """An RGB image, perhaps flipped, with its brightness, contrast and saturation changed."""
+    if augment.flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    for amount, enhance in (
+        (augment.brightness, ImageEnhance.Brightness),
+        (augment.contrast, ImageEnhance.Contrast),
+        (augment.saturation, ImageEnhance.Color),
+    ):
+        if amount > 0:
+            image = enhance(image).enhance(rng.uniform(1 - amount, 1 + amount))
+    return image
