@@ -369,7 +369,7 @@ WRONG_FIELDS = {
     "--mesh.fsdp 3": "mesh.data = -1, mesh.fsdp = 3, mesh.tensor = 1: must multiply to the number of devices, 8",
     "--train.steps 10": "optim.schedule.warmup = 10: must be less than train.steps = 10",
     "--data.spec tsv:nothing.tsv": "evals.0.data = None: the run's own tsv:nothing.tsv has no splits: name other examples",
-    "--evals none --data.spec tsv:nothing.tsv": "data.spec = 'tsv:nothing.tsv': there is no file nothing.tsv",
+    "--evals none --data.spec tsv:nothing.tsv": "data.spec = 'tsv:nothing.tsv': nothing.tsv does not exist; check the path",
     "--data.split tset": "data.split = 'tset'",
 }
 

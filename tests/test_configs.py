@@ -209,7 +209,7 @@ def test_a_small_one_trains(name, tokenizer, tmp_path, capsys):
     ("name", "options", "message"),
     [
         ("clip_b16", (), "data.spec = 'tfds:laion400m/images': not among the datasets in"),
-        ("clip_b16", ("--data.spec", "tsv:mine.tsv"), "data.spec = 'tsv:mine.tsv': there is no file mine.tsv"),
+        ("clip_b16", ("--data.spec", "tsv:mine.tsv"), "data.spec = 'tsv:mine.tsv': mine.tsv does not exist; check the path"),
         ("siglip_b16", ("--data.spec", "emoji"), "train.batch_size = 32768: is more than the 3426 examples of emoji/train"),
         ("siglip_so400m", (), "mesh.fsdp = 128, mesh.tensor = 1: must multiply to the number of devices, 8"),
         ("siglip_l16", ("--mesh.fsdp", "8", "--data.spec", "emoji", "--train.batch_size", "100"), "try 96 or 104"),

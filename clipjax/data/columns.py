@@ -6,13 +6,16 @@ A field is a column of a table, a member of a sample in a tar, or a path into on
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from clipjax.config import ConfigError
 from clipjax.config.fields import nearest
+from clipjax.data.captions import kept
 
 SHOWN = 40  # names that a message lists at most
+INTEGER = re.compile(r"\s*[+-]?\d+(?:\.0*)?\s*")
 
 
 class Field(NamedTuple):
@@ -103,10 +106,12 @@ def texts(value: Any) -> tuple[str, ...]:
 
 
 def gather(found: Iterable[tuple[Sequence[str], float]]) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-    """All captions, and the chance of each: None where they are equal. Takes those of each field with the field's probability.
+    """All captions with a visible character, and the chance of each; None: equal ones. Takes the texts of each field with its
+    probability.
 
     The captions of a field share its probability equally; the probability of a field without any goes to the others."""
-    filled = [(captions, chance) for captions, chance in found if captions]
+    seen = [(kept(captions), chance) for captions, chance in found]
+    filled = [(captions, chance) for captions, chance in seen if captions]
     captions = tuple(caption for several, _ in filled for caption in several)
     if len(filled) < 2:
         return captions, None
@@ -153,9 +158,11 @@ def label(value: Any, classes: dict[str, int] | None = None) -> int:
 
 
 def class_names(values: Iterable[Any]) -> tuple[str, ...] | None:
-    """The classes that the values of a label field name, sorted. None: all values are integers, or absent."""
+    """The classes that the values of a label field name, sorted. None: all values are integers, or absent.
+
+    pandas writes integers as 3.0 where some are absent."""
     names = {str(value) for value in values if value is not None and value != ""}
-    return None if all(name.strip().lstrip("+-").isdecimal() for name in names) else tuple(sorted(names))
+    return None if all(INTEGER.fullmatch(name) for name in names) else tuple(sorted(names))
 
 
 def _shown(value: Any) -> str:

@@ -1,8 +1,11 @@
 """Where images and captions come from: opens what a SPEC names."""
 
+import dataclasses
+
 from clipjax import config
+from clipjax.config.data import dataset_name
 from clipjax.data.source import Source
-from clipjax.files import local_path
+from clipjax.data.split import Share, parse_split
 
 
 def open_source(data: config.Data) -> Source:
@@ -14,6 +17,9 @@ def open_source(data: config.Data) -> Source:
         from clipjax.data.mixture import Mixture
 
         return Mixture([open_source(part) for part in data.parts], data)
+    split, share = parse_split(data.split)
+    if share is not None:
+        return Share(open_source(dataclasses.replace(data, split=split)), *share, dataset_name(data.spec, data.split))
     kind, _, rest = data.spec.partition(":")
     match kind:
         case "emoji":
@@ -24,8 +30,8 @@ def open_source(data: config.Data) -> Source:
             from clipjax.data.tfds_source import Tfds, find_dataset
 
             return Tfds(data, find_dataset(data.spec, rest))
-        case "tsv":
-            from clipjax.data.tsv import Tsv
+        case "csv" | "tsv":
+            from clipjax.data.table import Table
 
-            return Tsv(data, local_path("data.spec", rest).expanduser())
+            return Table(data, rest)
     raise config.ConfigError(f"data.spec = {data.spec!r}: can't be read yet")

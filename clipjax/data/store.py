@@ -22,18 +22,18 @@ BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
 TAGS = ("etag", "ETag", "blob_id", "md5Hash", "mtime", "updated", "LastModified", "created")  # what stores call a file's version
 
 
-def find(name: str, patterns: str, suffixes: tuple[str, ...]) -> list[Stored]:
+def find(name: str, patterns: str, suffixes: tuple[str, ...], given: str | None = None) -> list[Stored]:
     """The files that `patterns` name: in the order of the patterns, those of each sorted.
 
     Several patterns are joined by `::`. Each is a file, a folder (of which files with one of the suffixes are taken, in its
     sub-folders too), or has braces (`{00000..01242}`, `{a,b}`) or wildcards (`*`, `?`, `[`). Braces name files that must exist;
     folders and wildcards take those that are there. Web servers list no folders, so there braces alone are possible.
 
-    `name`: what the user calls it. Raises ConfigError for what does not exist, may not be read or is named twice, and OSError
-    where a store can't be reached."""
+    `name`: what the user calls it; `given`: what the user wrote, if that is more than the patterns. Raises ConfigError for what
+    does not exist, may not be read or is named twice, and OSError where a store can't be reached."""
     found: dict[str, Stored] = {}
     for pattern in patterns.split("::"):
-        called = f"{name} = {patterns!r}"
+        called = f"{name} = {given or patterns!r}"
         files = _find(called, pattern, suffixes)
         if twice := next((file.url for file in files if file.url in found), None):
             raise ConfigError(f"{called}: names {twice} twice; name each file once (data.sources can repeat or weight a dataset)")
@@ -75,7 +75,8 @@ def _find(called: str, pattern: str, suffixes: tuple[str, ...]) -> list[Stored]:
         raise ConfigError(f"{called}: {error}") from error
     if missing:
         remedy = "check the path; a folder, or a pattern with *, takes those that are there"
-        raise ConfigError(f"{called}: {missing[0]} does not exist, one of {len(missing):,} such names; {remedy}")
+        more = f", one of {len(missing):,} such names" if len(missing) > 1 else ""
+        raise ConfigError(f"{called}: {missing[0]} does not exist{more}; {remedy}")
     if not found:
         seen = f"; there are {len(others):,} others, such as {others[0]}" if others else ""
         raise ConfigError(f"{called}: {pattern} has no file that ends in {' or '.join(suffixes)}{seen}")
