@@ -118,23 +118,28 @@ def _first() -> bool:
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
     """`clipjax eval zeroshot`: accuracies of a run as a classifier."""
-    dataset = dict(data=args.data, split=args.split)
-    _evaluate(args, config.Zeroshot(**dataset, templates=args.templates, classnames=args.classnames))
+    _evaluate(args, config.Zeroshot(**_dataset(args), templates=args.templates, classnames=args.classnames))
 
 
 def eval_retrieval(args: argparse.Namespace) -> None:
     """`clipjax eval retrieval`: recalls of a run in both directions."""
-    _evaluate(args, config.Retrieval(data=args.data, split=args.split))
+    _evaluate(args, config.Retrieval(**_dataset(args)))
 
 
 def eval_geometry(args: argparse.Namespace) -> None:
     """`clipjax eval geometry`: the gap between a run's images and texts, as metrics and as a plot."""
-    _evaluate(args, config.Geometry(data=args.data, split=args.split))
+    _evaluate(args, config.Geometry(**_dataset(args)))
 
 
 def eval_captioning(args: argparse.Namespace) -> None:
     """`clipjax eval captioning`: the captions that a run generates, as metrics and with some of the images."""
-    _evaluate(args, config.Captioning(data=args.data, split=args.split, samples=args.samples))
+    _evaluate(args, config.Captioning(**_dataset(args), samples=args.samples))
+
+
+def _dataset(args: argparse.Namespace) -> dict[str, Any]:
+    """What to evaluate on, as the fields of a TrainingEvaluation."""
+    fields = dict(image_field=args.image_field, text_field=args.text_field, label_field=args.label_field)
+    return dict(data=args.data, split=args.split, **fields)
 
 
 def _evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
@@ -163,7 +168,9 @@ def embed(args: argparse.Namespace) -> None:
     from clipjax.evals.inputs import eval_data
 
     model = _load(args)
-    arrays = embed(model.encoder, model.params, model.tokenizer, eval_data(model.run, args.data, args.split))
+    dataset = _dataset(args)
+    data = eval_data(model.run, dataset.pop("data"), **dataset)
+    arrays = embed(model.encoder, model.params, model.tokenizer, data)
     write_npz(args.out, arrays)
     _say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 

@@ -33,7 +33,8 @@ def data_inspect(args: argparse.Namespace) -> None:
 
     tokenizer = Tokenizer.load(args.tokenizer, args.length) if args.tokenizer else None
     sheet = args.png or writable_file(png_name(f"{args.spec}-{args.split}"))
-    report = inspect(config.Data(spec=args.spec, split=args.split), tokenizer, sheet, length=args.length)
+    fields = dict(image_field=args.image_field, text_field=args.text_field, label_field=args.label_field)
+    report = inspect(config.Data(spec=args.spec, split=args.split, **fields), tokenizer, sheet, length=args.length)
     print(describe(report))
     if args.json:
         write_json(args.json, report)

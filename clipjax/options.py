@@ -48,7 +48,12 @@ def _json(what: str) -> Argument:
     return _argument("--json", "OUT", f"also write {what} to this file", writable_file)
 
 
-SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], or tsv:FILE with columns filepath and title"
+SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES or folder:DIR"
+FIELDS = (
+    _argument("--image-field", "NAME", "the image's feature, column or suffix, or a path in it, as image.bytes"),
+    _argument("--text-field", "NAME", "the captions' feature, column or suffix, or a path in it, as json.caption"),
+    _argument("--label-field", "NAME", "the class's feature, column or suffix, or a path in it"),
+)
 RUN = (
     _argument("workdir", "RUN", "a workdir of `clipjax train`, local or on gs:// or s3://: its newest checkpoint, or RUN@STEP"),
     _argument("--config", "CONFIG.py", "load this config file first: it registers losses or evaluations that the run uses"),
@@ -56,7 +61,8 @@ RUN = (
 DATA = (
     *RUN,
     _argument("--data", "SPEC", SPEC, required=True),
-    _argument("--split", None, "split of the dataset", default="test"),
+    _argument("--split", None, "split of the dataset, or a share of it, as train#95-100", default="test"),
+    *FIELDS,
 )
 
 GROUPS = {
@@ -153,7 +159,7 @@ COMMANDS = (
     _command(
         "embed",
         commands.embed,
-        "write a dataset's embeddings: arrays image, text and key; float32 unit vectors",
+        "write a dataset's embeddings: arrays image, text (where there are captions) and key; float32 unit vectors",
         *DATA,
         _argument("--out", "FILE.npz", "file to write", writable_file, required=True),
     ),
@@ -206,7 +212,8 @@ COMMANDS = (
         data_commands.data_inspect,
         "count, image sizes, captions, truncation, and a contact sheet",
         _argument("spec", "SPEC", SPEC),
-        _argument("--split", None, "split of the dataset", default="train"),
+        _argument("--split", None, "split of the dataset, or a share of it, as train#0-95", default="train"),
+        *FIELDS,
         _argument("--tokenizer", "FILE", "a tokenizer.json; else a BPE is trained on the captions", place),
         _argument("--length", None, "tokens a caption may have, for the truncation statistics", positive, default=77),
         _argument("--png", "OUT", "the contact sheet; else SPEC-SPLIT.png in this folder", writable_file),

@@ -19,6 +19,9 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
 
     data: str | None = free(None)  # a SPEC, as on the command line; None: the run's own data.spec, which must have splits
     split: str = free("test")  # part of the dataset, as `data.split`
+    image_field: str | None = free(None)  # as `data.image_field`; None: the run's own, if it trains on this dataset
+    text_field: str | None = free(None)  # as `data.text_field`; None: the run's own, if it trains on this dataset
+    label_field: str | None = free(None)  # as `data.label_field`; None: the run's own, if it trains on this dataset
     every: int = free(1000)  # steps between two evaluations
 
     def __post_init__(self) -> None:

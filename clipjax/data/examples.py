@@ -1,5 +1,6 @@
 """From records to arrays: an example of a training batch, with a stand-in for a bad one, and an example of an evaluation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,15 +101,17 @@ class EvaluationExample:
     """Makes an example from its number, or padding from a number past the source's end."""
 
     source: Source
+    read: Callable[[int], Record]  # may raise anything
     data: config.Data
     size: int
+    captioned: bool  # an example without a caption is bad
 
     def __call__(self, number: int) -> Arrays:
         real, good, label = number < len(self.source), False, -1
         pixels = np.zeros((self.size, self.size, 3), np.uint8)
         if real:
             try:
-                record = usable(lambda: self.source.read(number), number, self.source.captioned)
+                record = usable(lambda: self.read(number), number, self.captioned)
                 pixels, label, good = self._pixels(record), record.label, True
             except Bad as bad:
                 self.source.warn(bad.key, f"is left out: it {bad}")

@@ -27,6 +27,7 @@ from clipjax.data.mixture import Mixture, batch_counts
 from clipjax.data.order import derived
 from clipjax.data.readers import training_order, training_reader
 from clipjax.data.resize import check_resizer
+from clipjax.data.sequential import Sequential
 from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
@@ -215,15 +216,23 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    captioned: bool = True,
 ) -> BatchStream:
     """This process's share of all examples, each once, in order, not augmented. Threads decode, whatever `data.worker_kind` is.
+    `captioned`: an example without a caption is bad, unless the source has images alone.
 
     A batch holds `image` uint8 [b, s, s, 3], `index` int32 [b] (the example's; -1: padding), `label` int32 [b] (-1: none), and
     bool [b] `mask` (true for what counts: neither padding nor replaced) and `replaced`. The last batch is padded, so that shapes
     never change. All processes get the same number of batches."""
     local = _local_batch(batch_size, process_count)
     padded = math.ceil(len(source) / batch_size) * batch_size
-    batches = grain.MapDataset.range(padded).map(EvaluationExample(source, data, image_size)).batch(local)
+    numbers = np.arange(len(source))
+    read = Sequential(source, numbers[numbers // local % process_count == process_index])
+    batches = (
+        grain.MapDataset.range(padded)
+        .map(EvaluationExample(source, read, data, image_size, captioned and source.captioned))
+        .batch(local)
+    )
     return BatchStream(batches[process_index::process_count].to_iter_dataset(_read_options(data.workers)))
 
 

@@ -22,7 +22,7 @@ from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import caption_metrics
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
 from clipjax.evals.evaluation import Evaluation, Metrics, Results
-from clipjax.evals.inputs import image_batches
+from clipjax.evals.inputs import image_batches, require_captions
 from clipjax.generate import Captioner
 from clipjax.losses import caption_nll
 from clipjax.models.clip import Params, bind
@@ -71,12 +71,14 @@ class CaptioningEvaluation(Evaluation):
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, source: Source, data: config.Data, samples: int = 0) -> None:
         """`samples`: how many images the results show. An image that can't be read is left out.
 
-        Raises ConfigError for a model without a captioning head.
+        Raises ConfigError for a model without a captioning head, and for a source without captions.
         """
         self.encoder, self._tokenizer, self._source, self._samples = encoder, tokenizer, source, samples
         self._captioner = Captioner(encoder.model, encoder.mesh, encoder.batch_size, tokenizer)
         self._score = jax.jit(self._nll, out_shardings=over_rows(encoder.mesh))
+        require_captions(source, "captioning")
         self.references = [record.captions for record in reading.texts(source, quiet=jax.process_index() > 0)]
+        require_captions(source, "captioning", any(self.references))
         self._accepted = _with_round_trips(self.references, tokenizer)
         main = [several[0] if several else "" for several in self.references]
         self._pairs = _pair_batches(encoder, tokenizer, source, data, main)

@@ -7,21 +7,27 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clipjax import config
+from clipjax.data import reading
+from clipjax.data.source import Source
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import CachedBatches, Encoder, to_host
-from clipjax.evals.inputs import caption_batches, image_batches
+from clipjax.evals.inputs import caption_batches, image_batches, require_captions
 from clipjax.files import write_atomic
 from clipjax.models.clip import Params
+
+Vectors = Float[np.ndarray, "n e"]
 
 
 class MainPairs:
     """The pairs of a dataset: each image with its main caption, which is its first."""
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, data: config.Data) -> None:
-        """Reads all captions, and no image yet. Raises ConfigError as `open_source` does."""
-        source = open_source(data)
-        records = [(record.key, record.captions[:1]) for record in map(source.record, range(len(source)))]
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, source: Source | None = None) -> None:
+        """Reads all captions, and no image yet. `source`: that of `data`, if it is open. Raises ConfigError as `open_source`
+        does, and for images alone."""
+        source = source or open_source(data)
+        require_captions(source, "this evaluation")
+        records = [(record.key, record.captions[:1]) for record in reading.texts(source, quiet=jax.process_index() > 0)]
         captioned = [i for i, (_, main) in enumerate(records) if main]
         self.name = source.name
         self.captioned = len(captioned)  # how many examples have a caption
@@ -30,36 +36,41 @@ class MainPairs:
         self._images = image_batches(encoder, source, data)
         self._captions = caption_batches(encoder, tokenizer, [records[i][1][0] for i in captioned], captioned, source.name)
 
-    def embed(self, params: Params) -> tuple[Float[np.ndarray, "n e"], Float[np.ndarray, "n e"], Int[np.ndarray, " n"]]:
+    def embed(self, params: Params) -> tuple[Vectors, Vectors, Int[np.ndarray, " n"]]:
         """Unit vectors of images and captions, float32, and the number of each pair's example, in the dataset's order.
 
         Every process gets all of them. An example without a caption, or whose image can't be read, is left out.
         """
-        text, has_text = self._by_index(params, self._captions)
-        image, has_image = self._by_index(params, self._images)
+        text, has_text = by_index(self._encoder, params, self._captions, len(self.keys))
+        image, has_image = by_index(self._encoder, params, self._images, len(self.keys))
         index = np.flatnonzero(has_image & has_text)
         return image[index], text[index], index
 
-    def _by_index(self, params: Params, batches: CachedBatches) -> tuple[Float[np.ndarray, "n e"], Bool[np.ndarray, " n"]]:
-        """The vector of each example, and whether it has one."""
-        n = len(self.keys)
-        z, found = np.zeros((n, self._encoder.model.embed_dim), np.float32), np.zeros(n, bool)
-        for rows, rest in self._encoder.stream(params, batches):
-            index = to_host(rest["index"])
-            real = index >= 0
-            z[index[real]] = to_host(rows)[real]
-            found[index[real]] = True
-        return z, found
+
+def by_index(encoder: Encoder, params: Params, batches: CachedBatches, n: int) -> tuple[Vectors, Bool[np.ndarray, " n"]]:
+    """The vector of each of n examples, and whether it has one, on every process."""
+    z, found = np.zeros((n, encoder.model.embed_dim), np.float32), np.zeros(n, bool)
+    for rows, rest in encoder.stream(params, batches):
+        index = to_host(rest["index"])
+        real = index >= 0
+        z[index[real]] = to_host(rows)[real]
+        found[index[real]] = True
+    return z, found
 
 
 def embed(encoder: Encoder, params: Params, tokenizer: Tokenizer, data: config.Data) -> dict[str, np.ndarray]:
-    """`image` and `text` (of the main caption) float32 [n, e], unit vectors, and `key` str [n], in the dataset's order.
+    """`image` and `text` (of the main caption) float32 [n, e], unit vectors, and `key` str [n], in the dataset's order. Of a
+    source of images alone `image` and `key` only.
 
     Examples whose image can't be read are left out. Raises ConfigError as `open_source` does.
     """
-    pairs = MainPairs(encoder, tokenizer, data)
-    image, text, index = pairs.embed(params)
-    return {"image": image, "text": text, "key": np.array(pairs.keys)[index]}
+    source = open_source(data)
+    if source.captioned:
+        pairs = MainPairs(encoder, tokenizer, data, source)
+        image, text, index = pairs.embed(params)
+        return {"image": image, "text": text, "key": np.array(pairs.keys)[index]}
+    image, found = by_index(encoder, params, image_batches(encoder, source, data), len(source))
+    return {"image": image[found], "key": np.array([record.key for record in source.texts()])[found]}
 
 
 def write_npz(path: str | Path, arrays: dict[str, np.ndarray]) -> None:

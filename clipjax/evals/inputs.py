@@ -3,15 +3,17 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from clipjax import config, distributed
 from clipjax.config import ConfigError
 from clipjax.data import reading
 from clipjax.data.pipeline import eval_batches
-from clipjax.data.source import Record, Source
+from clipjax.data.source import Source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder
 from clipjax.evals.prompts import classnames, fill
@@ -20,23 +22,47 @@ from clipjax.status import CertainFailure
 log = logging.getLogger(__name__)
 
 
-def eval_data(run: config.Run, spec: str, split: str) -> config.Data:
-    """How a run reads a dataset to evaluate: resized as in training, and by the same fields if it is the same dataset."""
-    data = dataclasses.replace(run.data, spec=spec, split=split)
-    return data if spec == run.data.spec else dataclasses.replace(data, image_field=None, text_field=None)
+def eval_data(run: config.Run, spec: str, split: str, **fields: str | None) -> config.Data:
+    """How a run reads a dataset to evaluate: resized as in training. `fields`: `image_field`, `text_field` and `label_field`; one
+    that is None is the run's own if the run trains on this dataset, alone or with others. No example is filtered out."""
+    own = next((part for part in run.data.parts if part.spec == spec), None)
+    names = ("image_field", "text_field", "label_field")
+    chosen = {name: fields.get(name) or getattr(own, name, None) for name in names}
+    index = own.index if own else None
+    return dataclasses.replace(run.data, spec=spec, split=split, sources=(), index=index, filter=config.Filter(), **chosen)
 
 
-def image_batches(encoder: Encoder, source: Source, data: config.Data) -> CachedBatches:
-    """Every image, with `index` and `label`. One that can't be read is left out, with a warning; no other replaces it."""
+def require_captions(source: Source, task: str, some: bool = True) -> None:
+    """Raises ConfigError for a source of images alone, and one without any caption (not `some`)."""
+    if not (source.captioned and some):
+        lacks = f"none of its {len(source):,} examples has a caption" if source.captioned else "it has images alone"
+        remedy = f"{lacks}, and {task} needs captions: name their field (text_field; --text-field)"
+        raise ConfigError(f"data.spec = {source.name!r}: {remedy}; there are {', '.join(source.fields) or 'no fields'}")
+
+
+def image_batches(
+    encoder: Encoder,
+    source: Source,
+    data: config.Data,
+    *,
+    labels: Int[np.ndarray, " n"] | None = None,
+    captioned: bool = True,
+) -> CachedBatches:
+    """Every image, with `index` and `label`. One that can't be read is left out, with a warning; no other replaces it.
+
+    `labels`: of all examples; None: the source's own. `captioned`: an image without a caption is left out, too, unless the source
+    has images alone. Iteration raises CertainFailure where every image is left out."""
     size = encoder.model.image.image_size
     share = dict(process_index=jax.process_index(), process_count=jax.process_count())
 
     def read() -> Iterator[Batch]:
         unreadable = 0
-        with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, **share) as batches:
+        with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, captioned=captioned, **share) as batches:
             for batch in batches:
                 unreadable += int(batch["replaced"].sum())
-                counted = {k: np.where(batch["mask"], batch[k], np.int32(-1)) for k in ("index", "label")}
+                index = np.where(batch["mask"], batch["index"], np.int32(-1))
+                own = batch["label"] if labels is None else labels[np.maximum(index, 0)]
+                counted = {"index": index, "label": np.where(batch["mask"], own, np.int32(-1))}
                 yield {"image": batch["image"], **counted}
         if (unreadable := distributed.total(unreadable)) == len(source):
             raise CertainFailure(f"{source.name}: none of {unreadable:,} examples can be used; the log says why")
@@ -95,40 +121,45 @@ def _text_batches(
     return CachedBatches(read, encoder.batch_count(len(texts)), name, unit)
 
 
-def with_classes(source: Source, file: str | None) -> tuple[Source, tuple[str, ...]]:
-    """The source with labels, and the name of each label: the lines of `file`, else the dataset's own names.
+@dataclass(frozen=True)
+class Classes:
+    """The names of a dataset's classes, and which of them each example is of."""
+
+    names: tuple[str, ...]
+    labels: Int[np.ndarray, " n"] | None = None  # int32, -1: none; None: the source's own
+
+
+def classes_of(source: Source, file: str | None) -> Classes:
+    """The classes that the lines of `file` name, else the dataset's own.
 
     In a dataset without labels (a tsv), an example's class is the one whose name is its main caption. Raises ConfigError where
-    there are no names, where a file does not name as many classes as the dataset has, or where a caption is no class name.
+    there are no names, where a file names fewer classes than the dataset has, and where a caption is no class name.
     """
     own = source.classnames
     if file is None:
         if own is None:
             raise ConfigError(f"classnames = None: {source.name} has none of its own: give a file with one name a line")
-        return source, own
+        return Classes(own)
     names = classnames(file)
-    if own is None:
-        return _ByCaption(source, names, file), names
-    remedy = f"names {len(names)} classes, but {source.name} has {len(own)}: write one name a line, in the dataset's order"
-    config.require(len(names) == len(own), "classnames", file, remedy)
-    return source, names
+    if own is not None:
+        remedy = f"names {len(names)} classes, but {source.name} has {len(own)}: write one name a line, in the dataset's order"
+        config.require(len(names) == len(own), "classnames", file, remedy)
+        return Classes(names)
+    stored = [(r.label, r.captions[:1]) for r in reading.texts(source, quiet=jax.process_index() > 0)]
+    if (highest := max(label for label, _ in stored)) >= 0:
+        remedy = f"names {len(names)} classes, but {source.name} has labels up to {highest}: write one name a line"
+        config.require(highest < len(names), "classnames", file, remedy)
+        return Classes(names)
+    return Classes(names, _by_caption(source, names, file, [main[0] if main else None for _, main in stored]))
 
 
-class _ByCaption(Source):
-    """A source whose classes are its main captions."""
-
-    def __init__(self, source: Source, names: tuple[str, ...], file: str) -> None:
-        super().__init__()
-        self.name, self.fields, self.classnames, self._source = source.name, source.fields, names, source
-        labels = {name: i for i, name in enumerate(names)}
-        main = [record.captions[:1] for record in reading.texts(source, quiet=jax.process_index() > 0)]
-        self._labels = [labels.get(caption[0], -1) if caption else -1 for caption in main]
-        unknown = sorted({caption[0] for caption, label in zip(main, self._labels, strict=True) if caption and label < 0})
-        remedy = f"{len(unknown)} captions of {source.name} are no class name: add {', '.join(map(repr, unknown[:5]))}"
-        config.require(not unknown, "classnames", file, remedy + (", ..." if len(unknown) > 5 else ""))
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def _record(self, i: int) -> Record:
-        return dataclasses.replace(self._source.record(i), label=self._labels[i])
+def _by_caption(source: Source, names: tuple[str, ...], file: str, captions: Sequence[str | None]) -> Int[np.ndarray, " n"]:
+    """The class of each main caption. Raises ConfigError for a caption that is no class name, and where there is none."""
+    if not any(captions):
+        remedy = "has neither labels nor captions: name the field of the labels (label_field; --label-field)"
+        raise ConfigError(f"data.spec = {source.name!r}: {remedy}; there are {', '.join(source.fields) or 'no fields'}")
+    labels = {name: i for i, name in enumerate(names)}
+    unknown = sorted({caption for caption in captions if caption is not None and caption not in labels})
+    remedy = f"{len(unknown)} captions of {source.name} are no class name: add {', '.join(map(repr, unknown[:5]))}"
+    config.require(not unknown, "classnames", file, remedy + (", ..." if len(unknown) > 5 else ""))
+    return np.array([-1 if caption is None else labels[caption] for caption in captions], np.int32)

@@ -20,7 +20,7 @@ from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import CachedBatches, Embeddings, Encoder
 from clipjax.evals.evaluation import Evaluation, Metrics, Results
-from clipjax.evals.inputs import caption_batches, image_batches
+from clipjax.evals.inputs import caption_batches, image_batches, require_captions
 from clipjax.models.clip import Params
 from clipjax.sharding import BATCH
 
@@ -46,8 +46,10 @@ class RetrievalEvaluation(Evaluation):
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Retrieval) -> Self:
         source = open_source(data)
-        texts = eval_captions(source, quiet=jax.process_index() > 0)
-        captions = caption_batches(encoder, tokenizer, *texts, source.name)
+        require_captions(source, "retrieval")
+        texts, owner = eval_captions(source, quiet=jax.process_index() > 0)
+        require_captions(source, "retrieval", bool(texts))
+        captions = caption_batches(encoder, tokenizer, texts, owner, source.name)
         return cls(encoder, image_batches(encoder, source, data), captions)
 
     def run(self, params: Params) -> Results:

@@ -78,7 +78,9 @@ def make_evaluators(run: config.Run, mesh: Mesh, tokenizer: Tokenizer, workdir: 
 
 def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer, run: config.Run) -> Evaluation:
     """The evaluation that `wanted` describes, on its dataset."""
-    return class_of(wanted).prepare(encoder, tokenizer, eval_data(run, wanted.spec(run.data), wanted.split), wanted)
+    fields = dict(image_field=wanted.image_field, text_field=wanted.text_field, label_field=wanted.label_field)
+    data = eval_data(run, wanted.spec(run.data), wanted.split, **fields)
+    return class_of(wanted).prepare(encoder, tokenizer, data, wanted)
 
 
 def _check_best(run: config.Run) -> None:

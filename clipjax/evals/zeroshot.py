@@ -13,7 +13,7 @@ from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.evals.evaluation import Evaluation, Results
-from clipjax.evals.inputs import image_batches, prompt_batches, with_classes
+from clipjax.evals.inputs import classes_of, image_batches, prompt_batches
 from clipjax.evals.prompts import templates
 from clipjax.evals.retrieval import half_ranks
 from clipjax.models.clip import Params
@@ -35,10 +35,12 @@ class ZeroshotEvaluation(Evaluation):
 
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Zeroshot) -> Self:
-        """Templates are as in `prompts.templates`, class names as in `inputs.with_classes`."""
-        source, classes = with_classes(open_source(data), cfg.classnames)
-        prompts = prompt_batches(encoder, tokenizer, classes, templates(cfg.templates))
-        return cls(encoder, image_batches(encoder, source, data), prompts, len(classes))
+        """Templates are as in `prompts.templates`, classes as in `inputs.classes_of`. Needs no captions."""
+        source = open_source(data)
+        classes = classes_of(source, cfg.classnames)
+        prompts = prompt_batches(encoder, tokenizer, classes.names, templates(cfg.templates))
+        images = image_batches(encoder, source, data, labels=classes.labels, captioned=False)
+        return cls(encoder, images, prompts, len(classes.names))
 
     def class_embeddings(self, params: Params) -> Float[Array, "c e"]:
         """unit(mean over templates of unit(text)) of every class (2103.00020, section 3.1.4), float32, replicated."""

@@ -133,8 +133,10 @@ def test_a_generated_caption_is_correct_if_it_is_a_reference(on_one, params, fou
 
 
 def test_without_a_caption_in_the_dataset_there_is_nothing_to_measure(on_one, params):
+    with pytest.raises(ConfigError, match="'toy/test': none of its 10 examples has a caption, and captioning needs captions"):
+        of(on_one, [[]] * 10)
     with pytest.raises(CertainFailure, match="toy/test: none of 10 examples can be used"):
-        of(on_one, [[]] * 10).run(params)
+        of(on_one, [[]] * 4 + [["a"]] + [[]] * 5).run(params)  # the one with a caption can't be read
 
 
 def test_a_reference_counts_as_the_tokenizer_decodes_it(on_one):

@@ -5,10 +5,21 @@ import pytest
 
 from clipjax import config
 from clipjax.config import ConfigError, Data
+from clipjax.data.pipeline import eval_batches
+from clipjax.data.sequential import Sequential
+from clipjax.data.source import Record
 from clipjax.data.sources import open_source
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.inputs import caption_batches, eval_data, image_batches, prompt_batches, with_classes
-from tests.evals.tiny import LENGTH, MODEL, TOKENIZER, WORDS, mesh_of
+from clipjax.evals.inputs import (
+    Classes,
+    caption_batches,
+    classes_of,
+    eval_data,
+    image_batches,
+    prompt_batches,
+    require_captions,
+)
+from tests.evals.tiny import LENGTH, MODEL, TOKENIZER, WORDS, mesh_of, stored
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +38,16 @@ def test_what_training_and_evaluation_share():
     other = eval_data(run, "emoji", "test")
     assert (other.spec, other.split, other.resize) == ("emoji", "test", "crop")
     assert other.image_field is other.text_field is None
+    other = eval_data(run, "tfds:coco", "test", text_field="title", label_field="kind")
+    assert (other.image_field, other.text_field, other.label_field) == ("image", "title", "kind")
+
+
+def test_a_dataset_of_a_mixture_is_read_as_the_mixture_reads_it():
+    parts = (config.Part(spec="tfds:coco", text_field="title", index="kept"), config.Part(spec="emoji"))
+    run = config.Run(data=Data(sources=parts, resize="crop", filter=config.Filter(min_side=100)), evals=())
+    expected = Data(spec="tfds:coco", split="test", text_field="title", index="kept", resize="crop")
+    assert eval_data(run, "tfds:coco", "test") == expected
+    assert eval_data(run, "tfds:other", "test") == dataclasses.replace(expected, spec="tfds:other", text_field=None, index=None)
 
 
 def test_images_in_order_without_what_cannot_be_read(encoder, data, images, caplog):
@@ -62,22 +83,85 @@ def test_truncation_is_counted(encoder, caplog):
 
 
 def test_classes_of_a_dataset_without_labels(tsv, data, encoder):
-    source, names = with_classes(open_source(data), str(tsv / "names.txt"))
-    assert names == tuple(WORDS)
-    labels = np.concatenate([b["label"] for b in image_batches(encoder, source, data)])
+    source = open_source(data)
+    classes = classes_of(source, str(tsv / "names.txt"))
+    assert classes.names == tuple(WORDS)
+    labels = np.concatenate([b["label"] for b in image_batches(encoder, source, data, labels=classes.labels)])
     assert labels.tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 0, -1, -1]
     with pytest.raises(ConfigError, match=r"classnames = None: tsv:.* has none of its own: give a file"):
-        with_classes(open_source(data), None)
+        classes_of(source, None)
     (tsv / "few.txt").write_text("\n".join(WORDS[2:]) + "\n")
     with pytest.raises(ConfigError, match=r"2 captions of tsv:.* are no class name: add 'fox number 0', 'fox number 1'"):
-        with_classes(open_source(data), str(tsv / "few.txt"))
+        classes_of(source, str(tsv / "few.txt"))
 
 
 def test_classes_of_a_dataset_with_labels(tsv, data):
     source = open_source(data)
     source.classnames = ("a", "b", "c")
-    assert with_classes(source, None) == (source, ("a", "b", "c"))
+    assert classes_of(source, None) == Classes(("a", "b", "c"))
     (tsv / "three.txt").write_text("fox\nhen\nowl\n")
-    assert with_classes(source, str(tsv / "three.txt")) == (source, ("fox", "hen", "owl"))
+    assert classes_of(source, str(tsv / "three.txt")) == Classes(("fox", "hen", "owl"))
     with pytest.raises(ConfigError, match=r"classnames = '.*names.txt': names 11 classes, but tsv:.* has 3: write"):
-        with_classes(source, str(tsv / "names.txt"))
+        classes_of(source, str(tsv / "names.txt"))
+
+
+def test_numbers_as_labels_are_named_by_a_file(tsv):
+    (tsv / "three.txt").write_text("fox\nhen\nowl\n")
+    assert classes_of(stored(tsv, [0, 2, -1] * 3 + [1]), str(tsv / "three.txt")) == Classes(("fox", "hen", "owl"))
+    with pytest.raises(ConfigError, match=r"three.txt': names 3 classes, but stored has labels up to 3: write one name a line"):
+        classes_of(stored(tsv, [0, 3] * 5), str(tsv / "three.txt"))
+    with pytest.raises(ConfigError, match=r"data.spec = 'stored': has neither labels nor captions.*--label-field.*there are png"):
+        classes_of(stored(tsv, [-1] * 10, captions=False), str(tsv / "three.txt"))
+
+
+def test_an_image_without_a_caption_counts_where_none_is_needed(tsv, encoder, data):
+    source = stored(tsv, range(10))
+    source.records[6] = Record(source.records[6].image, (), "6.png", 6)
+
+    def index(**more):
+        return np.concatenate([b["index"] for b in image_batches(encoder, source, data, **more)]).tolist()
+
+    assert index() == [0, 1, 2, 3, -1, 5, -1, 7, 8, 9, -1, -1]
+    assert index(captioned=False) == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9, -1, -1]
+    source.captioned = False  # a source of images alone
+    assert index() == index(captioned=False)
+    with pytest.raises(ConfigError, match=r"'stored': it has images alone, and retrieval needs .* --text-field\); there are png"):
+        require_captions(source, "retrieval")
+
+
+def test_images_are_read_chunk_by_chunk(tsv, data):
+    source = stored(tsv, range(10))
+    for processes in (1, 2):
+        seen = []
+        for i in range(processes):
+            source.fetched.clear()
+            share = dict(image_size=8, batch_size=4, process_index=i, process_count=processes)
+            with eval_batches(source, data, **share) as batches:
+                seen += [n for batch in batches for n in batch["index"].tolist() if n >= 0]
+            assert sorted(source.fetched) == [0, 1, 2, 3][: 4 if i == 0 else 3]
+        assert sorted(seen) == list(range(10))
+
+
+def test_a_chunk_is_fetched_once_and_dropped_with_its_last_example(tsv):
+    source = stored(tsv, range(10))
+    read = Sequential(source, np.arange(10))
+    assert [read(n).key for n in (3, 0, 4, 1)] == ["3.png", "0.png", "4.png", "1.png"]
+    assert source.fetched == [1, 0]
+    assert sorted(read._fetched) == [0, 1]
+    assert [read(n).key for n in (5, 2)] == ["5.png", "2.png"]
+    assert not read._fetched
+
+
+def test_a_chunk_that_cannot_be_fetched_fails_each_of_its_examples(tsv, data, encoder, monkeypatch, caplog):
+    source = stored(tsv, range(10))
+    fetch = source.fetch
+
+    def failing(chunk):
+        if chunk == 2:
+            raise OSError("the server is away")
+        return fetch(chunk)
+
+    monkeypatch.setattr(source, "fetch", failing)
+    index = np.concatenate([b["index"] for b in image_batches(encoder, source, data)])
+    assert index.tolist() == [0, 1, 2, 3, -1, 5, -1, -1, -1, 9, -1, -1]
+    assert "example number 7 is left out: it can't be read: OSError: the server is away" in caplog.text

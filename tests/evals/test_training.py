@@ -7,14 +7,16 @@ import pytest
 
 from clipjax import config
 from clipjax.config import ConfigError, Data
+from clipjax.evals import embed as embedding
+from clipjax.evals import retrieval, zeroshot
 from clipjax.evals.embed import embed, write_npz
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.report import report, write_json
 from clipjax.evals.retrieval import RetrievalEvaluation
-from clipjax.evals.table import EVALUATIONS
+from clipjax.evals.table import EVALUATIONS, class_of
 from clipjax.evals.training import make_evaluators
 from clipjax.evals.zeroshot import ZeroshotEvaluation
-from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, tokenize
+from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, stored, tokenize
 
 READABLE = [0, 1, 2, 3, 5, 6, 7, 8, 9]
 
@@ -157,6 +159,31 @@ def test_embed_writes_what_the_towers_say(run, model, params, images, tmp_path):
         np.testing.assert_allclose(stored["image"], model.encode_image(jnp.asarray(images[READABLE])), atol=1e-6)
         main = tokenize([WORDS[i % 9] for i in READABLE])
         np.testing.assert_allclose(stored["text"], model.encode_text(jnp.asarray(main)), atol=1e-6)
+
+
+def test_images_alone_are_embedded_and_compared_with_no_caption(run, tsv, model, params, images, monkeypatch):
+    encoder, alone = Encoder(MODEL, mesh_of("1"), 4), stored(tsv, [i % 3 for i in range(10)], captions=False)
+    for module in (embedding, retrieval, zeroshot):
+        monkeypatch.setattr(module, "open_source", lambda data: alone)
+    found = embed(encoder, params, TOKENIZER, run.data)
+    assert found.keys() == {"image", "key"}
+    assert found["key"].tolist() == [f"{i}.png" for i in READABLE]
+    np.testing.assert_allclose(found["image"], model.encode_image(jnp.asarray(images[READABLE])), atol=1e-6)
+    for wanted in (config.Retrieval(), config.Geometry()):
+        with pytest.raises(ConfigError, match=r"it has images alone, and .* needs captions: name their field"):
+            class_of(wanted).prepare(encoder, TOKENIZER, run.data, wanted)
+    alone.classnames = ("fox", "hen", "owl")
+    results = ZeroshotEvaluation.prepare(encoder, TOKENIZER, run.data, plain(None)).run(params)
+    found = model.encode_image(jnp.asarray(images[READABLE])) @ model.encode_text(jnp.asarray(tokenize(alone.classnames))).T
+    assert results.metrics["acc1"] == np.mean(found.argmax(1) == np.array(READABLE) % 3)
+
+
+def test_a_source_without_any_caption_is_refused(run, tsv, monkeypatch):
+    source = stored(tsv, [-1] * 10, captions=False)
+    source.captioned = True
+    monkeypatch.setattr(retrieval, "open_source", lambda data: source)
+    with pytest.raises(ConfigError, match=r"'stored': none of its 10 examples has a caption"):
+        RetrievalEvaluation.prepare(Encoder(MODEL, mesh_of("1"), 4), TOKENIZER, run.data, config.Retrieval())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

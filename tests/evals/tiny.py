@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from clipjax import config
+from clipjax.data.source import Fetched, Record, Source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import CachedBatches
 from clipjax.sharding import make_mesh
@@ -45,3 +46,34 @@ def image_batches(images, encoder, **columns):
             yield batch | {k: np.pad(v[start : start + size], (0, pad), constant_values=-1) for k, v in columns.items()}
 
     return CachedBatches(read, -(-len(images) // size), "toy", "images")
+
+
+class Stored(Source):
+    """Records in memory, in chunks of three. It notes what is fetched."""
+
+    def __init__(self, records, captioned=True):
+        super().__init__()
+        self.name, self.fields, self.captioned = "stored", {"png": "image"}, captioned
+        self.records, self.fetched = records, []
+
+    def __len__(self):
+        return len(self.records)
+
+    def _record(self, i):
+        return self.records[i]
+
+    def chunks(self):
+        return np.array([3] * (len(self) // 3) + [len(self) % 3] * bool(len(self) % 3))
+
+    def fetch(self, chunk):
+        self.fetched.append(chunk)
+        return Fetched(self.records[3 * chunk : 3 * chunk + 3], 1)
+
+    def record_in(self, fetched, chunk, j):
+        return fetched.content[j]
+
+
+def stored(tsv, labels, captions=True):
+    """The images of the fixture `tsv`, with labels, and with one caption each or none."""
+    paths = [tsv / f"{i}.png" for i in range(10)]
+    return Stored([Record(p, ("a",) * captions, p.name, label) for p, label in zip(paths, labels, strict=True)], captions)
