@@ -11,7 +11,7 @@ import heapq
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,10 @@ class _Step:
     unread: int
 
 
+class Closed(BaseException):
+    """The reader is closed. No Exception: nobody must take the example for a bad one."""
+
+
 class ChunkReader:
     """Reads this process's examples of an order by windows. Several threads may ask, in roughly increasing position.
 
@@ -62,7 +66,7 @@ class ChunkReader:
         self._source, self._order, self._batch_of_step = source, order, batch_of_step
         self._starts = order.order.starts
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="chunks")
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._steps: dict[int, _Step] = {}  # those with unread examples, by batch
         self._planned = 0  # steps
         self._reached = -1  # the largest position that was asked for
@@ -79,15 +83,23 @@ class ChunkReader:
         future, chunk = self._use(step, place, number)
         if future is None:
             return self._source.read(number)
-        return self._source.record_in(future.result(), chunk, number - int(self._starts[chunk]))
+        try:
+            fetched = future.result()
+        except CancelledError:
+            raise Closed from None
+        return self._source.record_in(fetched, chunk, number - int(self._starts[chunk]))
 
     def close(self) -> None:
-        """Ends the threads, each after its fetch. Whoever waits for a chunk that is not being fetched gets CancelledError."""
+        """Ends the threads, each after its fetch. Who waits for another chunk, or asks later, gets Closed."""
+        with self._lock:
+            self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _use(self, batch: int, place: int, number: int) -> "tuple[Future[Fetched] | None, int]":
         """The chunk of an example, if it is in memory or will be."""
         with self._lock:
+            if self._closed:
+                raise Closed
             while batch not in self._steps and self._batch_of_step(self._planned) <= batch:
                 self._plan()
             i, step = place - self._order.first, self._steps.get(batch)

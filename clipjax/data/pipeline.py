@@ -1,30 +1,25 @@
-"""Batches of NumPy arrays from a source, by Grain: shuffled and augmented for training, in order for evaluation.
+"""Batches of NumPy arrays from a source: shuffled and augmented for training, in order for evaluation.
 
 The order of the data and every augmentation are a function of (seed, place), where place is the batch's number in the order. The
 kind and number of workers, the number of processes and the step at which a run was resumed do not change a batch.
 """
 
-import logging
+import dataclasses
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from clipjax import config
 from clipjax.config import ConfigError, require
 from clipjax.data import reading
-from clipjax.data.examples import EvaluationExample, Reader, TrainingExample
+from clipjax.data.examples import EvaluationExample, TrainingExample
 from clipjax.data.mixture import Mixture, batch_counts
 from clipjax.data.order import derived
+from clipjax.data.prefetch import Batch, BatchStream, Workers
 from clipjax.data.readers import training_order, training_reader
 from clipjax.data.resize import check_resizer
 from clipjax.data.sequential import Sequential
@@ -32,38 +27,8 @@ from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
 
-Batch = dict[str, Any]  # arrays; of a single example also scalars of NumPy
+SCALARS = 64  # bytes of an example, at most, beside its image, text and vectors
 SAMPLE = 1000  # examples that are read to find one with enough captions
-
-
-class BatchStream(Iterator[Batch]):
-    """Batches that workers prepare ahead of time. Close it, or leave its `with` block, to end the workers."""
-
-    def __init__(self, dataset: grain.IterDataset, reader: Reader | None = None, *, shared: bool = False) -> None:
-        """`reader`: is closed at the end. `shared`: batches arrive in shared memory. They are copied, and the shared memory is
-        freed at once. Without the copy it would be freed at the end of the program, too late for Grain: the memory would leak."""
-        self._iterator: Any = iter(dataset)
-        self._reader, self._shared = reader, shared
-
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            raise ValueError("these batches are closed")
-        batch = next(self._iterator)
-        return {name: np.array(value) for name, value in batch.items()} if self._shared else batch
-
-    def close(self) -> None:
-        """Ends the workers, and drops Grain's iterator, whose destructor fails at the end of the program."""
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None:
-            iterator.close()
-            if self._reader is not None:
-                self._reader.close()
-
-    def __enter__(self) -> "BatchStream":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def train_batches(
@@ -114,7 +79,9 @@ def train_batches(
     positions = grain.MapDataset.range(sys.maxsize)
     at = _AtPosition(make_example, batch_size)
     examples = positions.random_map(at, seed=derived(seed, "choices"))
-    return _open(positions.map(_Picked(examples, own)), data, local, reader)
+    vectors = 0 if teacher is None else 2 * 4 * teacher.width
+    numbers = 4 * tokenizer.length * data.captions_per_image + vectors + SCALARS
+    return BatchStream(_Picked(examples, own), local, _workers(data, image_size, numbers), closing=reader.close)
 
 
 @dataclass(frozen=True)
@@ -160,17 +127,9 @@ class _Picked:
         return example
 
 
-def _open(examples: grain.MapDataset, data: config.Data, local: int, reader: Reader) -> BatchStream:
-    """Starts the workers that `data` asks for. The end of the batches closes the reader."""
-    if data.worker_kind == "threads":
-        options = grain.ReadOptions(num_threads=data.workers, prefetch_buffer_size=2 * local)
-        return BatchStream(examples.to_iter_dataset(options).batch(local, drop_remainder=True), reader)
-    if not flags.FLAGS.is_parsed():  # Grain passes its own flags to its workers
-        flags.FLAGS.mark_as_parsed()
-    single = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    workers = grain.MultiprocessingOptions(num_workers=data.workers)
-    batches = examples.batch(local, drop_remainder=True).to_iter_dataset(single)
-    return BatchStream(batches.mp_prefetch(workers, worker_init_fn=_start_worker), shared=True)
+def _workers(data: config.Data, size: int, others: int) -> Workers:
+    """Those that `data` asks for. `others`: the bytes of an example beside its image."""
+    return Workers(data.worker_kind, data.workers, data.prefetch_bytes, 3 * size * size + others)
 
 
 def check_source(source: Source, data: config.Data, batch_size: int) -> None:
@@ -191,23 +150,6 @@ def check_source(source: Source, data: config.Data, batch_size: int) -> None:
     raise ConfigError(f"data.captions_per_image = {k}: {remedy}, or set data.text_field to a field of several")
 
 
-def _start_worker(_index: int, _count: int) -> None:
-    """Makes a worker process log as the command line does, ignore signals, and end when the command line's process ends.
-
-    A terminal or Slurm sends signals to all processes, but the command line still needs batches. A worker that waits for a
-    process that has ended would wait for ever."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def watch() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def eval_batches(
     source: Source,
     data: config.Data,
@@ -225,15 +167,12 @@ def eval_batches(
     bool [b] `mask` (true for what counts: neither padding nor replaced) and `replaced`. The last batch is padded, so that shapes
     never change. All processes get the same number of batches."""
     local = _local_batch(batch_size, process_count)
-    padded = math.ceil(len(source) / batch_size) * batch_size
     numbers = np.arange(len(source))
     read = Sequential(source, numbers[numbers // local % process_count == process_index])
-    batches = (
-        grain.MapDataset.range(padded)
-        .map(EvaluationExample(source, read, data, image_size, captioned and source.captioned))
-        .batch(local)
-    )
-    return BatchStream(batches[process_index::process_count].to_iter_dataset(_read_options(data.workers)))
+    own = _Own(lambda step: step, 0, batch_size, local, process_index)
+    workers = _workers(dataclasses.replace(data, worker_kind="threads"), image_size, SCALARS)
+    examples = EvaluationExample(source, read, data, image_size, captioned and source.captioned)
+    return BatchStream(lambda i: examples(own(i)), local, workers, math.ceil(len(source) / batch_size))
 
 
 def eval_captions(source: Source, quiet: bool = False) -> tuple[list[str], np.ndarray]:
@@ -248,8 +187,3 @@ def _local_batch(batch_size: int, process_count: int) -> int:
     divides = batch_size % process_count == 0
     require(divides, "batch_size", batch_size, f"must be a multiple of the number of processes, {process_count}")
     return batch_size // process_count
-
-
-def _read_options(workers: int) -> grain.ReadOptions:
-    """Each thread prepares one batch, and two more are ready."""
-    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 2)

@@ -40,6 +40,11 @@ class Teacher:
             remedy = "write it from the same dataset and split with `clipjax embed`"
             raise ConfigError(f"{self._name}: {what}, the first with key {source.text(missing).key!r}; {remedy}")
 
+    @property
+    def width(self) -> int:
+        """Numbers of a vector."""
+        return self._image.shape[1]
+
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """`teacher_image` and `teacher_text` (of the main caption) float32 [f] of the source's example i."""
         row = self._rows[i]

@@ -214,3 +214,13 @@ def test_windows_that_take_much_memory_are_said_at_the_start(monkeypatch, caplog
 def test_worker_processes_are_refused_with_windows():
     with pytest.raises(ConfigError, match=r"data.worker_kind = 'processes': .*use threads"):
         config.Data(spec="emoji", order="windows", worker_kind="processes")
+
+
+def test_who_waits_for_a_reader_that_is_closed_is_told_so(workers):
+    source = Stored(np.full(400, 10), wait=0.05)
+    order, made = reader(source, window=100)
+    waiting = [workers.submit(made, 0, place, order.one(0, place)) for place in range(SHARE)]
+    made.close()
+    errors = [future.exception() for future in waiting]
+    assert any(isinstance(error, chunks.Closed) for error in errors)
+    assert all(error is None or isinstance(error, chunks.Closed) for error in errors)

@@ -38,6 +38,8 @@ class Numbers(Source):
 class Digits:
     """A tokenizer whose only token is the caption's number."""
 
+    length = 1
+
     def encode(self, texts):
         return np.array([[int(text)] for text in texts], np.int32), np.zeros(len(texts), bool)
 
