@@ -38,7 +38,7 @@ def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
         if resumes or jax.process_index() > 0:
             missing = f"has checkpoints but no {TOKENIZER}: put it back"
             config.require(file.exists(), "--workdir", str(workdir.path), missing if resumes else NOT_SHARED)
-            loaded = Tokenizer.load(file, run.model.text.length)
+            loaded = Tokenizer.load(file, run.model.text.length, run.tokenizer.clean)
             _check_ids(run, loaded)
             return loaded
         new = _new_tokenizer(run, workdir.origin, source)
@@ -48,15 +48,15 @@ def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
 
 
 def _new_tokenizer(run: config.Run, origin: Origin | None, source: Source) -> Tokenizer:
-    text = run.model.text
+    text, how = run.model.text, run.tokenizer.clean
     if origin is not None:
         file = origin.path / TOKENIZER
         config.require(file.exists(), "init.run", str(origin), f"its workdir has no {TOKENIZER}: put it back")
-        return Tokenizer.load(file, text.length)
+        return Tokenizer.load(file, text.length, how)
     if isinstance(run.tokenizer, config.TokenizerFile):
-        return Tokenizer.load(run.tokenizer.path, text.length)
+        return Tokenizer.load(run.tokenizer.path, text.length, how)
     captions = source.captions(reading.texts(source))  # in the first process only
-    return Tokenizer.train(captions, text.vocab_size, run.tokenizer.lowercase, text.length)
+    return Tokenizer.train(captions, text.vocab_size, run.tokenizer.lowercase, text.length, how)
 
 
 def _check_ids(run: config.Run, tokenizer: Tokenizer) -> None:

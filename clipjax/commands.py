@@ -209,8 +209,8 @@ def export(args: argparse.Namespace) -> int:
         require_packages(args.to)
     _register(args)
     model = clipjax.load(args.workdir)
-    run, tokenizer = model.run, model.workdir / TOKENIZER
-    export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to)
+    run, tokenizer, clean = model.run, model.workdir / TOKENIZER, model.run.tokenizer.clean
+    export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to, clean)
     print(f"{args.out}: {args.to}, step {model.step} of {model.workdir}")
     if not args.verify:
         return 0
@@ -220,8 +220,8 @@ def export(args: argparse.Namespace) -> int:
     source = open_source(run.data)
     chosen = range(0, len(source), max(1, len(source) // args.examples))
     examples = [x for x in shown(source, chosen[: args.examples]) if x.record.captions]
-    images, texts = [x.image for x in examples], [x.record.captions[0] for x in examples]
-    report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, images, texts)
+    pairs = [x.image for x in examples], [x.record.captions[0] for x in examples], clean, source.captions()
+    report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, *pairs)
     print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
     for figures in report.figures:
         print(f"  {figures}")

@@ -344,6 +344,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "objective.0.reduction": "sum", "objective.0.prefixes": (64,), "train.skip": ((3, 5),), "train.nonfinite": "skip",
     "init": config.Init(run="runs/a@3", state="all"), "data.order": "windows", "data.resizer": "fast", "data.max_bad": 0.5,
     "data.label_field": "a", "data.index": "a", "data.filter.max_aspect": 2.0, "data.filter.max_characters": 9,
+    "tokenizer.clean": "web",
 }  # fmt: skip
 BASE = Run(
     data=Data(spec="emoji", filter=config.Filter(number="a", at_least=0.5)),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clipjax.config.data import BPE, Augment, Data, Filter, Part, Tokenizer, TokenizerFile
+from clipjax.config.data import BPE, Augment, Clean, Data, Filter, Part, Tokenizer, TokenizerFile
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.model import SIZES, Activation, Decoder, ImageTower, Model, TextTower, size
@@ -39,8 +39,8 @@ from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsq
 from clipjax.config.unions import registered, require_registered
 
 __all__ = [
-    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "ConfigError",
-    "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
+    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "Clean",
+    "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
     "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Part",
     "Remembering",
     "Retrieval",

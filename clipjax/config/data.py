@@ -178,12 +178,18 @@ class Data(Strict, prefix="data"):
         return dataclasses.replace(self, sources=(), augment=augment, filter=wanted, **own)
 
 
+# What is done to a text before it is tokenized. `web`: HTML entities, control characters, curly quotes, full width, white space.
+# `canonicalize`: `web`, then SigLIP's, without punctuation and in lower case.
+Clean = Literal["none", "web", "canonicalize"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BPE(Strict, prefix="tokenizer"):
     """A byte-level BPE of at most model.text.vocab_size tokens, trained on the run's own captions."""
 
     kind: Literal["bpe"] = "bpe"
     lowercase: bool = True  # captions are changed to lower case
+    clean: Clean = "none"  # `web`: HTML entities, control characters, quotes; `canonicalize`: SigLIP's, no punctuation either
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +197,7 @@ class TokenizerFile(Strict, prefix="tokenizer"):
     """A tokenizer.json of Hugging Face tokenizers."""
 
     path: str  # the tokenizer.json
+    clean: Clean = "none"  # `web`: HTML entities, control characters, quotes; `canonicalize`: SigLIP's, no punctuation either
     kind: Literal["file"] = "file"
 
 

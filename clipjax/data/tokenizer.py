@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,23 +11,27 @@ import numpy as np
 # The library warns if a process with its threads is forked. The pipeline has workers of its own and does not need the threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clipjax.config import ConfigError, require
+from clipjax.config import Clean, ConfigError, require
+from clipjax.data.clean import CURLY, clean, normalizer
 from clipjax.files import as_path, write_atomic
 
 PAD, START, END = "<pad>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST = 256 + 3  # every byte, and the three tokens above
-CURLY = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'))
 PAD_NAMES = (PAD, "[PAD]", "<|pad|>")
 
 
 class Tokenizer:
-    """Encodes captions to rows of equal length: start, text, end, padding. A text that is too long keeps its end token."""
+    """Encodes captions to rows of equal length: start, text, end, padding. A text that is too long keeps its end token.
 
-    def __init__(self, backend: tokenizers.Tokenizer, pad_id: int, length: int) -> None:
-        """`length`: tokens a row, special ones included. Raises ConfigError unless the backend marks the end of a text."""
-        self.backend, self.pad_id, self.length = backend, pad_id, length
+    A text is cleaned first (`clean.clean`). The string of a special token in it, as `<|endoftext|>`, is text like any other."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, pad_id: int | None, length: int, how: Clean = "none") -> None:
+        """`pad_id`, None: that of the end token. `length`: tokens a row, special ones included. `how`: `tokenizer.clean`. Changes
+        `backend`. Raises ConfigError unless it marks the end of a text."""
+        self.backend, self.length = backend, length
+        self.clean: Clean = how
         marked, bare = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
         at = next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), 0)
         self.prefix, self.suffix = marked[:at], marked[at + len(bare) :]
@@ -36,10 +41,12 @@ class Tokenizer:
         room = length - len(self.prefix) - len(self.suffix)
         require(room > 0, "model.text.length", length, "leaves no room for text between the special tokens")
         self.room = room
+        self.pad_id = self.end_id if pad_id is None else pad_id
+        self._special = _read_special_as_text(backend, {self.pad_id, *self.prefix, *self.suffix})
 
     @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int, lowercase: bool, length: int) -> "Tokenizer":
-        """A BPE of at most `vocab_size` tokens; few captions give fewer. The same captions give the same tokens.
+    def train(cls, captions: Iterable[str], vocab_size: int, lowercase: bool, length: int, how: Clean = "none") -> "Tokenizer":
+        """A BPE of at most `vocab_size` tokens, from cleaned captions; few give fewer. The same captions give the same tokens.
 
         The end token has the highest id, by which CLIP's text tower finds it. Padding has id 0. A space is put in front of a
         text, so that a word has the same tokens everywhere. Raises ConfigError for too small a vocabulary."""
@@ -59,16 +66,16 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(captions, trainer)
+        backend.train_from_iterator((clean(caption, how) for caption in captions), trainer)
         backend.add_special_tokens([AddedToken(END, special=True, normalized=False)])
         marks = [(token, backend.token_to_id(token)) for token in (START, END)]
         backend.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=marks)
         pad_id = backend.token_to_id(PAD)
         assert pad_id is not None  # it is among the trainer's special tokens
-        return cls(backend, pad_id, length)
+        return cls(backend, pad_id, length, how)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, length: int) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike, length: int, how: Clean = "none") -> "Tokenizer":
         """Reads a tokenizer.json. Its post-processor defines the start and end tokens. The padding token is that of its
         `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a token
         named <pad>, [PAD] or <|pad|>, else the end token.
@@ -83,15 +90,15 @@ class Tokenizer:
         pad = _pad_token(backend, path.parent)
         backend.no_truncation()
         backend.no_padding()
+        backend.normalizer = _without_cleaning(backend.normalizer, how)
         try:
-            tokenizer = cls(backend, 0, length)
+            return cls(backend, pad, length, how)
         except ConfigError as e:
             raise ConfigError(f"tokenizer.path = {str(path)!r}: {e}") from e
-        tokenizer.pad_id = tokenizer.end_id if pad is None else pad
-        return tokenizer
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a tokenizer.json that `load`, transformers and open_clip read. It records the padding token, not the length.
+        """Writes a tokenizer.json that `load`, transformers and open_clip read. It records the padding token; not the length, and
+        not the cleaning, which stands in the run's configuration.
 
         The file appears complete or not at all."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -99,9 +106,20 @@ class Tokenizer:
         with write_atomic(path) as part:
             backend.save(str(part))
 
+    def standalone(self) -> tokenizers.Tokenizer:
+        """A backend for other libraries, which cleans (as far as `clean.normalizer` can), truncates and pads by itself."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if self.clean != "none":
+            own = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizer(self.clean), *own])
+        backend.enable_truncation(self.length)
+        backend.enable_padding(length=self.length, pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
+        return backend
+
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """n texts -> ids int32 [n, length], and whether each text was truncated, bool [n]."""
-        bodies = [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        cleaned = [clean(text, self.clean) for text in texts]
+        bodies = [e.ids for e in self.backend.encode_batch_fast(cleaned, add_special_tokens=False)]
         ids = np.full((len(bodies), self.length), self.pad_id, np.int32)
         for row, body in zip(ids, bodies, strict=True):
             tokens = [*self.prefix, *body[: self.room], *self.suffix]
@@ -110,7 +128,12 @@ class Tokenizer:
 
     def tokens(self, text: str) -> int:
         """How many tokens a text has without truncation, special ones included."""
-        return len(self.prefix) + len(self.backend.encode(text, add_special_tokens=False).ids) + len(self.suffix)
+        body = self.backend.encode(clean(text, self.clean), add_special_tokens=False).ids
+        return len(self.prefix) + len(body) + len(self.suffix)
+
+    def names_special(self, text: str) -> bool:
+        """Whether the text has the string of a special token in it, at which other programs may cut it."""
+        return self._special.search(text) is not None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to its end token."""
@@ -131,6 +154,41 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest id: the smallest number of rows of an embedding table."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _read_special_as_text(backend: tokenizers.Tokenizer, marks: Iterable[int]) -> re.Pattern[str]:
+    """Makes `backend` read the strings of special tokens in a text as text; a pattern for them. `marks`: ids of those that
+    are special even if the tokenizer.json does not say so."""
+    known = backend.get_added_tokens_decoder()
+    unmarked = [i for i in sorted(marks) if i not in known or not known[i].special]
+    backend.add_special_tokens([AddedToken(backend.id_to_token(i), special=True, normalized=False) for i in unmarked])
+    backend.encode_special_tokens = True
+    special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+
+    def encoded() -> list[list[int]]:
+        return [e.ids for e in backend.encode_batch_fast(list(special), add_special_tokens=False)]
+
+    before, own = encoded(), backend.pre_tokenizer
+    whole = [s for (s, i), ids in zip(special.items(), before, strict=True) if i in ids and len(s) > 1]
+    if whole:  # the model itself has the string, as a unigram model has `</s>`: it is split after its first character
+        split = "|".join(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in whole)
+        parts = [*([] if own is None else [own]), pre_tokenizers.Split(Regex(split), "isolated")]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        if encoded() == before:  # unknown characters have that id, too
+            backend.pre_tokenizer = own
+    return re.compile("|".join(map(re.escape, special)))
+
+
+def _without_cleaning(own: normalizers.Normalizer | None, how: Clean) -> normalizers.Normalizer | None:
+    """A normalizer without the cleaning that `standalone` puts before it: `clean` does the same in a fraction of the time."""
+    if how == "none" or not isinstance(own, normalizers.Sequence):
+        return own
+    parts, cleaning = (json.loads(part.__getstate__())["normalizers"] for part in (own, normalizer(how)))
+    if parts[: len(cleaning)] != cleaning:
+        return own
+    rest = normalizers.Sequence([])
+    rest.__setstate__(json.dumps({"type": "Sequence", "normalizers": parts[len(cleaning) :]}).encode())
+    return rest
 
 
 def _pad_token(backend: tokenizers.Tokenizer, folder: Path) -> int | None:

@@ -36,7 +36,7 @@ class LoadedRun:
         with _without_advice():
             run, self.params, self.step = load_params(name, self.mesh)
         self.run = run if dtype is None else replace(run, model=replace(run.model, dtype=dtype))
-        self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length)
+        self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length, self.run.tokenizer.clean)
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
         self._encoders: dict[int, Encoder] = {self.encoder.batch_size: self.encoder}
         self._captioners: dict[tuple[int, Decoding], Captioner] = {}

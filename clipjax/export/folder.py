@@ -12,7 +12,7 @@ from typing import Any, Literal
 import safetensors
 import safetensors.numpy
 
-from clipjax.config import Model, require
+from clipjax.config import Clean, Model, require
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import open_clip, transformers
 from clipjax.export.table import to_theirs
@@ -25,8 +25,17 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 PRODUCER = "clipjax"  # in the weights' metadata, by which a later export knows that it may replace the folder
 
 
-def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Resize, out: Path, to: Format) -> None:
-    """Writes `out`, completely or not at all. `params`: float32 for any `model.dtype`. `tokenizer`: a tokenizer.json.
+def export(
+    model: Model,
+    params: Mapping[str, Any],
+    tokenizer: Path,
+    resize: Resize,
+    out: Path,
+    to: Format,
+    clean: Clean = "none",
+) -> None:
+    """Writes `out`, completely or not at all. `params`: float32 for any `model.dtype`. `tokenizer`: a tokenizer.json;
+    `clean`: what is done to a text before. In the folder it is a part of its tokenizer.json.
 
     Fixed sine and cosine positions become learned ones with the same values. Raises ConfigError if the format has no such
     tower, if it would find another end token than ours, and if `out` is a file or holds files and no earlier export. An earlier
@@ -35,9 +44,9 @@ def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Res
     layout, out = FORMATS[to], out.resolve()
     model, params = with_learned_positions(model, params)
     layout.refuse(model)
-    loaded = _load_tokenizer(tokenizer, model)
+    loaded = _load_tokenizer(tokenizer, model, clean)
     special = dict(bos=loaded.start_id, eos=loaded.end_id, pad=loaded.pad_id)
-    configs = layout.configs(model, special, resize) | _tokenizer_configs(loaded, special)
+    configs = layout.configs(model, special, resize, clean) | _tokenizer_configs(loaded, special)
     tensors = to_theirs(layout.table(model), params)
     others = _files_of_others(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +57,7 @@ def export(model: Model, params: Mapping[str, Any], tokenizer: Path, resize: Res
             shutil.copytree(path, fresh / path.name, symlinks=True) if path.is_dir() else shutil.copy2(path, fresh)
         for name, content in configs.items():
             (fresh / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        loaded.backend.save(str(fresh / "tokenizer.json"))
+        loaded.standalone().save(str(fresh / "tokenizer.json"))
         safetensors.numpy.save_file(tensors, fresh / layout.WEIGHTS, {"format": "pt", "producer": PRODUCER})
         _replace(out, fresh)
 
@@ -74,31 +83,29 @@ def with_learned_positions(model: Model, params: Mapping[str, Any]) -> tuple[Mod
     return replace(model, image=replace(model.image, positions="learned")), dict(params, image=image)
 
 
-def _load_tokenizer(path: Path, model: Model) -> Tokenizer:
-    """The tokenizer. Its backend truncates and pads to the model's length in any library.
-
-    Raises ConfigError if the text tower pools at the end token and that has not the highest id: open_clip and clipjax look for
+def _load_tokenizer(path: Path, model: Model, clean: Clean) -> Tokenizer:
+    """Raises ConfigError if the text tower pools at the end token and that has not the highest id: open_clip and clipjax look for
     the highest id, transformers for the id of the end token.
     """
-    loaded = Tokenizer.load(path, model.text.length)
+    loaded = Tokenizer.load(path, model.text.length, clean)
     if model.text.pool == "eot":
         highest = loaded.vocab_size - 1
         remedy = f"its end token must have the highest id, {highest}, and has {loaded.end_id}: open_clip looks for the highest"
         require(loaded.end_id == highest, "tokenizer", str(path), remedy)
-    loaded.backend.enable_truncation(loaded.length)
-    loaded.backend.enable_padding(length=loaded.length, pad_id=loaded.pad_id, pad_token=loaded.backend.id_to_token(loaded.pad_id))
     return loaded
 
 
 def _tokenizer_configs(tokenizer: Tokenizer, special: Mapping[str, int | None]) -> dict[str, Any]:
     """tokenizer_config.json and special_tokens_map.json: transformers, and open_clip through it, need them beside tokenizer.json.
 
-    Of the tokenizer's outputs the models need the ids only: SigLIP attends to padding, and CLIP's causal mask hides it.
+    Of the tokenizer's outputs the models need the ids only: SigLIP attends to padding, and CLIP's causal mask hides it. The
+    string of a special token in a caption is text there too, by `split_special_tokens`.
     """
     texts = {f"{role}_token": tokenizer.backend.id_to_token(index) for role, index in special.items() if index is not None}
     config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=tokenizer.length, model_input_names=["input_ids"])
+    config |= dict(padding_side="right", clean_up_tokenization_spaces=False, split_special_tokens=True)
     return {
-        "tokenizer_config.json": config | texts | dict(padding_side="right", clean_up_tokenization_spaces=False),
+        "tokenizer_config.json": config | texts,
         "special_tokens_map.json": texts,
     }
 

@@ -29,7 +29,7 @@ def import_open_clip(source: Path, out: Path) -> tuple[Run, list[str]]:
     shapes = jax.eval_shape(lambda: init(model, 0))
     params = to_ours(open_clip.table(model), found.tensors, shapes)
     terms = (Softmax() if model.init_bias is None else Sigmoid(), *([] if model.decoder is None else [Caption()]))
-    tokenizer = TokenizerFile(path=str((source / TOKENIZER).resolve()))
+    tokenizer = TokenizerFile(path=str((source / TOKENIZER).resolve()), clean=found.clean)
     run = Run(model=model, data=Data(spec="emoji", resize=found.resize), tokenizer=tokenizer, objective=terms)
     tx = make_optimizer(run.optim, run.train.steps, shapes)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, sharding.make_mesh(Mesh())))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from clipjax.config import SIZES, Decoder, ImageTower, Model, TextTower, require
+from clipjax.config import SIZES, Clean, Decoder, ImageTower, Model, TextTower, require
 from clipjax.export.table import BlockNames, Row, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -178,7 +178,7 @@ def _decoder() -> list[Row]:
     ]
 
 
-def configs(model: Model, special: dict[str, int | None], resize: str) -> dict[str, Any]:
+def configs(model: Model, special: dict[str, int | None], resize: str, clean: Clean = "none") -> dict[str, Any]:
     """open_clip_config.json. open_clip takes the tokenizer's files from the folder, whatever `hf_tokenizer_name` says."""
     image, text = model.image, model.text
     if image.pool == "map":
@@ -191,12 +191,14 @@ def configs(model: Model, special: dict[str, int | None], resize: str) -> dict[s
         vision_cfg = dict(**shape, **_kwargs(image), no_ln_pre=not image.pre_norm)
         if image.pool == "single":
             vision_cfg |= dict(attentional_pool=True, attn_pooler_queries=image.queries, attn_pooler_heads=image.pool_heads)
-    text_cfg = dict(
+    text_cfg: dict[str, Any] = dict(
         **dict(context_length=text.length, vocab_size=text.vocab_size, hf_tokenizer_name="in-this-folder"),
         **dict(width=text.width, heads=text.heads, layers=text.depth, no_causal_mask=not text.causal, **_kwargs(text)),
         **dict(pool_type="argmax" if text.pool == "eot" else "last", pad_id=special["pad"], eos_id=special["eos"]),
         **dict(proj_type="none" if text.embed_dim is None else "linear", proj_bias=text.projection_bias),
     )
+    if clean == "canonicalize":  # else open_clip does what `web` does
+        text_cfg["tokenizer_kwargs"] = dict(clean=clean)
     if text.pool == "cls":  # the mask finds padding by this id
         text_cfg |= dict(embed_cls=True, pad_id=0)
     vision_cfg["image_size"] = image.image_size

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import safetensors.numpy
 
-from clipjax.config import Activation, ConfigError, Decoder, ImageTower, Model, TextTower, require
+from clipjax.config import Activation, Clean, ConfigError, Decoder, ImageTower, Model, TextTower, require
 from clipjax.export.folder import Resize
 from clipjax.export.open_clip import EPS, TRUNKS, WEIGHTS, custom, refuse
 from clipjax.export.table import Tensors
@@ -35,6 +35,8 @@ IGNORED = {
     *("timm_model_pretrained", "timm_drop", "timm_drop_path"),
     *("hf_tokenizer_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "tokenizer_mode", "tokenizer_kwargs"),
 }
+# What open_clip does to a string before it is tokenized, as `tokenizer.clean`.
+CLEAN: dict[str | None, Clean] = {"canonicalize": "canonicalize", "whitespace": "web", None: "none"}
 # Refused: any other field, unless it has the one value that clipjax computes too: this one, else null or false.
 ACCEPTED = {"pool_type": "tok", "mode": "RGB", "pad_id": 0}
 
@@ -45,6 +47,7 @@ class Folder(NamedTuple):
     model: Model
     resize: Resize
     tensors: Tensors
+    clean: Clean
     notes: list[str]  # what is not imported
 
 
@@ -66,7 +69,7 @@ def read(folder: Path) -> Folder:
         tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
     cleaning = (given["text_cfg"].get("tokenizer_kwargs") or {}).get("clean")
     note = f"text_cfg.tokenizer_kwargs.clean = {cleaning!r}: what open_clip does to a string before it is tokenized"
-    return Folder(model, _resize(pixels, model), tensors, [note] * (cleaning is not None))
+    return Folder(model, _resize(pixels, model), tensors, CLEAN.get(cleaning, "none"), [note] * (cleaning not in CLEAN))
 
 
 def model_of(given: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Model:

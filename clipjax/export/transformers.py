@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from clipjax.config import ImageTower, Model, TextTower, require
+from clipjax.config import Clean, ImageTower, Model, TextTower, require
 from clipjax.export.table import BlockNames, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "model.safetensors"
@@ -77,8 +77,8 @@ def table(model: Model) -> Table:
     return Table((*text, *image, *head), zeros)
 
 
-def configs(model: Model, special: dict[str, int | None], resize: str) -> dict[str, Any]:
-    """config.json and preprocessor_config.json."""
+def configs(model: Model, special: dict[str, int | None], resize: str, clean: Clean = "none") -> dict[str, Any]:
+    """config.json and preprocessor_config.json. The tokenizer.json has the cleaning."""
     image, text, siglip = model.image, model.text, model.image.pool == "map"
     kind, name = ("siglip", "Siglip") if siglip else ("clip", "CLIP")
     ids = {f"{role}_token_id": special[role] for role in ("bos", "eos", "pad")}

@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from clipjax.config import ConfigError, Mesh, Model
+from clipjax.config import Clean, ConfigError, Mesh, Model
+from clipjax.data import clean as cleaning
 from clipjax.data.image import fit
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import open_clip_generate
+from clipjax.export.captions import Agreement, agreement, may_differ
 from clipjax.export.folder import Format, Resize
 from clipjax.generate import Captioner
 from clipjax.models.clip import Params, bind
@@ -42,6 +44,9 @@ class Report:
     (curly quotes become straight, HTML entities become characters): `string` compares with our result for the cleaned string,
     `cleaned` counts the strings whose ids change by it. And transformers rounds an odd margin of a centre crop down, open_clip
     and clipjax to even: with `other_crop`, `image_file` is not judged.
+
+    `captions` says how many of the run's own get equal ids there. Of `string`, those with other ids are left out where that is
+    documented: `captions.may_differ`.
     """
 
     examples: int
@@ -52,6 +57,7 @@ class Report:
     string: float
     cleaned: int
     other_crop: bool
+    captions: Agreement | None = None
     token_logits: float | None = None  # of a captioning head
     other_captions: int | None = None
 
@@ -72,6 +78,7 @@ class Report:
             f"same pixels and ids: image {self.image:.1e}, text {self.text:.1e}; logits {self.logits:.1e}",
             f"from image file and string: image {self.image_file:.1e}, text {self.string:.1e}",
         ]
+        lines += [] if self.captions is None else [self.captions.figure]
         if self.token_logits is None or self.other_captions is None:
             return lines
         same = self.examples - self.other_captions
@@ -82,7 +89,8 @@ class Report:
         """Differences that are no failures; often empty."""
         cleaned = f"strings whose ids change when open_clip cleans them: {self.cleaned}"
         crop = "embeddings of an image file: transformers rounds the margins of a centre crop differently"
-        return [cleaned] * bool(self.cleaned) + [crop] * self.other_crop
+        special = [] if self.captions is None else self.captions.notes
+        return [cleaned] * bool(self.cleaned) + [crop] * self.other_crop + special
 
 
 class Encoded(NamedTuple):
@@ -114,27 +122,33 @@ def verify(
     resize: Resize,
     images: Sequence[Image.Image],
     texts: Sequence[str],
+    clean: Clean = "none",
+    captions: Iterable[str] = (),
 ) -> Report:
-    """Compares the result of `export` with its arguments, on n RGB images and n captions.
+    """Compares the result of `export` with its arguments, on n RGB images and n captions. Of the first thousands of `captions`
+    only the ids.
 
     Raises ConfigError, with the command that installs it, if PyTorch or the library is missing.
     """
     theirs = load(out, to)
     import torch
 
-    words = Tokenizer.load(tokenizer, model.text.length)
+    words = Tokenizer.load(tokenizer, model.text.length, clean)
+    texts = [cleaning.clean(text, "none") for text in texts]  # other tokenizers fail at half surrogates
     pixels = np.stack([fit(image, model.image.image_size, resize) for image in images])
-    tokens, clean = (words.encode(strings)[0] for strings in (texts, [theirs.clean(text) for text in texts]))
-    ours_clean = encode(model, params, pixels, clean).text  # the rest is freed: token logits may take half a gigabyte
+    tokens, cleaned = (words.encode(strings)[0] for strings in (texts, [theirs.clean(text) for text in texts]))
+    ours_cleaned = encode(model, params, pixels, cleaned).text  # the rest is freed: token logits may take half a gigabyte
     ours = encode(model, params, pixels, tokens)
     normalised = torch.from_numpy(_normalised(pixels, model))
     with torch.inference_mode():
         same = Encoded(*(x.numpy() for x in theirs.encode(normalised, torch.from_numpy(tokens).long())))
-        own_image, own_text = (x.numpy() for x in theirs.encode(theirs.pixels(images), theirs.ids(texts))[:2])
+        ids = theirs.ids(texts)
+        own_image, own_text = (x.numpy() for x in theirs.encode(theirs.pixels(images), ids)[:2])
+    other = (cleaned != ids.numpy()).any(axis=1)
+    judged = [i for i, text in enumerate(texts) if not (other[i] and may_differ(words, theirs.clean(text)))]
     other_captions = None
     if theirs.generate is not None and model.decoder is not None:
-        captions = zip(generate(model, params, pixels, words), theirs.generate(normalised, words), strict=True)
-        other_captions = sum(_until_end(a, words) != _until_end(b, words) for a, b in captions)
+        other_captions = _unequal(generate(model, params, pixels, words), theirs.generate(normalised, words), words)
     both = ours.token_logits, same.token_logits
     return Report(
         examples=len(images),
@@ -142,9 +156,10 @@ def verify(
         text=_difference(ours.text, same.text),
         logits=_of_largest(ours.logits, same.logits),
         image_file=_difference(ours.image, own_image),
-        string=_difference(ours_clean, own_text),
-        cleaned=int((tokens != clean).any(axis=1).sum()),
+        string=_difference(ours_cleaned[judged], own_text[judged]),
+        cleaned=int((tokens != cleaned).any(axis=1).sum()),
         other_crop=theirs.other_crop,
+        captions=agreement(theirs.ids, words, captions),
         token_logits=None if both[0] is None or both[1] is None else _of_largest(both[0], both[1]),
         other_captions=other_captions,
     )
@@ -181,6 +196,11 @@ def generate(model: Model, params: Params, pixels: np.ndarray, words: Tokenizer)
     index = jnp.arange(len(pixels), dtype=jnp.int32)
     with jax.default_matmul_precision("highest"):
         return np.asarray(captioner.generate(jax.device_get(params), jnp.asarray(pixels), index).tokens)
+
+
+def _unequal(ours: np.ndarray, theirs: np.ndarray, words: Tokenizer) -> int:
+    """How many captions of two lists, ids [n, t], differ."""
+    return sum(_until_end(a, words) != _until_end(b, words) for a, b in zip(ours, theirs, strict=True))
 
 
 def _until_end(ids: np.ndarray, words: Tokenizer) -> list[int]:
@@ -253,7 +273,7 @@ def require_packages(to: Format) -> None:
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest distance between two rows, relative to the norm of theirs."""
-    return float((np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max())
+    return float((np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max(initial=0.0))
 
 
 def _of_largest(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -30,6 +31,15 @@ def test_pinned_ids():
     ]
     assert ids.dtype == np.int32
     assert not truncated.any()
+
+
+def test_pinned_tokenizer():
+    """Without cleaning, a run's captions give the tokenizer that every version has made of them."""
+    captions = [f"{text} \u201cquoted\u201d it\u2019s  Caf\u00e9 &amp; {i}" for i, text in enumerate(CORPUS)]
+    made = Tokenizer.train(captions, 300, True, 12)
+    vocabulary = json.dumps(sorted(made.backend.get_vocab().items())).encode()
+    assert hashlib.sha256(vocabulary).hexdigest()[:16] == "8d9e3b9df76e0b25"
+    assert made.encode(["&amp; \u201cRED\u201d  cafe\u0301"])[0].tolist() == [[1, 270, 273, 28, 269, 83, 258, 3, 263, 299, 0, 0]]
 
 
 def test_same_captions_give_same_tokens():
@@ -140,6 +150,93 @@ def test_clip_style_post_processor(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", 4)
     assert tokenizer.encode(["a", "a a a"])[0].tolist() == [[1, 0, 2, 2], [1, 0, 0, 2]]
+
+
+SPECIAL = ["red <|endoftext|> apple", "<|startoftext|>red", "<pad> red", "red<pad>", "x <|endoftext|><|endoftext|>"]
+
+
+def test_strings_of_special_tokens_are_text():
+    """Else a caption would end there: the text tower looks for the first end token."""
+    tokenizer = train(length=40)
+    ids, _ = tokenizer.encode(SPECIAL)
+    for row, text in zip(ids.tolist(), SPECIAL, strict=True):
+        assert row.count(tokenizer.end_id) == 1
+        assert row.count(tokenizer.start_id) == 1
+        body = row[: row.index(tokenizer.end_id)]
+        assert tokenizer.pad_id not in body
+        assert tokenizer.tokens(text) == len(body) + 1
+        assert tokenizer.decode(row) == text
+        assert tokenizer.names_special(text)
+    assert not tokenizer.names_special("red < pad > <|end|>")
+
+
+@pytest.mark.parametrize("special", [["</s>", "<unk>"], ["<pad>", "</s>", "<unk>"]])
+def test_also_where_the_model_itself_has_them(tmp_path, special):
+    """A unigram model finds `</s>` among its own pieces. In SentencePiece it is a control symbol, which no text has."""
+    t5_style(special).save(str(tmp_path / "tokenizer.json"))
+    for _ in range(2):  # also what the first has saved
+        tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", 12)
+        plain, cut, padded = tokenizer.encode(["red apple", "red </s> apple", "red <pad> apple"])[0].tolist()
+        assert plain[:3] == [tokenizer.backend.token_to_id("▁red"), tokenizer.backend.token_to_id("▁apple"), tokenizer.end_id]
+        for row in (cut, padded):
+            body = row[: row.index(tokenizer.end_id)]
+            assert body[-1] == plain[1]
+            assert tokenizer.pad_id not in body
+        tokenizer.save(tmp_path / "tokenizer.json")
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "Sequence"
+    assert len(json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]) == 2
+
+
+def test_also_where_a_file_does_not_mark_them_as_special(tmp_path):
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "<": 2, ">": 3, "p": 4, "e": 5}, []))
+    backend.add_tokens([AddedToken("<p>", normalized=True), AddedToken("<e>", normalized=False), AddedToken("<b>")])
+    backend.post_processor = processors.TemplateProcessing(single="$A <e>", special_tokens=[("<e>", 7)])
+    backend.enable_padding(pad_id=6, pad_token="<p>")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", 9)
+    assert tokenizer.encode(["a<p>b", "a<e>b"])[0].tolist() == [[0, 2, 4, 3, 1, 7, 6, 6, 6], [0, 2, 5, 3, 1, 7, 6, 6, 6]]
+    assert tokenizer.encode(["a<b>"])[0].tolist() == [[0, 8, 7, *[6] * 6]]  # a word that was added to the vocabulary stays one
+
+
+def test_half_surrogates_are_no_reason_to_stop(tmp_path):
+    """JSON may hold one, and the library takes none."""
+    tokenizer = Tokenizer.train([*CORPUS, "\ud83d", "\ud83d\ude00"], 300, True, 12)
+    lone, pair, whole = tokenizer.encode(["red \ud83d", "\ud83d\ude00", "\U0001f600"])[0]
+    assert lone.tolist() == tokenizer.encode(["red \ufffd"])[0][0].tolist()
+    assert pair.tolist() == whole.tolist()
+    assert tokenizer.tokens("\ud83d") > 2
+
+
+def test_cleaning_comes_first(tmp_path):
+    messy = ["red&nbsp;apple", "\ufeffRED &amp; green", "it&#8217;s a\x00 rose"]
+    clean = ["red apple", "red & green", "it's a rose"]
+    tokenizer = Tokenizer.train([*CORPUS, *messy], 290, True, 12, "web")
+    same = Tokenizer.train([*CORPUS, *clean], 290, True, 12)
+    assert tokenizer.backend.to_str() == same.backend.to_str()  # the cleaning stands in the configuration
+    assert tokenizer.encode(messy)[0].tolist() == same.encode(clean)[0].tolist() != same.encode(messy)[0].tolist()
+    assert [tokenizer.tokens(text) for text in messy] == [same.tokens(text) for text in clean]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "tokenizer.json", 12, "web").encode(messy)[0].tolist() == same.encode(clean)[0].tolist()
+
+
+@pytest.mark.parametrize("own", [normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), normalizers.NFC(), None])
+def test_a_standalone_tokenizer_cleans_truncates_and_pads(tmp_path, own):
+    bare = train(length=7)
+    if own is not None:
+        bare.backend.normalizer = own
+    bare.save(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", 7, "canonicalize")
+    tokenizer.standalone().save(str(tmp_path / "alone.json"))
+    texts = ["Red&nbsp;apple.", "red apple green apple red car", "\ufeff", "CAF&Eacute;!"]
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "alone.json"))
+    expected = tokenizer.encode(texts)[0].tolist()
+    assert [e.ids for e in library.encode_batch(texts)] == expected
+    again = Tokenizer.load(tmp_path / "alone.json", 7, "canonicalize")  # without cleaning twice
+    assert again.encode(texts)[0].tolist() == expected
+    assert len(again.backend.to_str()) < 20_000 < len(library.to_str())
+    again.standalone().save(str(tmp_path / "twice.json"))
+    assert (tmp_path / "twice.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
+    assert Tokenizer.load(tmp_path / "alone.json", 7).encode(texts)[0].tolist() == expected
 
 
 def test_vocabulary_too_small():

@@ -190,7 +190,18 @@ def test_refuses_what_clipjax_has_not(tmp_path, tokenizer, spoil, message):
 def test_what_is_not_imported_is_reported(tmp_path, tokenizer):
     model = clip()
     export(model, parameters(model), tokenizer, "crop", tmp_path / "src", "open_clip")
+    change(tmp_path / "src", "text_cfg", tokenizer_kwargs=dict(clean="lower"))
+    run, notes = import_open_clip(tmp_path / "src", tmp_path / "run")
+    assert run.tokenizer.clean == "none"
+    assert notes[0].startswith("text_cfg.tokenizer_kwargs.clean = 'lower'")
+
+
+def test_cleaning_comes_along(tmp_path, tokenizer):
+    """As SigLIP's, in open_clip's configuration of it."""
+    model = clip()
+    export(model, parameters(model), tokenizer, "crop", tmp_path / "src", "open_clip")
     change(tmp_path / "src", "text_cfg", tokenizer_kwargs=dict(clean="canonicalize"))
-    assert import_open_clip(tmp_path / "src", tmp_path / "run")[1][0].startswith(
-        "text_cfg.tokenizer_kwargs.clean = 'canonicalize'"
-    )
+    run, notes = import_open_clip(tmp_path / "src", tmp_path / "run")
+    assert (run.tokenizer.clean, notes) == ("canonicalize", [])
+    one, other = clipjax.load(str(tmp_path / "run")).encode_text(["A Red, red heart.", "a red red heart"])
+    np.testing.assert_array_equal(one, other)

@@ -66,6 +66,20 @@ def test_a_tokenizer_without_checkpoint_is_made_anew(run, sources, tmp_path):
         assert (upper == lower).all() == lowercase
 
 
+def test_cleaning_is_of_the_configuration(run, sources, tmp_path):
+    """The first process trains and saves the tokenizer, the others and a run that resumes load it: all clean alike."""
+    cleaned = dataclasses.replace(run, tokenizer=config.BPE(clean="canonicalize"))
+    made = build.tokenizer(cleaned, tiny.opened(cleaned, tmp_path), sources["red"])
+    file = config.TokenizerFile(path=str(tmp_path / "tokenizer.json"), clean="canonicalize")
+    other = dataclasses.replace(run, tokenizer=file)
+    loaded = build.tokenizer(other, tiny.opened(other, tmp_path / "other"), sources["red"])
+    new = workdir.Workdir(tmp_path / "new", origin=Origin(tmp_path, 3, cleaned))
+    taken = build.tokenizer(cleaned, new, sources["red"])
+    for tokens in (made, loaded, taken):
+        one, same = tokens.encode(["Red, &quot;green&quot;...", "red green"])[0].tolist()
+        assert one == same
+
+
 def test_the_tokenizer_comes_along_with_a_state(run, sources, tmp_path):
     """Also to other captions."""
     build.tokenizer(run, tiny.opened(run, tmp_path / "old"), sources["uno"])
@@ -85,6 +99,7 @@ def test_a_checkpoints_tokenizer_stays(run, sources, tmp_path):
     assert again.backend.get_vocab() == tokens.backend.get_vocab()
     for other, message in (
         (dataclasses.replace(run, tokenizer=config.BPE(lowercase=False)), "tokenizer.lowercase: True -> False"),
+        (dataclasses.replace(run, tokenizer=config.BPE(clean="web")), "tokenizer.clean: 'none' -> 'web'"),
         (dataclasses.replace(run, data=dataclasses.replace(run.data, resize="crop")), "data.resize: 'squash' -> 'crop'"),
     ):
         with pytest.raises(ConfigError, match=f"(?s)another run.*{message}"):
