@@ -75,13 +75,16 @@ def train_batches(
     order = training_order(source, data, batch_size, seed, process_index * local, local)
     reader = training_reader(source, order, own.batch)
     make_example = TrainingExample(source, order, reader, tokenizer, data, image_size, teacher)
-    # Grain gives each position of the order its own random generator. Positions count on over all epochs.
-    positions = grain.MapDataset.range(sys.maxsize)
-    at = _AtPosition(make_example, batch_size)
-    examples = positions.random_map(at, seed=derived(seed, "choices"))
+    examples = _by_position(make_example, batch_size, seed)
     vectors = 0 if teacher is None else 2 * 4 * teacher.width
     numbers = 4 * tokenizer.length * data.captions_per_image + vectors + SCALARS
     return BatchStream(_Picked(examples, own), local, _workers(data, image_size, numbers), closing=reader.close)
+
+
+def _by_position(make_example: TrainingExample, batch_size: int, seed: int) -> grain.MapDataset:
+    """The example at each position of the order, which counts on over all epochs. Each has a random generator of its own from
+    Grain."""
+    return grain.MapDataset.range(sys.maxsize).random_map(_AtPosition(make_example, batch_size), seed=derived(seed, "choices"))
 
 
 @dataclass(frozen=True)
