@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from clipjax.config import Data
 from clipjax.data import filter as filters
@@ -84,6 +84,9 @@ def opened(stored: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
     _limit_pillow(max_pixels)
     try:
         image = Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    except UnidentifiedImageError:
+        name = f"{len(stored):,} bytes" if isinstance(stored, bytes) else stored
+        raise UnidentifiedImageError(f"cannot identify an image in {name}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ValueError(f"{e} (data.max_pixels = {max_pixels:,})") from None
     with image:

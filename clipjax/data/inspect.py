@@ -2,6 +2,7 @@
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 from PIL import Image
 
 from clipjax import config
+from clipjax.data.bar import bar
 from clipjax.data.captions import caption_id
+from clipjax.data.facts import KINDS, Facts, facts_of
 from clipjax.data.faults import shown
-from clipjax.data.image import decode
 from clipjax.data.sheet import Cell, contact_sheet
-from clipjax.data.source import Record, Source
+from clipjax.data.source import Source
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.files import write_atomic
@@ -21,6 +23,17 @@ from clipjax.files import write_atomic
 SAMPLE = 10_000  # examples that are read at most, evenly spread over the dataset
 VOCABULARY = 8192  # of the tokenizer that is trained where none is given
 GRID = 8  # images along each side of the sheet
+NAMED = 10  # examples of a kind whose keys are told
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of an example: not its image."""
+
+    key: str
+    captions: tuple[str, ...]
+    facts: Facts | None
+    error: str | None  # why the image can't be read
 
 
 def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, length: int = 77) -> dict[str, Any]:
@@ -31,23 +44,51 @@ def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, le
     `truncated_share` is of captions longer than `length` tokens. Raises ConfigError as `open_source` does."""
     source = open_source(data)
     indices = np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).round().astype(int)).tolist()
-    with ThreadPoolExecutor(data.workers) as pool:
-        seen = list(pool.map(lambda i: _examine(source.record(i)), indices))
-    captions = [c for record, _, _ in seen for c in record.captions]
-    ids = Counter(caption_id(record.captions[0]) for record, _, _ in seen if record.captions)
-    tokenizer = tokenizer or Tokenizer.train(captions, VOCABULARY, lowercase=True, length=length)
-    bodies = [tokenizer.tokens(c) for c in captions]
-    sizes = [size for _, size, _ in seen if size]
+    with ThreadPoolExecutor(data.workers) as pool, bar(source.name, len(indices), "examples") as shown_bar:
+        seen = []
+        for example in pool.map(lambda i: _examine(source, i, data.max_pixels), indices):
+            seen.append(example)
+            shown_bar.update()
+    readable = [x.facts for x in seen if x.facts]
     report = {
         "dataset": source.name,
         "examples": len(source),
         "examples_looked_at": len(seen),
         "fields": source.fields,
         "classes": len(source.classnames) if source.classnames else 0,
-        "width": _spread([w for w, _ in sizes]),
-        "height": _spread([h for _, h in sizes]),
-        "unreadable": {record.key: error for record, _, error in seen if error},
-        "captions_per_example": _spread([len(record.captions) for record, _, _ in seen]),
+        "width": _spread([facts.width for facts in readable]),
+        "height": _spread([facts.height for facts in readable]),
+        "unreadable": {x.key: x.error for x in seen if x.error},
+        **_kinds(seen),
+        **_of_captions(seen, tokenizer, length),
+    }
+    if readable:
+        title = f"{source.name}: {len(source):,} examples"
+        numbers = [i for i, x in zip(indices, seen, strict=True) if x.facts]
+        with write_atomic(out_png) as part:
+            _contact_sheet(source, numbers, title).save(part, "png")
+    return report
+
+
+def _kinds(seen: list[Seen]) -> dict[str, Any]:
+    """How many images are of each kind, and, under `first`, the keys of some of them."""
+    same = Counter(x.facts.digest for x in seen if x.facts)
+    keys: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for x in seen:
+        for kind in x.facts.kinds if x.facts else ():
+            keys[kind].append(x.key)
+        if x.facts and same[x.facts.digest] > 1:
+            keys["repeated"].append(x.key)
+    return {kind: len(of_kind) for kind, of_kind in keys.items()} | {"first": {k: v[:NAMED] for k, v in keys.items() if v}}
+
+
+def _of_captions(seen: list[Seen], tokenizer: Tokenizer | None, length: int) -> dict[str, Any]:
+    captions = [c for x in seen for c in x.captions]
+    ids = Counter(caption_id(x.captions[0]) for x in seen if x.captions)
+    tokenizer = tokenizer or Tokenizer.train(captions, VOCABULARY, lowercase=True, length=length)
+    bodies = [tokenizer.tokens(c) for c in captions]
+    return {
+        "captions_per_example": _spread([len(x.captions) for x in seen]),
         "sharing_a_caption": sum(n for n in ids.values() if n > 1),
         "words": _spread([len(c.split()) for c in captions]),
         "characters": _spread([len(c) for c in captions]),
@@ -57,11 +98,6 @@ def inspect(data: config.Data, tokenizer: Tokenizer | None, out_png: Path, *, le
         "truncated_share": float(np.mean([n > tokenizer.length for n in bodies])) if bodies else 0.0,
         "samples": captions[:: max(1, len(captions) // 8)][:8],
     }
-    readable = [i for i, (_, size, _) in zip(indices, seen, strict=True) if size]
-    if readable:
-        with write_atomic(out_png) as part:
-            _contact_sheet(source, readable, f"{source.name}: {len(source):,} examples").save(part, "png")
-    return report
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -70,7 +106,12 @@ def describe(report: dict[str, Any]) -> str:
     def spread(name: str) -> str:
         return "{min:,} to {max:,}, median {median:,}".format(**report[name]) if report[name] else "-"
 
+    def named(kind: str) -> str:
+        keys = report["first"].get(kind, [])
+        return f": {', '.join(keys)}{', ...' if report[kind] > len(keys) else ''}" if keys else ""
+
     seen, unreadable = report["examples_looked_at"], report["unreadable"]
+    first = list(unreadable.items())[:NAMED]
     part = "" if seen == report["examples"] else f" (the figures below are of {seen:,}, evenly spread)"
     rows = {
         "dataset": report["dataset"],
@@ -79,7 +120,8 @@ def describe(report: dict[str, Any]) -> str:
         "class names": f"{report['classes']:,}",
         "width, pixels": spread("width"),
         "height, pixels": spread("height"),
-        "unreadable": f"{len(unreadable):,}" + "".join(f"\n    {key}: {error}" for key, error in list(unreadable.items())[:10]),
+        "unreadable": "".join([f"{len(unreadable):,}", *(f"\n    {key}: {error}" for key, error in first)]),
+        **{kind.replace("_", "-"): f"{report[kind]:,} {meaning}{named(kind)}" for kind, meaning in KINDS.items()},
         "captions each": spread("captions_per_example"),
         "sharing one": f"{report['sharing_a_caption']:,} have another's main caption, but for case, punctuation and spaces",
         "words": spread("words"),
@@ -91,11 +133,12 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(f"{name:15} {value}" for name, value in rows.items())
 
 
-def _examine(record: Record) -> tuple[Record, tuple[int, int] | None, str | None]:
+def _examine(source: Source, i: int, max_pixels: int) -> Seen:
+    record = source.record(i)
     try:
-        return record, decode(record.image).size, None
+        return Seen(record.key, record.captions, facts_of(record.image, max_pixels), None)
     except Exception as e:  # a decoder may raise anything
-        return record, None, f"{type(e).__name__}: {e}"
+        return Seen(record.key, record.captions, None, f"{type(e).__name__}: {e}")
 
 
 def _spread(values: list[int]) -> dict[str, float]:

@@ -36,12 +36,17 @@ def rgb(image: Image.Image) -> Image.Image:
     """An image as RGB, 8 bits a channel. Transparent pixels become white.
 
     Raises ValueError for numbers that have no known range (modes F and I): which of them is white?"""
+    layer = layered(image)
+    return layer if layer.mode == "RGB" else Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def layered(image: Image.Image) -> Image.Image:
+    """An image as RGB or, where pixels may be transparent, as RGBA. Raises ValueError as `rgb`."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _gray(image)
-    if image.has_transparency_data:
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    image = image.convert("LA") if image.mode == "La" else image
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _gray(image: Image.Image) -> Image.Image:

@@ -1,4 +1,6 @@
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -6,7 +8,9 @@ from PIL import Image
 from clipjax.config import Data
 from clipjax.data import inspect as module
 from clipjax.data import sheet as sheets
+from clipjax.data.facts import KINDS
 from clipjax.data.inspect import describe, inspect
+from clipjax.data.source import Source
 from clipjax.data.tokenizer import Tokenizer
 from tests.data.conftest import IMAGES, write_tsv
 
@@ -53,6 +57,60 @@ def test_unreadable_images_are_named(tmp_path, images_tsv):
     assert list(report["unreadable"]) == ["b.png"]
     assert "b.png: UnidentifiedImageError" in describe(report)
     assert report["width"]["max"] == 40
+
+
+def test_what_may_surprise_is_counted(tmp_path):
+    """Each example is of the kinds that its file name holds."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 40, 50, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(x) for x in noise]
+    exif = Image.Exif()
+    exif[274] = 6
+    clear = pictures[0].copy()
+    clear.putalpha(Image.fromarray(noise[0, :, :, 0]))
+    opaque = pictures[1].copy()
+    opaque.putalpha(255)
+    deep = Image.fromarray(noise[2, :, :, 0].astype(np.uint16) << 8 | 7)
+    saved = {
+        "rotated.jpg": (pictures[3], {"exif": exif}), "rotated.tif": (pictures[4], {"exif": exif}),
+        "transparent.png": (clear, {}), "opaque.png": (opaque, {}), "plain.jpg": (pictures[5], {}),
+        "animated.gif": (pictures[6].convert("P"), {"save_all": True, "append_images": [pictures[7].convert("P")]}),
+        "deep.png": (deep, {}), "one_coloured.png": (Image.new("RGB", (40, 40), "red"), {}),
+        "tiny.png": (Image.fromarray(noise[7, :31]), {}), "huge_one_coloured.png": (Image.new("L", (4097, 4096)), {}),
+        "repeated.png": (pictures[8], {}), "repeated.bmp": (pictures[8], {}),
+    }  # fmt: skip
+    for name, (picture, options) in saved.items():
+        picture.save(tmp_path / name, **options)
+    (tmp_path / "bad.png").write_bytes((tmp_path / "plain.jpg").read_bytes()[:300])
+    report = inspect(Data(spec=f"tsv:{write_tsv(tmp_path, [(n, n) for n in [*saved, 'bad.png']])}"), None, tmp_path / "s.png")
+    assert json.loads(json.dumps(report)) == report
+    for kind in KINDS:
+        expected = [name for name in saved if kind in name]
+        assert (report[kind], report["first"][kind]) == (len(expected), expected)
+    assert list(report["unreadable"]) == ["bad.png"]
+    assert report["width"]["max"] == 4097
+    text = describe(report)
+    assert re.search(r"rotated +2 turned or mirrored .*: rotated.jpg, rotated.tif\n", text)
+    assert re.search(r"one-coloured +2 have one colour: one_coloured.png, huge_one_coloured.png\n", text)
+
+
+def test_no_image_is_kept(images_tsv, tmp_path, monkeypatch):
+    """At any time only the workers hold images."""
+    alive, most, record = [], [], Source.record
+
+    class Held(bytes):
+        def __del__(self):
+            alive.pop()
+
+    def watched(source, i):
+        got = record(source, i)
+        alive.append(None)
+        most.append(len(alive))
+        return replace(got, image=Held(got.image.read_bytes()))
+
+    monkeypatch.setattr(Source, "record", watched)
+    inspect(Data(spec=f"tsv:{images_tsv}", workers=2), None, tmp_path / "sheet.png")
+    assert len(most) >= IMAGES
+    assert max(most[:IMAGES]) <= 3
 
 
 def test_examples_that_share_a_caption_are_counted(tmp_path, images_tsv):
