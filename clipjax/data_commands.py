@@ -24,6 +24,13 @@ def data_prepare(args: argparse.Namespace) -> None:
     print(prepare_emoji(data_dir()))
 
 
+def data_index(args: argparse.Namespace) -> None:
+    """`clipjax data index`: makes the index of tars, unless it exists, and prints what it holds."""
+    from clipjax.data.indexing import index_command
+
+    print(index_command(args.spec, None if args.out is None else str(args.out)))
+
+
 def data_inspect(args: argparse.Namespace) -> None:
     """`clipjax data inspect`: prints statistics of a dataset and draws a contact sheet."""
     from clipjax.data.inspect import describe, inspect

@@ -208,6 +208,13 @@ COMMANDS = (
         _argument("--out", "DIR", "a new folder for openclipart; else openclipart in this folder", local_folder),
     ),
     _command(
+        "data index",
+        data_commands.data_index,
+        "make the index of tars, once: counts, and where each sample is; several hosts with the same --out share the work",
+        _argument("spec", "SPEC", "wds:SHARDS: tars, folders, or names with braces or wildcards; several joined by ::"),
+        _argument("--out", "DIR", "folder of the index; else beside the shards, or in the user's cache", writable_folder),
+    ),
+    _command(
         "data inspect",
         data_commands.data_inspect,
         "count, image sizes, captions, truncation, and a contact sheet",

@@ -171,7 +171,7 @@ def _read_local(path: str, start: int, length: int | None) -> bytes:
         while len(content) < wanted:  # a read gives at most 2 GiB
             more = os.pread(file, wanted - len(content), start + len(content))
             if not more:
-                raise OSError(f"{path}: ends at byte {start + len(content):,}, before byte {start + wanted:,}")
+                raise OSError(f"{path}: ends at byte {os.fstat(file).st_size:,}, before byte {start + wanted:,}")
             content += more
         return content
     finally:

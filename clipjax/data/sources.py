@@ -34,4 +34,8 @@ def open_source(data: config.Data) -> Source:
             from clipjax.data.table import Table
 
             return Table(data, rest)
+        case "wds":
+            from clipjax.data.wds import Wds
+
+            return Wds(data, rest)
     raise config.ConfigError(f"data.spec = {data.spec!r}: can't be read yet")

@@ -65,24 +65,28 @@ class Window:
                 raise TarError(f"ends at byte {self.size:,}, before byte {position + length:,}: it is cut; fetch it again")
             self._held = self._read(position, min(max(self._piece, length), self.size - position))
             self._start, begin = position, 0
+            if len(self._held) < length:
+                raise TarError(f"ends at byte {position + len(self._held):,}, before byte {position + length:,}")
         return self._held[begin : begin + length]
 
 
-def members(window: Window, *, end_mark: bool = True) -> Iterator[Member]:
-    """All members in their order. `end_mark`: a tar has one, and what ends without is cut; a run of members has none.
+def members(window: Window, *, span: tuple[int, int] | None = None) -> Iterator[Member]:
+    """All members in their order: those of the tar, which is cut if it ends without an end mark, or those from the first to the
+    last byte of a span.
 
     Raises TarError at the first header that is none, or where the file ends too early. Tars that stand one behind the other in
     a file are read as one."""
-    position, ended, ahead = 0, not end_mark, _Ahead()
-    while position < window.size:
-        block = window(position, min(BLOCK, window.size - position))
-        if block == ZEROS:
+    position, stop = span or (0, window.size)
+    ended, ahead = span is not None, _Ahead()
+    while position < stop:
+        block = window(position, min(BLOCK, stop - position))
+        if block == ZEROS and span is None:
             position, ended = _skip_zeros(window, position), True
             continue
-        if end_mark and ended and not _is_header(block):
+        if span is None and ended and not _is_header(block):
             return  # something that stands behind the end
         _check(block, position)
-        ended = not end_mark
+        ended = span is not None
         start = position if ahead.start is None else ahead.start
         kind, length, data = block[156:157], _number(block[124:136], position), position + BLOCK
         if kind in (LONG_NAME, LONG_LINK, PAX):
@@ -92,8 +96,8 @@ def members(window: Window, *, end_mark: bool = True) -> Iterator[Member]:
         length = 0 if kind in WITHOUT_DATA else length if ahead.size is None else ahead.size
         data = _after_map(window, block, data) if kind == SPARSE else data
         position = data + _padded(length)
-        if data + length > window.size:
-            raise TarError(f"ends at byte {window.size:,}, within a member up to byte {position:,}: it is cut; fetch it again")
+        if data + length > stop:
+            raise TarError(f"ends at byte {stop:,}, within a member up to byte {position:,}: it is cut; fetch it again")
         if kind != PAX_GLOBAL:
             yield Member(ahead.name or _name(block), start, data, length, position, kind in PLAIN and not ahead.sparse)
             ahead = _Ahead()

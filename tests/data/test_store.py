@@ -2,9 +2,11 @@
 
 import importlib.util
 import io
-import multiprocessing
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -14,6 +16,7 @@ from clipjax.data import ranges, store
 from tests import stores
 from tests.data import http_server, hub
 
+ROOT = Path(__file__).parents[2]
 FILES = {f"set/{n:05}.tar": bytes([n]) * (1000 + n) for n in (8, 9, 10, 11)} | {
     "set/deep/00012.tar": b"deep",
     "set/notes.txt": b"about",
@@ -158,8 +161,15 @@ def test_a_failing_web_server_is_asked_again(web, hasty, monkeypatch):
     assert not web.faults
 
 
-def read_in_child(url, queue):
-    queue.put(store.read(url, 0, 3))
+FORKED = """
+import os, sys
+from clipjax.data import store
+assert store.read(sys.argv[1], 0, 3) == bytes([2] * 3)
+child = os.fork()
+if child == 0:
+    os._exit(store.read(sys.argv[1], 0, 3) != bytes([2] * 3))
+sys.exit(os.waitpid(child, 0)[1])
+"""
 
 
 def test_threads_and_forked_processes_read(web):
@@ -168,12 +178,7 @@ def test_threads_and_forked_processes_read(web):
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda start: store.read(url, start, 7), range(64))) == {b"\2" * 7}
     assert len([key for key in ranges._systems if key == (os.getpid(), "http")]) == 1
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=read_in_child, args=(url, queue))
-    child.start()
-    assert queue.get(timeout=30) == b"\2\2\2"
-    child.join()
+    subprocess.run([sys.executable, "-c", FORKED, url], check=True, timeout=60, cwd=ROOT)
 
 
 def test_unknown_stores_and_missing_extras_are_named(monkeypatch):

@@ -23,9 +23,9 @@ def packed(files, fmt=tarfile.PAX_FORMAT, **keywords):
     return out.getvalue()
 
 
-def listed(content, piece=4096, **keywords):
+def listed(content, piece=4096):
     window = Window(lambda start, length: content[start : start + length], len(content), piece)
-    return list(tar.members(window, **keywords))
+    return list(tar.members(window))
 
 
 @pytest.mark.parametrize("fmt", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"])
