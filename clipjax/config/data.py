@@ -136,7 +136,7 @@ class Data(Strict, prefix="data"):
     workers: int = free(4)  # number of threads or processes on each host that read, decode and augment
     # `processes` are faster if Python takes more of the time than decoding.
     worker_kind: Literal["threads", "processes"] = free("threads")
-    prefetch_bytes: int = free(2 * 2**30)  # bytes of examples that are ready ahead of the step, on each host
+    prefetch_bytes: int = free(2 * 2**30)  # of examples that lie ready ahead of the step, on each host; 16 batches at most
     # A run ends if more than this share of the last 10,000 examples is bad: unreadable, or without an image or a caption.
     max_bad: float = free(0.1)
 

@@ -26,6 +26,7 @@ import numpy as np
 
 Batch = dict[str, Any]  # arrays; of a single example also scalars of NumPy
 Make = Callable[[int], Batch]  # makes an example of a process's sequence of examples, by its number
+FARTHEST = 16  # batches that may lie ready, however small: more would only be work for nothing at the end of a run
 LONGEST = 16  # examples of a piece: enough that handing them over costs little
 ALIGNED = 64  # bytes
 
@@ -40,8 +41,8 @@ class Workers:
     example_bytes: int  # of the arrays of one example
 
     def ahead(self, batch: int) -> int:
-        """How many examples may lie ready, beyond a batch. Small ones are not made for more than `count` + 2 batches."""
-        return min(self.prefetch_bytes // self.example_bytes, (self.count + 2) * batch)
+        """How many examples may lie ready, beyond a batch."""
+        return min(self.prefetch_bytes // self.example_bytes, FARTHEST * batch)
 
     def piece(self, batch: int) -> int:
         """How many examples a worker makes at a time: few enough that every worker has some of the first batch."""

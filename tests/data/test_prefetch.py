@@ -90,8 +90,8 @@ def test_bytes_that_lie_ready_are_bounded(prefetch_bytes, count):
         for taken in range(2):
             ready = settled() - taken * batch
             assert ready * BYTES <= prefetch_bytes + 2 * batch * BYTES
-            assert ready <= (count + 4) * batch  # small examples: not for more batches than that
-            assert ready >= batch + min(prefetch_bytes // BYTES // 2, count * batch)
+            assert ready <= 17 * batch  # however small the examples are
+            assert ready >= batch + min(prefetch_bytes // BYTES // 2, 16 * batch)
             next(stream)
 
 
