@@ -19,6 +19,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data import tfrecord
+from clipjax.data.captions import kept
 from clipjax.data.remote import FEATURES, is_prepared, local_copy
 from clipjax.data.source import Record, Source, bucket
 from clipjax.files import as_path, reach
@@ -200,7 +201,7 @@ class Tfds(Source):
         if self._label_captions is not None:
             captions = tuple(self._label_captions[n] for n in values(self._text, "int64_list") if n >= 0)
         else:
-            captions = tuple(text.decode() for text in values(self._text, "bytes_list"))
+            captions = kept(text.decode() for text in values(self._text, "bytes_list"))
         label = (values(self._label, "int64_list") if self._label else []) or [-1]
         key = values(self._key, "bytes_list")[0].decode() if self._key else f"{self._split}-{i}"
         image = values(self._image, "bytes_list") or [b""]

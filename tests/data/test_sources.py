@@ -106,6 +106,12 @@ def test_several_captions(toy):
     assert len(list(source.captions())) == 20
 
 
+def test_a_caption_that_shows_nothing_is_none(toy):
+    source = toy({"texts": (FEATURES.Sequence(FEATURES.Text()), lambda i: ["\u200b", f"{i}"] if i % 2 else [" ", "\ufeff"])})
+    assert sorted(source.captions()) == ["1", "3", "5", "7", "9"]
+    assert sum(not source.text(i).captions for i in range(10)) == 5
+
+
 def test_captions_nested_as_in_coco(toy):
     coco = FEATURES.Sequence({"id": np.int64, "text": FEATURES.Text()})
     features = {
