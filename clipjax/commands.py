@@ -201,6 +201,7 @@ def export(args: argparse.Namespace) -> int:
     """`clipjax export`: writes a run for open_clip or transformers; with --verify returns 1 if the results differ there."""
     from clipjax import distributed
     from clipjax.checkpoint import TOKENIZER
+    from clipjax.export import opening
     from clipjax.export.folder import export
     from clipjax.export.verify import require_packages, verify
 
@@ -225,7 +226,8 @@ def export(args: argparse.Namespace) -> int:
     print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
     for figures in report.figures:
         print(f"  {figures}")
-    for note in report.notes:
+    opened = opening.notes([x.record.image for x in examples], run.model.image.image_size, run.data.resize)
+    for note in report.notes + opened:
         print(f"  not judged: {note}")
     for failure in report.failures:
         print(f"clipjax: {failure}", file=sys.stderr)
