@@ -295,7 +295,7 @@ def test_too_many_images_that_cannot_be_read_fail_for_good(tmp_path, capsys):
     (tmp_path / "pairs.tsv").write_text(f"filepath\ttitle\n{rows}")
     more = ["--evals", "none", "--data.worker_kind", "processes", "--model.text.vocab_size", "300"]
     assert run("train", CONFIG, "--workdir", tmp_path / "run", "--data.spec", f"tsv:{tmp_path}/pairs.tsv", *more) == 3
-    assert "and 64 others can't be read (the log has the reasons); check the files and their paths" in capsys.readouterr().err
+    assert "and 64 stand-ins are bad (can't be read: 65): the log has the reasons" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 
 from clipjax import config
 from clipjax.data import captions, image
-from clipjax.data.faults import BAD_IMAGE, FAULTS, Bad, usable
+from clipjax.data.faults import FAULTS, Bad, undecodable, usable
 from clipjax.data.filter import Filtered, check_text
 from clipjax.data.order import Order
 from clipjax.data.source import Record, Source
@@ -50,29 +50,37 @@ class TrainingExample:
 
         Raises CertainFailure if none of TRIES stand-ins can be used, and if data.filter leaves out too many."""
         number = first = self.order.one(step, place)
-        fault, fault_index, filtered, tries, failed, arrays = 0, -1, 0, 0, "", None
+        tried: list[str | None] = []  # what was wrong with the examples so far, of FAULTS; None: data.filter left it out
+        failed, arrays = "", None
         while arrays is None:
             try:
                 arrays = self._arrays(step, place, number, rng)
             except Filtered:
-                filtered += 1
+                tried.append(None)
             except Bad as bad:
-                self.source.warn(bad.key, f"is replaced by another: it {bad}")
-                fault, fault_index = fault or 1 + FAULTS.index(bad.fault), fault_index if fault else number
-                tries, failed = tries + 1, failed or bad.key
+                self.source.warn(bad.key, f"is replaced by another, because it {bad}")
+                tried.append(bad.fault)
+                failed = failed or bad.key
             # Here, and not where the exceptions are caught: the one that is raised would hold them, and they what was being read.
             if arrays is None:
-                self._check_tries(failed, tries, filtered)
-                number = self.order.stand_in(step, place, tries + filtered)
-        replaced = {"fault": np.int8(fault), "fault_index": np.int32(fault_index), "replaced": np.bool_(fault > 0)}
-        return arrays | replaced | {"index": np.int32(first), "filtered": np.bool_(filtered > 0)}
+                self._check_tries(tried, failed)
+                number = self.order.stand_in(step, place, len(tried))
+        # Only what this example is itself counts. A stand-in is one of another batch, where it is counted.
+        own = tried[0] if tried else None
+        fault = 0 if own is None else 1 + FAULTS.index(own)
+        replaced = {"fault": np.int8(fault), "fault_index": np.int32(first if fault else -1), "replaced": np.bool_(fault)}
+        return arrays | replaced | {"index": np.int32(first), "filtered": np.bool_(tried[:1] == [None])}
 
-    def _check_tries(self, failed: str, tries: int, filtered: int) -> None:
-        if filtered > FILTERED_TRIES:
-            raise CertainFailure(f"data.filter of {self.source.name}: leaves out {filtered:,} examples in a row: loosen it")
-        if tries > TRIES:
-            remedy = "can't be read (the log has the reasons); check the files and their paths"
-            raise CertainFailure(f"{self.source.name}: {failed} and {TRIES} others {remedy}")
+    def _check_tries(self, tried: list[str | None], failed: str) -> None:
+        """Raises CertainFailure where so many examples in a row could not be used that no other will be tried."""
+        filtered = tried.count(None)
+        if filtered > min(FILTERED_TRIES, len(self.source)):
+            remedy = "are left out, one after the other; loosen it, or filter the files once and for all"
+            raise CertainFailure(f"data.filter: {filtered:,} examples of {self.source.name} {remedy}")
+        if len(tried) - filtered > TRIES:
+            kinds = "; ".join(f"{name}: {tried.count(name)}" for name in FAULTS if name in tried)
+            remedy = "the log has the reasons; check the files and their paths"
+            raise CertainFailure(f"{self.source.name}: {failed} and {TRIES} stand-ins are bad ({kinds}): {remedy}")
 
     def _arrays(self, step: int, place: int, number: int, rng: np.random.Generator) -> Arrays:
         """The arrays of the example `number`. Raises Bad, or Filtered."""
@@ -85,7 +93,7 @@ class TrainingExample:
         except Filtered:
             raise
         except Exception as e:  # a decoder may raise anything, and a bad image must not end a run
-            raise Bad(BAD_IMAGE, record.key, e) from e
+            raise undecodable(record.key, e) from e
         arrays: Arrays = {
             "image": pixels,
             "text": tokens if k > 1 else tokens[0],
@@ -114,7 +122,7 @@ class EvaluationExample:
                 record = usable(lambda: self.read(number), number, self.captioned)
                 pixels, label, good = self._pixels(record), record.label, True
             except Bad as bad:
-                self.source.warn(bad.key, f"is left out: it {bad}")
+                self.source.warn(bad.key, f"is left out, because it {bad}")
         return {
             "image": pixels,
             "index": np.int32(number if real else -1),
@@ -127,4 +135,4 @@ class EvaluationExample:
         try:
             return image.evaluation(record.image, self.size, self.data)
         except Exception as e:  # a decoder may raise anything
-            raise Bad(BAD_IMAGE, record.key, e) from e
+            raise undecodable(record.key, e) from e

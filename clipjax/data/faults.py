@@ -20,6 +20,11 @@ class Bad(Exception):
         self.fault, self.key = fault, key
 
 
+def undecodable(key: str, error: Exception) -> Bad:
+    """What is wrong with an example whose image could not be made into pixels: `error` may also say that its file is missing."""
+    return Bad(UNREAD if isinstance(error, OSError) and error.errno is not None else BAD_IMAGE, key, error)
+
+
 def usable(read: Callable[[], Record], number: int, captioned: bool = True) -> Record:
     """What `read()` returns of example `number`. Raises Bad where that fails, or the record lacks its image or, where
     `captioned`, a caption."""

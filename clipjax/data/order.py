@@ -37,15 +37,17 @@ class Order(ABC):
 
     def stand_in(self, step: int, place: int, tried: int) -> int:
         """The example to try instead of a bad one, after `tried` - 1 others were: that at the same place of a later batch of the
-        epoch, from its end on of the first ones; when all have been tried, at the next place of these batches. So no example
-        comes twice in a batch.
+        epoch, from its end on of the first ones. So no example comes twice in a batch.
 
-        Where one batch is the epoch, there are no others: then the example of a later place of the same batch."""
+        When all have been tried, those at the next place of these batches, in the opposite order: there the bad example of that
+        place may have found its own, so two places may have the same, but seldom do. Where one batch is the epoch, there are no
+        others: then the example of a later place of the same batch."""
         if self.batches == 1:
             return self.one(step, (place + tried) % self.share)
         epoch, batch = divmod(step, self.batches)
-        turn, later = divmod(tried - 1, self.batches - 1)
-        return self.one(epoch * self.batches + (batch + 1 + later) % self.batches, (place + turn) % self.share)
+        turn, ahead = divmod(tried - 1, self.batches - 1)
+        later = batch + 1 + ahead if turn == 0 else batch - 1 - ahead
+        return self.one(epoch * self.batches + later % self.batches, (place + turn) % self.share)
 
 
 Inner = TypeVar("Inner", bound=Order)

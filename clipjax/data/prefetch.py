@@ -24,6 +24,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from clipjax.data.source import share_warnings
+
 Batch = dict[str, Any]  # arrays; of a single example also scalars of NumPy
 Make = Callable[[int], Batch]  # makes an example of a process's sequence of examples, by its number
 FARTHEST = 16  # batches that may lie ready, however small: more would only be work for nothing at the end of a run
@@ -195,7 +197,7 @@ class _Processes:
         for slot in range(in_flight):
             self._free.put(slot)
         ours, self._ours = context.Pipe(duplex=False)  # a worker ends when this process has closed its end, or has ended
-        arguments: Any = make, memory, ours
+        arguments: Any = make, memory, ours, workers.count
         self._executor: Executor = ProcessPoolExecutor(workers.count, context, _start_worker, arguments)
 
     def start(self, numbers: range, stacked: _Stacked, row: int) -> None:
@@ -241,12 +243,13 @@ class _Placed:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(make: Make, memory: Any, parent: Connection) -> None:
-    """Makes a worker process log as the command line does, ignore signals, and end when the command line's process says so or
-    ends.
+def _start_worker(make: Make, memory: Any, parent: Connection, count: int) -> None:
+    """Makes a worker process, one of `count`, log as the command line does, ignore signals, and end when the command line's
+    process says so or ends.
 
     A terminal or Slurm sends signals to all processes, but the command line still needs batches."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
+    share_warnings(count)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -1,6 +1,7 @@
 """What a source of images and captions is: examples by number, one at a time or in chunks, with or without their images."""
 
 import logging
+import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,9 @@ import numpy as np
 
 CHUNK = 128  # examples of a chunk, where the storage has no larger unit of its own
 
+logged = 5  # warnings of each kind that a process logs
 log = logging.getLogger(__name__)
+_warning = threading.Lock()  # not of the source, which can be pickled
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Source(ABC):
     sources: tuple["Source", ...] = ()  # of a mixture: those that it mixes
 
     def __init__(self) -> None:
-        self._warned: set[str] = set()
+        self._warned: dict[str, set[str]] = {}  # kind -> keys of the examples that were logged
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -106,10 +109,22 @@ class Source(ABC):
         return self._record(fetched.content + j)
 
     def warn(self, key: str, what: str) -> None:
-        """Logs what is wrong with an example, once for each key."""
-        if key not in self._warned:
-            self._warned.add(key)
-            log.warning("%s: example %s %s", self.name, key, what)
+        """Logs what is wrong with an example, as `can't be read: REASON`: of a kind, which is all before the colon, the first
+        `logged` examples."""
+        kind = what.partition(": ")[0]
+        with _warning:
+            keys = self._warned.setdefault(kind, set())
+            if key in keys or len(keys) > logged:
+                return
+            keys.add(key)
+            is_last = len(keys) > logged
+        log.warning("%s: %s", self.name, f"further examples are only counted: {kind}" if is_last else f"example {key} {what}")
+
+
+def share_warnings(processes: int) -> None:
+    """This process is one of so many that read: it logs its share of the warnings."""
+    global logged
+    logged = max(1, logged // processes)
 
 
 def bucket(key: str) -> int:

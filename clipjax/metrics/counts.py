@@ -22,7 +22,7 @@ NONE = np.iinfo(np.int32).max
 class Interval:
     """The bad examples between two log lines, of all processes."""
 
-    examples: int
+    examples: int  # without those that data.filter left out
     kinds: tuple[int, ...]  # how many of each of FAULTS
     first: int  # the number, in the source, of the first; -1: there is none
     first_kind: int  # in FAULTS
@@ -59,8 +59,8 @@ class DataCounts:
         self._batches += 1
 
     def read(self) -> dict[str, jax.Array]:
-        """The counts since the last read, int32 [], and `bad_share` and `filtered_share`, float32 []: of the examples, the shares
-        that were bad and that data.filter left out.
+        """The counts since the last read, int32 [], and float32 [] `filtered_share`, the share of the examples that data.filter
+        left out, and `bad_share`, the share of the others that was bad.
 
         The devices may still compute them. All processes must call this at the same step.
         """
@@ -100,9 +100,11 @@ class DataCounts:
         n, sums = len(self.COUNTED), rows[:, : self._width + 1].sum(0)
         is_first = jnp.arange(len(rows)) == rows[:, -3].argmin()
         first = jnp.where(is_first[:, None], rows[:, -2:], 0).sum(0)
-        counts, examples = dict(zip(self.COUNTED, sums[:n], strict=True)), jnp.maximum(sums[-1], 1)
-        shares = {"bad_share": counts["replaced"] / examples, "filtered_share": counts["filtered"] / examples}
-        return counts | shares, jnp.concatenate([sums[n:], first])
+        counts, examples = dict(zip(self.COUNTED, sums[:n], strict=True)), sums[-1]
+        wanted = examples - counts["filtered"]
+        shares = {"bad_share": counts["replaced"] / jnp.maximum(wanted, 1)}
+        shares["filtered_share"] = counts["filtered"] / jnp.maximum(examples, 1)
+        return counts | shares, jnp.concatenate([sums[n:-1], wanted[None], first])
 
 
 class TooManyBadError(CertainFailure):
@@ -146,4 +148,5 @@ class BadExamples:
         if source is None:
             return f"number {number}, which {fault}"
         record = source.record(number)
-        return f"{record.image if isinstance(record.image, Path) else record.key} of {source.name}, which {fault}"
+        named = source.sources[source.part_of(number)[0]].name if source.sources else source.name
+        return f"{record.image if isinstance(record.image, Path) else record.key} of {named}, which {fault}"

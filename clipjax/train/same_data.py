@@ -19,13 +19,13 @@ def recognized(workdir: Workdir, source: Source, accept_new: bool = False) -> Wo
     Raises ConfigError for other data, which `accept_new` allows, and where the processes find different data."""
     now = fingerprint.of(source)
     distributed.agree("the fingerprint of the data", zlib.crc32(json.dumps(now).encode()))
-    workdir = dataclasses.replace(workdir, fingerprint=now)
-    saved = None if workdir.saved is None else read_fingerprint(workdir.path, workdir.saved.step)
-    if saved is None or not (rows := fingerprint.differences(saved, now, source)):
-        return workdir
+    known, saved = dataclasses.replace(workdir, fingerprint=now), workdir.saved
+    before = None if saved is None else read_fingerprint(workdir.path, saved.step)
+    if saved is None or before is None or not (rows := fingerprint.differences(before, now, source)):
+        return known
     if accept_new:
         say(f"{workdir.path}: the data are others than before, as --accept-new-data allows: {'; '.join(rows)}")
-        return workdir
-    what = f"is not what {workdir.path}@{workdir.saved.step} was trained on"
+        return known
+    what = f"is not what {workdir.path}@{saved.step} was trained on"
     remedy = "bring that back, go on with this by --accept-new-data, or choose a new --workdir, which init starts from this one"
     raise config.ConfigError("\n  ".join([f"data = {source.name}: {what}; {remedy}:", *rows]))

@@ -296,7 +296,7 @@ def test_unreadable_images_are_marked_as_replaced(batches, images_tsv, tokenizer
 
 def test_nothing_readable_ends_the_run(batches, tmp_path):
     source = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, [('a.png', 'number 1'), ('b.png', 'number 2')])}"))
-    with pytest.raises(CertainFailure, match=r"can't be read .* check the files"):
+    with pytest.raises(CertainFailure, match=r"can't be read: .* check the files"):
         batches(1, batch_size=2, source=source)
 
 
@@ -388,7 +388,7 @@ def test_workers_log_as_the_command_line_does(batches, tmp_path, images_tsv, cap
     batches(2, batch_size=4, source=source, worker_kind="processes", workers=1)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
-    expected = "example 0.png is replaced by another: it has an image that can't be used: UnidentifiedImageError: "
+    expected = "example 0.png is replaced by another, because it has an image that can't be used: UnidentifiedImageError: "
     assert lines[0].startswith(f"WARNING: {source.name}: {expected}")
 
 

@@ -328,14 +328,17 @@ def test_unreadable_images_are_replaced_by_other_examples(damaged, caplog):
     source = open_source(damaged)
     with caplog.at_level(logging.WARNING):
         examples, again = made(source, 12, 4), made(source, 12, 4)
-    assert bad_ones(examples) == dict.fromkeys((2, 5, 9), BAD_IMAGE)
+    assert bad_ones(examples) == {2: BAD_IMAGE, 5: UNREAD, 9: BAD_IMAGE}
     for e, caption in examples:  # image and caption still belong together
         assert (e["image"][..., 0] == 4 * int(caption.split()[1])).all()
     assert [caption for _, caption in examples] == [caption for _, caption in again]
     for batch in (examples[:4], examples[4:8], examples[8:]):
         assert len({caption for _, caption in batch}) == 4  # none is its own negative
     messages = [r.getMessage() for r in caplog.records]
-    assert len([m for m in messages if "2.png is replaced by another: it has an image that can't be used: OSError" in m]) == 1
+    assert (
+        len([m for m in messages if "2.png is replaced by another, because it has an image that can't be used: OSError" in m])
+        == 1
+    )
     assert sorted(m.split()[2] for m in messages if "5.png is" in m or "9.png is" in m) == ["5.png", "9.png"]
 
 
@@ -360,8 +363,8 @@ def test_examples_without_an_image_and_torn_records_are_replaced_too(toy, caplog
         assert text == f"image {e['image'][0, 0, 0] // 20}"
     messages = sorted(r.getMessage() for r in caplog.records)
     assert len(messages) == 2
-    assert "example number 5 is replaced by another: it can't be read: DecodeError" in messages[0]
-    assert "example train-2 is replaced by another: it has no image" in messages[1]
+    assert "example number 5 is replaced by another, because it can't be read: DecodeError" in messages[0]
+    assert "example train-2 is replaced by another, because it has no image" in messages[1]
     assert (source.record(2).captions, source.record(2).label) == ((caption,), -1)  # what is there can be evaluated
     assert source.record(5).captions == ()
     assert len(list(source.captions())) == 9
@@ -378,7 +381,7 @@ def test_a_bad_example_keeps_no_exception_in_memory(damaged, monkeypatch):
 
     source = open_source(damaged)
     monkeypatch.setattr("clipjax.data.image.training", fail)
-    with pytest.raises(CertainFailure, match=r"\.png and 64 others can't be read"):
+    with pytest.raises(CertainFailure, match=r"\.png and 64 stand-ins are bad \(has an image that can't be used: 65\)"):
         made(source, 12, 4)
     gc.collect()
     assert len(large) == TRIES + 1
@@ -393,5 +396,5 @@ def test_a_file_of_a_store_is_refused_by_name(emoji_dataset):
 
 def test_nothing_readable_is_an_error(tmp_path):
     path = write_tsv(tmp_path, [("a.png", "a"), ("b.png", "b")])
-    with pytest.raises(CertainFailure, match=rf"tsv:.*pairs.tsv: .*.png and {TRIES} others can't be read .* check the files"):
+    with pytest.raises(CertainFailure, match=rf"tsv:.*png and {TRIES} stand-ins are bad \(can't be read: 65\): .* check"):
         made(open_source(config.Data(spec=f"tsv:{path}")), 2)

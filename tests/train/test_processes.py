@@ -37,11 +37,11 @@ for step in range(3):
     fault = np.array([4 * (me == 0 and step == 2), me * (1 + step)], np.int8)  # the first is of process 1, can't be read
     flags = {"filtered": np.array([False, me == 0]), "truncated": np.zeros(2, bool)}
     counts.count({"replaced": fault > 0, "fault": fault, "fault_index": np.array([7, 30 + step], np.int32)} | flags)
-assert counts.read() == nothing | {"replaced": 4, "filtered": 3, "bad_share": np.float32(1 / 3), "filtered_share": 0.25}
+assert counts.read() == nothing | {"replaced": 4, "filtered": 3, "bad_share": np.float32(4 / 9), "filtered_share": 0.25}
 assert counts.read() == nothing | {"bad_share": 0.0, "filtered_share": 0.0}
 assert counts.total == nothing | {"replaced": 4, "filtered": 3}
 found, empty = bad._newest
-assert (found.examples, found.kinds, found.first, found.first_kind) == (12, (1, 1, 1, 1), 30, 0), found
+assert (found.examples, found.kinds, found.first, found.first_kind) == (9, (1, 1, 1, 1), 30, 0), found
 assert (empty.examples, empty.kinds, empty.first) == (0, (0, 0, 0, 0), -1), empty
 print("done")
 """
