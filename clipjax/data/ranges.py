@@ -66,11 +66,13 @@ def read(url: str, start: int = 0, length: int | None = None) -> bytes:
     return attempt(url, ask)
 
 
-def open_file(stored: Stored) -> BinaryIO:
-    """A file to seek and read in, as libraries want it. A remote one fetches with `read`, 1 MiB at least."""
+def open_file(stored: Stored, least: int = 1 << 20) -> BinaryIO:
+    """A file to seek and read in, as libraries want it. A remote one fetches with `read`, `least` bytes or more; 0: those that
+    are wanted."""
     if scheme_of(stored.url) is None:
         return open(stored.url, "rb")
-    return io.BufferedReader(_Ranges(stored), 1 << 20)
+    ranges = _Ranges(stored)
+    return io.BufferedReader(ranges, least) if least else cast(BinaryIO, ranges)
 
 
 def system(kind: str) -> Any:

@@ -38,4 +38,8 @@ def open_source(data: config.Data) -> Source:
             from clipjax.data.wds import Wds
 
             return Wds(data, rest)
+        case "parquet":
+            from clipjax.data.parquet import Parquet
+
+            return Parquet(data, rest)
     raise config.ConfigError(f"data.spec = {data.spec!r}: can't be read yet")

@@ -13,6 +13,7 @@ from clipjax.config import ConfigError
 from clipjax.data import columns, store
 from clipjax.data.columns import Field
 from clipjax.data.delimited import MISSING, SEPARATORS, Delimited, Row
+from clipjax.data.locations import common_folder, image_at, key_of, name_of
 from clipjax.data.source import Record, Source, bucket
 
 IMAGE, TEXT = "filepath", "title"  # the columns that open_clip reads by default
@@ -37,10 +38,10 @@ class Table(Source):
         separators = "\t" if kind == "tsv" else list(SEPARATORS)
         tables = [Delimited(file, separators, (data.image_field or IMAGE, data.text_field or TEXT)) for file in files]
         self._choose(data, tables[0])
-        self._root, inner = _common([file.url for file in files])
+        self._root, inner = common_folder([file.url for file in files])
         self._columns, keys = _read(tables, inner, self._image, self._used)
         if not len(keys):
-            raise ConfigError(f"data.spec = {data.spec!r}: {_name(files[0].url)} has a header but no rows")
+            raise ConfigError(f"data.spec = {data.spec!r}: {name_of(files[0].url)} has a header but no rows")
         self._keys, self._rows = _grouped(keys)
         self.version = blake2b(b"".join(table.digest for table in tables), digest_size=8).hexdigest()
         self.classnames = self._names()
@@ -48,14 +49,16 @@ class Table(Source):
 
     def _choose(self, data: config.Data, table: Delimited) -> None:
         """The columns to use, by those of the first table. Raises ConfigError for one that is not there."""
-        what = f"columns of {_name(table.name)}"
+        what = f"columns of {name_of(table.name)}"
         self.fields = dict.fromkeys(table.columns, "text")
 
         def place(field: str, name: str) -> Field:
             return columns.locate(field, f"data.{name}", table.columns, what)
 
         self._image = place(data.image_field or IMAGE, "image_field").column
-        self._texts = columns.locate_texts(data.text_field or TEXT, "data.text_field", table.columns, what)
+        text = data.text_field or (TEXT if TEXT in table.columns else None)
+        self._texts = columns.locate_texts(text, "data.text_field", table.columns, what) if text else ()
+        self.captioned = bool(self._texts)
         self._label = None if data.label_field is None else place(data.label_field, "label_field")
         self._number = None if data.filter.number is None else place(data.filter.number, "filter.number")
         used = [*self._texts, *(field for field in (self._label, self._number) if field)]
@@ -66,7 +69,7 @@ class Table(Source):
 
     def _record(self, i: int) -> Record:
         key = self._keys[i].as_py()
-        return self._complete(b"" if key.startswith(NO_PATH) else self._stored(key), i, key)
+        return self._complete(b"" if key.startswith(NO_PATH) else image_at(self._root, key), i, key)
 
     def text(self, i: int) -> Record:
         try:
@@ -89,14 +92,6 @@ class Table(Source):
     def _value(self, field: Field, row: int) -> Any:
         return columns.value_at(self._columns[field.column][row].as_py(), field.path)
 
-    def _stored(self, path: str) -> bytes | Path:
-        """The image of a path."""
-        if store.scheme_of(path):
-            return store.read(path)
-        if store.scheme_of(self._root) and not path.startswith("/"):
-            return store.read(self._root + path)
-        return Path(self._root) / path
-
     def buckets(self) -> np.ndarray:
         blocks = (self._keys[start : start + BLOCK].to_pylist() for start in range(0, len(self), BLOCK))
         return np.fromiter((bucket(key.removeprefix(NO_PATH)) for block in blocks for key in block), np.uint8, len(self))
@@ -118,7 +113,7 @@ def _read(tables: Sequence[Delimited], folders: Sequence[str], image: str, used:
     names, blocks = (image, *used), []
     for table, folder in zip(tables, folders, strict=True):
         for name in names:
-            columns.locate(name, "a field of data", table.columns, f"columns of {_name(table.name)}")
+            columns.locate(name, "a field of data", table.columns, f"columns of {name_of(table.name)}")
         places = [table.columns.index(name) for name in names]
         rows = iter(table)
         while block := list(itertools.islice(rows, BLOCK)):
@@ -153,7 +148,7 @@ def _keys(paths: Any, folder: str, block: list[Row]) -> Any:
         if path is None:
             keys.append(f"{NO_PATH}{folder}line {line}")
         else:
-            keys.append(path if path.startswith("/") or store.scheme_of(path) else folder + path)
+            keys.append(key_of(path, folder))
     return pa.array(keys, pa.large_string())
 
 
@@ -166,15 +161,3 @@ def _grouped(keys: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray] | None]:
     numbers = found.indices.to_numpy()
     starts = np.concatenate([[0], np.cumsum(np.bincount(numbers))])
     return found.dictionary, (np.argsort(numbers, kind="stable"), starts)
-
-
-def _name(url: str) -> str:
-    return url.rpartition("/")[2]
-
-
-def _common(urls: Sequence[str]) -> tuple[str, list[str]]:
-    """The folder that all files are in, and the way from there to the folder of each. Each is empty or ends with a slash."""
-    parts = [url.split("/")[:-1] for url in urls]
-    shared = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))]
-    root, *inner = ("".join(f"{part}/" for part in several) for several in (shared, *(part[len(shared) :] for part in parts)))
-    return root, inner

@@ -1,0 +1,71 @@
+"""Where the files of a dataset lie: the folder that they share, the images beside them, and the splits in their names."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipjax.config import ConfigError
+from clipjax.data import store
+from clipjax.data.store import Stored
+
+ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
+NAMED = re.compile(r"(train|test|validation|valid|val|dev)[-_.]?\d*")  # a folder, or the name of a file
+NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]{8,})?")  # a file of the Hugging Face hub
+
+
+def name_of(url: str) -> str:
+    """The name of a file, without its folder."""
+    return url.rpartition("/")[2]
+
+
+def common_folder(urls: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder that all files are in, and the way from there to the folder of each. Each is empty or ends with a slash."""
+    parts = [url.split("/")[:-1] for url in urls]
+    shared = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))]
+    root, *inner = ("".join(f"{part}/" for part in several) for several in (shared, *(part[len(shared) :] for part in parts)))
+    return root, inner
+
+
+def image_at(folder: str, path: str) -> bytes | Path:
+    """The image of a path: relative to a folder that is empty or ends with a slash, absolute, or a URL. A remote one is read."""
+    if store.scheme_of(path):
+        return store.read(path)
+    if store.scheme_of(folder) and not path.startswith("/"):
+        return store.read(folder + path)
+    return Path(folder) / path
+
+
+def key_of(path: str, folder: str) -> str:
+    """The key of an image with this path, in a table of this folder of several. Absolute paths and URLs are keys themselves."""
+    return path if path.startswith("/") or store.scheme_of(path) else folder + path
+
+
+def split_of(url: str) -> str | None:
+    """The split by which a file or its folder is called: `train-00000-of-00012.parquet`, `test.parquet`, `val/0000.parquet`."""
+    *_, folder, name = ["", *url.split("/")]
+    stem = name.partition(".")[0]
+    if numbered := NUMBERED.fullmatch(stem):
+        return _full(numbered[1])
+    found = NAMED.fullmatch(stem) or NAMED.fullmatch(folder)
+    return _full(found[1]) if found else None
+
+
+def in_split(files: Sequence[Stored], spec: str, split: str) -> list[Stored]:
+    """The files of a split, where any are called by splits; else all, which may be called train or test.
+
+    Raises ConfigError, with those that there are, for another split."""
+    splits = [split_of(file.url) for file in files]
+    known = sorted({name for name in splits if name})
+    if not known:
+        remedy = f"the files of {spec} are not called by splits; leave it out, or take shares, as train#0-95 and train#95-100"
+        if split not in ("train", "test"):
+            raise ConfigError(f"data.split = {split!r}: {remedy}")
+        return list(files)
+    if _full(split) not in known:
+        raise ConfigError(f"data.split = {split!r}: {spec} has {', '.join(known)}, by the names of its files")
+    return [file for file, name in zip(files, splits, strict=True) if name == _full(split)]
+
+
+def _full(split: str) -> str:
+    return ALIASES.get(split, split)
