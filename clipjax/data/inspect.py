@@ -1,5 +1,6 @@
 """What is in a dataset: statistics and a contact sheet, to look at before hours go into training on it."""
 
+import html
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from PIL import Image
 from clipjax import config
 from clipjax.data.bar import bar
 from clipjax.data.captions import caption_id
+from clipjax.data.clean import clean
 from clipjax.data.facts import KINDS, Facts, facts_of
 from clipjax.data.faults import shown
 from clipjax.data.sheet import Cell, contact_sheet
@@ -89,6 +91,10 @@ def _of_captions(seen: list[Seen], tokenizer: Tokenizer | None, length: int) -> 
     bodies = [tokenizer.tokens(c) for c in captions]
     return {
         "captions_per_example": _spread([len(x.captions) for x in seen]),
+        "without_caption": sum(not x.captions for x in seen),
+        "with_entities": sum(html.unescape(c) != c for c in captions),
+        "changed_by_web": sum(clean(c, "web") != " ".join(c.split()) for c in captions),
+        "naming_special_tokens": sum(map(tokenizer.names_special, captions)),
         "sharing_a_caption": sum(n for n in ids.values() if n > 1),
         "words": _spread([len(c.split()) for c in captions]),
         "characters": _spread([len(c) for c in captions]),
@@ -123,6 +129,10 @@ def describe(report: dict[str, Any]) -> str:
         "unreadable": "".join([f"{len(unreadable):,}", *(f"\n    {key}: {error}" for key, error in first)]),
         **{kind.replace("_", "-"): f"{report[kind]:,} {meaning}{named(kind)}" for kind, meaning in KINDS.items()},
         "captions each": spread("captions_per_example"),
+        "no caption": f"{report['without_caption']:,} have none with a visible character",
+        "entities": f"{report['with_entities']:,} captions have HTML entities; {report['changed_by_web']:,} change by "
+        "tokenizer.clean=web, apart from white space",
+        "special tokens": f"{report['naming_special_tokens']:,} captions have the string of one, which is text to clipjax",
         "sharing one": f"{report['sharing_a_caption']:,} have another's main caption, but for case, punctuation and spaces",
         "words": spread("words"),
         "characters": spread("characters"),

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,11 @@ class Tokenizer:
         self.room = room
         self.pad_id = self.end_id if pad_id is None else pad_id
         self._special = _read_special_as_text(backend, {self.pad_id, *self.prefix, *self.suffix})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickled backend, as worker processes get it, forgets how it reads the strings of special tokens."""
+        self.__dict__.update(state)
+        self.backend.encode_special_tokens = True
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, lowercase: bool, length: int, how: Clean = "none") -> "Tokenizer":

@@ -59,6 +59,30 @@ def test_unreadable_images_are_named(tmp_path, images_tsv):
     assert report["width"]["max"] == 40
 
 
+def test_captions_that_may_surprise_are_counted(tmp_path, images_tsv):
+    image = (images_tsv.parent / "3.png").read_bytes()
+    captions = [
+        "plain  text",
+        "AT&amp;T",
+        "fish & chips",
+        "it\u2019s",
+        "red <|endoftext|> apple",
+        "\u200b",
+        "&nbsp;",
+        "\ufefftwo",
+    ]
+    for i in range(len(captions)):
+        (tmp_path / f"{i}.png").write_bytes(image)
+    spec = f"tsv:{write_tsv(tmp_path, [(f'{i}.png', text) for i, text in enumerate(captions)])}"
+    report = inspect(Data(spec=spec), None, tmp_path / "sheet.png")
+    names = "without_caption", "with_entities", "changed_by_web", "naming_special_tokens"
+    assert [report[name] for name in names] == [2, 1, 3, 1]
+    text = describe(report)
+    assert "no caption      2 have none" in text
+    assert "entities        1 captions have HTML entities; 3 change by tokenizer.clean=web" in text
+    assert "special tokens  1 captions" in text
+
+
 def test_what_may_surprise_is_counted(tmp_path):
     """Each example is of the kinds that its file name holds."""
     noise = np.random.default_rng(0).integers(0, 256, (9, 40, 50, 3), dtype=np.uint8)

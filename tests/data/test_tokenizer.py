@@ -1,5 +1,6 @@
 import hashlib
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -159,6 +160,7 @@ def test_strings_of_special_tokens_are_text():
     """Else a caption would end there: the text tower looks for the first end token."""
     tokenizer = train(length=40)
     ids, _ = tokenizer.encode(SPECIAL)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer)).encode(SPECIAL)[0], ids)  # as worker processes get it
     for row, text in zip(ids.tolist(), SPECIAL, strict=True):
         assert row.count(tokenizer.end_id) == 1
         assert row.count(tokenizer.start_id) == 1
