@@ -15,8 +15,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clipjax.config import ConfigError
-
 SHARD = 1000  # examples of a tar
 FILE = 2500  # examples of a parquet file
 GROUP = 128  # examples of a row group, which is the least that is read
@@ -52,12 +50,10 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def write_parquet(folder: Path, splits: Mapping[str, Sequence[Row]]) -> None:
     """`SPLIT-00000-of-00003.parquet`, ...: columns `image` (a struct of `bytes` and `path`), `caption`, `captions`, `key` and
-    those of `more`. Raises ConfigError without pyarrow."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as e:
-        raise ConfigError("parquet files need pyarrow, which is not installed: pip install pyarrow") from e
+    those of `more`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
     folder.mkdir(parents=True)
     for split, rows in splits.items():
         schema = _schema(rows)

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from clipjax import cli
 from clipjax.config import ConfigError
@@ -116,7 +117,6 @@ def test_the_real_drawings_in_both_forms(prepared):
             assert members[f"{key}.png"] == (COLLECTION / "png" / f"{known['path']}.png").read_bytes()
             assert known["licence"] in PUBLIC_DOMAIN
             assert (zlib.crc32(key.encode()) % 100 >= 95) == (split == "test")
-    parquet = pytest.importorskip("pyarrow.parquet")
     for split, members in shards.items():
         (file,) = (folder / "parquet").glob(f"{split}-*-of-00001.parquet")
         table = parquet.read_table(file)
