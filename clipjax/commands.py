@@ -139,7 +139,7 @@ def eval_captioning(args: argparse.Namespace) -> None:
 def _dataset(args: argparse.Namespace) -> dict[str, Any]:
     """What to evaluate on, as the fields of a TrainingEvaluation."""
     fields = dict(image_field=args.image_field, text_field=args.text_field, label_field=args.label_field)
-    return dict(data=args.data, split=args.split, **fields)
+    return dict(data=args.data, split=args.split, clean=args.clean, **fields)
 
 
 def _evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
@@ -169,8 +169,9 @@ def embed(args: argparse.Namespace) -> None:
 
     model = _load(args)
     dataset = _dataset(args)
+    tokenizer = model.tokenizer.cleaning(dataset.pop("clean"))
     data = eval_data(model.run, dataset.pop("data"), **dataset)
-    arrays = embed(model.encoder, model.params, model.tokenizer, data)
+    arrays = embed(model.encoder, model.params, tokenizer, data)
     write_npz(args.out, arrays)
     _say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 

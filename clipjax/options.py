@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from clipjax import commands, data_commands
+from clipjax import commands, config, data_commands
 from clipjax.arguments import local, local_folder, place, positive, step_range, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 
@@ -49,6 +49,7 @@ def _json(what: str) -> Argument:
 
 
 SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES or folder:DIR"
+CLEAN = get_args(config.Clean)
 FIELDS = (
     _argument("--image-field", "NAME", "the image's feature, column or suffix, or a path in it, as image.bytes"),
     _argument("--text-field", "NAME", "the captions' feature, column or suffix, or a path in it, as json.caption"),
@@ -63,6 +64,7 @@ DATA = (
     _argument("--data", "SPEC", SPEC, required=True),
     _argument("--split", None, "split of the dataset, or a share of it, as train#95-100", default="test"),
     *FIELDS,
+    _argument("--clean", None, "what is done to texts, prompts too, before they are tokens; else as in training", choices=CLEAN),
 )
 
 GROUPS = {

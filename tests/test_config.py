@@ -322,7 +322,7 @@ def test_nonsense_is_refused_with_field_value_and_remedy(make, message):
 FREE = {
     *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
     *("data.workers", "data.worker_kind", "data.index", "data.prefetch_bytes", "data.max_bad", "model.remat", "model.unroll"),
-    *("evals.0.data", "evals.0.split", "evals.0.every"),
+    *(f"evals.0.{name}" for name in ("data", "split", "every", "image_field", "text_field", "label_field", "clean")),
     *(f"train.{name}" for name in ("micro_batches", "log_every", "checkpoint_every", "keep", "best", "eval_batch_size")),
     *("train.skip", "train.nonfinite", "train.nonfinite_max", "init"),
     "train.keep_every",
@@ -344,7 +344,8 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "objective.0.reduction": "sum", "objective.0.prefixes": (64,), "train.skip": ((3, 5),), "train.nonfinite": "skip",
     "init": config.Init(run="runs/a@3", state="all"), "data.order": "windows", "data.resizer": "fast", "data.max_bad": 0.5,
     "data.label_field": "a", "data.index": "a", "data.filter.max_aspect": 2.0, "data.filter.max_characters": 9,
-    "tokenizer.clean": "web",
+    "tokenizer.clean": "web", "evals.0.image_field": "a", "evals.0.text_field": "a", "evals.0.label_field": "a",
+    "evals.0.clean": "web",
 }  # fmt: skip
 BASE = Run(
     data=Data(spec="emoji", filter=config.Filter(number="a", at_least=0.5)),

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from clipjax.config.data import Data, check_spec, dataset_name, has_splits
+from clipjax.config.data import Clean, Data, check_spec, dataset_name, has_splits
 from clipjax.config.fields import ConfigError, free, require
 from clipjax.config.unions import OpenUnion
 
@@ -22,6 +22,7 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
     image_field: str | None = free(None)  # as `data.image_field`; None: the run's own, if it trains on this dataset
     text_field: str | None = free(None)  # as `data.text_field`; None: the run's own, if it trains on this dataset
     label_field: str | None = free(None)  # as `data.label_field`; None: the run's own, if it trains on this dataset
+    clean: Clean | None = free(None)  # what is done to its texts, prompts too, as `tokenizer.clean`; None: as in training
     every: int = free(1000)  # steps between two evaluations
 
     def __post_init__(self) -> None:

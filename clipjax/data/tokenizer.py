@@ -1,5 +1,6 @@
 """Text to token ids: a byte-level BPE trained on the run's captions, or any tokenizer.json of Hugging Face tokenizers."""
 
+import copy
 import json
 import os
 import re
@@ -111,6 +112,12 @@ class Tokenizer:
         backend.enable_padding(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
         with write_atomic(path) as part:
             backend.save(str(part))
+
+    def cleaning(self, how: Clean | None) -> "Tokenizer":
+        """The same tokens after another cleaning; None: after its own."""
+        other = copy.copy(self)
+        other.clean = self.clean if how is None else how
+        return other
 
     def standalone(self) -> tokenizers.Tokenizer:
         """A backend for other libraries, which cleans (as far as `clean.normalizer` can), truncates and pads by itself."""

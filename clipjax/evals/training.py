@@ -80,7 +80,7 @@ def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Toke
     """The evaluation that `wanted` describes, on its dataset."""
     fields = dict(image_field=wanted.image_field, text_field=wanted.text_field, label_field=wanted.label_field)
     data = eval_data(run, wanted.spec(run.data), wanted.split, **fields)
-    return class_of(wanted).prepare(encoder, tokenizer, data, wanted)
+    return class_of(wanted).prepare(encoder, tokenizer.cleaning(wanted.clean), data, wanted)
 
 
 def _check_best(run: config.Run) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from clipjax import config
 from clipjax.config import ConfigError, Data
+from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import embed as embedding
 from clipjax.evals import retrieval, zeroshot
 from clipjax.evals.embed import embed, write_npz
@@ -14,7 +15,7 @@ from clipjax.evals.encoder import Encoder
 from clipjax.evals.report import report, write_json
 from clipjax.evals.retrieval import RetrievalEvaluation
 from clipjax.evals.table import EVALUATIONS, class_of
-from clipjax.evals.training import make_evaluators
+from clipjax.evals.training import make_evaluators, prepare
 from clipjax.evals.zeroshot import ZeroshotEvaluation
 from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, stored, tokenize
 
@@ -176,6 +177,16 @@ def test_images_alone_are_embedded_and_compared_with_no_caption(run, tsv, model,
     results = ZeroshotEvaluation.prepare(encoder, TOKENIZER, run.data, plain(None)).run(params)
     found = model.encode_image(jnp.asarray(images[READABLE])) @ model.encode_text(jnp.asarray(tokenize(alone.classnames))).T
     assert results.metrics["acc1"] == np.mean(found.argmax(1) == np.array(READABLE) % 3)
+
+
+def test_an_evaluation_cleans_as_it_is_told(run):
+    encoder, web = Encoder(MODEL, mesh_of("1"), 4), dataclasses.replace(run, tokenizer=config.BPE(clean="web"))
+    trained = Tokenizer(TOKENIZER.backend, TOKENIZER.pad_id, TOKENIZER.length, "web")
+    for wanted, how in ((None, "web"), ("none", "none"), ("canonicalize", "canonicalize")):
+        zeroshot = config.Zeroshot(data=run.data.spec, classnames=run.evals[1].classnames, templates="plain", clean=wanted)
+        prompts = prepare(zeroshot, encoder, trained, web).prompts
+        np.testing.assert_array_equal(next(iter(prompts))["text"], TOKENIZER.cleaning(how).encode(WORDS[:4])[0])
+    assert trained.clean == "web"
 
 
 def test_a_source_without_any_caption_is_refused(run, tsv, monkeypatch):
