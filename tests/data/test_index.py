@@ -2,11 +2,12 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import pickle
-import time
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -18,6 +19,8 @@ from clipjax.data import index, indexing, ranges, spans
 from clipjax.data.index import open_index
 from tests import stores
 from tests.data import http_server, hub, shards
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -215,29 +218,27 @@ def test_an_interrupted_index_goes_on(folder, scanned, monkeypatch):
     assert scanned.count("00000.tar") == 1  # the others failed, or were stopped
 
 
-def work(folder, place, names):
-    """A process of several: writes what it scans to a file of its own."""
+WORK = """
+import os, sys, time
+from clipjax.data import indexing, spans
 
-    def scan(shard, progress):
-        with open(f"{names}-{os.getpid()}", "a") as file:
-            file.write(os.path.basename(shard.url) + "\n")
-        time.sleep(0.1)
-        return spans.scan(shard, progress)
+def scan(shard, progress):  # slower than it is, so that the processes meet
+    time.sleep(0.1)
+    with open(f"{sys.argv[3]}-{os.getpid()}", "a") as file:
+        file.write(os.path.basename(shard.url) + chr(10))
+    return spans.scan(shard, progress)
 
-    indexing.scan, indexing.AT_ONCE = scan, 2
-    indexing.index_command(f"wds:{folder}", place)
+indexing.scan, indexing.AT_ONCE = scan, 2
+indexing.index_command("wds:" + sys.argv[1], sys.argv[2])
+"""
 
 
 def test_processes_share_the_work(tmp_path):
     folder = shards.img2dataset(tmp_path / "set", shards=24, samples=2)
     place = str(tmp_path / "index")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(folder, place, tmp_path / "names")) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    command = [sys.executable, "-c", WORK, str(folder), place, str(tmp_path / "names")]
+    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
     made = [path.read_text().split() for path in tmp_path.glob("names-*")]
     assert len(made) in (1, 2)  # the second may come too late
     assert sorted(itertools.chain(*made)) == [f"{n:05}.tar" for n in range(24)]  # each once
