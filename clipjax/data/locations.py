@@ -10,6 +10,7 @@ from clipjax.data import store
 from clipjax.data.store import Stored
 
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
+SPLITS = {"train", "test", "validation", *ALIASES}
 NAMED = re.compile(r"(train|test|validation|valid|val|dev)[-_.]?\d*")  # a folder, or the name of a file
 NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]{8,})?")  # a file of the Hugging Face hub
 
@@ -65,6 +66,22 @@ def in_split(files: Sequence[Stored], spec: str, split: str) -> list[Stored]:
     if _full(split) not in known:
         raise ConfigError(f"data.split = {split!r}: {spec} has {', '.join(known)}, by the names of its files")
     return [file for file, name in zip(files, splits, strict=True) if name == _full(split)]
+
+
+def in_split_folder(root: str, files: Sequence[Stored], spec: str, split: str) -> tuple[str, list[Stored]]:
+    """Those of the files below `root` that are in the sub-folder of a split, and that folder with a slash at its end; all, if not
+    all sub-folders are called by splits. Raises ConfigError, with those that there are, for another split."""
+    folders = {path.partition("/")[0] for file in files if "/" in (path := file.url.removeprefix(root))}
+    known = {_full(folder): folder for folder in folders}
+    if not folders or not folders <= SPLITS:
+        remedy = f"the sub-folders of {spec} are no splits; leave it out, or take shares, as train#0-95 and train#95-100"
+        if split not in ("train", "test"):
+            raise ConfigError(f"data.split = {split!r}: {remedy}")
+        return root, list(files)
+    if _full(split) not in known:
+        raise ConfigError(f"data.split = {split!r}: {spec} has {', '.join(sorted(known))}, by its sub-folders")
+    inner = f"{root}{known[_full(split)]}/"
+    return inner, [file for file in files if file.url.startswith(inner)]
 
 
 def _full(split: str) -> str:

@@ -42,4 +42,7 @@ def open_source(data: config.Data) -> Source:
             from clipjax.data.parquet import Parquet
 
             return Parquet(data, rest)
-    raise config.ConfigError(f"data.spec = {data.spec!r}: can't be read yet")
+        case _:  # folder: `config.Data` takes no others
+            from clipjax.data.folder import Folder
+
+            return Folder(data, rest)
