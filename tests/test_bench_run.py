@@ -1,5 +1,6 @@
 """`clipjax bench step` and `clipjax bench input`: they time the run's own step and its own batches."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -8,13 +9,16 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipjax import aot, cli, config, plan, sharding
 from clipjax.bench import input as reading
-from clipjax.bench import step
+from clipjax.bench import parts, step
+from clipjax.data.tokenizer import Tokenizer
 from clipjax.metrics.flops import model_flops
 from clipjax.models.text import lengths
 from clipjax.plan.program import compile_lowered
+from clipjax.train.workdir import Workdir
 from tests.train import tiny, tiny_emoji
 
 CONFIG = str(Path(tiny_emoji.__file__))
@@ -117,16 +121,52 @@ def test_running_out_of_memory_in_a_step_is_reported(monkeypatch, capsys):
 
 
 def test_batches_are_read_for_as_long_as_asked(tmp_path, capsys):
+    """By threads and by processes."""
     out = tmp_path / "input.json"
     assert command("input", CONFIG, "--seconds", 1, "--json", out, "--train.batch_size", 64) == 0
     found, said = json.loads(out.read_text()), capsys.readouterr().out
-    seconds = found["batch_seconds"]
-    assert sum(seconds) >= 1 > sum(seconds[:-1])
-    assert found["examples_per_second"] == pytest.approx(64 * len(seconds) / sum(seconds))
     assert (found["dataset"], found["examples"]) == ("emoji/train", 3426)
     assert (found["workers"], found["worker_kind"], found["batch_size"]) == (2, "threads", 64)
-    assert "emoji/train: 3,426 examples, in batches of 64 by 2 threads" in said
-    assert f"median of {len(seconds):,} (" in said
+    assert "emoji/train: 3,426 examples, in batches of 64" in said
+    assert list(found["streams"]) == ["threads", "processes"]
+    for kind, stream in found["streams"].items():
+        seconds = stream["batch_seconds"]
+        assert sum(seconds) >= 1 > sum(seconds[:-1]) or len(seconds) == 2
+        assert 64 / max(seconds) <= stream["examples_per_second"] <= 64 / min(seconds)
+        assert stream["share"] == pytest.approx(stream["examples_per_second"] * found["sum"] / found["cores"] / 1e6)
+        assert f"2 {kind}" in said
+        assert f"median of {len(seconds):,} (" in said
+    assert "2 threads (as configured)" in said
+    assert found["streams"]["threads"]["cpu_microseconds"] > 0
+
+
+def test_parts_of_an_example(tmp_path, capsys):
+    """They add up to what the sum says, and the order and the draws are a small part."""
+    source = reading.open_source(tiny_emoji.config().data)
+    run = tiny_emoji.config()
+    tokenizer = reading.build.tokenizer(run, Workdir(tmp_path), source)
+    found = parts.measure(run, source, tokenizer, None)
+    assert list(found)[:-1] == ["read", "wait", "decode", "resize", "tokenise", "rest", "stack"]
+    assert min(found[part] for part in ("read", "decode", "resize", "tokenise", "stack", "transfer")) > 0
+    said = list(parts.lines(found))
+    assert [line.split()[0] for line in said[1:8]] == [*parts.PARTS, "sum"]
+    assert float(said[7].split()[1].replace(",", "")) == pytest.approx(sum(found[part] for part in parts.PARTS), abs=0.06)
+
+
+def test_parts_of_data_that_can_hardly_be_used(tmp_path, monkeypatch):
+    """Bad and filtered examples are passed over; where nothing else is left, the data are named."""
+    (tmp_path / "a.png").write_bytes(b"torn")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "b.png")
+    (tmp_path / "pairs.tsv").write_text("filepath\ttitle\na.png\tone\nb.png\ttwo\n")
+    run, data = tiny_emoji.config(), config.Data(spec=f"tsv:{tmp_path / 'pairs.tsv'}")
+    run = dataclasses.replace(run, data=data, train=dataclasses.replace(run.train, batch_size=2), evals=())
+    source = reading.open_source(run.data)
+    tokenizer = Tokenizer.train(["one", "two"], 300, lowercase=True, length=run.model.text.length)
+    monkeypatch.setattr(parts, "TRIED", 40)
+    assert parts.measure(run, source, tokenizer, None)["decode"] > 0
+    (tmp_path / "b.png").write_bytes(b"torn")
+    with pytest.raises(config.ConfigError, match=r"hardly any of 40 examples of tsv:.* can be used"):
+        parts.measure(run, source, tokenizer, None)
 
 
 def test_what_is_read_is_what_trains(monkeypatch):
@@ -139,8 +179,8 @@ def test_what_is_read_is_what_trains(monkeypatch):
     monkeypatch.setattr(reading.build, "batches", spied)
     run = tiny_emoji.config()
     found = reading.measure(run, 0.0)
-    assert seen == [run]
-    assert len(found.batch_seconds) == 2
+    assert seen == [run, dataclasses.replace(run, data=dataclasses.replace(run.data, worker_kind="processes"))]
+    assert [len(stream.batch_seconds) for stream in found.streams.values()] == [2, 2]
 
 
 @pytest.mark.parametrize(

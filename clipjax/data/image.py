@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from clipjax.data import filter as filters
 from clipjax.data.augment import draw_crop, recolour
 from clipjax.data.modes import keyed, rgb
 from clipjax.data.resize import Box, check_size, fit, fit_box, resize_box
-from clipjax.data.turn import stored_box, turn_of, turned, turned_size
+from clipjax.data.turn import Turn, stored_box, turn_of, turned, turned_size
 
 DRAFTED = ("JPEG", "MPO")  # formats that are decoded at a half, a quarter or an eighth of their size for less work
 # Pillow warns of metadata that are broken and of large images, each in words of its own. The first do no harm, and
@@ -29,10 +30,25 @@ QUIET = [
 ]
 
 
+@dataclass(frozen=True)
+class Crop:
+    """A decoded image of which a part is wanted."""
+
+    pixels: Image.Image  # RGB, as stored: not turned; at 1 / scale of the stored size
+    box: Box  # of the part, in pixels of the stored image
+    scale: int  # 1, 2, 4 or 8
+    turn: Turn | None  # how it is to be turned
+
+
 def training(stored: bytes | Path, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
     """uint8 [size, size, 3] of a stored image, augmented: a random resized crop, then flip, brightness, contrast and saturation.
 
     Raises Filtered, and what `opened` and the decoder raise."""
+    return square(decoded_crop(stored, size, data, rng), size, data, rng)
+
+
+def decoded_crop(stored: bytes | Path, size: int, data: Data, rng: np.random.Generator) -> Crop:
+    """A stored image, decoded, and the part of it that `training` shows. Raises as that does."""
     augment = data.augment
     with opened(stored, data.max_pixels) as image:
         check(image, size, data)
@@ -46,14 +62,18 @@ def training(stored: bytes | Path, size: int, data: Data, rng: np.random.Generat
         box = stored_box(box, *image.size, turn)
         scale = _draft(image, box, size)
         image.load()
-        pixels = rgb(image)
-    if augment.crop == 1 and scale == 1 and data.resizer == "pillow":  # what an evaluation shows, bit for bit
-        square = Image.fromarray(fit(turned(pixels, turn), size, data.resize))
+        return Crop(rgb(image), box, scale, turn)
+
+
+def square(crop: Crop, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [size, size, 3]: the part, resized, turned, flipped and recoloured."""
+    if data.augment.crop == 1 and crop.scale == 1 and data.resizer == "pillow":  # what an evaluation shows, bit for bit
+        pixels = Image.fromarray(fit(turned(crop.pixels, crop.turn), size, data.resize))
     else:  # turned when it is small
-        left, top, right, bottom = box
-        box = left / scale, top / scale, right / scale, bottom / scale
-        square = turned(resize_box(pixels, size, box, data.resizer), turn)
-    return np.asarray(recolour(square, augment, rng))
+        left, top, right, bottom = crop.box
+        box = left / crop.scale, top / crop.scale, right / crop.scale, bottom / crop.scale
+        pixels = turned(resize_box(crop.pixels, size, box, data.resizer), crop.turn)
+    return np.asarray(recolour(pixels, data.augment, rng))
 
 
 def evaluation(stored: bytes | Path, size: int, data: Data) -> np.ndarray:

@@ -65,7 +65,7 @@ class BatchStream(Iterator[Batch]):
         in_flight = 2 * workers.count  # so that no worker waits for its next piece
         self._pool = (_Processes if workers.kind == "processes" else _Threads)(make, workers, self._piece, in_flight)
         self._room = threading.Semaphore(workers.ahead(batch) // self._piece + self._pieces)  # pieces that may be begun
-        self._coming: queue.SimpleQueue[_Stacked | None] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[Stacked | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._feeder = threading.Thread(target=self._feed, name="clipjax-prefetch", daemon=True)
         self._feeder.start()
@@ -101,7 +101,7 @@ class BatchStream(Iterator[Batch]):
     def _feed(self) -> None:
         """Gives the workers one piece after another."""
         for t in itertools.count() if self._batches is None else range(self._batches):
-            stacked = _Stacked(self._batch, self._pieces)
+            stacked = Stacked(self._batch, self._pieces)
             self._coming.put(stacked)
             for row in range(0, self._batch, self._piece):
                 self._room.acquire()
@@ -116,7 +116,7 @@ class BatchStream(Iterator[Batch]):
         self._coming.put(None)
 
 
-class _Stacked:
+class Stacked:
     """A batch that is being filled."""
 
     def __init__(self, size: int, pieces: int) -> None:
@@ -162,7 +162,7 @@ class _Threads:
         self._executor = ThreadPoolExecutor(workers.count, thread_name_prefix="clipjax-worker")
         self._free = threading.Semaphore(in_flight)
 
-    def start(self, numbers: range, stacked: _Stacked, row: int) -> None:
+    def start(self, numbers: range, stacked: Stacked, row: int) -> None:
         """Lets a worker make the examples of these numbers, and write them from row `row` on. Waits for one that is free."""
         self._free.acquire()
         self._executor.submit(self._run, numbers, stacked, row)
@@ -172,7 +172,7 @@ class _Threads:
         self._free.release()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, numbers: range, stacked: _Stacked, row: int) -> None:
+    def _run(self, numbers: range, stacked: Stacked, row: int) -> None:
         try:
             for i, number in enumerate(numbers):
                 if self._closed.is_set():
@@ -200,7 +200,7 @@ class _Processes:
         arguments: Any = make, memory, ours, workers.count
         self._executor: Executor = ProcessPoolExecutor(workers.count, context, _start_worker, arguments)
 
-    def start(self, numbers: range, stacked: _Stacked, row: int) -> None:
+    def start(self, numbers: range, stacked: Stacked, row: int) -> None:
         """As `_Threads.start`."""
         slot = self._free.get()
         memory = self._memory[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]

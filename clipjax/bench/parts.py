@@ -1,0 +1,133 @@
+"""What the parts of a training example cost: read, decode, resize, tokenise, the rest, stack; and the transfer of a batch."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from clipjax import config
+from clipjax.config import ConfigError
+from clipjax.data import captions, image
+from clipjax.data.examples import TrainingExample
+from clipjax.data.prefetch import Batch, Stacked
+from clipjax.data.readers import training_order, training_reader
+from clipjax.data.source import Record, Source
+from clipjax.data.teacher import Teacher
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.train.loop import ON_DEVICE
+
+REPEATS = 5  # of which the medians count
+EXAMPLES = 64  # of a repeat, where the batch has as many
+TRIED = 10_000  # examples that are read to find as many that can be used
+PARTS = ("read", "decode", "resize", "tokenise", "rest", "stack")  # of which a worker's time consists
+
+T = TypeVar("T")
+
+
+def measure(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teacher | None) -> dict[str, float]:
+    """Medians, in microseconds an example: each of PARTS, in CPU time of a thread; `wait`, for which `read` waits for the storage
+    beside that; and `transfer`, from the host's memory to one device, of the clock.
+
+    `rest` is what else there is: the order, random generators, the choice of a caption, checks. Raises ConfigError where hardly
+    an example can be used."""
+    size, batch_size = run.model.image.image_size, run.train.batch_size
+    order = training_order(source, run.data, batch_size, run.seed, 0, batch_size)
+    reader = training_reader(source, order, lambda step: step)
+    timed = _Timed(TrainingExample(source, order, reader, tokenizer, run.data, size, teacher))
+    places = (divmod(i, batch_size) for i in range(TRIED))
+    try:
+        usable = (one for step, place in places if (one := timed.example(step, place)) is not None)
+        repeats = [list(itertools.islice(usable, min(EXAMPLES, batch_size))) for _ in range(REPEATS)]
+    finally:
+        reader.close()
+    if not repeats[-1]:
+        raise ConfigError(f"data.spec: hardly any of {TRIED:,} examples of {source.name} can be used; the log says why")
+    found = [_summed(repeat, batch_size) for repeat in repeats]
+    return {part: statistics.median(times[part] for times in found) * 1e6 for part in found[0]}
+
+
+class _Timed:
+    """Makes training examples part by part."""
+
+    def __init__(self, make: TrainingExample) -> None:
+        self._make = make
+        self._held = _Held()
+        self._from_held = TrainingExample(make.source, make.order, self._held, make.tokenizer, make.data, make.size, make.teacher)
+
+    def example(self, step: int, place: int) -> tuple[dict[str, float], Batch] | None:
+        """The seconds of each part, and the example. None for one that can't be used."""
+        make, seconds = self._make, {}
+        number = make.order.one(step, place)
+        start = time.perf_counter()
+        try:
+            record, seconds["read"] = _cpu(lambda: make.reader(step, place, number))
+            seconds["wait"] = max(0.0, time.perf_counter() - start - seconds["read"])
+            seconds |= self._parts(record, number) if place % 2 else {}  # first or second: the second finds warm caches
+            self._held.record = record
+            arrays, whole = _cpu(lambda: self._from_held(step, place, np.random.default_rng(number)))
+            seconds |= {} if place % 2 else self._parts(record, number)
+        except Exception:  # of an example that is bad, or filtered: training has another in its place
+            return None
+        seconds["rest"] = whole - seconds["decode"] - seconds["resize"] - seconds["tokenise"]
+        return None if arrays["replaced"] or arrays["filtered"] else (seconds, arrays)
+
+    def _parts(self, record: Record, number: int) -> dict[str, float]:
+        """The seconds of each part of making this example. Raises what that raises."""
+        make, rng, seconds = self._make, np.random.default_rng(number), {}
+        data, k = make.parts[make.source.part_of(number)[0]], make.data.captions_per_image
+        chosen = [record.captions[i] for i in captions.choose(len(record.captions), k, rng, record.chances)]
+        crop, seconds["decode"] = _cpu(lambda: image.decoded_crop(record.image, make.size, data, rng))
+        _, seconds["resize"] = _cpu(lambda: image.square(crop, make.size, data, rng))
+        _, seconds["tokenise"] = _cpu(lambda: make.tokenizer.encode(chosen))
+        return seconds
+
+
+class _Held:
+    """A reader of a record that was read before."""
+
+    record: Record
+
+    def __call__(self, step: int, place: int, number: int) -> Record:
+        return self.record
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _summed(repeat: list[tuple[dict[str, float], Batch]], batch_size: int) -> dict[str, float]:
+    """Seconds an example of all parts."""
+    seconds = {part: sum(times[part] for times, _ in repeat) / len(repeat) for part in repeat[0][0]}
+    stacked, stacking = _cpu(lambda: _stack([example for _, example in repeat]))
+    batch = {name: np.resize(stacked[name], (batch_size, *stacked[name].shape[1:])) for name in ON_DEVICE if name in stacked}
+    start = time.perf_counter()
+    jax.block_until_ready(jax.device_put(batch, jax.local_devices()[0]))
+    transfer = (time.perf_counter() - start) / batch_size
+    return seconds | {"rest": max(0.0, seconds["rest"]), "stack": stacking / len(repeat), "transfer": transfer}
+
+
+def _stack(examples: list[Batch]) -> Batch:
+    stacked = Stacked(len(examples), 1)
+    for row, example in enumerate(examples):
+        stacked.put(row, example)
+    stacked.finish_piece()
+    return stacked.wait()
+
+
+def _cpu(work: Callable[[], T]) -> tuple[T, float]:
+    """The result of `work`, and the CPU time that this thread took for it, in seconds."""
+    start = time.thread_time()
+    return work(), time.thread_time() - start
+
+
+def lines(parts: dict[str, float]) -> Iterator[str]:
+    """The text of the figures."""
+    yield "  part         us an example   examples/s of a core"
+    for part in PARTS:
+        yield f"  {part:10} {parts[part]:15,.1f} {1e6 / max(parts[part], 0.1):22,.0f}"
+    total = sum(parts[part] for part in PARTS)
+    yield f"  {'sum':10} {total:15,.1f} {1e6 / total:22,.0f}"
+    yield f"  beside them: waiting for storage {parts['wait']:,.1f} us, transfer to one device {parts['transfer']:,.1f} us"
