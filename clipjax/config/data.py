@@ -65,7 +65,7 @@ class Filter(Strict, prefix="data.filter"):
     min_characters: int = 0  # characters that a caption must have; an example without such a caption is left out
     max_characters: int | None = None  # and may have
     number: str | None = None  # the field of a number, as `json.similarity`, that must be at least `at_least`
-    at_least: float | None = None
+    at_least: float | None = None  # what that number must be
 
     def __post_init__(self) -> None:
         for name in ("min_side", "min_characters"):
@@ -83,15 +83,15 @@ class Part(Strict, prefix="data.sources"):
     """One of several datasets that are mixed in every batch. A field that is None is that of `data`."""
 
     spec: str  # as `data.spec`
-    split: str = "train"
-    image_field: str | None = None
-    text_field: str | None = None
-    label_field: str | None = None
+    split: str = "train"  # as `data.split`
+    image_field: str | None = None  # as `data.image_field`
+    text_field: str | None = None  # as `data.text_field`
+    label_field: str | None = None  # as `data.label_field`
     weight: float | None = None  # its share of every batch is in proportion to this
     repeat: float | None = None  # or to this times its number of examples; 1 where no part has either
-    augment: Augment | None = None
-    filter: Filter | None = None
-    index: str | None = None
+    augment: Augment | None = None  # None: `data.augment`
+    filter: Filter | None = None  # None: `data.filter`
+    index: str | None = None  # as `data.index`
 
     def __post_init__(self) -> None:
         check_spec(self.spec, "data.sources.spec")
@@ -123,8 +123,8 @@ class Data(Strict, prefix="data"):
     # `random`: all examples of an epoch are shuffled. `windows`: for tars and parquet that are large or remote, which are then
     # read in large pieces: each of `lanes` parts of an epoch gives its share of every batch and shuffles `window` examples.
     order: Literal["random", "windows"] = "random"
-    lanes: int = 64
-    window: int = 2048
+    lanes: int = 64  # of `windows`: at least as many as hosts, better a multiple of them
+    window: int = 2048  # of `windows`: all hosts together hold lanes x window examples, as they are stored
     index: str | None = free(None)  # folder of the index of tars; None: beside them, or in the cache of the user
     filter: Filter = Filter()  # which examples training leaves out
     # To a square: `squash` resizes both sides, `crop` resizes the shorter side and crops the centre.

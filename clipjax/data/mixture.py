@@ -1,7 +1,9 @@
 """Several datasets as one: each has its share of every batch, exactly, an order of its own, and epochs of its own."""
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -84,6 +86,30 @@ def _rounded(weights: np.ndarray, total: int) -> np.ndarray:
     missing = total - int(counts.sum())
     counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     return counts
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a mixture, and what a run sees of it."""
+
+    name: str  # in the keys of metrics
+    dataset: str  # SPEC/SPLIT
+    examples: int
+    count: int  # of them in every batch
+
+    def epochs(self, batches: int) -> float:
+        """How many times these batches hold each example, on average."""
+        return batches * self.count / self.examples
+
+
+def shares(source: Source, data: config.Data, batch_size: int) -> tuple[Share, ...]:
+    """Of each of `data.sources`; of a single source, none. Raises ConfigError as `batch_counts`."""
+    if not isinstance(source, Mixture):
+        return ()
+    sizes = [len(part) for part in source.sources]
+    counts = batch_counts(data, sizes, batch_size).tolist()
+    names = [part.name for part in source.sources]
+    return tuple(itertools.starmap(Share, zip(part_names(data), names, sizes, counts, strict=True)))
 
 
 def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from clipjax import config
+from clipjax.data.mixture import shares
 from clipjax.data.source import Source
 from clipjax.metrics.clock import Clock
 from clipjax.metrics.counts import BadExamples, DataCounts
@@ -37,8 +38,15 @@ def say_start(run: config.Run, workdir: Path, begin: Saved | Origin | None, sour
             say(f"the order of the data is another one: it goes on with its batch {train.place(begin.step):,}")
     if source is not None:
         examples, size = train.steps * train.batch_size, len(source)
-        epochs = f"{examples / size:,.1f}" if examples >= size else f"{examples / size:.2g}"
-        say(f"{train.steps:,} steps of {train.batch_size:,} = {examples:,} examples, {epochs} epochs of {source.name} ({size:,})")
+        steps = f"{train.steps:,} steps of {train.batch_size:,} = {examples:,} examples"
+        say(f"{steps}, {_shown(examples / size)} epochs of {source.name} ({size:,})")
+        for share in shares(source, run.data, train.batch_size):
+            part = f"{share.count:,} of each batch ({share.count / train.batch_size:.2%})"
+            say(f"  {share.name}: {part}, {_shown(share.epochs(train.steps))} epochs of {share.dataset} ({share.examples:,})")
+
+
+def _shown(epochs: float) -> str:
+    return f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2g}"
 
 
 def say_finished(run: config.Run, workdir: Path) -> None:
@@ -62,6 +70,7 @@ class Report:
         self.clock, self.counts = Clock(), DataCounts(mesh, self._bad)
         self._run, self._devices = run, list(mesh.devices.flat)
         self._writer, self._progress, self._flops, self._source = writer, progress, flops, source
+        self._shares = () if source is None else shares(source, run.data, run.train.batch_size)
 
     def log(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of step `step` (finished steps, so from 1). Every train.log_every steps they become a line.
@@ -112,5 +121,9 @@ class Report:
     def _position(self, step: int) -> dict[str, float]:
         """How far the run is in its data after `step` steps. Batches that it left out were passed, too, but not seen."""
         train, source = self._run.train, self._source
-        passed = {} if source is None else {"epoch": train.place(step) * train.batch_size / len(source)}
-        return {"examples_seen": step * train.batch_size} | passed
+        seen: dict[str, float] = {"examples_seen": step * train.batch_size}
+        if source is None:
+            return seen
+        passed = train.place(step)
+        of_parts = {f"epoch/{share.name}": share.epochs(passed) for share in self._shares}
+        return seen | {"epoch": passed * train.batch_size / len(source)} | of_parts
