@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from clipjax.config import Data
 from clipjax.data import filter as filters
+from clipjax.data import png
 from clipjax.data.augment import draw_crop, recolour
 from clipjax.data.modes import keyed, rgb
 from clipjax.data.resize import Box, check_size, fit, fit_box, resize_box
@@ -103,7 +104,7 @@ def opened(stored: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
     """A stored image, identified but not yet decoded. Raises ValueError for more than `max_pixels`, and what Pillow raises."""
     _limit_pillow(max_pixels)
     try:
-        image = Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+        image = _identified(stored)
     except UnidentifiedImageError:
         name = f"{len(stored):,} bytes" if isinstance(stored, bytes) else stored
         raise UnidentifiedImageError(f"cannot identify an image in {name}") from None
@@ -112,6 +113,16 @@ def opened(stored: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
     with image:
         check_size(*image.size, 1, max_pixels)
         yield keyed(image)
+
+
+def _identified(stored: bytes | Path) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    except (UnidentifiedImageError, ValueError):
+        stored = stored if isinstance(stored, bytes) else stored.read_bytes()
+        if not stored.startswith(png.SIGNATURE):
+            raise
+        return Image.open(io.BytesIO(png.bare(stored)))
 
 
 def check(image: Image.Image, size: int, data: Data) -> None:

@@ -1,6 +1,8 @@
 """Orientation by EXIF, against Pillow's own exif_transpose."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -85,6 +87,37 @@ def test_broken_metadata_do_no_harm(form, kind):
     np.testing.assert_array_equal(decode(stored), decode(bare))
     np.testing.assert_array_equal(evaluation(stored, 8, data), evaluation(bare, 8, data))
     np.testing.assert_array_equal(*(training(s, 8, data, np.random.default_rng(0)) for s in (stored, bare)))
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        {b"eXIf": None},  # None: its checksum is wrong
+        {b"tEXt": None},
+        {b"zTXt": b"a\0\0" + zlib.compress(bytes(2 * 10**6))},  # more text than Pillow takes
+        {b"pHYs": b"\0"},
+        {b"acTL": b"\0\0\0\2"},
+    ],
+    ids=lambda chunks: next(iter(chunks)).decode(),
+)
+def test_a_png_with_broken_metadata_shows_its_pixels(chunks, tmp_path):
+    def chunk(name, data):
+        checksum = zlib.crc32(name + data) if chunks.get(name, b"") is not None else 0
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+    whole, exif = encoded(Image.fromarray(noise(20, 30))), Image.Exif()
+    exif[274] = 6
+    orientation = {b"eXIf": exif.tobytes()[6:]}
+    extra = b"".join(chunk(name, data or b"text") for name, data in (orientation | chunks).items())
+    stored = whole[:33] + extra + whole[33:]
+    with pytest.raises((ValueError, OSError)), Image.open(io.BytesIO(stored)) as image:
+        image.load()
+    expected = decode(whole) if b"eXIf" in chunks else decode(whole).transpose(Image.Transpose.ROTATE_270)
+    (tmp_path / "a.png").write_bytes(stored)
+    np.testing.assert_array_equal(decode(stored), expected)
+    np.testing.assert_array_equal(decode(tmp_path / "a.png"), expected)
+    with pytest.raises(OSError):
+        decode(stored[:-60])  # its pixels are cut
 
 
 def test_an_opened_image_given_by_hand_is_upright_too(tmp_path):
