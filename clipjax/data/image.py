@@ -18,7 +18,7 @@ from clipjax.config import Data
 from clipjax.data import filter as filters
 from clipjax.data import png
 from clipjax.data.augment import draw_crop, recolour
-from clipjax.data.modes import keyed, rgb
+from clipjax.data.modes import checked, rgb
 from clipjax.data.resize import Box, check_size, fit, fit_box, resize_box
 from clipjax.data.turn import Turn, stored_box, turn_of, turned, turned_size
 
@@ -112,7 +112,7 @@ def opened(stored: bytes | Path, max_pixels: int) -> Iterator[Image.Image]:
         raise ValueError(f"{e} (data.max_pixels = {max_pixels:,})") from None
     with image:
         check_size(*image.size, 1, max_pixels)
-        yield keyed(image)
+        yield checked(image)
 
 
 def _identified(stored: bytes | Path) -> Image.Image:

@@ -5,6 +5,7 @@ from PIL import Image
 
 # Of TIFF (tags of the standard, revision 6.0).
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+SAMPLE_FORMAT, SIGNED = 339, 2
 SIXTEEN = ("PPM", "PNG")  # formats of which mode I holds 16 bits; of others, as TIFF's, it holds 32 bits, or signed numbers
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # between two grays of 2 and of 4 bits, as Pillow scales them
 
@@ -20,13 +21,18 @@ def raw_modes(image: Image.Image) -> list[str]:
     return [str(a[0] if isinstance(a, tuple) and a else a) for a in arguments]
 
 
-def keyed(image: Image.Image) -> Image.Image:
-    """A PNG that is not yet loaded and has one transparent colour, with this colour in the steps of its pixels.
+def checked(image: Image.Image) -> Image.Image:
+    """An image that is not yet loaded, where Pillow reads it right; the transparent gray of a PNG in the steps of its pixels.
 
-    Raises ValueError for colours of 16 bits, of which Pillow keeps the upper half: other colours would be transparent, too."""
-    raw, key = raw_modes(image), image.info.get("transparency")
+    Raises ValueError for what Pillow takes for something else: colours of 16 bits of which one is transparent (others with its
+    upper half would be, too), planes of 16 bits, which it reads as of 8, and signed numbers."""
+    raw, key, tags = raw_modes(image), image.info.get("transparency"), getattr(image, "tag_v2", {})
     if image.format == "PNG" and image.mode == "RGB" and key is not None and "RGB;16B" in raw:
         raise ValueError("one of its colours of 16 bits is transparent; expected an alpha channel")
+    if max(tags.get(BITS_PER_SAMPLE, (1,))) > 8 and any(len(mode) == 1 for mode in raw) and image.mode != "F":
+        raise ValueError("planes of more than 8 bits, one after the other; expected colours pixel by pixel")
+    if SIGNED in tags.get(SAMPLE_FORMAT, ()) and not image.mode.startswith("I"):
+        raise ValueError("signed numbers; expected colours from 0 on")
     if image.format == "PNG" and image.mode == "L" and isinstance(key, int) and raw:
         image.info["transparency"] = key * GRAY_STEPS.get(raw[0], 1)
     return image

@@ -124,6 +124,28 @@ def test_numbers_without_a_known_range_are_refused(kind):
             read(stored)
 
 
+def test_signed_grays_are_refused():
+    with pytest.raises(ValueError, match="signed numbers"):
+        decode(tiff(np.array([[0, 1, 200]], np.uint8), t258=8, t339=2))
+    assert grays(tiff(np.array([[0, 1, 200]], np.uint8), t258=8, t339=1)) == [0, 1, 200]
+
+
+def test_planes_of_16_bits_are_refused():
+    """Pillow reads them as of 8 bits, if they lie one after the other and are not compressed."""
+    planes = np.arange(6, dtype=np.uint16).reshape(3, 1, 2) * 10_000
+    lists = {258: (3, [16] * 3), 273: (4, [38, 42, 46]), 279: (4, [4] * 3)}  # of shorts and longs, from byte 8 on
+    body = struct.pack("<3H3I3I", *(value for _, values in lists.values() for value in values)) + planes.tobytes()
+    entries = {256: 2, 257: 1, 259: 1, 262: 2, 277: 3, 278: 1, 284: 2}
+    entries = {tag: (4, 1, value) for tag, value in entries.items()}
+    entries |= {258: (3, 3, 8), 273: (4, 3, 14), 279: (4, 3, 26)}
+    directory = b"".join(struct.pack("<HHII", tag, *entry) for tag, entry in sorted(entries.items()))
+    stored = b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(entries)) + directory + bytes(4)
+    with Image.open(io.BytesIO(stored)) as image:
+        assert np.asarray(image)[0].tolist() != (planes >> 8)[:, 0].T.tolist()
+    with pytest.raises(ValueError, match="planes of more than 8 bits"):
+        decode(stored)
+
+
 @pytest.mark.parametrize(("mode", "form"), [
     ("1", "png"), ("L", "png"), ("P", "png"), ("P", "gif"), ("RGB", "bmp"), ("CMYK", "tiff"), ("LAB", "tiff"), ("YCbCr", "tiff"),
     ("CMYK", "jpeg"), ("L", "jpeg"), ("RGB", "webp"), ("1", "tiff"), ("RGB", "avif"), ("RGB", "ico"), ("RGB", "tga"),
