@@ -5,6 +5,7 @@ the dot is the suffix. Members between two of them that have no key (folders, hi
 """
 
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,6 +14,7 @@ BLOCK = 512
 ZEROS = bytes(BLOCK)
 LONGEST = 1 << 20  # bytes that a long name or a PAX header may have
 PADDING = 1 << 20  # zeros that may follow the end; more are a download that was cut in a file of the full size
+SPACES = 8 * 32  # in the sum of a header, the place of the sum counts as spaces
 PLAIN = (b"0", b"\0", b"7")
 WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders: their size counts no bytes
 LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL, SPARSE = b"L", b"K", b"x", b"g", b"S"
@@ -85,7 +87,8 @@ def members(window: Window, *, span: tuple[int, int] | None = None) -> Iterator[
             continue
         if span is None and ended and not _is_header(block):
             return  # something that stands behind the end
-        _check(block, position)
+        if not _is_header(block):
+            raise TarError(_refusal(block, position))
         ended = span is not None
         start = position if ahead.start is None else ahead.start
         kind, length, data = block[156:157], _number(block[124:136], position), position + BLOCK
@@ -171,21 +174,22 @@ def _is_header(block: bytes) -> bool:
     if len(block) < BLOCK:
         return False
     try:
-        told = _number(block[148:156], 0) - 8 * 32  # the place of the sum counts as spaces
+        told = _number(block[148:156], 0) - SPACES
     except TarError:
         return False
-    if sum(block) - sum(block[148:156]) == told:
+    place = sum(block[148:156])
+    # The lower half of Adler-32 is one more than the sum, mod 65,521, and takes a tenth of the time of `sum`.
+    if zlib.adler32(block) & 0xFFFF == 1 + told + place or sum(block) == told + place:
         return True
     signed = struct.unpack("512b", block)  # as some old programs add
     return sum(signed) - sum(signed[148:156]) == told
 
 
-def _check(block: bytes, position: int) -> None:
-    if _is_header(block):
-        return
+def _refusal(block: bytes, position: int) -> str:
+    """What is wrong where a header should be."""
     cut = f"ends at byte {position + len(block):,}, within a header: it is cut; fetch it again"
     damaged = f"has no header at byte {position:,}: it is damaged; fetch it again"
-    raise TarError(_what_it_is(block, position) or (cut if len(block) < BLOCK else damaged))
+    return _what_it_is(block, position) or (cut if len(block) < BLOCK else damaged)
 
 
 def _what_it_is(block: bytes, position: int) -> str:
@@ -198,13 +202,16 @@ def _number(text: bytes, position: int) -> int:
     """Octal digits, or GNU's binary numbers, for large ones."""
     if text[0] == 0x80:
         return int.from_bytes(text[1:], "big")
-    digits = text.partition(b"\0")[0].strip()
-    if digits and not digits.isdigit():
-        raise TarError(f"has no header at byte {position:,}: it is damaged; fetch it again")
     try:
-        return int(digits or b"0", 8)
+        number = int(text.rstrip(b"\0 ") or b"0", 8)
     except ValueError:
-        raise TarError(f"has no header at byte {position:,}: it is damaged; fetch it again") from None
+        number = -1
+    if number >= 0:
+        return number
+    digits = text.partition(b"\0")[0].strip()  # other things may stand behind the first zero
+    if digits.isdigit() and not set(digits) & set(b"89"):
+        return int(digits, 8)
+    raise TarError(f"has no header at byte {position:,}: it is damaged; fetch it again")
 
 
 def _short(length: int, position: int) -> int:

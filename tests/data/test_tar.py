@@ -93,6 +93,13 @@ def test_sparse_members_and_binary_sizes():
     assert [(m.name, m.plain, m.size) for m in listed(out.getvalue())] == [(b"real.jpg", False, 5), (b"d.jpg", True, 5)]
 
 
+def test_a_negative_size_is_damage():
+    plain = packed([("a.jpg", b"x" * 700)])
+    for size in (b"-0000001000\0", b"\xff" * 12, b"0000000009\0\0"):
+        with pytest.raises(TarError, match="has no header at byte 0: it is damaged"):
+            listed(sealed(plain[:124] + size + plain[136:512]) + plain[512:])
+
+
 def test_what_is_no_whole_tar_is_named():
     whole = packed([("a.jpg", b"x" * 5000), ("a.txt", b"y" * 600)])
     damaged = whole[:5632] + b"?" * 512 + whole[6144:]

@@ -1,0 +1,135 @@
+"""How fast tars are indexed, here and over HTTP, and what it costs to open the index of 400 million samples.
+
+Run: python benchmarks/index.py [--folder DIR] [--runs 5]   (3 minutes, 5.5 GB in a temporary folder below DIR, most of it sparse)
+
+Indexing: shards of 2,000 samples of a 54 kB image, a caption and a json. Before each local run the page cache lets go of them.
+Over HTTP a server of its own process answers after 20 ms. Opening: a process that has imported everything opens `wds:` with 40,000
+shards of 10,000 samples; their index is sparse, so it takes no disk. Medians of five, on two cores that other programs kept busy
+(load 11):
+
+    one thread, cold        FIGURE
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from clipjax.data import index, indexing, spans, store
+
+ROOT = Path(__file__).parents[1]
+SHARDS, SAMPLES, SIZES = 8, 2000, {"jpg": 54_000, "txt": 60, "json": 800}
+MANY, LARGE = 40_000, 10_000  # shards, and samples of each, of the set that is opened
+OPEN = """
+import sys, time
+from clipjax import config
+from clipjax.data import wds  # what is imported is not measured
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e3
+before, start = anonymous(), time.perf_counter()
+source = wds.Wds(config.Data(spec=f"wds:{sys.argv[1]}"), sys.argv[1])
+print(len(source), time.perf_counter() - start, anonymous() - before)
+"""
+
+
+def header(name: str, size: int) -> bytes:
+    block = bytearray(512)
+    block[: len(name)], block[124:136], block[156:157], block[257:265] = name.encode(), b"%011o\0" % size, b"0", b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
+    return bytes(block)
+
+
+def write_shards(folder: Path) -> list[store.Stored]:
+    noise = np.random.default_rng(0).bytes(max(SIZES.values()))
+    for shard in range(SHARDS):
+        with (folder / f"{shard:05}.tar").open("wb") as file:
+            for i in range(SAMPLES):
+                for suffix, size in SIZES.items():
+                    file.write(header(f"{shard:05}{i:04}.{suffix}", size) + noise[:size] + bytes(-size % 512))
+            file.write(bytes(1024))
+            os.fsync(file.fileno())
+    return store.find("folder", str(folder), (".tar",))
+
+
+def forget(shards: list[store.Stored]) -> None:
+    """Nothing of the shards stays in the page cache."""
+    for shard in shards:
+        file = os.open(shard.url, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def local(shards: list[store.Stored], cold: bool) -> tuple[float, float]:
+    """Seconds, and seconds of CPU time, of one thread."""
+    if cold:
+        forget(shards)
+    start, cpu = time.perf_counter(), time.thread_time()
+    assert sum(len(spans.scan(shard).spans) for shard in shards) == SHARDS * SAMPLES
+    return time.perf_counter() - start, time.thread_time() - cpu
+
+
+def over_http(folder: Path) -> tuple[float, float]:
+    command = [sys.executable, str(ROOT / "tests/data/http_server.py"), str(folder), "0.02"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        address = server.stdout.readline().strip()
+        shards = store.find("address", f"{address}/{{00000..{SHARDS - 1:05}}}.tar", (".tar",))
+        start, cpu = time.perf_counter(), time.process_time()
+        with ThreadPoolExecutor(indexing.AT_ONCE) as pool:
+            assert sum(len(found.spans) for found in pool.map(spans.scan, shards)) == SHARDS * SAMPLES
+        took = time.perf_counter() - start, time.process_time() - cpu
+        server.stdin.close()
+    return took
+
+
+def write_large_index(folder: Path) -> None:
+    n, rows = MANY * LARGE, []
+    for shard in range(MANY):
+        path = folder / f"{shard:05}.tar"
+        path.touch()
+        facts = dict(samples=LARGE, dropped={}, suffixes=dict(jpg=LARGE, json=LARGE, txt=LARGE), digest=f"{shard:016x}")
+        rows.append(dict(name=path.name, size=0, tag=str(path.stat().st_mtime_ns)) | facts)
+    place = folder / index.NAME
+    place.mkdir()
+    head = dict(format=index.FORMAT, spec=f"wds:{folder}", samples=n, digest="0" * 16, shards=rows)
+    (place / "index.json").write_text(json.dumps(head))
+    for name, start, size in (("spans", indexing._header("<u4", n, 2), 8 * n), ("buckets", indexing._header("|u1", n), n)):
+        (place / f"{name}.npy").write_bytes(start)
+        os.truncate(place / f"{name}.npy", len(start) + size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="clipjax-index-") as name:
+        folder = Path(name)
+        (folder / "shards").mkdir()
+        shards = write_shards(folder / "shards")
+        size, n = sum(shard.size for shard in shards), SHARDS * SAMPLES
+        for label, measure in (
+            ("one thread, cold", lambda: local(shards, True)),
+            ("one thread, warm", lambda: local(shards, False)),
+            (f"over HTTP, {indexing.AT_ONCE} shards at once", lambda: over_http(folder / "shards")),
+        ):
+            wall, cpu = (statistics.median(values) for values in zip(*(measure() for _ in range(args.runs)), strict=True))
+            rate = f"{n / wall:8,.0f} samples/s {size / wall / 1e9:6.2f} GB/s {cpu / n * 1e6:6.1f} us CPU a sample"
+            print(f"{label:32} {rate}", flush=True)
+        (folder / "large").mkdir()
+        write_large_index(folder / "large")
+        command = [sys.executable, "-c", OPEN, str(folder / "large")]
+        found = [subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout for _ in range(args.runs)]
+        wall, anonymous = (statistics.median(float(text.split()[i]) for text in found) for i in (1, 2))
+        print(f"{'opening ' + found[0].split()[0] + ' samples':32} {wall:8.2f} s {anonymous:8.0f} MB anonymous")
+
+
+if __name__ == "__main__":
+    main()
