@@ -127,7 +127,7 @@ def _listed_in_store(names: list[str], suffixes: tuple[str, ...]) -> _Listing:
     for name in names:
         if _has_wildcards(name):
             files, wanted = _files_of(name, None, "glob"), _wanted(name, suffixes)
-        elif name in (beside := list_files(posixpath.dirname(name), 1)):
+        elif _may_be_file(name) and name in (beside := list_files(posixpath.dirname(name), 1)):
             files, wanted = {name: beside[name]}, ("",)
         else:
             files, wanted = list_files(name.rstrip("/"), None), suffixes
@@ -140,6 +140,11 @@ def _listed_in_store(names: list[str], suffixes: tuple[str, ...]) -> _Listing:
             else:
                 others.append(url)
     return missing, found, others
+
+
+def _may_be_file(url: str) -> bool:
+    """Whether a name is not that of a whole bucket, or of a repository of hf://, above which nothing can be listed."""
+    return "." in posixpath.basename(url) and url.count("/") >= (5 if scheme_of(url) == "hf" else 3)
 
 
 def _files_of(folder: str, depth: int | None, method: str = "find") -> dict[str, dict[str, Any]]:

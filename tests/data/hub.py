@@ -22,6 +22,8 @@ class Hub(MemoryFileSystem):
         return super()._strip_protocol(path.removeprefix("hf://"))
 
     def ls(self, path, detail=True, **kwargs):
+        if len(self._strip_protocol(path).strip("/").split("/")) < 3:
+            raise ValueError(f"{path}: names no repository")
         found = super().ls(path, detail=True, **kwargs)
         found = [e | ({"blob_id": blob(self.store[e["name"]])} if e["type"] == "file" else {}) for e in found]
         return found if detail else [e["name"] for e in found]

@@ -78,6 +78,14 @@ def test_files_are_found(place):
     assert names(joined, place) == ["00010.tar", "00008.tar", "00009.tar"]
 
 
+def test_a_whole_bucket_is_a_folder(place):
+    if "://" in place:  # nothing above it can be listed
+        root = place if place.startswith("hf") else place.rpartition("/")[0]
+        assert len(store.find("data.spec", root, (".tar",))) == len(store.find("data.spec", f"{root}/", (".tar",))) == 5
+        with pytest.raises(ConfigError, match=r"x\.y does not exist"):
+            store.find("data.spec", f"{place.rpartition('/')[0]}/x.y", ())
+
+
 def test_what_is_not_found_is_named(place):
     for patterns, message in {
         f"{place}/set/{{00007..00013}}.tar": r"00007.tar does not exist, one of 3 such names; check the path; a folder, or",
