@@ -82,8 +82,11 @@ class DataCounts:
             line, bad = self._running.popleft()
             self._total = {name: n + int(line[name]) for name, n in self._total.items()}
             if self._bad is not None:
-                *kinds, examples, first, first_kind = np.asarray(bad).tolist()
-                self._bad.add(Interval(examples, tuple(kinds), first, first_kind))
+                self._bad.add(_interval(bad))
+
+    def so_far(self) -> Interval:
+        """The interval that is not read yet. Waits for the devices. All processes must call this at the same step."""
+        return _interval(self._add_up(self._put())[1])
 
     def _nothing(self) -> np.ndarray:
         """A row for each of this process's parts of the batch: COUNTED, FAULTS, and the number of examples; and of the first bad
@@ -105,6 +108,11 @@ class DataCounts:
         shares = {"bad_share": counts["replaced"] / jnp.maximum(wanted, 1)}
         shares["filtered_share"] = counts["filtered"] / jnp.maximum(examples, 1)
         return counts | shares, jnp.concatenate([sums[n:-1], wanted[None], first])
+
+
+def _interval(values: jax.Array) -> Interval:
+    *kinds, examples, first, first_kind = np.asarray(values).tolist()
+    return Interval(examples, tuple(kinds), first, first_kind)
 
 
 class TooManyBadError(CertainFailure):
@@ -132,21 +140,26 @@ class BadExamples:
         if self._first is None and interval.first >= 0:
             self._first = interval
 
-    def check(self, source: Source | None) -> None:
-        """Raises TooManyBadError if more than `data.max_bad` of the newest examples are bad. `source`: where they are from."""
-        kinds = [sum(each.kinds[kind] for each in self._newest) for kind in range(len(FAULTS))]
-        examples = sum(each.examples for each in self._newest)
-        if self._all < self.LEAST or sum(kinds) <= self._max_bad * examples:
+    def check(self, source: Source | None, unfinished: Interval | None = None) -> None:
+        """Raises TooManyBadError if more than `data.max_bad` of the newest examples are bad. `source`: where they are from.
+        `unfinished`: those after the last interval, of which this is no whole one."""
+        newest = [*self._newest, *([] if unfinished is None else [unfinished])]
+        kinds = [sum(each.kinds[kind] for each in newest) for kind in range(len(FAULTS))]
+        examples, bad = sum(each.examples for each in newest), sum(kinds)
+        before = self._all - sum(sum(each.kinds) for each in self._newest)
+        if before + bad < self.LEAST or bad <= self._max_bad * examples:
             return
         named = "; ".join(f"{name}: {count:,}" for count, name in zip(kinds, FAULTS, strict=True) if count)
-        what = f"data.max_bad = {self._max_bad}: {sum(kinds):,} of the last {examples:,} examples are bad ({named})"
-        raise TooManyBadError(f"{what}; the first is {self._first_named(source)}")
+        what = f"data.max_bad = {self._max_bad}: {bad:,} of the last {examples:,} examples are bad ({named})"
+        first = self._first or next(each for each in newest if each.first >= 0)
+        raise TooManyBadError(f"{what}; the first is {_named(first, source)}")
 
-    def _first_named(self, source: Source | None) -> str:
-        assert self._first is not None, "there are bad ones"
-        number, fault = self._first.first, FAULTS[self._first.first_kind]
-        if source is None:
-            return f"number {number}, which {fault}"
-        record = source.record(number)
-        named = source.sources[source.part_of(number)[0]].name if source.sources else source.name
-        return f"{record.image if isinstance(record.image, Path) else record.key} of {named}, which {fault}"
+
+def _named(interval: Interval, source: Source | None) -> str:
+    """The first bad example of an interval, for a person to find."""
+    number, fault = interval.first, FAULTS[interval.first_kind]
+    if source is None:
+        return f"number {number}, which {fault}"
+    record = source.record(number)
+    named = source.sources[source.part_of(number)[0]].name if source.sources else source.name
+    return f"{record.image if isinstance(record.image, Path) else record.key} of {named}, which {fault}"

@@ -91,7 +91,7 @@ class Report:
         TooManyBadError where too many examples are bad."""
         self._progress.update(step, self._writer.flush())
         self.counts.fetch()
-        self._bad.check(self._source)
+        self._bad.check(self._source, self.counts.so_far())
 
     def evaluation(self, step: int, task: str, dataset: str, results: EvaluationResults) -> dict[str, float]:
         """Writes and prints the line of an evaluation, and returns its metrics."""
