@@ -24,11 +24,12 @@ class MainPairs:
 
     def __init__(self, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, source: Source | None = None) -> None:
         """Reads all captions, and no image yet. `source`: that of `data`, if it is open. Raises ConfigError as `open_source`
-        does, and for images alone."""
+        does, and where there are no captions."""
         source = source or open_source(data)
         require_captions(source, "this evaluation")
         records = [(record.key, record.captions[:1]) for record in reading.texts(source, quiet=jax.process_index() > 0)]
         captioned = [i for i, (_, main) in enumerate(records) if main]
+        require_captions(source, "this evaluation", bool(captioned))
         self.name = source.name
         self.captioned = len(captioned)  # how many examples have a caption
         self.keys = [key for key, _ in records]  # of all examples
