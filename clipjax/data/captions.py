@@ -16,6 +16,7 @@ BLANK = {  # neither space, control nor format character by its category, and ye
     *"\U0001d159\U00013441\U00013442",  # null note head; hieroglyphic blanks
 }
 _ASCII = re.compile("[!-~]")
+_HALVES = re.compile("[\ud800-\udfff]")
 _NEVER_DRAWN = re.compile("[\u2065\ufdd0-\ufdef\ufff0-\ufff8\U000e0000-\U000e0fff]")  # of the characters that are not assigned
 
 
@@ -27,12 +28,18 @@ def visible(text: str) -> bool:
     character counts: `&nbsp;` is a space. Private-use characters and those of a later Unicode count as visible."""
     if "&" in text:
         text = html.unescape(html.unescape(text))
-    return _ASCII.search(text) is not None or any(map(_visible, text))
+    return _ASCII.search(text) is not None or any(map(_visible, _joined(text, "ignore")))
 
 
 def kept(texts: Iterable[str]) -> tuple[str, ...]:
-    """The captions that have a visible character, unchanged and in order."""
-    return tuple(filter(visible, texts))
+    """The captions that have a visible character, in order, and unchanged but for `whole`."""
+    return tuple(whole(text) for text in texts if visible(text))
+
+
+def whole(text: str) -> str:
+    """The text without half surrogates, which JSON may hold, and which can be neither printed nor tokenized: two that belong
+    together become their character, others U+FFFD."""
+    return _joined(text, "replace")
 
 
 def choose(n: int, k: int, rng: np.random.Generator, chances: Sequence[float] | None = None) -> list[int]:
@@ -71,6 +78,13 @@ def caption_id(caption: str) -> int:
     Two different captions get the same id with probability 2^-31. In batches of 32,768 this is expected once in four batches
     (0.25 of 537 million pairs), and a given image loses one of its negatives once in 65,500 visits."""
     return int.from_bytes(blake2b(normalise(caption).encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big") >> 1
+
+
+def _joined(text: str, errors: str) -> str:
+    """`errors`: what Python's decoder does to half surrogates that stand alone."""
+    if text.isascii() or not _HALVES.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
 
 
 @functools.cache

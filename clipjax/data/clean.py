@@ -17,10 +17,10 @@ from html.entities import codepoint2name, html5
 from tokenizers import Regex, normalizers
 
 from clipjax.config import Clean
+from clipjax.data.captions import whole
 
 PASSES = 8  # at most: an entity may spell another one
 PLAIN = re.compile("[ -%'-~]*")  # printable ASCII without &: nothing to clean but spaces
-HALVES = re.compile("[\ud800-\udfff]")
 AMPERSANDS = "&(?:(?:amp|AMP);?|#0*38(?![0-9]);?|#[xX]0*26(?![0-9a-fA-F]);?)+"  # also those that are escaped several times
 COLOURS = r"\x1b\[[0-9;]*[A-Za-z]"  # a terminal's
 CURLY = (("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"'))
@@ -31,14 +31,13 @@ PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
 def clean(text: str, how: Clean) -> str:
-    """The text that is tokenized. `none` replaces half surrogates only, which no tokenizer takes.
+    """The text that is tokenized. `none` replaces half surrogates only (`captions.whole`).
 
     `web`: HTML entities (also those that are escaped twice) become characters, and C1 controls those of Windows-1252; other
     control characters, byte-order marks and a terminal's colours are removed; curly quotes become straight, full width becomes
     half, ligatures become letters; NFC; white space becomes single spaces, none at the ends.
     `canonicalize`: `web`, without ASCII punctuation (`_` is a space), in lower case."""
-    if not text.isascii() and HALVES.search(text):
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # two that belong together are one character
+    text = whole(text)
     if how == "none":
         return text
     if not PLAIN.fullmatch(text):

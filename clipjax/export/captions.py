@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.data.captions import whole
 from clipjax.data.clean import clean, normalizer
 from clipjax.data.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ def agreement(ids: Callable[[Sequence[str]], Any], words: Tokenizer, captions: I
     """Compares `ids`, another library's tokenizer, strings to integers [n, t], with ours, on the first
     captions, 5,000 at most. None: there are none."""
     same: list[bool] = []
-    captions = [clean(text, "none") for text in itertools.islice(captions, MOST)]  # other tokenizers fail at half surrogates
+    captions = [whole(text) for text in itertools.islice(captions, MOST)]  # other tokenizers fail at half surrogates
     for start in range(0, len(captions), ROWS):
         texts = captions[start : start + ROWS]
         same += (np.asarray(ids(texts)) == words.encode(texts)[0]).all(axis=1).tolist()
@@ -50,5 +51,5 @@ def agreement(ids: Callable[[Sequence[str]], Any], words: Tokenizer, captions: I
 def may_differ(words: Tokenizer, text: str) -> bool:
     """Whether another library may give other ids, as documented: `text` names a special token, or has an entity that our
     tokenizer.json can't resolve."""
-    incomplete = normalizer(words.clean).normalize_str(clean(text, "none")) != clean(text, words.clean)
+    incomplete = normalizer(words.clean).normalize_str(whole(text)) != clean(text, words.clean)
     return words.names_special(text) or (words.clean != "none" and incomplete)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from clipjax.config import Clean, ConfigError, Mesh, Model
-from clipjax.data import clean as cleaning
+from clipjax.data.captions import whole
 from clipjax.data.image import fit
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import open_clip_generate
@@ -134,7 +134,7 @@ def verify(
     import torch
 
     words = Tokenizer.load(tokenizer, model.text.length, clean)
-    texts = [cleaning.clean(text, "none") for text in texts]  # other tokenizers fail at half surrogates
+    texts = [whole(text) for text in texts]  # other tokenizers fail at half surrogates
     pixels = np.stack([fit(image, model.image.image_size, resize) for image in images])
     tokens, cleaned = (words.encode(strings)[0] for strings in (texts, [theirs.clean(text) for text in texts]))
     ours_cleaned = encode(model, params, pixels, cleaned).text  # the rest is freed: token logits may take half a gigabyte

@@ -101,6 +101,11 @@ def test_visible(text):
     assert visible(text)
 
 
+def test_half_surrogates_are_replaced():
+    assert kept(["a \ud83d", "\ud83d\ude00", "\ude00\ud83d", "b"]) == ("a \ufffd", "\U0001f600", "b")
+    "".join(kept(VISIBLE)).encode()
+
+
 def test_kept_captions_are_unchanged_and_in_order():
     assert kept([" b ", "\ufeff", "a", "", "a"]) == (" b ", "a", "a")
     assert kept(INVISIBLE) == ()
