@@ -22,6 +22,7 @@ import numpy as np
 
 from clipjax.config import ConfigError
 from clipjax.data.ranges import Stored, read, scheme_of
+from clipjax.data.remote import alone
 from clipjax.data.store import find
 from clipjax.files import local_path, write_atomic
 
@@ -145,10 +146,12 @@ def difference(stored: dict[str, Any], shards: list[Stored], root: str) -> str:
     """In which shards an index differs from what is there; empty if in none."""
     known = {row["name"]: (row["size"], row["tag"]) for row in stored["shards"]}
     present = {short_name(shard.url, root): (shard.size, shard.tag) for shard in shards}
-    changed = [name for name in known if name in present and known[name] != present[name]]
+    both = [name for name in known if name in present]
+    renewed = [name for name in both if known[name] != present[name] and known[name][0] == present[name][0]]
     found = []
     for names, what in (
-        (changed, "{} has changed since"),
+        ([name for name in both if known[name][0] != present[name][0]], "{} has changed since"),
+        (renewed, "{} has the same size, but another time or ETag (cp -p and rsync -t keep times)"),
         ([name for name in known if name not in present], "{} is missing: bring it back, or index without it"),
         ([name for name in present if name not in known], "{} is new"),
     ):
@@ -194,19 +197,22 @@ def opened(place: str, stored: dict[str, Any], urls: list[str]) -> Index:
 def _copy(place: str, stored: dict[str, Any]) -> Path:
     """A remote index on this machine, in the user's cache."""
     folder = _cache() / f"copy-{stored['digest']}-{_digest(place)[:8]}"
-    for name in ARRAYS:
-        if (folder / f"{name}.npy").exists():
-            continue
-        with write_atomic(folder / f"{name}.npy") as part, part.open("wb") as file:
-            url = posixpath.join(place, f"{name}.npy")
-            left = stored["bytes"][name]
-            free = shutil.disk_usage(folder).free
-            if left > free:
-                sizes = f"{left / 1e9:,.1f} GB must be copied, and {folder} has room for {free / 1e9:,.1f}"
-                raise ConfigError(f"{place}: {sizes}: set XDG_CACHE_HOME to a folder with room")
-            for start in range(0, left, COPIED):
-                file.write(read(url, start, min(COPIED, left - start)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder / "lock"):  # one process of a machine copies, and the others wait
+        for name in ARRAYS:
+            if not (folder / f"{name}.npy").exists():
+                _fetch(posixpath.join(place, f"{name}.npy"), stored["bytes"][name], folder / f"{name}.npy")
     return folder
+
+
+def _fetch(url: str, size: int, path: Path) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        sizes = f"{size / 1e9:,.1f} GB must be copied, and {path.parent} has room for {free / 1e9:,.1f}"
+        raise ConfigError(f"{url}: {sizes}: set XDG_CACHE_HOME to a folder with room")
+    with write_atomic(path) as part, part.open("wb") as file:
+        for start in range(0, size, COPIED):
+            file.write(read(url, start, min(COPIED, size - start)))
 
 
 def _cache() -> Path:

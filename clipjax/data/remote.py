@@ -44,7 +44,7 @@ def local_copy(folder: Path, split: str, shards: Collection[str]) -> Path:
     digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:16]
     target = copies / f"{split}-{digest}"
     copies.mkdir(parents=True, exist_ok=True)
-    with _alone(copies / "lock"):
+    with alone(copies / "lock"):
         if not target.exists():
             part = copies / f"incomplete.{target.name}"
             part.mkdir(exist_ok=True)
@@ -103,7 +103,7 @@ def _get(folder: Path, names: list[str], target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """For `with`: only one process of this machine is inside at a time."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -29,6 +29,9 @@ class Server(ThreadingHTTPServer):
         self.faults: deque[str] = deque()
         self.asked: list[tuple[str, int, int]] = []  # path, first byte and bytes of every request that was answered
 
+    def handle_error(self, request, client_address) -> None:
+        pass  # a client has gone
+
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"

@@ -129,6 +129,13 @@ def test_a_stale_index_is_refused_and_only_what_changed_is_read_again(folder, sc
     assert one.version != two.version
 
 
+def test_a_copy_with_other_times_is_told_apart_from_a_change(folder):
+    opened(folder)
+    os.utime(folder / "00002.tar", (1, 1))
+    with pytest.raises(ConfigError, match=r"00002.tar has the same size, but another time or ETag \(cp -p and rsync"):
+        opened(folder)
+
+
 def test_broken_shards_are_named_and_the_others_kept(folder, scanned):
     whole = (folder / "00001.tar").read_bytes()
     (folder / "00001.tar").write_bytes(whole[: len(whole) // 2])
