@@ -3,7 +3,8 @@
 The order says which examples a process needs, so it is known which chunks come next. Threads fetch them ahead; records are taken
 from memory; a chunk is dropped when its last example is used. What is in memory: of each of this process's lanes the chunks of a
 window that is in use, `data.lanes` x `data.window` x the bytes of an example on one process and a part of that on each of
-several; the chunks that windows and lanes have in common; and at most AHEAD chunks or AHEAD_BYTES that are not needed yet.
+several; the chunks that windows and lanes have in common; and AHEAD chunks or AHEAD_EXAMPLES, but at most AHEAD_BYTES, that are
+not needed yet.
 """
 
 import collections
@@ -21,8 +22,9 @@ from clipjax.data.source import Fetched, Record, Source
 from clipjax.data.windows import Windows
 
 THREADS = 8  # chunks that are fetched at one time: 16 MiB pieces at 20 ms latency come at more than 0.5 GB/s
-AHEAD = 4 * THREADS  # chunks that are fetched before they are needed
-AHEAD_BYTES = 512 * 2**20  # and their bytes, as far as those of the chunks so far foretell them
+AHEAD = THREADS  # chunks that are fetched before they are needed
+AHEAD_EXAMPLES = 2048  # or as many as hold so many examples
+AHEAD_BYTES = 512 * 2**20  # and at most so many bytes, as far as the chunks so far foretell them
 HORIZON = 8192  # examples whose chunks are looked up ahead
 HORIZON_STEPS = 64  # in at most this many steps
 LARGE = 4 * 2**30  # bytes of windows of which the log says what they come from
@@ -89,6 +91,12 @@ class ChunkReader:
             raise Closed from None
         return self._source.record_in(fetched, chunk, number - int(self._starts[chunk]))
 
+    def ready_bytes(self) -> int:
+        """Bytes of the chunks that are in memory."""
+        with self._lock:
+            futures = [held.future for held in self._held.values() if held.future is not None]
+        return sum(f.result().nbytes for f in futures if f.done() and not f.cancelled() and f.exception() is None)
+
     def close(self) -> None:
         """Ends the threads, each after its fetch. Who waits for another chunk, or asks later, gets Closed."""
         with self._lock:
@@ -126,18 +134,15 @@ class ChunkReader:
         """Looks up which chunks the next step needs."""
         batch, position = self._batch_of_step(self._planned), self._planned * self._order.count
         self._planned += 1
-        epoch, (number, chunk, rank) = batch // self._order.batches, self._order.plan(batch)
+        epoch, (number, chunk, last) = batch // self._order.batches, self._order.plan(batch)
         self._steps[batch] = _Step(number.copy(), chunk, position, epoch, len(number))
-        chunks, first, uses = np.unique(chunk, return_index=True, return_counts=True)
-        by_position = np.argsort(first)
-        last = self._order.order.last_steps(epoch, rank[first])
-        for c, i, n, end in zip(*(a[by_position].tolist() for a in (chunks, first, uses, last)), strict=True):
+        for i, (c, end) in enumerate(zip(chunk.tolist(), last.tolist(), strict=True), position):
             held = self._held.get((epoch, c))
             if held is None:
-                held = self._held[epoch, c] = _Held(position + i, int(self._starts[c + 1]) - int(self._starts[c]))
+                held = self._held[epoch, c] = _Held(i, int(self._starts[c + 1]) - int(self._starts[c]))
                 self._pending.append((epoch, c))
                 heapq.heappush(self._ends, (end, (epoch, c)))
-            held.uses += n
+            held.uses += 1
         while self._ends and self._ends[0][0] <= batch:
             _, key = heapq.heappop(self._ends)
             self._held[key].complete = True
@@ -163,8 +168,9 @@ class ChunkReader:
                 self._ahead_examples += held.examples
 
     def _is_full(self) -> bool:
-        expected = self._ahead_examples * self._fetched_bytes > AHEAD_BYTES * self._fetched_examples
-        return len(self._ahead) >= AHEAD or (bool(self._ahead) and expected)
+        many = len(self._ahead) >= AHEAD and self._ahead_examples >= AHEAD_EXAMPLES
+        large = self._ahead_examples * self._fetched_bytes > AHEAD_BYTES * self._fetched_examples
+        return many or (bool(self._ahead) and large)
 
     def _fetch(self, chunk: int, examples: int) -> Fetched:
         fetched = self._source.fetch(chunk)

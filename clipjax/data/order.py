@@ -31,9 +31,10 @@ class Order(ABC):
         """The example at one place."""
         return int(self.at(step, np.array([place]))[0])
 
-    def located(self, step: int, places: np.ndarray) -> tuple[np.ndarray, ...]:
-        """As `at`, and what else an order knows of these examples, arrays of the same length."""
-        return (self.at(step, places),)
+    def located(self, step: int, places: np.ndarray) -> dict[int, tuple[np.ndarray, ...]]:
+        """As `at`, and what else an order knows of these examples, arrays of the same length: by batch, for batch `step`, and for
+        those after it that cost little more."""
+        return {step: (self.at(step, places),)}
 
     def stand_in(self, step: int, place: int, tried: int) -> int:
         """The example to try instead of a bad one, after `tried` - 1 others were: that at the same place of a later batch of the
@@ -99,11 +100,12 @@ class Planned(Order, Generic[Inner]):
     def plan(self, step: int) -> tuple[np.ndarray, ...]:
         """The examples at this process's places of batch `step`, and what else the order knows of them (`Order.located`)."""
         with self._lock:
-            found = self._plans.pop(step, None) or self.order.located(step, self._places)
-            self._plans[step] = found
+            if step not in self._plans:
+                self._plans |= self.order.located(step, self._places)
+            self._plans.move_to_end(step)
             while len(self._plans) > max(4, KEPT // max(self.count, 1)):
                 self._plans.popitem(last=False)
-            return found
+            return self._plans[step]
 
 
 @functools.lru_cache(maxsize=4)  # workers are at the end of one epoch and at the start of the next

@@ -18,6 +18,7 @@ import numpy as np
 from clipjax.data.order import Order
 from clipjax.data.permutation import hashed, permuted
 
+AT_ONCE = 512  # places that are looked up at one time: fewer cost as much
 GOLDEN = 2654435769  # 2^32 divided by the golden ratio
 
 
@@ -45,12 +46,20 @@ class Windows(Order):
         )  # readers are at one epoch's end and at the next one's start
 
     def at(self, step: int, places: np.ndarray) -> np.ndarray:
-        return self.located(step, places)[0]
+        return self._located(*divmod(step, self.batches), places)[0]
 
-    def located(self, step: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the examples at these places of batch `step`: their numbers, the numbers of their chunks, and the rank of each chunk
-        in its epoch."""
-        epoch, _ = divmod(step, self.batches)
+    def located(self, step: int, places: np.ndarray) -> dict[int, tuple[np.ndarray, ...]]:
+        """Of the examples at these places of batch `step`, and of a few batches after it if the places are few: their numbers,
+        the numbers of their chunks, and the batch after which no example of the chunk is needed in this epoch."""
+        epoch, first = divmod(step, self.batches)
+        size = len(places)
+        steps = max(1, min(AT_ONCE // max(size, 1), self.batches - first))
+        number, chunk, rank = self._located(epoch, np.repeat(np.arange(first, first + steps), size), np.tile(places, steps))
+        found = number, chunk, self._last_steps(epoch, rank)
+        return {step + k: tuple(values[k * size : (k + 1) * size] for values in found) for k in range(steps)}
+
+    def _located(self, epoch: int, step: int | np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers, chunks, and the rank of each chunk in its epoch. `step`: within the epoch."""
         table, offset, key = self.epoch(epoch)
         laid = (self._laid(step, places, key) + offset) % self.examples
         rank = np.searchsorted(table, laid.astype(table.dtype), side="right") - 1
@@ -80,10 +89,10 @@ class Windows(Order):
         low, high = np.searchsorted(self._cuts, [first, first + count - 1], side="right")
         return int(high - low) + 1
 
-    def _laid(self, step: int, places: np.ndarray, key: np.ndarray) -> np.ndarray:
+    def _laid(self, step: int | np.ndarray, places: np.ndarray, key: np.ndarray) -> np.ndarray:
         """The examples at these places, in the layout from lane 0 on."""
         lane = np.searchsorted(self._cuts, places, side="right") - 1
-        width, step = self._widths[lane], step % self.batches
+        width = self._widths[lane]
         passed = step * width + places - self._cuts[lane]  # examples of the lane before this one
         number = (passed + self._shift[lane]) // self.window
         low, high = self._bounds(lane, number)
@@ -96,9 +105,9 @@ class Windows(Order):
         low = number * self.window - self._shift[lane]
         return np.maximum(low, 0), np.minimum(low + self.window, self.batches * self._widths[lane])
 
-    def last_steps(self, epoch: int, rank: np.ndarray) -> np.ndarray:
-        """int64: the step, counted over all epochs, after which no example of a chunk is needed in this epoch; at worst the
-        epoch's last one, for a chunk that a whole lane lies in, or that holds both ends of the layout."""
+    def _last_steps(self, epoch: int, rank: np.ndarray) -> np.ndarray:
+        """The step, counted over all epochs, after which no example of a chunk is needed in this epoch; at worst the epoch's last
+        one, for a chunk that a whole lane lies in, or that holds both ends of the layout."""
         table, offset, _ = self.epoch(epoch)
         low, high = table[rank].astype(np.int64), table[rank + 1].astype(np.int64)
         first = (low - offset) % self.examples

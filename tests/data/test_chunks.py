@@ -71,6 +71,7 @@ def reader(source, first=0, count=SHARE, start=0, seed=0, lanes=LANES, window=WI
 @pytest.fixture(autouse=True)
 def few_ahead(monkeypatch):
     monkeypatch.setattr(chunks, "AHEAD", 4)
+    monkeypatch.setattr(chunks, "AHEAD_EXAMPLES", 1)
 
 
 @pytest.fixture(scope="module")

@@ -71,9 +71,8 @@ def test_an_epoch_has_no_repeats_and_each_chunk_is_needed_as_long_as_it_says(sha
     for epoch in range(2):
         seen = []
         for step in range(epoch * order.batches, (epoch + 1) * order.batches):
-            example, chunk, rank = order.located(step, np.arange(batch_size))
+            example, chunk, last = order.located(step, np.arange(batch_size))[step]
             assert ((bounds[chunk] <= example) & (example < bounds[chunk + 1])).all()
-            last = order.last_steps(epoch, rank)
             assert (last >= step).all()
             assert (last < (epoch + 1) * order.batches).all()
             seen.append(example)
@@ -123,6 +122,15 @@ def test_the_first_batches_are_as_recorded():
     ]
 
 
+def test_batches_that_are_looked_up_together_are_those_that_come_alone():
+    order = Windows(chunks(50), 48, 5, 6, 64)
+    for start in (0, 17, order.batches - 2, 3 * order.batches + 5):
+        together = order.located(start, np.arange(16, 32))
+        assert len(together) == min(512 // 16, order.batches - start % order.batches)
+        for step, (number, _, _) in together.items():
+            assert number.tolist() == order.at(step, np.arange(16, 32)).tolist()
+
+
 def test_a_table_of_400_million_examples_is_small():
     order = Windows(np.full(3_125_000, 128), 32768, 0, 256, 2048)
     tracemalloc.start()
@@ -137,7 +145,7 @@ def test_reads_are_even():
     order = Windows(np.full(800, 100), 256, 3, 16, 1000)
     seen, needed = set(), []
     for step in range(order.batches):
-        _, chunk, _ = order.located(step, np.arange(128))  # the first of two hosts
+        _, chunk, _ = order.located(step, np.arange(128))[step]  # the first of two hosts
         new = set(chunk.tolist()) - seen
         needed.append(len(new))
         seen |= new
