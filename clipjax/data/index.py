@@ -31,6 +31,7 @@ NAME = "clipjax-index"  # of the folder beside the shards
 ARRAYS = ("spans", "buckets")
 COPIED = 16 << 20  # bytes of a remote index that are copied at a time
 SMALL = 1_000_000_000  # bytes of a remote set that training reads by itself
+SPLITS = ("train", "test", "val", "valid", "validation")  # names of sub-folders that are not to be mixed
 COMPRESSED = {".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.zst": "unzstd", ".tar.xz": "unxz", ".tar.bz2": "bunzip2"}
 ABSENT = (FileNotFoundError, NotADirectoryError, PermissionError)  # S3 forbids what is not there, where one may not list
 
@@ -65,8 +66,12 @@ class Index:
 
 
 def shards_of(patterns: str) -> list[Stored]:
-    """The tars that a spec names. Raises ConfigError as `find` does, and for compressed ones."""
+    """The tars that a spec names. Raises ConfigError as `find` does, for compressed ones, and for a folder of several splits."""
     shards = find("data.spec", patterns, (".tar", *COMPRESSED))
+    within = {posixpath.dirname(short_name(shard.url, patterns.rstrip("/"))).partition("/")[0] for shard in shards}
+    if len(splits := sorted(within & set(SPLITS))) > 1:
+        example = posixpath.join(patterns, splits[-1])
+        raise ConfigError(f"data.spec = {patterns!r}: has the splits {' and '.join(splits)}; name one of them: wds:{example}")
     for shard in shards:
         if tool := next((tool for suffix, tool in COMPRESSED.items() if shard.url.endswith(suffix)), None):
             remedy = f"unpack it with {tool} first: samples of a compressed tar can't be read one by one"

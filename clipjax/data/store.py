@@ -9,6 +9,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 from clipjax.config import ConfigError
@@ -54,8 +55,8 @@ def expand(pattern: str) -> list[str]:
         choices = [f"{n:0{width}}" for n in range(first, last + 1)]
     else:
         choices = found[1].split(",")
-    rests = expand(pattern[found.end() :])
-    return [pattern[: found.start()] + choice + rest for choice in choices for rest in rests]
+    names = (expand(pattern[: found.start()] + choice + pattern[found.end() :]) for choice in choices)
+    return list(dict.fromkeys(chain.from_iterable(names)))  # of braces in braces, some come twice
 
 
 def _find(called: str, pattern: str, suffixes: tuple[str, ...]) -> list[Stored]:

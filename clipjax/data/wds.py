@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from clipjax import config
-from clipjax.data.index import ABSENT, open_index
+from clipjax.data.index import ABSENT, SPLITS, open_index
 from clipjax.data.ranges import read, scheme_of
 from clipjax.data.sample import IMAGES, LABEL, TEXTS, Stale, choose_fields, parse
 from clipjax.data.source import Fetched, Record, Source
@@ -23,7 +23,6 @@ CLASSNAMES = "classnames.txt"  # beside the shards or one folder above, as in th
 CHUNK = 256  # samples of a chunk at most, and half of that at least where the shard has as many
 CHUNK_BYTES = 16 << 20  # bytes of a chunk on average, where samples are large
 GAP = 1 << 20  # bytes of samples that are left out, which are not fetched with a chunk
-SPLITS = ("train", "test", "val", "valid", "validation")
 PROBED = 8  # samples of which one must have a caption in .json, else the set is one of images alone
 AHEAD = 16  # chunks whose captions are read ahead
 

@@ -15,7 +15,7 @@ import pytest
 
 from clipjax import cli
 from clipjax.config import ConfigError
-from clipjax.data import index, indexing, ranges, spans
+from clipjax.data import bar, index, indexing, ranges, spans
 from clipjax.data.index import open_index
 from tests import stores
 from tests.data import http_server, hub, shards
@@ -208,7 +208,7 @@ def test_damaged_indices_are_named(folder):
         opened(folder)
 
 
-def test_an_interrupted_index_goes_on(folder, scanned, monkeypatch):
+def test_an_interrupted_index_goes_on(folder, scanned, monkeypatch, capsys):
     real, count = indexing.scan, itertools.count()
 
     def failing(shard, progress):
@@ -216,6 +216,7 @@ def test_an_interrupted_index_goes_on(folder, scanned, monkeypatch):
             raise OSError("the disk is gone")
         return real(shard, progress)
 
+    monkeypatch.setattr(bar, "DELAY", 0.0)
     monkeypatch.setattr(indexing, "AT_ONCE", 1)
     monkeypatch.setattr(indexing, "scan", failing)
     with pytest.raises(OSError, match="the disk is gone"):
@@ -223,6 +224,10 @@ def test_an_interrupted_index_goes_on(folder, scanned, monkeypatch):
     assert len(list((folder / "clipjax-index/parts").glob("*.npz"))) >= 1
     assert len(opened(folder)) == 30
     assert scanned.count("00000.tar") == 1  # the others failed, or were stopped
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith(f"index of wds:{folder}: ") for line in lines)
+    assert "100%" in lines[-1]
+    assert "B/s]" in lines[-1]
 
 
 WORK = """

@@ -61,6 +61,7 @@ def names(found, place):
 def test_braces_are_expanded_as_by_a_shell():
     assert store.expand("a/{08..11}.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
     assert store.expand("{9..11}-{a,b}{}") == ["9-a{}", "9-b{}", "10-a{}", "10-b{}", "11-a{}", "11-b{}"]
+    assert store.expand("{a,{b,c{1..2}}}/x") == ["a/x", "b/x", "c1/x", "c2/x"]
     assert len(store.expand("{00000..01242}.tar")) == 1243
 
 

@@ -150,6 +150,15 @@ def test_classes_are_named_by_a_file_beside_the_shards(tmp_path):
         source.read(2)
 
 
+def test_splits_of_a_folder_are_not_mixed(tmp_path):
+    for name in ("train", "test"):
+        written(tmp_path / name / "0.tar", {"jpg": b"x"})
+    with pytest.raises(ConfigError, match=rf"has the splits test and train; name one of them: wds:{tmp_path}/train"):
+        opened(tmp_path)
+    assert len(opened(tmp_path / "train")) == 1
+    assert len(opened(f"{tmp_path}/*/0.tar")) == 2  # as it is told to
+
+
 def test_a_tar_that_changes_while_it_is_read_is_noticed(tmp_path):
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 4000, 200)
