@@ -55,10 +55,10 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], source: Source
         return lines
     if saved["examples"] != now["examples"]:
         lines.append(f"examples: {saved['examples']:,} -> {now['examples']:,}")
+    else:  # with another number, the samples lie elsewhere
+        lines += [line for what in ("keys", "captions") if (line := _unlike(what, saved, now, source))]
     if saved["version"] != now["version"]:
         lines.append(f"version: {saved['version'] or '(none)'} -> {now['version'] or '(none)'}")
-    if saved["examples"] == now["examples"]:  # else the samples lie elsewhere
-        lines += [line for what in ("keys", "captions") if (line := _unlike(what, saved, now, source))]
     return lines
 
 

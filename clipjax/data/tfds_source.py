@@ -129,7 +129,12 @@ class Tfds(Source):
             self.classnames = tuple(name.replace("_", " ") for name in leaves[naming][0].names)
         self._label_captions = self.classnames if self._text in labels else None  # None: captions are texts
         self._key = next((p for k in KEYS for p in texts if p.split("/")[-1] == k and not leaves[p][1]), None)
-        asked = [path for path in (self._text, self._label, self._key) if path]
+        numbers = [p for p, (f, many) in leaves.items() if not many and f.shape == () and np.dtype(f.np_dtype).kind in "fiu"]
+        self._number = data.filter.number
+        if self._number not in (None, *numbers):
+            remedy = f"is no number of {self.name}; there are {', '.join(numbers) or 'none'}"
+            raise ConfigError(f"data.filter.number = {self._number!r}: {remedy}")
+        asked = [path for path in (self._text, self._label, self._key, self._number) if path]
         self._text_features = frozenset(name.encode() for path in asked for name in (path, f"{path}/{RAGGED}"))
         self.version = f"{info.version} {hashlib.sha256((folder / FEATURES).read_bytes()).hexdigest()[:16]}"
         self._records = self._open(data, info)
@@ -205,7 +210,8 @@ class Tfds(Source):
         label = (values(self._label, "int64_list") if self._label else []) or [-1]
         key = values(self._key, "bytes_list")[0].decode() if self._key else f"{self._split}-{i}"
         image = values(self._image, "bytes_list") or [b""]
-        return Record(image[0], captions, key, label[0])
+        number = (values(self._number, "float_list") or values(self._number, "int64_list")) if self._number else []
+        return Record(image[0], captions, key, label[0], number=float(number[0]) if number else None)
 
     def buckets(self) -> np.ndarray:
         """Reads nothing where the records have no keys of their own."""

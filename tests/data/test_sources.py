@@ -342,6 +342,17 @@ def test_unreadable_images_are_replaced_by_other_examples(damaged, caplog):
     assert sorted(m.split()[2] for m in messages if "5.png is" in m or "9.png is" in m) == ["5.png", "9.png"]
 
 
+def test_a_number_to_filter_by(toy):
+    features = {"caption": TEXT, "score": (np.float32, lambda i: i / 4), "votes": (np.int64, lambda i: 3 * i)}
+    source = toy(features, filter=config.Filter(number="score", at_least=1.0))
+    assert sorted(source.record(i).number for i in range(10)) == [i / 4 for i in range(10)]
+    assert source.text(3).number == source.record(3).number
+    votes = open_source(config.Data(spec="tfds:toy", filter=config.Filter(number="votes", at_least=1.0)))
+    assert sorted(votes.record(i).number for i in range(10)) == [3.0 * i for i in range(10)]
+    with pytest.raises(ConfigError, match=r"data.filter.number = 'caption': is no number of .*; there are score, votes$"):
+        open_source(config.Data(spec="tfds:toy", filter=config.Filter(number="caption", at_least=1.0)))
+
+
 def test_examples_without_a_caption_are_replaced_too(toy):
     source = toy({"texts": (FEATURES.Sequence(FEATURES.Text()), lambda i: [] if i == 4 else [f"{i}"])})
     examples = made(source, 10, 5)

@@ -103,8 +103,9 @@ def test_a_swapped_file_is_refused_unless_the_user_accepts_it(data, tmp_path, ca
     write(data, rows(40, _7=("7.png", "seven")))
     capsys.readouterr()
     assert train(data, workdir, 2) == 2
-    refusal, difference = capsys.readouterr().err.splitlines()
+    refusal, difference, version = capsys.readouterr().err.splitlines()
     assert refusal.startswith(f"clipjax: data = tsv:{data}/pairs.tsv: is not what {workdir}@1 was trained on; bring that back, ")
+    assert version.startswith("  version: ")  # of a tsv: a digest of all of it
     assert difference == "  captions: 1 of 40 examples have other ones; the first is number 7, now '7.png'"
     assert train(data, workdir, 2, "--accept-new-data") == 0
     assert "the data are others than before, as --accept-new-data allows: captions: 1 of 40" in capsys.readouterr().err
