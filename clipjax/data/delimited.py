@@ -1,124 +1,144 @@
 """Text that is a table: fields between separators, in quotes where they hold one, as pandas and spreadsheets write."""
 
+import csv
 import gzip
+import io
+import itertools
 import logging
 import mmap
-import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
 
 from clipjax.config import ConfigError
 from clipjax.data import store
 from clipjax.data.store import Stored
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
-BOM = b"\xef\xbb\xbf"
-LONG = 100  # lines of a row: it is more likely that a quote was left open
+HEADER = 1 << 20  # bytes in which the header ends
+LONG = 100  # line ends in a field: it is likely that a quote was left open
 # What pandas.read_csv takes for a missing value.
-MISSING = frozenset(
-    b"|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split(b"|")
-)
-Row = tuple[int, list[bytes]]  # the number of its first line, from 1 on, and its fields
+MISSING = [
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL"),
+    *("NaN", "None", "n/a", "nan", "null"),
+]
+END = "\x1e"  # follows the last line
+QUOTED = r'^"(?:[^"]|"")*"$'
 
 log = logging.getLogger(__name__)
+csv.field_size_limit(2**31 - 1)  # of all readers of this process; 128 KiB is less than a caption may have
 
 
 class Delimited:
-    """A file in UTF-8 whose first row has the names of the columns.
+    """A file in UTF-8 whose first row has the names of the columns, as pandas reads it.
 
-    A field may be in double quotes; then it may hold separators and line ends, and quotes that are doubled. A quote elsewhere is
-    a character, also one that opens a field and is not closed before a separator or line end: `"one" and "two"`. Lines end with
-    LF or CRLF; empty ones do not count. If each line of a table of tabs has as many fields as the header, then each is a row, so
-    that no quote hides a row."""
+    A field may be in double quotes; then it may hold separators and line ends, and quotes that are doubled. Empty lines do not
+    count. A row with too few fields lacks the last ones.
 
-    def __init__(self, stored: Stored, separators: Sequence[str], wanted: Sequence[str]) -> None:
+    Arrow reads a million rows in a fraction of a second. What it refuses, Python's csv module reads, or names the line."""
+
+    def __init__(self, stored: Stored, separators: Sequence[str], wanted: Sequence[str], *, lines_first: bool) -> None:
         """Of several `separators`, that which divides the header so that it has the `wanted` columns, or the most columns.
+
+        `lines_first`: each line is a row, if each has as many fields as the header, so that no quote hides a row; a field is in
+        quotes, then, only if its last character closes them.
 
         Raises ConfigError for what is no text in UTF-8."""
         self.name = stored.url
         self._content = _content(stored)
         if self._content[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise ConfigError(f"{self.name}: is UTF-16; save it as UTF-8")
-        self._start = len(BOM) if self._content[: len(BOM)] == BOM else 0
+        headers = {separator: self._header(separator) for separator in separators}
 
         def fit(separator: str) -> tuple[int, int]:
-            columns = self._header(separator)
+            columns = headers[separator]
             return sum(name in columns or name.partition(".")[0] in columns for name in wanted), len(columns)
 
         self.separator = max(separators, key=fit)
-        self.columns = self._header(self.separator)
+        self.columns = headers[self.separator]
+        self._lines_first = lines_first
 
     @property
     def digest(self) -> bytes:
         """Of the whole file."""
         return blake2b(self._content).digest()
 
-    def decoded(self, field: bytes, line: int) -> str:
-        """A field as text. Raises ConfigError, with the line, if it is not UTF-8."""
-        try:
-            return field.decode()
-        except UnicodeDecodeError as e:
-            why = f"{e.reason} at byte {e.start} of {field[:60]!r}"
-            raise ConfigError(f"{self.name}, line {line}: is not UTF-8 text ({why}); convert it") from e
+    def read(self, names: Sequence[str]) -> list[Any]:
+        """Columns, as arrays of Arrow's large strings; null where pandas reads NaN.
 
-    def __iter__(self) -> Iterator[Row]:
-        """The rows below the header, each with as many fields as there are columns: a shorter one is filled up with empty fields.
-
-        Raises ConfigError for a row with more."""
-        rows = self._rows(self.separator, one_line=self.separator == "\t" and self._lines_are_rows())
-        next(rows, None)
-        width = len(self.columns)
-        for line, fields in rows:
-            if len(fields) > width:
-                remedy = "put a field with a separator or a line end in double quotes, and double the quotes in it"
-                what = f"has {len(fields)} fields, the header {width}, divided by {SEPARATORS[self.separator]}"
-                raise ConfigError(f"{self.name}, line {line}: {what}; {remedy}")
-            if len(fields) < width:
-                fields.extend([b""] * (width - len(fields)))
-            yield line, fields
+        Raises ConfigError that names the line where a row has too many fields, quotes stay open, or there is no UTF-8."""
+        if not self.columns:
+            return [_array([]) for _ in names]
+        rows = self._by_arrow(quotes=False) or self._by_lines() if self._lines_first else None
+        if rows:
+            rows = [_without_quotes(column) for column in rows]
+        else:
+            rows = self._by_arrow(quotes=True) or self._by_csv()
+        columns = [rows[self.columns.index(name)] for name in names]
+        self._warn_of_long_fields(columns)
+        return [_with_nulls(column) for column in columns]
 
     def _header(self, separator: str) -> list[str]:
-        line, fields = next(self._rows(separator), (1, []))
-        return [self.decoded(field, line) for field in fields]
+        start = io.StringIO(self._content[:HEADER].decode("utf-8-sig", "replace"), newline="")
+        return next((row for row in csv.reader(start, delimiter=separator) if row), [])
 
-    def _rows(self, separator: str, one_line: bool = False) -> Iterator[Row]:
-        """`one_line`: a field in quotes holds neither separators nor line ends."""
-        split, pattern = separator.encode(), _field(separator.encode(), one_line)
-        at, number = self._start, 1
-        while at < len(self._content):
-            line, lines = self._line(at), 1
-            if b'"' not in line:
-                if text := line.rstrip(b"\r\n"):
-                    yield number, text.split(split)
-                at, number = at + len(line), number + 1
-                continue
-            fields, end = _fields(pattern.finditer(line), split)
-            if not one_line and any(field.startswith(b'"') for field, is_plain in fields if is_plain):
-                fields, end = _fields(pattern.finditer(self._content, at), split)
-                end -= at
-                lines = self._content[at : at + end].count(b"\n")
-            yield number, [field for field, _ in fields]
-            if lines > LONG:
-                log.warning("%s, line %d: a row goes on for %d lines; is a quote left open?", self.name, number, lines)
-            at, number = at + end, number + lines
+    def _by_arrow(self, quotes: bool) -> list[Any] | None:
+        """All columns below the header. None: Arrow can't read this, or a quote may have been left open."""
+        import pyarrow as pa
+        from pyarrow import csv as arrow
 
-    def _line(self, at: int) -> bytes:
-        """The line that starts at `at`, with its LF."""
-        stop = self._content.find(b"\n", at)
-        return self._content[at:] if stop < 0 else self._content[at : stop + 1]
+        names = [str(k) for k in range(len(self.columns))]
+        parse = arrow.ParseOptions(delimiter=self.separator, quote_char='"' if quotes else False, newlines_in_values=quotes)
+        convert = arrow.ConvertOptions(column_types=dict.fromkeys(names, pa.large_string()), strings_can_be_null=False)
+        read = arrow.ReadOptions(column_names=names, block_size=1 << 24)
+        try:
+            table = arrow.read_csv(pa.BufferReader(pa.py_buffer(self._content)), read, parse, convert)
+        except pa.ArrowInvalid:
+            return None
+        if quotes and any("\n" in text for text in table[-1:].to_pylist()[0].values()):
+            return None  # Arrow lets a field end with the file
+        return [column.combine_chunks() for column in table[1:].columns]
 
-    def _lines_are_rows(self) -> bool:
-        """Whether each line has as many separators as the header, quotes aside."""
-        if self._content.find(b'"') < 0:
-            return True
-        expected, at = len(self.columns) - 1, self._start
-        while at < len(self._content):
-            line = self._line(at)
-            if line.count(b"\t") != expected and line.strip(b"\r\n"):
-                return False
-            at += len(line)
-        return True
+    def _by_lines(self) -> list[Any] | None:
+        """The same for tabs, if each line has as many fields as the header. A CR in a line is a character."""
+        lines = (line.rstrip("\r") for line in self._text().split("\n"))
+        rows = [line.split(self.separator) for line in lines if line]
+        width = len(self.columns)
+        return None if any(len(row) != width for row in rows) else [_array(column) for column in zip(*rows[1:], strict=True)]
+
+    def _by_csv(self) -> list[Any]:
+        """The same by Python's csv module."""
+        columns: list[list[str]] = [[] for _ in self.columns]
+        width, first, opened, row = len(columns), 1, 1, []
+        # The end is a row of its own, unless a quote is still open.
+        reader = csv.reader(itertools.chain(io.StringIO(self._text(), newline=""), ["\n", END]), delimiter=self.separator)
+        for row in reader:
+            if len(row) > width:
+                remedy = "put a field with a separator or a line end in double quotes, and double the quotes in it"
+                what = f"has {len(row)} fields, the header {width}, divided by {SEPARATORS[self.separator]}"
+                raise ConfigError(f"{self.name}, line {first}: {what}; {remedy}")
+            for column, text in zip(columns, row + [""] * (width - len(row)), strict=True) if row else ():
+                column.append(text)
+            first, opened = reader.line_num + 1, first
+        if row != [END]:
+            raise ConfigError(f"{self.name}, line {opened}: a quote opens a field and nothing closes it; double it, or close it")
+        return [_array(column[1:-1]) for column in columns]
+
+    def _text(self) -> str:
+        content = self._content[:]
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as e:
+            start = content.rfind(b"\n", 0, e.start) + 1
+            line, byte = content[:start].count(b"\n") + 1, e.start - start
+            raise ConfigError(f"{self.name}, line {line}: is not UTF-8 text ({e.reason} at byte {byte}); convert it") from e
+
+    def _warn_of_long_fields(self, columns: list[Any]) -> None:
+        pc = _compute()
+        most = max((pc.max(pc.count_substring(column, "\n")).as_py() or 0 for column in columns), default=0)
+        if most > LONG:
+            log.warning("%s: a field has %d line ends; is a quote left open?", self.name, most)
 
 
 def _content(stored: Stored) -> bytes | mmap.mmap:
@@ -133,23 +153,30 @@ def _content(stored: Stored) -> bytes | mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _field(separator: bytes, one_line: bool) -> re.Pattern[bytes]:
-    """Matches a field: what is between its quotes, or else the field; and the separator or line end after it."""
-    end = re.escape(separator)
-    among = rb'[^"\n' + end + rb"]" if one_line else rb'[^"]'
-    return re.compile(rb'(?:"((?:' + among + rb'++|"")*+)"|([^\n' + end + rb"]*))(" + end + rb"|\r*\n|\r*\Z)")
+def _compute() -> Any:
+    """The module, whose functions are made when it is imported, so that type checkers do not know them."""
+    import pyarrow.compute
+
+    return pyarrow.compute
 
 
-def _fields(found: Iterator[re.Match[bytes]], separator: bytes) -> tuple[list[tuple[bytes, bool]], int]:
-    """The fields of a row and whether each is without quotes; and where the row ends, after its line end."""
-    fields = []
-    for match in found:
-        quoted, plain, delimiter = match.groups()
-        is_last = delimiter != separator
-        if quoted is None:
-            fields.append((plain.rstrip(b"\r") if is_last else plain, True))
-        else:
-            fields.append((quoted.replace(b'""', b'"'), False))
-        if is_last:
-            return fields, match.end()
-    raise AssertionError("a row ends with a line or with the file")
+def _array(texts: Sequence[str]) -> Any:
+    import pyarrow as pa
+
+    return pa.array(texts, pa.large_string())
+
+
+def _without_quotes(column: Any) -> Any:
+    """Fields that are in quotes, as a whole, without them; those in them are no longer doubled."""
+    pc = _compute()
+    quoted = pc.match_substring_regex(column, QUOTED)
+    if not pc.any(quoted).as_py():
+        return column
+    inner = pc.replace_substring(pc.utf8_slice_codeunits(column, 1, -1), '""', '"')
+    return pc.if_else(quoted, inner, column)
+
+
+def _with_nulls(column: Any) -> Any:
+    pc = _compute()
+    missing = pc.is_in(column, value_set=_array(MISSING))
+    return pc.if_else(missing, None, column) if pc.any(missing).as_py() else column

@@ -1,6 +1,5 @@
 """Tables of text as sources: csv and tsv files whose rows name images and have captions."""
 
-import itertools
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -12,7 +11,7 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data import columns, store
 from clipjax.data.columns import Field
-from clipjax.data.delimited import MISSING, SEPARATORS, Delimited, Row
+from clipjax.data.delimited import SEPARATORS, Delimited
 from clipjax.data.locations import common_folder, image_at, key_of, name_of
 from clipjax.data.source import Record, Source, bucket
 
@@ -24,9 +23,10 @@ NO_PATH = "\0"  # begins the key of a row without a path
 class Table(Source):
     """Files of text with a header: column `filepath` (relative to the file's folder, absolute, or a URL) and `title`.
 
-    `tsv:` has tabs; of `csv:` the header tells the separator. Rows with the same path are one example with several captions, at
-    the place of the first. An empty cell, or one that pandas reads as NaN, is none. There are no splits: `split` may be `train`
-    or `test`, the defaults of training and evaluation, and both are all rows. The columns that are used are held in memory."""
+    Read as pandas does. `tsv:` has tabs, and each line is a row if all have as many fields as the header; of `csv:` the header
+    tells the separator. Rows with the same path are one example with several captions, at the place of the first. An empty cell,
+    or one that pandas reads as NaN, is none. There are no splits: `split` may be `train` or `test`, the defaults of training and
+    evaluation, and both are all rows. The columns that are used are held in memory."""
 
     def __init__(self, data: config.Data, patterns: str) -> None:
         super().__init__()
@@ -36,7 +36,8 @@ class Table(Source):
         config.require(data.split in ("train", "test"), "data.split", data.split, remedy)
         files = store.find("data.spec", patterns, (f".{kind}", f".{kind}.gz"), data.spec)
         separators = "\t" if kind == "tsv" else list(SEPARATORS)
-        tables = [Delimited(file, separators, (data.image_field or IMAGE, data.text_field or TEXT)) for file in files]
+        wanted = (data.image_field or IMAGE, data.text_field or TEXT)
+        tables = [Delimited(file, separators, wanted, lines_first=kind == "tsv") for file in files]
         self._choose(data, tables[0])
         self._root, inner = common_folder([file.url for file in files])
         self._columns, keys = _read(tables, inner, self._image, self._used)
@@ -110,45 +111,23 @@ def _read(tables: Sequence[Delimited], folders: Sequence[str], image: str, used:
     A key is the path of the image, with the folder of its table where there are several folders."""
     import pyarrow as pa
 
-    names, blocks = (image, *used), []
+    parts = []
     for table, folder in zip(tables, folders, strict=True):
-        for name in names:
+        for name in (image, *used):
             columns.locate(name, "a field of data", table.columns, f"columns of {name_of(table.name)}")
-        places = [table.columns.index(name) for name in names]
-        rows = iter(table)
-        while block := list(itertools.islice(rows, BLOCK)):
-            cells = [_cells(table, block, place) for place in places]
-            blocks.append([_keys(cells[0], folder, block), *cells[1:]])
-    joined = [pa.chunked_array(parts, pa.large_string()).combine_chunks() for parts in zip(*blocks, strict=True)]
-    keys, *others = joined or [pa.array([], pa.large_string())] * len(names)
+        paths, *others = table.read((image, *used))
+        parts.append([_keys(paths, folder), *others])
+    keys, *others = (pa.chunked_array(several, pa.large_string()).combine_chunks() for several in zip(*parts, strict=True))
     return dict(zip(used, others, strict=True)), keys
 
 
-def _cells(table: Delimited, block: list[Row], place: int) -> Any:
-    """A column of a block of rows. Raises ConfigError for what is not UTF-8."""
-    import pyarrow as pa
-
-    cells = pa.array([None if fields[place] in MISSING else fields[place] for _, fields in block], pa.large_binary())
-    try:
-        return cells.cast(pa.large_string())
-    except pa.ArrowInvalid:
-        for line, fields in block:
-            table.decoded(fields[place], line)
-        raise
-
-
-def _keys(paths: Any, folder: str, block: list[Row]) -> Any:
+def _keys(paths: Any, folder: str) -> Any:
     """The key of each path: with the folder of its table, where tables are in several."""
     import pyarrow as pa
 
     if not folder and not paths.null_count:
         return paths
-    keys = []
-    for path, (line, _) in zip(paths.to_pylist(), block, strict=True):
-        if path is None:
-            keys.append(f"{NO_PATH}{folder}line {line}")
-        else:
-            keys.append(key_of(path, folder))
+    keys = (f"{NO_PATH}{folder}row {k}" if path is None else key_of(path, folder) for k, path in enumerate(paths.to_pylist(), 1))
     return pa.array(keys, pa.large_string())
 
 
