@@ -14,6 +14,7 @@ import numpy as np
 from clipjax.data.source import Source
 
 SAMPLE = 1000  # examples that are looked at, evenly spread; of fewer, all
+DISTANT = 100  # of a SPEC with an address, as gs://, where one may have to be fetched with its image
 THREADS = 32  # that read them: on a distant storage each read waits for its answer
 SAID = 60  # characters of a key in a message
 
@@ -33,8 +34,9 @@ def of(source: Source) -> Fingerprint:
     fingerprint: Fingerprint = {"name": source.name, "examples": len(source), "version": source.version}
     if source.sources:
         return fingerprint | {"parts": [of(part) for part in source.sources]}
+    places = _sampled(len(source), DISTANT if "://" in source.name else SAMPLE)
     with ThreadPoolExecutor(THREADS) as pool:
-        records = list(pool.map(source.text, places := _sampled(len(source))))
+        records = list(pool.map(source.text, places))
     readable = [record.key != f"number {i}" for i, record in zip(places, records, strict=True)]
     keys = [_crc(record.key) if ok else None for ok, record in zip(readable, records, strict=True)]
     texts = [_crc(json.dumps(record.captions)) if ok else None for ok, record in zip(readable, records, strict=True)]
@@ -64,7 +66,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], source: Source
 
 def _unlike(what: str, saved: Mapping[str, Any], now: Mapping[str, Any], source: Source) -> str:
     """How many of the sampled examples have another key, or other captions; empty if none has."""
-    pairs = zip(_sampled(len(source)), saved[what], now[what], strict=True)
+    n, known = len(source), dict(zip(_sampled(len(source), len(saved[what])), saved[what], strict=True))
+    pairs = [(i, known.get(i), crc) for i, crc in zip(_sampled(n, len(now[what])), now[what], strict=True)]
     changed = [i for i, before, after in pairs if None not in (before, after) and before != after]
     if not changed:
         return ""
@@ -75,9 +78,9 @@ def _unlike(what: str, saved: Mapping[str, Any], now: Mapping[str, Any], source:
     )
 
 
-def _sampled(n: int) -> list[int]:
-    """The examples that are looked at, the first and the last among them."""
-    return np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(int)).tolist()
+def _sampled(n: int, most: int) -> list[int]:
+    """The examples that are looked at, at most so many, the first and the last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist()
 
 
 def _crc(text: str) -> int:

@@ -45,6 +45,10 @@ def test_the_same_data_have_the_same_fingerprint_wherever_they_lie():
     first, again = Rows(rows(5000)), Rows(rows(5000), name="elsewhere")
     assert changed(first, again) == []
     assert len(fingerprint.of(first)["keys"]) == 1000
+    distant, other = (Rows(rows(5000, **change), name="wds:gs://bucket/a.tar") for change in ({}, {"_4999": ("b.png", "b")}))
+    assert len(fingerprint.of(distant)["keys"]) == 100
+    assert (changed(first, distant), changed(distant, first)) == ([], [])
+    assert len(changed(first, other)) == len(changed(other, first)) == 2  # keys and captions
     assert fingerprint.of(Rows(rows(3)))["keys"] == [1538739476, 1725392036, 561454708]  # on every machine, in every release
 
 
