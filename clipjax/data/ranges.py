@@ -23,7 +23,7 @@ PATIENCE = 30.0  # seconds for the first byte of a read; longer for one of many 
 SLOWEST = 500_000  # bytes a second; a slower answer is asked for again
 T = TypeVar("T")
 
-_systems: dict[tuple[int, str], Any] = {}  # of each process and scheme
+_systems: dict[str, Any] = {}  # by scheme
 _lock = threading.Lock()
 
 
@@ -79,15 +79,20 @@ def system(kind: str) -> Any:
     """fsspec's file system of a scheme, one for all threads of this process. fsspec's own cache has one for each thread, and
     would let go of its connections with the thread."""
     with _lock:
-        if (os.getpid(), kind) not in _systems:
-            _systems[os.getpid(), kind] = _new_system(kind)
-        return _systems[os.getpid(), kind]
+        if kind not in _systems:
+            _systems[kind] = _new_system(kind)
+        return _systems[kind]
 
 
 def forget() -> None:
-    """Makes new file systems from now on: where the stores' addresses have changed."""
-    with _lock:
-        _systems.clear()
+    """Makes new file systems from now on: where the stores' addresses have changed, and in a forked child, in which their event
+    loop does not run and another thread may seem to hold the lock."""
+    global _lock
+    _lock = threading.Lock()
+    _systems.clear()
+
+
+os.register_at_fork(after_in_child=forget)
 
 
 def _new_system(kind: str) -> Any:

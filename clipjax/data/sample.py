@@ -33,7 +33,7 @@ class Fields:
     texts: tuple[Field, ...]  # none: images alone
     label: Field | None
     number: Field | None
-    classes: dict[str, int] = field(default_factory=dict)  # number of each class name, where labels are names
+    classes: dict[str, int] = field(default_factory=dict)  # number of each class name; without any, a name is no label
     guessed: bool = False  # whether .json has captions is not known
 
 
@@ -119,6 +119,7 @@ def _usual(suffixes: Collection[str], usual: Collection[str], name: str, what: s
 
 
 def _label(value: object, classes: dict[str, int]) -> int:
-    if isinstance(value, str) and value.strip() and not value.strip().lstrip("+-").isdecimal():
-        return columns.label(value.strip(), classes)
+    name = value.strip() if isinstance(value, str) else ""
+    if name and not name.lstrip("+-").isdecimal():
+        return columns.label(name, classes) if classes else -1
     return columns.label(value)

@@ -134,8 +134,8 @@ def _listed_in_store(names: list[str], suffixes: tuple[str, ...]) -> _Listing:
             files, wanted = list_files(name.rstrip("/"), None), suffixes
             missing += [] if files else [name]
         for url, info in files.items():
-            if posixpath.basename(url).startswith(".") and url != name:
-                continue
+            if url != name and "/." in url[len(posixpath.dirname(name)) :]:
+                continue  # hidden
             if url.lower().endswith(wanted):
                 found.append(_stored(url, info))
             else:

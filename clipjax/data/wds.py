@@ -1,5 +1,6 @@
 """Tars of samples, as webdataset and img2dataset write them: read by their index, one sample or a run of them at a time."""
 
+import copy
 import os
 import posixpath
 from bisect import bisect_right
@@ -12,8 +13,10 @@ from itertools import pairwise
 import numpy as np
 
 from clipjax import config
+from clipjax.data import columns
 from clipjax.data.index import ABSENT, SPLITS, open_index
 from clipjax.data.ranges import read, scheme_of
+from clipjax.data.reading import texts
 from clipjax.data.sample import IMAGES, LABEL, TEXTS, Stale, choose_fields, parse
 from clipjax.data.source import Fetched, Record, Source
 from clipjax.data.spans import HOP, last_suffix
@@ -24,6 +27,7 @@ CHUNK = 256  # samples of a chunk at most, and half of that at least where the s
 CHUNK_BYTES = 16 << 20  # bytes of a chunk on average, where samples are large
 GAP = 1 << 20  # bytes of samples that are left out, which are not fetched with a chunk
 PROBED = 8  # samples of which one must have a caption in .json, else the set is one of images alone
+NAMED = 1_000_000  # samples of which all class names are collected, where classnames.txt is not there
 AHEAD = 16  # chunks whose captions are read ahead
 
 
@@ -33,7 +37,7 @@ class Wds(Source):
 
     The image is the member that `data.image_field` names, else the one with a suffix of images. Captions are those of
     `data.text_field`, else of .txt, else `caption` in .json. The label is that of `data.label_field`, else of .cls: a number, or
-    a name in classnames.txt beside the shards."""
+    a name in classnames.txt beside the shards; without that file, the names in `data.label_field`, sorted, are the classes."""
 
     def __init__(self, data: config.Data, patterns: str) -> None:
         super().__init__()
@@ -52,7 +56,7 @@ class Wds(Source):
         self._chunks_of = np.minimum(least, counts)  # int64 [shards]: the number of chunks of each
         self._first_chunk: list[int] = [0, *np.cumsum(self._chunks_of).tolist()]
         if self._fields.label is not None:
-            self.classnames = _classnames(self.index.urls[0])
+            self.classnames = _classnames(self.index.urls[0]) or (self._names_of_labels() if data.label_field else None)
             self._fields = replace(self._fields, classes={name: i for i, name in enumerate(self.classnames or ())})
         if self._fields.guessed and not any(self.text(i).captions for i in range(min(len(self), PROBED))):
             self._fields = replace(self._fields, texts=())
@@ -106,6 +110,16 @@ class Wds(Source):
 
     def record_in(self, fetched: Fetched, chunk: int, j: int) -> Record:
         return self._parse_in(fetched, self._range(chunk)[1] + j, with_image=True)
+
+    def _names_of_labels(self) -> tuple[str, ...] | None:
+        """The class names in the label field, sorted; None if it has numbers, or there are too many samples to look at all."""
+        probed = [self.text(i) for i in range(min(len(self), PROBED))]
+        if len(self) > NAMED or any(record.label >= 0 for record in probed):
+            return None
+        label = self._fields.label
+        as_caption = copy.copy(self)
+        as_caption._fields = replace(self._fields, label=None, texts=() if label is None else (label,), number=None)
+        return columns.class_names(name.strip() for record in texts(as_caption) for name in record.captions[:1]) or None
 
     def _parse_in(self, fetched: Fetched, i: int, *, with_image: bool) -> Record:
         start, end = self._spans(i, i + 1)[0]

@@ -150,6 +150,18 @@ def test_classes_are_named_by_a_file_beside_the_shards(tmp_path):
         source.read(2)
 
 
+def test_names_of_classes_in_a_field(tmp_path):
+    samples = [{"jpg": b"x", "cls": b"dog", "json": json.dumps({"kind": name}).encode()} for name in ("cat", "ape", "cat", "")]
+    path = written(tmp_path / "0.tar", *samples)
+    source = opened(path, label_field="json.kind")
+    assert source.classnames == ("ape", "cat")
+    assert [source.read(i).label for i in range(4)] == [1, 0, 1, -1]
+    plain = opened(path)  # nobody asked for labels, and a name is none
+    assert (plain.classnames, plain.read(0).label) == (None, -1)
+    numbered = opened(written(tmp_path / "1.tar", {"jpg": b"x", "json": b'{"kind": 2}'}), label_field="json.kind")
+    assert (numbered.classnames, numbered.read(0).label) == (None, 2)
+
+
 def test_splits_of_a_folder_are_not_mixed(tmp_path):
     for name in ("train", "test"):
         written(tmp_path / name / "0.tar", {"jpg": b"x"})
