@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zlib
@@ -258,17 +259,19 @@ def test_processes_share_the_work(tmp_path):
     assert not (tmp_path / "index/parts").exists()
 
 
-def test_what_another_host_claimed_and_never_made_is_made(folder, monkeypatch):
-    monkeypatch.setattr(indexing, "PATIENCE", 0.2)
+def test_what_others_claimed_and_never_made_is_made(folder, monkeypatch):
+    """What a process of another host claimed, after some patience; of one that has died on this machine, at once."""
     monkeypatch.setattr(indexing, "POLL", 0.02)
-    claim = indexing._Build._claim
-
-    def claimed(build, key):
-        (build.parts / f"{build.keys[1]}.claim").write_text("elsewhere 17")
-        return claim(build, key)
-
-    monkeypatch.setattr(indexing._Build, "_claim", claimed)
-    assert len(opened(folder)) == 30
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    for who, patience in ((f"{os.uname().nodename} {dead.pid}", 60.0), ("elsewhere 17", 0.2)):
+        monkeypatch.setattr(indexing, "PATIENCE", patience)
+        build = indexing._Build("wds:x", index.shards_of(str(folder)), str(folder), folder / "clipjax-index")
+        build.parts.mkdir(parents=True)
+        for key in build.keys[1:]:
+            (build.parts / f"{key}.claim").write_text(who)
+        assert len(opened(folder)) == 30
+        shutil.rmtree(folder / "clipjax-index")
 
 
 @pytest.fixture(params=["s3", "hf", "http"])
