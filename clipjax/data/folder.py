@@ -1,12 +1,10 @@
 """Folders of images as sources: captions in files beside them, or classes as sub-folders."""
 
-import re
 from bisect import bisect_left
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import blake2b
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,11 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data import columns, store
 from clipjax.data.columns import Field
-from clipjax.data.locations import common_folder, in_split_folder
+from clipjax.data.locations import BESIDE, FOLDER, in_split_folder, root_of
 from clipjax.data.sample import IMAGES, TEXTS
 from clipjax.data.source import Record, Source, bucket
 from clipjax.data.store import Stored
 
-BESIDE = (*TEXTS, "json", "cls")  # suffixes of what may stand beside an image
 PROBED = 8  # examples of which one must have a caption in .json, else they are images alone
 AT_ONCE = 16  # small files that are read at once
 BLOCK = 4096  # examples whose captions are read ahead at most
@@ -40,9 +37,8 @@ class Folder(Source):
     def __init__(self, data: config.Data, patterns: str) -> None:
         super().__init__()
         self.name = data.name
-        suffixes = tuple(f".{suffix}" for suffix in sorted(IMAGES | set(BESIDE)))
-        files = store.find("data.spec", patterns, suffixes, data.spec)
-        self._root, files = in_split_folder(_root_of(patterns), files, data.spec, data.split)
+        files = store.find("data.spec", patterns, FOLDER, data.spec)
+        self._root, files = in_split_folder(root_of(patterns), files, data.spec, data.split)
         self._place(files)
         config.require(len(self) > 0, "data.spec", data.spec, "there is no image; name a folder of images")
         self.fields = {"image": "file", **dict.fromkeys(self._beside, "text")}
@@ -151,12 +147,3 @@ class Folder(Source):
             return None
         content = store.read(f"{self._root}{self._stems[i]}.{self._suffixes[code]}")
         return columns.value_at(content, field.path) if field.path else content.decode("utf-8-sig").strip("\r\n")
-
-
-def _root_of(patterns: str) -> str:
-    """The folder that all patterns are in, with a slash at its end: of one with wildcards or braces, what comes before them."""
-    folders = []
-    for pattern in map(expanduser, patterns.split("::")):
-        literal = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]
-        folders.append(literal.rstrip("/") + "/" if literal == pattern else literal)
-    return common_folder(folders)[0]

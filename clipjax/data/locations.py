@@ -3,12 +3,17 @@
 import itertools
 import re
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from clipjax.config import ConfigError
 from clipjax.data import store
+from clipjax.data.sample import IMAGES, TEXTS
 from clipjax.data.store import Stored
 
+PARQUET = (".parquet", ".pq")
+BESIDE = (*TEXTS, "json", "cls")  # suffixes of what may stand beside an image
+FOLDER = tuple(f".{suffix}" for suffix in sorted(IMAGES | set(BESIDE)))
 ALIASES = {"val": "validation", "valid": "validation", "dev": "validation"}
 SPLITS = {"train", "test", "validation", *ALIASES}
 NAMED = re.compile(r"(train|test|validation|valid|val|dev)[-_.]?\d*")  # a folder, or the name of a file
@@ -68,12 +73,30 @@ def in_split(files: Sequence[Stored], spec: str, split: str) -> list[Stored]:
     return [file for file, name in zip(files, splits, strict=True) if name == _full(split)]
 
 
+def divided(spec: str) -> bool:
+    """Whether the names of files or sub-folders of a `parquet:` or `folder:` divide it into splits. Lists them."""
+    kind, _, patterns = spec.partition(":")
+    if kind == "parquet":
+        return any(split_of(file.url) for file in store.find("data.spec", patterns, PARQUET, spec))
+    root, files = root_of(patterns), store.find("data.spec", patterns, FOLDER, spec)
+    return _are_splits(_sub_folders(root, files))
+
+
+def root_of(patterns: str) -> str:
+    """The folder that all patterns are in, with a slash at its end: of one with wildcards or braces, what comes before them."""
+    folders = []
+    for pattern in map(expanduser, patterns.split("::")):
+        literal = re.split(r"[*?\[{]", pattern, maxsplit=1)[0]
+        folders.append(literal.rstrip("/") + "/" if literal == pattern else literal)
+    return common_folder(folders)[0]
+
+
 def in_split_folder(root: str, files: Sequence[Stored], spec: str, split: str) -> tuple[str, list[Stored]]:
     """Those of the files below `root` that are in the sub-folder of a split, and that folder with a slash at its end; all, if not
     all sub-folders are called by splits. Raises ConfigError, with those that there are, for another split."""
-    folders = {path.partition("/")[0] for file in files if "/" in (path := file.url.removeprefix(root))}
+    folders = _sub_folders(root, files)
     known = {_full(folder): folder for folder in folders}
-    if not folders or not folders <= SPLITS:
+    if not _are_splits(folders):
         remedy = f"the sub-folders of {spec} are no splits; leave it out, or take shares, as train#0-95 and train#95-100"
         if split not in ("train", "test"):
             raise ConfigError(f"data.split = {split!r}: {remedy}")
@@ -82,6 +105,14 @@ def in_split_folder(root: str, files: Sequence[Stored], spec: str, split: str) -
         raise ConfigError(f"data.split = {split!r}: {spec} has {', '.join(sorted(known))}, by its sub-folders")
     inner = f"{root}{known[_full(split)]}/"
     return inner, [file for file in files if file.url.startswith(inner)]
+
+
+def _sub_folders(root: str, files: Sequence[Stored]) -> set[str]:
+    return {path.partition("/")[0] for file in files if "/" in (path := file.url.removeprefix(root))}
+
+
+def _are_splits(folders: set[str]) -> bool:
+    return bool(folders) and folders <= SPLITS
 
 
 def _full(split: str) -> str:

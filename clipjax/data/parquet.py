@@ -12,7 +12,7 @@ from clipjax.config.data import dataset_name
 from clipjax.data import columns, store
 from clipjax.data.columns import Field
 from clipjax.data.features import choose_features
-from clipjax.data.locations import common_folder, image_at, in_split, key_of, name_of
+from clipjax.data.locations import PARQUET, common_folder, image_at, in_split, key_of, name_of
 from clipjax.data.row_groups import RowGroups
 from clipjax.data.source import Fetched, Record, Source, bucket
 
@@ -30,7 +30,7 @@ class Parquet(Source):
     def __init__(self, data: config.Data, patterns: str) -> None:
         super().__init__()
         self.name = dataset_name(data.spec, data.split)
-        found = store.find("data.spec", patterns, (".parquet", ".pq"), data.spec)
+        found = store.find("data.spec", patterns, PARQUET, data.spec)
         self._rows = RowGroups(in_split(found, data.spec, data.split), data.spec)
         self.version = self._rows.version
         self._root, self._folders = common_folder([file.url for file in self._rows.files])

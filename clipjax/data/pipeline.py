@@ -136,13 +136,16 @@ def _workers(data: config.Data, size: int, others: int) -> Workers:
 
 
 def check_source(source: Source, data: config.Data, batch_size: int) -> None:
-    """Raises ConfigError for a source with fewer examples than a batch, a mixture whose shares a batch can't have, or no example
-    of `data.captions_per_image` captions."""
+    """Raises ConfigError for a source with fewer examples than a batch, a mixture whose shares a batch can't have, images
+    alone, or no example of `data.captions_per_image` captions."""
     n, k = len(source), data.captions_per_image
     remedy = f"is more than the {n} examples of {source.name}: use at most {n}"
     require(batch_size <= n, "train.batch_size", batch_size, remedy)
     if isinstance(source, Mixture):
         batch_counts(data, [len(part) for part in source.sources], batch_size)
+    if not source.captioned:
+        remedy = f"{source.name} has images alone, and training needs captions: name their field"
+        raise ConfigError(f"data.text_field = {data.text_field!r}: {remedy}; there are {', '.join(source.fields)}")
     if k == 1:
         return
     most, sample = 0, np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).round().astype(int)).tolist()

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clipjax import config
+from clipjax.data.locations import divided
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.evaluation import Evaluation, Results
@@ -80,6 +81,9 @@ def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Toke
     """The evaluation that `wanted` describes, on its dataset."""
     fields = dict(image_field=wanted.image_field, text_field=wanted.text_field, label_field=wanted.label_field)
     data = eval_data(run, wanted.spec(run.data), wanted.split, **fields)
+    if wanted.data is None and "#" not in data.split and data.spec.startswith(("parquet:", "folder:")):
+        remedy = "the names of its files tell no splits, so these are the examples it trains on: name others, or set data.split"
+        config.require(divided(data.spec), "data", data.spec, f"{remedy} = train#0-95 and the evaluation's = train#95-100")
     return class_of(wanted).prepare(encoder, tokenizer.cleaning(wanted.clean), data, wanted)
 
 

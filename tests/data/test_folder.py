@@ -11,6 +11,8 @@ from PIL import Image
 
 from clipjax.config import ConfigError, Data, Filter
 from clipjax.data.faults import shown
+from clipjax.data.locations import divided
+from clipjax.data.pipeline import check_source
 from clipjax.data.source import bucket
 from clipjax.data.sources import open_source
 from tests import stores
@@ -100,6 +102,8 @@ def test_images_alone_and_several_of_one_name(tmp_path):
     (tmp_path / "2.json").write_text('{"width": 8}')
     source = opened(tmp_path)
     assert not source.captioned
+    with pytest.raises(ConfigError, match=r"data.text_field = None: folder:.* has images alone, and training .*; there are im"):
+        check_source(source, Data(spec=f"folder:{tmp_path}"), 1)
     assert [record.key for record in records(source)] == ["1", "2.jpg", "2.png"]
     assert source.version != opened(f"{tmp_path}/1.*").version
 
@@ -114,6 +118,8 @@ def test_splits_are_sub_folders(tmp_path):
     assert [record.key for record in opened(tmp_path, split="val").texts()] == ["a/3"]
     with pytest.raises(ConfigError, match=r"data.split = 'test': folder:.* has train, validation, by its sub-folders"):
         opened(tmp_path, split="test")
+    assert divided(f"folder:{tmp_path}")
+    assert not divided(f"folder:{tmp_path}/train")
     assert opened(f"{tmp_path}/train/", split="test").classnames == ("a", "b")
     with pytest.raises(ConfigError, match=r"data.split = 'val': the sub-folders of folder:.* are no splits; leave it out"):
         opened(f"{tmp_path}/train", split="val")

@@ -4,6 +4,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipjax import config
 from clipjax.config import ConfigError, Data
@@ -138,6 +139,20 @@ def test_an_evaluation_without_data_sees_the_run_s_own():
     assert (one.dataset, other.dataset) == ("emoji/test", "emoji/train")
     with pytest.raises(ConfigError, match=r"^evals\.1\.data = None: the run's own tsv:a\.tsv has no splits"):
         dataclasses.replace(run, data=Data(spec="tsv:a.tsv"), evals=(config.Retrieval(data="tsv:b.tsv"), config.Retrieval()))
+
+
+def test_an_evaluation_does_not_see_what_the_run_trains_on(tmp_path):
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    run = config.Run(data=Data(spec=f"folder:{tmp_path}"), model=MODEL, evals=(config.Retrieval(),))
+    match = (
+        r"^evals\.0, zeroshot_retrieval: data = 'folder:.*': the names of its files tell no splits, so these are the examples it"
+    )
+    with pytest.raises(ConfigError, match=match):
+        make_evaluators(run, mesh_of("1"), TOKENIZER)
+    named = dataclasses.replace(run, evals=(config.Retrieval(data=f"folder:{tmp_path}"),))
+    assert make_evaluators(named, mesh_of("1"), TOKENIZER)[0].dataset == f"folder:{tmp_path}/test"
 
 
 def test_no_labels_at_all(run, params, tsv):
