@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax import build, checkpoint, cli, config
+from clipjax import build, cli, config, restore
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
@@ -162,7 +162,7 @@ def test_what_a_run_starts_from_is_looked_up_once(sources, tmp_path, monkeypatch
         monkeypatch.setattr(owner, name, lambda *args: (calls.append(name), function(*args))[1])
 
     counted(workdir, "newest")
-    counted(checkpoint, "read_config")
+    counted(restore, "read_config")
     command = ["train", tiny_hosts.__file__, "--workdir", str(tmp_path / "run"), "--data.spec", sources["red"].name]
     for expected in (["newest"], ["newest", "read_config"]):  # a new run; then it resumes, and is finished
         calls.clear()
