@@ -105,7 +105,7 @@ class Report:
         if total["replaced"]:
             say(f"{total['replaced']:,} of {examples:,} examples were bad (the log says why); others were used in their place")
         if total["filtered"]:
-            share = f"{total['filtered'] / examples:.2g}"
+            share = f"{100 * total['filtered'] / examples:.2g}%"
             say(f"{total['filtered']:,} of {examples:,} examples ({share}) were left out by data.filter, and others used instead")
         if total["truncated"]:
             captions, length = examples * self._run.data.captions_per_image, self._run.model.text.length

@@ -242,7 +242,7 @@ def test_what_was_repaired_is_counted_by_line_and_said_in_the_end(tmp_path, caps
     run_it(RUN, tmp_path, bad=1, filtered=4)
     said = capsys.readouterr().err
     assert "4 of 64 examples were bad" in said
-    assert "16 of 64 examples (0.25) were left out by data.filter" in said
+    assert "16 of 64 examples (25%) were left out by data.filter" in said
     assert "captions" not in said
     counts = [(r["step"], r["replaced"], r["filtered"], r["truncated"]) for r in records(tmp_path)]
     assert counts == [(5, 0, 0, 15), (8, 0, 0, 9), (10, 2, 8, 0), (12, 2, 8, 0)]

@@ -108,7 +108,7 @@ def test_the_workdir_says_it_all(straight):
     line = next(line for line in lines(straight) if line["step"] == 100 and "loss" in line)
     ranking = {"image_to_text_accuracy", "text_to_image_accuracy", "positive_cosine", "hardest_negative_cosine"}
     norms = {"grad_norm", "param_norm", "update_norm"}
-    data = {"replaced", "truncated", "bad_share", "examples_seen", "epoch", "data_wait"}
+    data = {"replaced", "filtered", "truncated", "bad_share", "filtered_share", "examples_seen", "epoch", "data_wait"}
     times = {"examples_per_second", "save_seconds", "eval_seconds", "useful_share"}
     assert line.keys() == {"step", "loss", "softmax_loss", "scale", "lr", "skipped_steps"} | ranking | norms | data | times
     assert [line["step"] for line in evaluations(straight)] == [50, 100, 150]
