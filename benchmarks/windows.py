@@ -1,6 +1,6 @@
 """Rate and traffic of `data.order = "windows"` over HTTP with latency: records are read, not decoded.
 
-Run: python benchmarks/windows.py [--latency 0.02] [--hosts 1 2 4 8] [--shards 16] [--repeats 5]
+Run: python benchmarks/windows.py [--latency 0.02] [--hosts 1 2 4 8] [--shards 32] [--repeats 5]
 
 Makes tars of 1,000 samples of 54 kB, lets a server of its own answer after the latency, and reads one epoch by 16 lanes and
 windows of 256, as each of so many hosts in turn. Prints medians: examples a second on one host, from its first request on; bytes
@@ -24,6 +24,8 @@ from webdataset.writer import TarWriter
 
 from clipjax import config
 from clipjax.data.chunks import ChunkReader
+from clipjax.data.index import root_of, shards_of
+from clipjax.data.indexing import build
 from clipjax.data.readers import training_order, training_reader
 from clipjax.data.source import Fetched
 from clipjax.data.wds import Wds
@@ -73,7 +75,7 @@ def read_epoch(source: Counted, data: config.Data, host: int, hosts: int) -> tup
         numbers = np.array(list(pool.map(read, range(order.batches * local))))
     seconds = time.perf_counter() - start
     assert isinstance(reader, ChunkReader)
-    reader.close()
+    reader.close(wait=True)
     source.fetched_bytes -= reader.ready_bytes()
     return len(numbers), seconds, numbers
 
@@ -93,7 +95,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--latency", type=float, default=0.02, help="seconds before an answer")
     p.add_argument("--hosts", type=int, nargs="+", default=[1, 2, 4, 8])
-    p.add_argument("--shards", type=int, default=16)
+    p.add_argument("--shards", type=int, default=32)
     p.add_argument("--repeats", type=int, default=5)
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -108,6 +110,7 @@ def main() -> None:
             data = config.Data(
                 spec=f"wds:{shards}", order="windows", lanes=16, window=256, index=str(Path(scratch, "index")), workers=WORKERS
             )
+            build(data.spec, shards_of(shards), root_of(shards), str(data.index))
             source = Counted(data, shards)
             print(f"{len(source):,} samples, latency {1e3 * args.latency:.0f} ms, load {os.getloadavg()[0]:.1f}")
             for hosts in args.hosts:

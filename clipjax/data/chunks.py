@@ -97,11 +97,12 @@ class ChunkReader:
             futures = [held.future for held in self._held.values() if held.future is not None]
         return sum(f.result().nbytes for f in futures if f.done() and not f.cancelled() and f.exception() is None)
 
-    def close(self) -> None:
-        """Ends the threads, each after its fetch. Who waits for another chunk, or asks later, gets Closed."""
+    def close(self, wait: bool = False) -> None:
+        """Ends the threads, each after its fetch, for which this waits if it is to. Who waits for another chunk, or asks later,
+        gets Closed."""
         with self._lock:
             self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _use(self, batch: int, place: int, number: int) -> "tuple[Future[Fetched] | None, int]":
         """The chunk of an example, if it is in memory or will be."""
