@@ -1,7 +1,7 @@
 """The command line: `clipjax COMMAND --help` lists each command's options, units and defaults.
 
 Exit status: 0 success; 1 failure (a full disk, a verification that does not hold, an error); 2 wrong use; 3 failed, and the
-same command will fail again (a loss that is not finite, too many images that can't be read). `train` also has 75: it was asked
+same command will fail again (a loss that is not finite, too many bad examples). `train` also has 75: it was asked
 to stop and has saved its state, and the same command resumes, or, under a launcher that starts it again, another job trains in
 the workdir; and 130, the same as the first after Ctrl-C. 141: the program that read the output has ended.
 """
