@@ -6,13 +6,14 @@ Indexing: shards of 2,000 samples of a 54 kB image, a caption and a json. Before
 Over HTTP a server in a process of its own answers after 20 ms. Opening: a process that has imported everything opens `wds:` with
 40,000 shards of 10,000 samples; their index is sparse, so it takes no disk.
 
-Medians of five on two cores of which other programs left this one a fifth, so that a second of CPU time took 4.4:
+Medians of five on two cores that were shared with other programs at a load of 20. "Without waiting" leaves out the time in which the
+thread could have run and had no core (/proc/thread-self/schedstat); it is what an idle machine would give.
 
-    one thread, cold                    7,036 samples/s   0.40 GB/s   34.1 us CPU a sample
-    tarfile, cold                       3,457 samples/s   0.20 GB/s   70.5 us CPU a sample
-    one thread, warm                   23,705 samples/s   1.36 GB/s   11.6 us CPU a sample
-    over HTTP, 8 shards at once         5,840 samples/s   0.33 GB/s   50.3 us CPU a sample
-    opening 400000000 samples            1.80 s   0.51 s CPU     16 MB anonymous
+    one thread, cold                    6,328 samples/s   0.36 GB/s   36.3 us CPU a sample;   16,739 samples/s without waiting
+    tarfile, cold                       3,221 samples/s   0.18 GB/s   73.9 us CPU a sample;    8,777 samples/s without waiting
+    one thread, warm                   25,871 samples/s   1.48 GB/s   11.8 us CPU a sample;   86,186 samples/s without waiting
+    over HTTP, 8 shards at once        10,414 samples/s   0.60 GB/s   43.3 us CPU a sample
+    opening 400000000 samples            0.96 s   0.53 s CPU     16 MB anonymous
 """
 
 import argparse
@@ -73,27 +74,32 @@ def forget(shards: list[store.Stored]) -> None:
         os.close(file)
 
 
-def local(shards: list[store.Stored], cold: bool) -> tuple[float, float]:
-    """Seconds, and seconds of CPU time, of one thread."""
+def clocks() -> np.ndarray:
+    """Now, CPU time, and time that was spent waiting for a core, of this thread, in seconds."""
+    waited = int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    return np.array([time.perf_counter(), time.thread_time(), waited])
+
+
+def local(shards: list[store.Stored], cold: bool) -> np.ndarray:
+    """Seconds, CPU seconds, and those of waiting for a core, of one thread."""
     if cold:
         forget(shards)
-    start, cpu = time.perf_counter(), time.thread_time()
+    start = clocks()
     assert sum(len(spans.scan(shard).spans) for shard in shards) == SHARDS * SAMPLES
-    return time.perf_counter() - start, time.thread_time() - cpu
+    return clocks() - start
 
 
-def by_tarfile(shards: list[store.Stored]) -> tuple[float, float]:
+def by_tarfile(shards: list[store.Stored]) -> np.ndarray:
     """The same by Python's tarfile, of which two shards are enough to compare with; scaled to all."""
     forget(shards)
-    start, cpu = time.perf_counter(), time.thread_time()
+    start = clocks()
     for shard in shards[:2]:
         with tarfile.open(shard.url) as file:
             assert len({member.name.partition(".")[0] for member in file}) == SAMPLES
-    scale = len(shards) / 2
-    return scale * (time.perf_counter() - start), scale * (time.thread_time() - cpu)
+    return (clocks() - start) * len(shards) / 2
 
 
-def over_http(folder: Path) -> tuple[float, float]:
+def over_http(folder: Path) -> np.ndarray:
     command = [sys.executable, str(ROOT / "tests/data/http_server.py"), str(folder), "0.02"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         address = server.stdout.readline().strip()
@@ -101,7 +107,7 @@ def over_http(folder: Path) -> tuple[float, float]:
         start, cpu = time.perf_counter(), time.process_time()
         with ThreadPoolExecutor(indexing.AT_ONCE) as pool:
             assert sum(len(found.spans) for found in pool.map(spans.scan, shards)) == SHARDS * SAMPLES
-        took = time.perf_counter() - start, time.process_time() - cpu
+        took = np.array([time.perf_counter() - start, time.process_time() - cpu, np.nan])
         server.stdin.close()
     return took
 
@@ -138,8 +144,9 @@ def main() -> None:
             ("one thread, warm", lambda: local(shards, False)),
             (f"over HTTP, {indexing.AT_ONCE} shards at once", lambda: over_http(folder / "shards")),
         ):
-            wall, cpu = (statistics.median(values) for values in zip(*(measure() for _ in range(args.runs)), strict=True))
+            wall, cpu, waited = np.median([measure() for _ in range(args.runs)], axis=0)
             rate = f"{n / wall:8,.0f} samples/s {size / wall / 1e9:6.2f} GB/s {cpu / n * 1e6:6.1f} us CPU a sample"
+            rate += "" if np.isnan(waited) else f"; {n / (wall - waited):8,.0f} samples/s without waiting"
             print(f"{label:32} {rate}", flush=True)
         (folder / "large").mkdir()
         write_large_index(folder / "large")
