@@ -6,8 +6,8 @@ Indexing: shards of 2,000 samples of a 54 kB image, a caption and a json. Before
 Over HTTP a server in a process of its own answers after 20 ms. Opening: a process that has imported everything opens `wds:` with
 40,000 shards of 10,000 samples; their index is sparse, so it takes no disk.
 
-Medians of five on two cores that were shared with other programs at a load of 20. "Without waiting" leaves out the time in which the
-thread could have run and had no core (/proc/thread-self/schedstat); it is what an idle machine would give.
+Medians of five on two cores that were shared with other programs, at a load of 20. "Without waiting" leaves out the time in which
+the thread could have run and had no core (/proc/thread-self/schedstat); it is what an idle machine would give.
 
     one thread, cold                    6,328 samples/s   0.36 GB/s   36.3 us CPU a sample;   16,739 samples/s without waiting
     tarfile, cold                       3,221 samples/s   0.18 GB/s   73.9 us CPU a sample;    8,777 samples/s without waiting
