@@ -28,14 +28,16 @@ def arguments(description: str | None, sides: Mapping[str, object]) -> argparse.
     return parser
 
 
-def serve(untimed: Callable[[], Any], timed: Callable[[], Any], about: Any = None) -> None:
+def serve(
+    untimed: Callable[[], Any], timed: Callable[[], Any], about: Any = None, clock: Callable[[], float] = time.perf_counter
+) -> None:
     """One side: prints `about` as JSON, then for every line on stdin runs both functions and prints the seconds of the second."""
     print(READY + json.dumps(about), flush=True)
     for _ in sys.stdin:
         untimed()
-        start = time.perf_counter()
+        start = clock()
         timed()
-        print(time.perf_counter() - start, flush=True)
+        print(clock() - start, flush=True)
 
 
 class Side:
@@ -61,9 +63,12 @@ class Side:
 
 
 @contextlib.contextmanager
-def started(script: str, names: Sequence[str], options: Sequence[str], variables: Mapping[str, str]) -> Iterator[list[Side]]:
-    """The sides, which end with the context. `variables`: of their environment."""
-    sides = [Side(script, name, options, variables) for name in names]
+def started(
+    script: str, names: Sequence[str], options: Sequence[str], variables: Mapping[str, str] | Sequence[Mapping[str, str]]
+) -> Iterator[list[Side]]:
+    """The sides, which end with the context. `variables`: of their environment, the same for all or of each."""
+    of_each = [variables] * len(names) if isinstance(variables, Mapping) else variables
+    sides = [Side(script, name, options, own) for name, own in zip(names, of_each, strict=True)]
     try:
         yield sides
     finally:
