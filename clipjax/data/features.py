@@ -3,7 +3,6 @@
 Hugging Face's `datasets` notes in a file which columns are images, and the names of classes.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +81,7 @@ class _Columns:
 
     def __init__(self, schema: Any, what: str) -> None:
         self._schema, self._what = schema, what
-        noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        self._notes = (noted.get("info") or {}).get("features") or {}
+        self._notes = _notes(schema)
         self.kinds = {name: _kind(schema.field(name).type, self._notes.get(name)) for name in schema.names}
 
     def of(self, *kinds: str) -> list[str]:
@@ -112,6 +110,15 @@ class _Columns:
             note = note.get(step) if isinstance(note, dict) else None
         names = note.get("names") if isinstance(note, dict) else None
         return tuple(name.replace("_", " ") for name in names) if names else None
+
+
+def _notes(schema: Any) -> dict[str, Any]:
+    """What `datasets` noted of each column."""
+    try:
+        noted = columns.value_at((schema.metadata or {}).get(b"huggingface"), ("info", "features"))
+    except ValueError:
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def _kind(kind: Any, note: Any) -> str:

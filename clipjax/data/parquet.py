@@ -1,6 +1,7 @@
 """Parquet files as sources: rows with the bytes of an image, as on the Hugging Face hub, or with its path."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,22 @@ class Parquet(Source):
     def texts(self) -> Iterator[Record]:
         for group, size in enumerate(self._rows.sizes.tolist()):
             try:
-                rows = self._read_rows(group, self._but_image)
+                rows = self._rows_of(group, self._but_image)
             except OSError as error:
                 self.warn(self._rows.name_of_row(group, 0), f"and the {size - 1} after it can't be read: {error}")
                 yield from (Record(b"", (), self._rows.name_of_row(group, j)) for j in range(size))
                 continue
-            yield from (self._text(lambda row=row: row, group, j) for j, row in enumerate(rows))
+            yield from (self._text(row, group, j) for j, row in enumerate(rows))
 
-    def _read_rows(self, group: int, names: list[str]) -> list[Row]:
-        return self._rows.read(group, names).to_pylist() if names else [{}] * int(self._rows.sizes[group])
+    def _rows_of(self, group: int, names: list[str]) -> list[Callable[[], Row]]:
+        """What gives each row of a group: a single one may be unreadable."""
+        size = int(self._rows.sizes[group])
+        table = self._rows.read(group, names) if names else None
+        try:
+            rows = table.to_pylist() if table else [{}] * size
+        except ValueError:  # a text that is not UTF-8
+            return [partial(_row, table, j) for j in range(size)]
+        return [partial(dict, row) for row in rows]
 
     def _text(self, read: Callable[[], Row], group: int, j: int) -> Record:
         try:
@@ -105,10 +113,15 @@ class Parquet(Source):
     def buckets(self) -> np.ndarray:
         features = self._features
         names = [features.key] if features.key else [features.image.column] if features.image_is_path else []
-        groups = enumerate(self._read_rows(group, names) for group in range(len(self._rows.sizes)))
-        return np.fromiter(
-            (bucket(self._key(row, g, j)) for g, rows in groups for j, row in enumerate(rows)), np.uint8, len(self)
-        )
+        groups = enumerate(self._rows_of(group, names) for group in range(len(self._rows.sizes)))
+        keys = (self._key_of(row, group, j) for group, rows in groups for j, row in enumerate(rows))
+        return np.fromiter(map(bucket, keys), np.uint8, len(self))
+
+    def _key_of(self, row: Callable[[], Row], group: int, j: int) -> str:
+        try:
+            return self._key(row(), group, j)
+        except ValueError:
+            return self._rows.name_of_row(group, j)
 
     def _complete(self, row: Row, group: int, j: int, image: bool) -> Record:
         """`image`: with it. May raise anything."""

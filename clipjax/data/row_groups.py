@@ -16,6 +16,7 @@ from clipjax.data.recent import Recent
 from clipjax.data.store import Stored
 
 HELD = 256 << 20  # bytes of row groups that are held for reads of single rows
+LARGE = 1 << 30  # bytes of a row group that is too large for most machines, as several are held at once
 FOOTERS = 64 << 20  # bytes of footers that are held
 AT_ONCE = 16  # files whose footers are read at once
 
@@ -30,14 +31,18 @@ class RowGroups:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             footers = list(pool.map(_footer, files))
         self.files, self._spec = tuple(files), spec
-        self.schemas = [footer.schema.to_arrow_schema() for footer in footers]
-        places, digest = [], blake2b(digest_size=8)
+        footers, self.schemas = zip(*footers, strict=True)
+        places, largest, digest = [], 0, blake2b(digest_size=8)
         for number, (file, footer) in enumerate(zip(files, footers, strict=True)):
             groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
             places += [(number, k, group.num_rows) for k, group in enumerate(groups) if group.num_rows]
+            largest = max([largest, *(group.total_byte_size for group in groups)])
             digest.update(f"{name_of(file.url)} {file.size} {[group.num_rows for group in groups]}\n".encode())
         if not places:
             raise ConfigError(f"data.spec = {spec!r}: {name_of(files[0].url)} has no rows")
+        if largest > LARGE:
+            remedy = "each is read as a whole; write the files with smaller ones, as of 100 rows"
+            log.warning("%s: row groups have up to %.1f GB: %s", spec, largest / 1e9, remedy)
         self.version = digest.hexdigest()
         self.file, self._place, self.sizes = np.array(places, np.int64).T  # of each group: its file, its number there, its rows
         self.ends = np.cumsum(self.sizes)  # the first row after each group
@@ -67,7 +72,7 @@ class RowGroups:
         file = self.files[self.file[group]]
         remote = store.scheme_of(file.url) is not None
         try:
-            footer = self._footers.get(file.url, lambda: _with_size(_footer(file)))
+            footer = self._footers.get(file.url, lambda: _with_size(_footer(file)[0]))
             source = store.open_file(file, least=0) if remote else file.url
             with parquet.ParquetFile(source, metadata=footer, pre_buffer=remote) as content:
                 table = content.read_row_group(int(self._place[group]), columns=list(columns), use_threads=False)
@@ -94,15 +99,19 @@ class RowGroups:
         return table
 
 
-def _footer(file: Stored) -> Any:
+def _footer(file: Stored) -> tuple[Any, Any]:
+    """The footer of a file, and its schema as Arrow's."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with store.open_file(file) as content:
-            return parquet.read_metadata(content)
-    except pa.ArrowException as e:
-        raise ConfigError(f"{file.url}: is no parquet file, or is cut off ({e}); copy it again, or leave it out") from e
+            footer = parquet.read_metadata(content)
+            return footer, footer.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as e:  # Arrow raises OSError, too, for what it can't parse
+        if file.url in str(e):
+            raise  # it can't be reached
+        raise ConfigError(f"{file.url}: is no parquet file, or is damaged ({e}); copy it again, or leave it out") from e
 
 
 def _with_size(footer: Any) -> tuple[Any, int]:

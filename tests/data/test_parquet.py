@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pickle
+import random
 import re
 import threading
 import time
@@ -196,7 +197,7 @@ def test_columns_that_could_be_meant(tmp_path):
 def test_what_is_no_parquet_is_named(hub, tmp_path):
     whole = (hub / "data" / "test-00000-of-00001.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=r"a.parquet: is no parquet file, or is cut off \(.*\); copy it again, or leave it out"):
+    with pytest.raises(ConfigError, match=r"a.parquet: is no parquet file, or is damaged \(.*\); copy it again, or leave it out"):
         opened(tmp_path)
     write(tmp_path / "a.parquet", {"image": images([]), "caption": pa.array([], pa.string())})
     with pytest.raises(ConfigError, match=r"data.spec = .*: a.parquet has no rows"):
@@ -227,6 +228,36 @@ def test_a_damaged_group_is_bad_examples(tmp_path, caplog):
     assert source.read(1).image == png(1)
 
 
+def test_a_text_that_is_not_utf8_is_one_bad_example(tmp_path):
+    captions = pa.array([b"a", b"caf\xe9", b"c"]).view(pa.string())
+    source = opened(write(tmp_path / "a.parquet", {"image": images(range(3)), "caption": captions}))
+    assert [record.captions for record in source.texts()] == [("a",), (), ("c",)]
+    assert [record.key for record in source.texts()] == [f"a.parquet:{i}" for i in range(3)]
+    with pytest.raises(UnicodeDecodeError):
+        source.read(1)
+    assert len(source.buckets()) == 3
+
+
+def test_damaged_files_never_end_the_process(hub, tmp_path):
+    """Bits that are flipped anywhere: the file is refused by name, or examples are bad, and all are counted."""
+    whole, rng = (hub / "data" / "test-00000-of-00001.parquet").read_bytes(), random.Random(0)
+    refused, bad = 0, 0
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(rng.choice([1, 3, 30])):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        (tmp_path / "a.parquet").write_bytes(content)
+        try:
+            source = opened(tmp_path / "a.parquet")
+        except ConfigError:
+            refused += 1
+            continue
+        assert len(list(source.texts())) == len(source)
+        bad += sum(not source.record(i).image for i in range(len(source)))
+    assert refused > 5
+    assert bad > 5
+
+
 def test_the_version_is_that_of_the_rows(hub, tmp_path):
     version = opened(hub).version
     assert version == opened(f"{hub}/data/train-*").version
@@ -246,6 +277,13 @@ def test_single_rows_hold_recent_groups(hub, monkeypatch, caplog):
     assert re.search(
         r"parquet:.*: a row group \(0.0 MB\) is read again for a single row.*; set data.order = windows", caplog.text
     )
+
+
+def test_groups_that_are_too_large_are_warned_of(hub, monkeypatch, caplog):
+    monkeypatch.setattr(row_groups, "LARGE", 300)
+    with caplog.at_level(logging.WARNING):
+        opened(hub)
+    assert "row groups have up to 0.0 GB: each is read as a whole; write the files with smaller ones" in caplog.text
 
 
 def test_recent_values_are_made_once_and_bounded():
