@@ -25,7 +25,9 @@ def checked(image: Image.Image) -> Image.Image:
     """An image that is not yet loaded, where Pillow reads it right; the transparent gray of a PNG in the steps of its pixels.
 
     Raises ValueError for what Pillow takes for something else: colours of 16 bits of which one is transparent (others with its
-    upper half would be, too), planes of 16 bits, which it reads as of 8, and signed numbers."""
+    upper half would be, too), planes of 16 bits, which it reads as of 8, and signed numbers; and for PostScript."""
+    if image.format == "EPS":  # Pillow would start Ghostscript
+        raise ValueError("a program in PostScript, which is not run; expected pixels")
     raw, key, tags = raw_modes(image), image.info.get("transparency"), getattr(image, "tag_v2", {})
     if image.format == "PNG" and image.mode == "RGB" and key is not None and "RGB;16B" in raw:
         raise ValueError("one of its colours of 16 bits is transparent; expected an alpha channel")

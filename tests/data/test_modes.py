@@ -124,6 +124,12 @@ def test_numbers_without_a_known_range_are_refused(kind):
             read(stored)
 
 
+def test_postscript_is_not_run(monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)
+    with pytest.raises(ValueError, match="a program in PostScript"):
+        decode(encoded(Image.fromarray(COLOURS), "eps"))
+
+
 def test_signed_grays_are_refused():
     with pytest.raises(ValueError, match="signed numbers"):
         decode(tiff(np.array([[0, 1, 200]], np.uint8), t258=8, t339=2))

@@ -89,6 +89,22 @@ def test_broken_metadata_do_no_harm(form, kind):
     np.testing.assert_array_equal(*(training(s, 8, data, np.random.default_rng(0)) for s in (stored, bare)))
 
 
+def test_orientation_behind_the_pixels_and_in_xmp():
+    pixels, exif = noise(20, 31), Image.Exif()
+    exif[274] = 6
+    upright = np.rot90(pixels, -1)
+    block = exif.tobytes()[6:]
+    whole, chunk = encoded(Image.fromarray(pixels)), struct.pack(">I", len(block)) + b"eXIf" + block
+    stored = whole[:-12] + chunk + struct.pack(">I", zlib.crc32(chunk[4:])) + whole[-12:]
+    np.testing.assert_array_equal(decode(stored), upright)
+    crops = [training(s, 8, Data(spec="emoji"), np.random.default_rng(0)) for s in (stored, encoded(Image.fromarray(upright)))]
+    np.testing.assert_array_equal(*crops)
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"/>'
+    whole = encoded(Image.fromarray(pixels), "jpeg")
+    stored = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + whole[2:]
+    np.testing.assert_array_equal(decode(stored), np.rot90(decode(whole), -1))
+
+
 @pytest.mark.parametrize(
     "chunks",
     [
