@@ -66,6 +66,7 @@ class ChunkReader:
     def __init__(self, source: Source, order: Planned[Windows], batch_of_step: Callable[[int], int]) -> None:
         """`batch_of_step(k)`: the batch of the order that this process needs as its k-th, ascending."""
         self._source, self._order, self._batch_of_step = source, order, batch_of_step
+        self._lanes = order.order.lanes_of(order.first, order.count)
         self._starts = order.order.starts
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="chunks")
         self._lock, self._closed = threading.Lock(), False
@@ -184,14 +185,11 @@ class ChunkReader:
         return fetched
 
     def _say_memory(self, example: float) -> None:
-        lanes, window = self._order.order.lanes_of(self._order.first, self._order.count), self._order.order.window
-        if (expected := lanes * window * example) > LARGE:
-            what = "%s: data.order = 'windows' takes about %.0f GiB of memory on this host: %d lanes x %d examples of %.0f kB"
-            log.warning(
-                what + "; lower data.lanes or data.window, or use more hosts",
-                self._source.name,
-                expected / 2**30,
-                lanes,
-                window,
-                example / 1e3,
-            )
+        """Logs what lanes and windows cost, where that is much. `example`: bytes of one."""
+        name, window, lanes = self._source.name, self._order.order.window, self._order.order.lanes
+        if self._order.first == 0 and self._order.count * lanes < self._order.share:
+            remedy = "set data.lanes to the number of hosts or a multiple"
+            log.warning("%s: hosts share lanes, and each fetches all chunks of its lane: %s", name, remedy)
+        if (expected := self._lanes * window * example) > LARGE:
+            what = "%s: data.order = 'windows' takes about %.0f GiB of memory on this host, %d lanes x %d examples of %.0f kB"
+            log.warning(f"{what}; lower data.lanes or data.window", name, expected / 2**30, self._lanes, window, example / 1e3)

@@ -34,7 +34,8 @@ class Windows(Order):
         self.batches = self.examples // share
         dtype = np.uint32 if self.examples < 2**32 else np.uint64
         self.starts = np.concatenate([[0], np.cumsum(chunks)]).astype(dtype)  # of each chunk in the source, and its end
-        self._cuts = np.arange(min(lanes, share) + 1) * share // min(lanes, share)  # of a batch into lanes
+        self.lanes = min(lanes, share)
+        self._cuts = np.arange(self.lanes + 1) * share // self.lanes  # of a batch into lanes
         self._widths = np.diff(self._cuts)
         numbers = np.arange(len(self._widths))
         shift = (numbers * GOLDEN % 2**32 * window) >> 32  # by how much the first window of each lane is shorter

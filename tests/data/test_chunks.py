@@ -206,10 +206,19 @@ def test_windows_that_take_much_memory_are_said_at_the_start(monkeypatch, caplog
     with caplog.at_level(logging.WARNING):
         order, made = reader(Stored())
         read(order, made, 0)
-        made.close()
+        made.close(wait=True)
     assert "data.order = 'windows'" in caplog.text
     assert "8 lanes x 150 examples of 1 kB" in caplog.text
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("lanes", "said"), [(2, True), (4, False), (64, False)])
+def test_hosts_that_share_a_lane_are_said(lanes, said, caplog):
+    with caplog.at_level(logging.WARNING):
+        order, made = reader(Stored(), 0, SHARE // 4, lanes=lanes)
+        read(order, made, 0)
+        made.close(wait=True)
+    assert ("hosts share lanes" in caplog.text) == said
 
 
 def test_worker_processes_are_refused_with_windows():

@@ -1,17 +1,20 @@
 """Mixtures: exact counts in every batch, for every number of processes and from every step on."""
 
 import itertools
+import pickle
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.config import Augment, ConfigError, Data, Filter, Part
+from clipjax.config import Augment, ConfigError, Data, Filter, Part, Retrieval
 from clipjax.data.mixture import Mixture, batch_counts, part_names, spread
 from clipjax.data.pipeline import check_source, train_batches
+from clipjax.data.readers import training_order
 from clipjax.data.sources import open_source
 from tests.data.conftest import write_tsv
+from tests.train import tiny
 
 SIZES = {"red": 40, "green": 17, "blue": 25}  # 82 in all: three epochs are ten batches of 24
 BATCH = 24
@@ -167,6 +170,18 @@ def test_a_share_of_more_than_all_examples_is_refused(mixture):
     data = mixture(repeats=(1.0, 50.0, 1.0))
     with pytest.raises(ConfigError, match="which has only 17"):
         check_source(open_source(data), data, BATCH)
+
+
+def test_an_evaluation_on_the_mixture_itself_is_refused(mixture):
+    with pytest.raises(ConfigError, match=r"evals.0.data = None: .*a mixture: name the examples to evaluate on"):
+        tiny.run(data=mixture(), evals=(Retrieval(),))
+
+
+def test_worker_processes_get_the_order(mixture):
+    data = mixture()
+    order = training_order(open_source(data), data, BATCH, 3, 0, 12)
+    again = pickle.loads(pickle.dumps(order))
+    assert [again.one(5, place) for place in range(BATCH)] == order.at(5, np.arange(BATCH)).tolist()
 
 
 def test_the_names_of_parts_differ_and_say_what_they_are():
