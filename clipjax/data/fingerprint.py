@@ -28,7 +28,7 @@ def of(source: Source) -> Fingerprint:
     - `examples`: how many;
     - `version`: what names this stored version, such as that of a TFDS dataset; empty where there is none;
     - `keys`, `captions`: of the examples `_sampled`, the CRC-32 of the key, and of all captions as a JSON list; None where an
-      example could not be read;
+      example could not be read, or has none;
     - of a mixture only: `parts`, the fingerprint of each; it has no samples of its own.
     """
     fingerprint: Fingerprint = {"name": source.name, "examples": len(source), "version": source.version}
@@ -37,9 +37,8 @@ def of(source: Source) -> Fingerprint:
     places = _sampled(len(source), DISTANT if "://" in source.name else SAMPLE)
     with ThreadPoolExecutor(THREADS) as pool:
         records = list(pool.map(source.text, places))
-    readable = [record.key != f"number {i}" for i, record in zip(places, records, strict=True)]
-    keys = [_crc(record.key) if ok else None for ok, record in zip(readable, records, strict=True)]
-    texts = [_crc(json.dumps(record.captions)) if ok else None for ok, record in zip(readable, records, strict=True)]
+    keys = [None if record.key == f"number {i}" else _crc(record.key) for i, record in zip(places, records, strict=True)]
+    texts = [_crc(json.dumps(record.captions)) if record.captions else None for record in records]
     return fingerprint | {"keys": keys, "captions": texts}
 
 

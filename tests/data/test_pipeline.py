@@ -212,13 +212,13 @@ def test_several_captions_on_any_workers_hosts_and_from_any_step(batches, severa
     assert not np.array_equal(batches(1, seed=1, **chosen)[0]["text"], straight[0]["text"])
 
 
-def test_fewer_captions_are_repeated_in_turn(batches, tokenizer, several):
+def test_fewer_captions_are_repeated_in_turn(batches, tokenizer, several, tmp_path):
     for batch in batches(2, batch_size=12, source=several, captions_per_image=5):
         five = shown(batch, tokenizer)
         for i, captions in zip(batch["index"], five, strict=True):
             assert captions[1:] == [i + 20 * n for n in range(1, 5)]
     rows = [("0.png", "number 0"), ("1.png", "number 1"), ("1.png", "number 2")]
-    few = open_source(Data(spec=f"tsv:{write_tsv(several.folder, rows)}"))
+    few = open_source(Data(spec=f"tsv:{write_tsv(tmp_path, rows)}"))
     (batch,) = batches(1, batch_size=2, source=few, captions_per_image=2)
     assert dict(zip(batch["index"].tolist(), shown(batch, tokenizer), strict=True)) == {0: [0, 0], 1: [1, 2]}
     refusal = r"^data.captions_per_image = 3: no example of tsv:.* has more than 2 \(2 were looked at\): .* data.text_field"
