@@ -129,7 +129,7 @@ class Data(Strict, prefix="data"):
     filter: Filter = Filter()  # which examples training leaves out
     # To a square: `squash` resizes both sides, `crop` resizes the shorter side and crops the centre.
     resize: Literal["squash", "crop"] = "squash"
-    # `fast`: of training images, by SIMD (the extra `fast`). A sixth of a photograph's values differ from Pillow's, by 1 to 4 of 255.
+    # `fast`: of training images, by SIMD (the extra `fast`). A sixth of the values differ from Pillow's, by 1 to 4 of 255.
     resizer: Literal["pillow", "fast"] = "pillow"
     max_pixels: int = 178_956_970  # a larger image is unreadable: decoding it takes too much memory
     augment: Augment = Augment()  # random changes of training images
