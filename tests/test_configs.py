@@ -30,7 +30,7 @@ from clipjax.train.optimizer import match_rules
 ROOT = Path(__file__).parents[1]
 TEXTS = Path(__file__).with_name("configs")
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
-PODS = [name for name in FILES if not name.startswith("emoji")]
+PODS = [name for name in FILES if not name.startswith(("emoji", "openclipart"))]
 
 
 def load(name: str, *options: str) -> config.Run:
