@@ -1,6 +1,7 @@
 """The same forty pictures from every kind of source."""
 
 import dataclasses
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from clipjax import config
 from clipjax.config import Data
 from clipjax.data.faults import shown
 from clipjax.data.pipeline import train_batches
@@ -89,3 +91,21 @@ def test_batches_are_the_same_from_every_kind(kinds, tokenizer):
             assert batch.keys() == other.keys()
             for name in batch:
                 np.testing.assert_array_equal(batch[name], other[name], err_msg=f"{kind} {name}")
+
+
+def test_processes_read_every_kind(kinds, tokenizer):
+    """What a source holds open or has read, it does not take along to another process."""
+    parts = tuple(config.Part(spec=kinds[kind].spec, split="train", index=kinds[kind].index) for kind in KINDS)
+    data = Data(sources=parts, workers=2)
+    source = open_source(data)
+    assert [len(list(part.texts())) for part in source.sources] == [N] * len(KINDS)
+    assert all(source.read(i).image for i in range(len(source)))
+    seen = {}
+    for kind in ("threads", "processes"):
+        of_kind = dataclasses.replace(data, worker_kind=kind)
+        with train_batches(source, tokenizer, of_kind, image_size=16, batch_size=50, seed=0) as stream:
+            seen[kind] = list(itertools.islice(stream, 3))
+    assert not any(batch["replaced"].any() for batch in seen["processes"])
+    for threads, processes in zip(seen["threads"], seen["processes"], strict=True):
+        for name in threads:
+            np.testing.assert_array_equal(threads[name], processes[name], err_msg=name)
