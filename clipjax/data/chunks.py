@@ -2,9 +2,8 @@
 
 The order says which examples a process needs, so it is known which chunks come next. Threads fetch them ahead; records are taken
 from memory; a chunk is dropped when its last example is used. What is in memory: of each of this process's lanes the chunks of a
-window that is in use, `data.lanes` x `data.window` x the bytes of an example on one process and a part of that on each of
-several; the chunks that windows and lanes have in common; and AHEAD chunks or AHEAD_EXAMPLES, but at most AHEAD_BYTES, that are
-not needed yet.
+window that is in use, about `data.lanes` x (`data.window` + a chunk) x the bytes of an example on one process and a part of that
+on each of several; and AHEAD chunks or AHEAD_EXAMPLES, but at most AHEAD_BYTES, that are not needed yet.
 """
 
 import collections
@@ -186,10 +185,10 @@ class ChunkReader:
 
     def _say_memory(self, example: float) -> None:
         """Logs what lanes and windows cost, where that is much. `example`: bytes of one."""
-        name, window, lanes = self._source.name, self._order.order.window, self._order.order.lanes
+        name, lanes, held = self._source.name, self._order.order.lanes, self._order.order.held
         if self._order.first == 0 and self._order.count * lanes < self._order.share:
             remedy = "set data.lanes to the number of hosts or a multiple"
             log.warning("%s: hosts share lanes, and each fetches all chunks of its lane: %s", name, remedy)
-        if (expected := self._lanes * window * example) > LARGE:
+        if (expected := self._lanes * held * example) > LARGE:
             what = "%s: data.order = 'windows' takes about %.0f GiB of memory on this host, %d lanes x %d examples of %.0f kB"
-            log.warning(f"{what}; lower data.lanes or data.window", name, expected / 2**30, self._lanes, window, example / 1e3)
+            log.warning(f"{what}; lower data.lanes or data.window", name, expected / 2**30, self._lanes, held, example / 1e3)

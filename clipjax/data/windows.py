@@ -85,6 +85,11 @@ class Windows(Order):
             table[first + 1 : first + 1 + len(chunk)] = table[first] + np.cumsum(lengths, dtype=table.dtype)
         return table, int(permuted(np.zeros(1, np.int64), self.examples, hashed(key, 3))[0]), key
 
+    @property
+    def held(self) -> int:
+        """About how many examples are in the chunks that a lane has in use: a window, and at its ends the rest of a chunk."""
+        return min(self.window + self.examples // (len(self.starts) - 1), self.batches * int(self._widths.max()))
+
     def lanes_of(self, first: int, count: int) -> int:
         """How many lanes have a place among the `count` ones of a batch from `first` on."""
         low, high = np.searchsorted(self._cuts, [first, first + count - 1], side="right")

@@ -202,13 +202,13 @@ def test_fetches_overlap(workers):
 
 
 def test_windows_that_take_much_memory_are_said_at_the_start(monkeypatch, caplog):
-    monkeypatch.setattr(chunks, "LARGE", LANES * WINDOW * BYTES - 1)
+    monkeypatch.setattr(chunks, "LARGE", LANES * (WINDOW + 100) * BYTES - 1)
     with caplog.at_level(logging.WARNING):
         order, made = reader(Stored())
         read(order, made, 0)
         made.close(wait=True)
     assert "data.order = 'windows'" in caplog.text
-    assert "8 lanes x 150 examples of 1 kB" in caplog.text
+    assert "8 lanes x 250 examples of 1 kB" in caplog.text
     assert len(caplog.records) == 1
 
 
