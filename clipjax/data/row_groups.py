@@ -51,7 +51,7 @@ class RowGroups:
         for file, footer in zip(files, footers, strict=True):
             self._footers.get(file.url, functools.partial(_with_size, footer))
         self._held: Recent[Any] = Recent(HELD)
-        self._were_held: set[int] = set()
+        self._were_held: set[tuple[int, int]] = set()
         self._warned = False
 
     def find(self, row: int) -> tuple[int, int]:
@@ -87,15 +87,16 @@ class RowGroups:
 
         def make() -> tuple[Any, int]:
             table = self.read(group, columns)
-            if group in self._were_held and not self._warned:
+            if key in self._were_held and not self._warned:
                 self._warned = True
                 what = f"a row group ({table.nbytes / 1e6:,.1f} MB) is read again for a single row, as each must be in this order"
                 remedy = "set data.order = windows, or write the files with smaller row groups"
                 log.warning("%s: %s; %s", self._spec, what, remedy)
             return table, table.nbytes
 
-        table = self._held.get((group, len(columns)), make)
-        self._were_held.add(group)
+        key = group, len(columns)
+        table = self._held.get(key, make)
+        self._were_held.add(key)
         return table
 
 

@@ -14,9 +14,11 @@ from pyarrow import parquet
 
 from clipjax import config
 from clipjax.config import Data
+from clipjax.data import ranges
 from clipjax.data.faults import shown
 from clipjax.data.pipeline import train_batches
 from clipjax.data.sources import open_source
+from tests.data import hub
 from tests.data.conftest import IMAGES
 
 N = IMAGES - 1
@@ -57,6 +59,30 @@ def kinds(images_tsv, tmp_path_factory):
         "folder": Data(spec=f"folder:{root}/folder", label_field="json.class"),
         "wds": Data(spec=f"wds:{root}/wds", label_field="json.class", index=str(root / "index")),
     }
+
+
+def test_tables_parquet_and_folders_of_a_store(kinds, tmp_path):
+    with hub.standing_in():
+        base, put = "hf://datasets/we/pairs", ranges.system("hf").pipe_file
+        local = Path(kinds["parquet"].spec.partition(":")[2])
+        for path in local.iterdir():
+            put(f"{base}/parquet/data/{path.name}", path.read_bytes())
+        stored = open_source(dataclasses.replace(kinds["parquet"], spec=f"parquet:{base}/parquet"))
+        here = open_source(kinds["parquet"])
+        assert list(stored.texts()) == list(here.texts())
+        assert (stored.read(7), stored.version) == (here.read(7), here.version)
+        put(f"{base}/tables/pairs.csv", b'filepath,title\nimages/1.png,one\nimages/2.png,"t,wo"\n')
+        put(f"{base}/tables/images/2.png", b"png")
+        table = open_source(Data(spec=f"csv:{base}/tables/*.csv"))
+        assert (table.read(1).image, table.text(0).captions) == (b"png", ("one",))
+        with pytest.raises(FileNotFoundError, match=r"hf://datasets/we/pairs/tables/images/1.png"):
+            table.read(0)
+        (tmp_path / "pairs.csv").write_text(f"filepath,title\n{base}/tables/images/2.png,two\n")
+        assert open_source(Data(spec=f"csv:{tmp_path}/pairs.csv")).read(0).image == b"png"
+        for name in ("train/a_cat/1.png", "test/a_cat/2.png"):
+            put(f"{base}/folder/{name}", name.encode())
+        (record,) = map(open_source(Data(spec=f"folder:{base}/folder")).read, range(1))
+        assert (record.image, record.captions, record.key) == (b"train/a_cat/1.png", ("a cat",), "a_cat/1")
 
 
 KINDS = ["tsv", "csv", "parquet", "folder", "wds"]

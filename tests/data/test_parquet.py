@@ -269,6 +269,8 @@ def test_single_rows_hold_recent_groups(hub, monkeypatch, caplog):
     source = opened(hub)
     with caplog.at_level(logging.WARNING):
         for i in range(N):
+            source.text(i)
+        for i in range(N):
             source.read(i)
         assert not caplog.records  # in order, each group is read once
         for i in (0, 20, 1, 21, 2):
