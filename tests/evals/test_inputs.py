@@ -164,4 +164,4 @@ def test_a_chunk_that_cannot_be_fetched_fails_each_of_its_examples(tsv, data, en
     monkeypatch.setattr(source, "fetch", failing)
     index = np.concatenate([b["index"] for b in image_batches(encoder, source, data)])
     assert index.tolist() == [0, 1, 2, 3, -1, 5, -1, -1, -1, 9, -1, -1]
-    assert "example number 7 is left out: it can't be read: OSError: the server is away" in caplog.text
+    assert "example number 7 is left out, because it can't be read: OSError: the server is away" in caplog.text

@@ -42,12 +42,12 @@ def run(sources):
 class Untouched:
     """A source that must not be read."""
 
-    name = "untouched"
+    name, captioned = "untouched", True
 
     def __len__(self):
         return 16
 
-    def captions(self):
+    def captions(self, texts=None):
         raise AssertionError("its captions were read")
 
 
