@@ -5,6 +5,7 @@ import gzip
 import io
 import logging
 import pickle
+import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,8 @@ import pandas as pd
 import pytest
 
 from clipjax.config import ConfigError, Data, Filter
+from clipjax.data import store
+from clipjax.data.delimited import Delimited
 from clipjax.data.faults import shown
 from clipjax.data.sources import open_source
 from tests.data import http_server
@@ -117,6 +120,27 @@ def test_what_is_oddly_written_is_read_as_pandas_reads_it(tmp_path, rows, separa
     read = pd.read_csv(io.StringIO(text, newline=""), sep=separator, dtype=str)
     expected = [(row.filepath, (row.title,) if isinstance(row.title, str) else ()) for row in read.itertuples()]
     assert [(record.key, record.captions) for record in opened(f"csv:{tmp_path}/a.csv").texts()] == expected
+
+
+PIECES = ["a", " ", ",", ";", "\t", "|", '"', '""', "\n", "\r\n", "\r", "é", "🦊", "NA", "nan", "x" * 30, "'", "\\", "0", "1.5"]
+
+
+def test_random_tables_are_read_as_pandas_reads_them(tmp_path):
+    rng = random.Random(0)
+    for _ in range(150):
+        n = rng.randint(1, 6)
+        titles = ["".join(rng.choices(PIECES, k=rng.randint(0, 6))) or None for _ in range(n)]
+        others = [rng.choice(["q", '"', None, "l\nm"]) for _ in range(n)]
+        frame = pd.DataFrame({"filepath": [f"{i}.png" for i in range(n)], "title": titles, "other": others})
+        separator, quoting = rng.choice(",;\t|"), rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+        path = tmp_path / rng.choice(["a.csv", "a.tsv"] if separator == "\t" else ["a.csv"])
+        options = dict(sep=separator, quoting=quoting, lineterminator=rng.choice(["\n", "\r\n"]), index=rng.random() < 0.5)
+        frame[rng.sample(list(frame.columns), 3)].to_csv(path, **options)
+        read = pd.read_csv(path, sep=separator, dtype=str)
+        expected = [(row.filepath, row.title if isinstance(row.title, str) else None) for row in read.itertuples()]
+        table = Delimited(store.find("", str(path), ())[0], [separator], [], lines_first=path.suffix == ".tsv")
+        paths, captions = (column.to_pylist() for column in table.read(["filepath", "title"]))
+        assert list(zip(paths, captions, strict=True)) == [(p if isinstance(p, str) else None, t) for p, t in expected]
 
 
 def test_a_quote_that_nothing_closes_is_named(tmp_path):
