@@ -57,6 +57,16 @@ def test_progress_is_plain_lines_where_there_is_no_terminal():
     ]
 
 
+def test_the_share_of_bad_examples_is_shown_where_there_are_any():
+    stream = io.StringIO()
+    with Progress(100, stream, Time()) as progress:
+        for shares in ({"bad_share": 0.0, "filtered_share": 0.0}, {"bad_share": 0.0004, "filtered_share": 0.25}):
+            progress.update(20, LINE | shares)
+    plain, bad = stream.getvalue().splitlines()
+    assert plain.endswith("data wait 3%")
+    assert bad.endswith("data wait 3%  bad 0.04%  filtered 25%")
+
+
 def test_progress_redraws_one_line_and_warnings_stay_complete():
     now, terminal = Time(), Terminal()
     with Progress(100, terminal, now) as progress:
