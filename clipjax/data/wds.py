@@ -23,6 +23,7 @@ from clipjax.data.spans import HOP, last_suffix
 from clipjax.data.tar import BLOCK, Window
 
 CLASSNAMES = "classnames.txt"  # beside the shards or one folder above, as in the sets of CLIP_benchmark
+# What a chunk is decides the order by windows: another rule, and runs go on with other batches.
 CHUNK = 256  # samples of a chunk at most, and half of that at least where the shard has as many
 CHUNK_BYTES = 16 << 20  # bytes of a chunk on average, where samples are large
 GAP = 1 << 20  # bytes of samples that are left out, which are not fetched with a chunk

@@ -18,8 +18,9 @@ from clipjax.storage import DamagedError
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, state_shapes
 
-ORDER = r"seed|data\.(spec|split)|train\.batch_size"  # fields that make the order of the data
-INDICES = r"data\.(spec|split|image_field)"  # fields that make the numbers of the examples, which a memory goes by
+# Fields that make the order of the data, and the numbers of the examples, which a memory goes by.
+ORDER = r"seed|train\.batch_size|data\.(order|lanes|window)|data\.(sources\.\d+\.)?(spec|split|weight|repeat)"
+INDICES = r"data\.(sources\.\d+\.)?(spec|split|image_field)"
 STATE = r"(model|objective)\..*|optim\.(kind|mu_dtype|b1|ema|rules.*)"  # fields that may make the shapes of the state
 SHOWN = 3  # arrays that a message names
 

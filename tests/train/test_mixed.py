@@ -8,6 +8,7 @@ from PIL import Image
 from clipjax import build, config
 from clipjax.data.sources import open_source
 from clipjax.train.loop import train
+from clipjax.train.origin import changes_order
 from clipjax.train.workdir import open_workdir
 from tests.data.conftest import write_tsv
 from tests.train import tiny
@@ -39,3 +40,15 @@ def test_a_run_says_share_and_epochs_of_each_part(tmp_path, capsys):
     assert line["epoch/many"] == 60 / 41
     assert line["epoch/few"] == 2
     assert line["replaced"] == 0
+
+
+def test_another_share_or_part_is_another_order():
+    def run(*parts, **fields):
+        return tiny.run(data=config.Data(sources=parts, **fields))
+
+    first, second = config.Part(spec="tsv:a.tsv", weight=1.0), config.Part(spec="tsv:b.tsv", weight=2.0)
+    before = run(first, second)
+    heavier, cleaner = (dataclasses.replace(second, **change) for change in ({"weight": 3.0}, {"text_field": "clean"}))
+    for order in (run(first, heavier), run(first, second, second), run(second, first), run(first, second, order="windows")):
+        assert changes_order(before, order)
+    assert not changes_order(before, run(first, cleaner))
