@@ -38,6 +38,8 @@ class Table(Source):
         separators = "\t" if kind == "tsv" else list(SEPARATORS)
         wanted = (data.image_field or IMAGE, data.text_field or TEXT)
         tables = [Delimited(file, separators, wanted, lines_first=kind == "tsv") for file in files]
+        other = kind == "tsv" and len(header := tables[0].columns) == 1 and any(mark in header[0] for mark in SEPARATORS)
+        config.require(not other, "data.spec", data.spec, f"the header has no tab; if it is a csv: csv:{patterns}")
         self._choose(data, tables[0])
         self._root, inner = common_folder([file.url for file in files])
         self._columns, keys = _read(tables, inner, self._image, self._used)

@@ -75,6 +75,11 @@ def test_errors_name_file_and_line(tmp_path):
     path.write_text("filepath\ttitle\na.png\ta\n", encoding="utf-16")
     with pytest.raises(ConfigError, match=r"pairs.tsv: is UTF-16; save it as UTF-8"):
         opened(f"tsv:{path}")
+    path.write_text("filepath,title\na.png,a\n")
+    with pytest.raises(
+        ConfigError, match=r"data.spec = 'tsv:.*pairs.tsv': the header has no tab; if it is a csv: csv:.*pairs.tsv"
+    ):
+        opened(f"tsv:{path}")
     path.write_bytes(b"")
     with pytest.raises(ConfigError, match=r"is not among the columns of pairs.tsv; there are none"):
         opened(f"tsv:{path}")
