@@ -50,12 +50,15 @@ def test_a_run_with_too_many_missing_files_ends_and_goes_on_once_they_are_there(
     assert [line["step"] for line in hosts.metrics(workdir)] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param("8", marks=pytest.mark.slow), "40"])
-def test_with_two_of_forty_files_no_run_trains_on_copies(batch_size, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("batch_size", "saved"),
+    [pytest.param("8", ["5"], marks=pytest.mark.slow), ("40", [])],  # 40 examples are too few to tell
+)
+def test_with_two_of_forty_files_no_run_trains_on_copies(batch_size, saved, tmp_path, capsys):
     data = write(tmp_path / "data", (5, 17))
     assert train(data, tmp_path / "run", "--train.batch_size", batch_size, "--train.log_every", "50") == 3
     assert "bad (can't be read: " in capsys.readouterr().err
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == saved
 
 
 @pytest.mark.slow
