@@ -14,7 +14,8 @@ from typing import Any, Generic, TypeVar
 import grain
 import numpy as np
 
-KEPT = 1 << 15  # places whose examples are kept, at least those of four batches
+KEPT = 1 << 15  # places whose examples are kept, at least those of twice as many batches as NEAR
+NEAR = 3  # batches after one that are looked up as a whole for its stand-ins: data.filter may leave out many examples
 
 
 class Order(ABC):
@@ -95,7 +96,7 @@ class Planned(Order, Generic[Inner]):
         return int(self.plan(step)[0][place - self.first]) if own else self.order.one(step, place)
 
     def stand_in(self, step: int, place: int, tried: int) -> int:
-        return self.order.stand_in(step, place, tried)
+        return super().stand_in(step, place, tried) if tried <= NEAR else self.order.stand_in(step, place, tried)
 
     def plan(self, step: int) -> tuple[np.ndarray, ...]:
         """The examples at this process's places of batch `step`, and what else the order knows of them (`Order.located`)."""
@@ -103,7 +104,7 @@ class Planned(Order, Generic[Inner]):
             if step not in self._plans:
                 self._plans |= self.order.located(step, self._places)
             self._plans.move_to_end(step)
-            while len(self._plans) > max(4, KEPT // max(self.count, 1)):
+            while len(self._plans) > max(2 * NEAR, KEPT // max(self.count, 1)):
                 self._plans.popitem(last=False)
             return self._plans[step]
 

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
+from clipjax.data.order import Planned
 from clipjax.data.permutation import hashed, permuted
 from clipjax.data.windows import Windows
 
@@ -129,6 +130,16 @@ def test_batches_that_are_looked_up_together_are_those_that_come_alone():
         assert len(together) == min(512 // 16, order.batches - start % order.batches)
         for step, (number, _, _) in together.items():
             assert number.tolist() == order.at(step, np.arange(16, 32)).tolist()
+
+
+def test_stand_ins_are_the_same_on_every_process_and_outside_their_batch():
+    order = Windows(chunks(50), 48, 5, 6, 64)
+    for step in (0, order.batches - 1):
+        batch = set(order.at(step, np.arange(48)).tolist())
+        for place, first in ((3, 0), (40, 32)):
+            expected = [order.stand_in(step, place, tried) for tried in range(1, 8)]
+            assert [Planned(order, first, 16).stand_in(step, place, tried) for tried in range(1, 8)] == expected
+            assert len(set(expected) - batch) == 7
 
 
 def test_a_table_of_400_million_examples_is_small():
