@@ -2,8 +2,8 @@
 
 Run:      clipjax train openclipart_clip --workdir runs/openclipart
 Needs:    `clipjax data prepare openclipart` in the same folder
-Cost:     minutes on two CPU cores
-Expected: in docs/your-data.md
+Cost:     33 minutes on two CPU cores that ten programs shared
+Expected: R@10 0.27 text to image, 0.30 image to text on the 272 held-out drawings, where chance gives 0.04
 """
 
 from clipjax.config import Augment, Cosine, Data, ImageTower, Model, Optim, Retrieval, Run, TextTower, Train

@@ -194,6 +194,22 @@ def test_images_alone_are_embedded_and_compared_with_no_caption(run, tsv, model,
     assert results.metrics["acc1"] == np.mean(found.argmax(1) == np.array(READABLE) % 3)
 
 
+def test_labels_come_from_a_field(run, tsv, model, params, images):
+    """A csv without captions: numbers that a file names, and names of the dataset's own."""
+    encoder = Encoder(MODEL, mesh_of("1"), 4)
+    rows = [f"{i}.png,{i % 3},{('hen', 'fox', 'owl')[i % 3]}" for i in range(10)]
+    (tsv / "labels.csv").write_text("\n".join(["file,number,name", *rows]) + "\n")
+    (tsv / "three.txt").write_text("hen\nfox\nowl\n")
+    z, prompts = model.encode_image(jnp.asarray(images[READABLE])), jnp.asarray(tokenize(["hen", "fox", "owl"]))
+    right = np.mean((z @ model.encode_text(prompts).T).argmax(1) == np.array(READABLE) % 3)
+    for field, file in (("number", str(tsv / "three.txt")), ("name", None)):
+        fields = dict(data=f"csv:{tsv}/labels.csv", image_field="file", label_field=field)
+        wanted = dataclasses.replace(plain(file), **fields)
+        assert prepare(wanted, encoder, TOKENIZER, run).run(params).metrics["acc1"] == right
+    with pytest.raises(ConfigError, match=r"classnames = None: csv:.* has none of its own"):
+        prepare(dataclasses.replace(plain(None), **fields | {"label_field": "number"}), encoder, TOKENIZER, run)
+
+
 def test_an_evaluation_cleans_as_it_is_told(run):
     encoder, web = Encoder(MODEL, mesh_of("1"), 4), dataclasses.replace(run, tokenizer=config.BPE(clean="web"))
     trained = Tokenizer(TOKENIZER.backend, TOKENIZER.pad_id, TOKENIZER.length, "web")
