@@ -118,5 +118,9 @@ def test_a_swapped_file_is_refused_unless_the_user_accepts_it(data, tmp_path, ca
 
     write(data, rows(39))
     assert train(data, workdir, 2) == 2
+    capsys.readouterr()
+    (workdir / "checkpoints" / "2" / "data" / "metadata").write_text("{")
+    assert train(data, workdir, 2) == 0
+    assert f"which data it was trained on is not known: {workdir}@2 can't be read" in capsys.readouterr().err
     shutil.rmtree(workdir / "checkpoints" / "2" / "data")  # as an older release saved it
     assert train(data, workdir, 2) == 0
