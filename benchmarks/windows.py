@@ -6,6 +6,9 @@ Makes tars of 1,000 samples of 54 kB, lets a server of its own answer after the 
 windows of 256, as each of so many hosts in turn. Prints medians: examples a second on one host, from its first request on; bytes
 fetched over all hosts, without those that lie ready for the next epoch, for each byte of the samples that were used; CPU
 microseconds an example, of the reading process alone.
+
+Seen on two cores that nine others kept busy (load 10), for 1, 2, 4 and 8 hosts: 6,196, 6,971, 6,711 and 6,571 examples/s a host;
+1.008, 1.016, 1.032 and 1.063 bytes for each used; 110 to 127 us.
 """
 
 import argparse
