@@ -6,6 +6,7 @@ They come from Debian's packages openclipart-png and openclipart-svg. The drawin
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -69,6 +70,7 @@ def find_collection(scratch: Path) -> Path:
         pages = " and ".join(f"https://packages.debian.org/{name}" for name in PACKAGES)
         remedy = f"download both .deb files from {pages}, unpack each (`ar x FILE.deb && tar -xf data.tar.xz`)"
         raise ConfigError(f"openclipart: there is no apt-get: {remedy}, and set {FOLDER_VARIABLE} to their .{INSTALLED}")
+    print(f"openclipart: downloads {' and '.join(PACKAGES)}, 156 MB", file=sys.stderr, flush=True)
     _run(["apt-get", "-q", "download", *PACKAGES], scratch)
     for package in sorted(scratch.glob("*.deb")):
         _run(["dpkg-deb", "-x", str(package), str(scratch / "unpacked")], scratch)

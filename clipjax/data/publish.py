@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from clipjax.data.bar import bar
 
 SHARD = 1000  # examples of a tar
 FILE = 2500  # examples of a parquet file
@@ -84,11 +84,17 @@ def _schema(rows: Sequence[Row]) -> Any:
 
 
 def _pieces(rows: Sequence[Row], size: int, name: str) -> Iterator[Iterator[Row]]:
-    """Runs of `size` rows, with one progress bar over all of them."""
-    with tqdm(rows, desc=name, unit=" pictures", leave=False) as bar:
-        shown = iter(bar)
+    """Runs of `size` rows, with one bar of progress over all of them."""
+    with bar(name, len(rows), "pictures") as shown:
+
+        def seen() -> Iterator[Row]:
+            for row in rows:
+                yield row
+                shown.update()
+
+        left = seen()
         for _ in range(0, len(rows), size):
-            yield itertools.islice(shown, size)
+            yield itertools.islice(left, size)
 
 
 def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
