@@ -3,11 +3,12 @@
 Run:   python benchmarks/input.py [--base 4f2fa3c] [--kind processes] [--wall]        the rates
        python benchmarks/input.py --memory                                             of 32 workers nobody takes batches from
 Input: JPEGs like photographs (benchmarks/images.py), 500 x 375 of about 54 kB and 1024 x 768 of about 176 kB, in a tsv; random
-       crops of at least half the area to 224 pixels; two workers, batches of 32; the resizer `fast` where a side has it
+       crops of at least 0.9 of the area to 224 pixels (--crop); two workers, batches of 32; the resizer `fast` where there is one
 Each side runs in a process of its own. The base is a git worktree of that commit in a temporary folder. Before each timed turn
 what lies ready is taken. Rates are per second of CPU time of all of the side, so that other work on the machine does little; with
 --wall, and always for processes, per second of the clock.
-Seen:  on two cores with a load of 18, medians of 3 turns: 468 examples/s of CPU against 323 (1.38), and 294 against 146 (2.01)
+Seen:  on two cores with a load of 12, medians of 3 turns: 711 examples/s of CPU against 382 (1.76), and 373 against 140 (2.61);
+       with --crop 0.5: 676 against 430 (1.57), and 340 against 163 (2.11)
        --memory: 2.41 GiB, the first batch after 3.8 s; the base 8.76 GiB, 80.7 s
 """
 
@@ -35,6 +36,7 @@ def parsed():
     parser.add_argument("--base", default="4f2fa3c", help="the commit beside this tree (default 4f2fa3c)")
     parser.add_argument("--kind", choices=["threads", "processes"], default="threads", help="of the workers")
     parser.add_argument("--workers", type=int, default=2, help="how many (default 2)")
+    parser.add_argument("--crop", type=float, default=0.9, help="data.augment.crop (default 0.9, as in the recipes of CLIP)")
     parser.add_argument("--images", type=int, default=64, help="JPEGs of each shape (default 64)")
     parser.add_argument("--wall", action="store_true", help="by the clock instead of CPU time")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of rates")
@@ -50,7 +52,7 @@ def batches(args, batch_size, workers):
     from clipjax.data.tokenizer import Tokenizer
 
     fast = {"resizer": "fast"} if "resizer" in {field.name for field in dataclasses.fields(Data)} else {}
-    data = Data(spec=f"tsv:{args.tsv}", augment=Augment(crop=0.5), workers=workers, worker_kind=args.kind, **fast)
+    data = Data(spec=f"tsv:{args.tsv}", augment=Augment(crop=args.crop), workers=workers, worker_kind=args.kind, **fast)
     tokenizer = Tokenizer.train(["a photo of a dog on a lawn"], 300, lowercase=True, length=32)
     return train_batches(open_source(data), tokenizer, data, image_size=SIZE, batch_size=batch_size, seed=0)
 
@@ -84,30 +86,26 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def write(folder, shape, count, copies=1):
-    """A tsv of JPEGs: `count` different ones, each under `copies` names."""
+def write(folder, shape, count, copies=64):
+    """A tsv of JPEGs: `count` different ones, each under `copies` names. Grain's shuffle of fewer than some thousand takes
+    0.4 ms an example, which larger sets don't have."""
     width, height, size = shape
     rows = ["filepath\ttitle"]
     for i in range(count):
         stored = photo(width, height, size, i)
+        (folder / f"{i}-0.jpg").write_bytes(stored)
         for copy in range(copies):
-            (folder / f"{i}-{copy}.jpg").write_bytes(stored)
+            if copy:
+                (folder / f"{i}-{copy}.jpg").hardlink_to(folder / f"{i}-0.jpg")
             rows.append(f"{i}-{copy}.jpg\ta photo of a dog on lawn {i}")
     (folder / "pairs.tsv").write_text("\n".join(rows) + "\n")
     return folder / "pairs.tsv"
 
 
 def options(args, tsv):
-    return [
-        "--kind",
-        args.kind,
-        "--workers",
-        str(args.workers),
-        "--tsv",
-        str(tsv),
-        *["--wall"] * args.wall,
-        *["--memory"] * args.memory,
-    ]
+    values = {"kind": args.kind, "workers": args.workers, "crop": args.crop, "tsv": tsv}
+    flags = [f"--{name}" for name in ("wall", "memory") if getattr(args, name)]
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + flags
 
 
 def compare_rates(args, folder, trees):
@@ -128,7 +126,7 @@ def compare_rates(args, folder, trees):
 
 def compare_memory(args, folder, trees):
     """Small JPEGs, which are soon made: what lies ready is as large for any."""
-    tsv, found = write(folder, (48, 36, 1_000), 32, copies=40), {}
+    tsv, found = write(folder, (48, 36, 1_000), 32), {}
     for name, tree in zip(SIDES, trees, strict=True):
         command = [sys.executable, __file__, "--serve", name, *options(args, tsv)]
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=subprocess.PIPE, check=True, text=True)
