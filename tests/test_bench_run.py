@@ -191,7 +191,7 @@ def test_what_is_read_is_what_trains(monkeypatch):
         (["step", CONFIG, "--turns", 0], "0 must be positive"),
         (["step", CONFIG, "--mesh.data", 3], "mesh.data = 3"),
         (["step", CONFIG, "--train.batchsize", 8], "batchsize"),
-        (["input", CONFIG, "--data.spec", "tsv:none.tsv", "--evals", "none"], "there is no file none.tsv"),
+        (["input", CONFIG, "--data.spec", "tsv:none.tsv", "--evals", "none"], "none.tsv does not exist"),
         (["input", CONFIG, "--train.batch_size", 4000], "is more than the 3426 examples"),
         (["loss", "--train.steps", 3], "unrecognized arguments: --train.steps 3"),
     ],

@@ -41,12 +41,11 @@ def measure(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teac
     places = (divmod(i, batch_size) for i in range(TRIED))
     try:
         usable = (one for step, place in places if (one := timed.example(step, place)) is not None)
-        repeats = [list(itertools.islice(usable, min(EXAMPLES, batch_size))) for _ in range(REPEATS)]
+        found = [_repeat(usable, min(EXAMPLES, batch_size), batch_size) for _ in range(REPEATS)]
     finally:
         reader.close()
-    if not repeats[-1]:
+    if not found[-1]:
         raise ConfigError(f"data.spec: hardly any of {TRIED:,} examples of {source.name} can be used; the log says why")
-    found = [_summed(repeat, batch_size) for repeat in repeats]
     return {part: statistics.median(times[part] for times in found) * 1e6 for part in found[0]}
 
 
@@ -66,13 +65,13 @@ class _Timed:
         try:
             record, seconds["read"] = _cpu(lambda: make.reader(step, place, number))
             seconds["wait"] = max(0.0, time.perf_counter() - start - seconds["read"])
-            seconds |= self._parts(record, number) if place % 2 else {}  # first or second: the second finds warm caches
+            seconds |= self._parts(record, number)
+            again = self._parts(record, number)  # in warm caches, as what follows is
             self._held.record = record
             arrays, whole = _cpu(lambda: self._from_held(step, place, np.random.default_rng(number)))
-            seconds |= {} if place % 2 else self._parts(record, number)
         except Exception:  # of an example that is bad, or filtered: training has another in its place
             return None
-        seconds["rest"] = whole - seconds["decode"] - seconds["resize"] - seconds["tokenise"]
+        seconds["rest"] = whole - sum(again.values())
         return None if arrays["replaced"] or arrays["filtered"] else (seconds, arrays)
 
     def _parts(self, record: Record, number: int) -> dict[str, float]:
@@ -98,23 +97,24 @@ class _Held:
         """Nothing is open."""
 
 
-def _summed(repeat: list[tuple[dict[str, float], Batch]], batch_size: int) -> dict[str, float]:
-    """Seconds an example of all parts."""
-    seconds = {part: sum(times[part] for times, _ in repeat) / len(repeat) for part in repeat[0][0]}
-    stacked, stacking = _cpu(lambda: _stack([example for _, example in repeat]))
-    batch = {name: np.resize(stacked[name], (batch_size, *stacked[name].shape[1:])) for name in ON_DEVICE if name in stacked}
+def _repeat(usable: Iterator[tuple[dict[str, float], Batch]], count: int, batch_size: int) -> dict[str, float]:
+    """Seconds an example of all parts, over `count` examples; {} where there are no more. Each is dropped once it is stacked, as
+    by a worker: memory that is new costs more."""
+    stacked, taken = Stacked(count, 1), 0
+    seconds: dict[str, float] = dict.fromkeys(("read", "wait", *PARTS[1:]), 0.0)
+    for times, example in itertools.islice(usable, count):
+        _, times["stack"] = _cpu(lambda row=taken, example=example: stacked.put(row, example))
+        seconds = {part: seconds[part] + times[part] for part in seconds}
+        taken += 1
+    if not taken:
+        return {}
+    stacked.finish_piece()
+    arrays = stacked.wait()
+    batch = {name: np.resize(arrays[name], (batch_size, *arrays[name].shape[1:])) for name in ON_DEVICE if name in arrays}
     start = time.perf_counter()
     jax.block_until_ready(jax.device_put(batch, jax.local_devices()[0]))
     transfer = (time.perf_counter() - start) / batch_size
-    return seconds | {"rest": max(0.0, seconds["rest"]), "stack": stacking / len(repeat), "transfer": transfer}
-
-
-def _stack(examples: list[Batch]) -> Batch:
-    stacked = Stacked(len(examples), 1)
-    for row, example in enumerate(examples):
-        stacked.put(row, example)
-    stacked.finish_piece()
-    return stacked.wait()
+    return {part: max(0.0, s / taken) for part, s in seconds.items()} | {"transfer": transfer}
 
 
 def _cpu(work: Callable[[], T]) -> tuple[T, float]:
