@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from clipjax.config import Augment, Data
-from clipjax.data import image
+from clipjax.data.images import image
 
 SIZE = 224
 SHAPES = ((500, 375, 54_000), (1024, 768, 176_000))

@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clipjax.data import index, indexing, spans, store
+from clipjax.data.formats import index, indexing, spans
+from clipjax.data.storage import store
 
 ROOT = Path(__file__).parents[1]
 SHARDS, SAMPLES, SIZES = 8, 2000, {"jpg": 54_000, "txt": 60, "json": 800}
@@ -38,7 +39,7 @@ MANY, LARGE = 40_000, 10_000  # shards, and samples of each, of the set that is 
 OPEN = """
 import sys, time
 from clipjax import config
-from clipjax.data import wds  # what is imported is not measured
+from clipjax.data.formats import wds  # what is imported is not measured
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e3
 before, start, cpu = anonymous(), time.perf_counter(), time.process_time()

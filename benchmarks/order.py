@@ -19,11 +19,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clipjax.data.chunks import ChunkReader
-from clipjax.data.mixture import Mixed, spread
-from clipjax.data.order import Order, Planned, Random
+from clipjax.data.ordering.chunks import ChunkReader
+from clipjax.data.ordering.mixture import Mixed, spread
+from clipjax.data.ordering.order import Order, Planned, Random
+from clipjax.data.ordering.windows import Windows
 from clipjax.data.source import Fetched, Record, Source
-from clipjax.data.windows import Windows
 
 N, SMALL, STEPS, START = 400_000_000, 2_000_000, 4, 100
 RECORD = Record(b"1", ("",), "")

@@ -26,12 +26,12 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from clipjax import config
-from clipjax.data.chunks import ChunkReader
-from clipjax.data.index import root_of, shards_of
-from clipjax.data.indexing import build
-from clipjax.data.readers import training_order, training_reader
+from clipjax.data.formats.index import root_of, shards_of
+from clipjax.data.formats.indexing import build
+from clipjax.data.formats.wds import Wds
+from clipjax.data.ordering.chunks import ChunkReader
+from clipjax.data.ordering.readers import training_order, training_reader
 from clipjax.data.source import Fetched
-from clipjax.data.wds import Wds
 
 SAMPLES, BYTES = 1000, 54_000
 BATCH, WORKERS = 1024, 4

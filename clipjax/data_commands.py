@@ -11,22 +11,22 @@ from clipjax.commands import wrong_use
 def data_prepare(args: argparse.Namespace) -> None:
     """`clipjax data prepare`: builds a dataset, unless it exists, and prints its folder."""
     if args.name == "openclipart":
-        from clipjax.data.openclipart import NEXT, prepare_openclipart
+        from clipjax.data.sets.openclipart import NEXT, prepare_openclipart
 
         folder = args.out or Path("openclipart")
         print(prepare_openclipart(folder).partition("---\n# ")[2], NEXT.format(folder=folder), sep="\n")
         return
     if args.out is not None:
         wrong_use(args, "--out: emoji is built in the folder of TFDS: set TFDS_DATA_DIR")
-    from clipjax.data.emoji import prepare_emoji
-    from clipjax.data.tfds_source import data_dir
+    from clipjax.data.formats.tfds_source import data_dir
+    from clipjax.data.sets.emoji import prepare_emoji
 
     print(prepare_emoji(data_dir()))
 
 
 def data_index(args: argparse.Namespace) -> None:
     """`clipjax data index`: makes the index of tars, unless it exists, and prints what it holds."""
-    from clipjax.data.indexing import index_command
+    from clipjax.data.formats.indexing import index_command
 
     print(index_command(args.spec, None if args.out is None else str(args.out)))
 

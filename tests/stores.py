@@ -36,7 +36,7 @@ def of_this_process(scheme: str) -> Iterator[None]:
     import pytest
     from etils.epath import backend
 
-    from clipjax.data import ranges
+    from clipjax.data.storage import ranges
 
     with serving(scheme) as env, pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():

@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from clipjax.data import ranges
+from clipjax.data.storage import ranges
 from clipjax.evals import caption_metrics
 from clipjax.export import verify
 

@@ -15,7 +15,7 @@ import clipjax
 from clipjax import cli, config
 from clipjax.checkpoint import Checkpoints
 from clipjax.config import ConfigError
-from clipjax.data.image import decode
+from clipjax.data.images.image import decode
 from clipjax.export.table import flatten, unflatten
 from clipjax.generate import Beam, Captioner, Greedy, Sample
 from clipjax.losses import token_nll

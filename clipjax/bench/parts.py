@@ -11,10 +11,11 @@ import numpy as np
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import captions, image
+from clipjax.data import captions
 from clipjax.data.examples import TrainingExample
+from clipjax.data.images import image
+from clipjax.data.ordering.readers import training_order, training_reader
 from clipjax.data.prefetch import Batch, Stacked
-from clipjax.data.readers import training_order, training_reader
 from clipjax.data.source import Record, Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from clipjax import config
-from clipjax.data import captions, image
+from clipjax.data import captions
 from clipjax.data.faults import FAULTS, Bad, undecodable, usable
 from clipjax.data.filter import Filtered, check_text
-from clipjax.data.order import Order
+from clipjax.data.images import image
+from clipjax.data.ordering.order import Order
 from clipjax.data.source import Record, Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from clipjax.data import image
+from clipjax.data.images import image
 from clipjax.data.source import Record, Source
 
 UNREAD, NO_IMAGE, NO_CAPTION, BAD_IMAGE = "can't be read", "has no image", "has no caption", "has an image that can't be used"

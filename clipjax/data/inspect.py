@@ -14,9 +14,9 @@ from clipjax import config
 from clipjax.data.bar import bar
 from clipjax.data.captions import caption_id
 from clipjax.data.clean import clean
-from clipjax.data.facts import KINDS, Facts, facts_of
 from clipjax.data.faults import shown
-from clipjax.data.sheet import Cell, contact_sheet
+from clipjax.data.images.facts import KINDS, Facts, facts_of
+from clipjax.data.images.sheet import Cell, contact_sheet
 from clipjax.data.source import Source
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer

@@ -17,12 +17,12 @@ from clipjax import config
 from clipjax.config import ConfigError, require
 from clipjax.data import reading
 from clipjax.data.examples import EvaluationExample, TrainingExample
-from clipjax.data.mixture import Mixture, batch_counts
-from clipjax.data.order import derived
+from clipjax.data.images.resize import check_resizer
+from clipjax.data.ordering.mixture import Mixture, batch_counts
+from clipjax.data.ordering.order import derived
+from clipjax.data.ordering.readers import training_order, training_reader
+from clipjax.data.ordering.sequential import Sequential
 from clipjax.data.prefetch import Batch, BatchStream, Workers
-from clipjax.data.readers import training_order, training_reader
-from clipjax.data.resize import check_resizer
-from clipjax.data.sequential import Sequential
 from clipjax.data.source import Source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ def open_source(data: config.Data) -> Source:
 
     Raises ConfigError, which names the valid ones, for an unknown dataset, split or field."""
     if data.sources:
-        from clipjax.data.mixture import Mixture
+        from clipjax.data.ordering.mixture import Mixture
 
         return Mixture([open_source(part) for part in data.parts], data)
     split, share = parse_split(data.split)
@@ -23,26 +23,26 @@ def open_source(data: config.Data) -> Source:
     kind, _, rest = data.spec.partition(":")
     match kind:
         case "emoji":
-            from clipjax.data.tfds_source import open_emoji
+            from clipjax.data.formats.tfds_source import open_emoji
 
             return open_emoji(data)
         case "tfds":
-            from clipjax.data.tfds_source import Tfds, find_dataset
+            from clipjax.data.formats.tfds_source import Tfds, find_dataset
 
             return Tfds(data, find_dataset(data.spec, rest))
         case "csv" | "tsv":
-            from clipjax.data.table import Table
+            from clipjax.data.formats.table import Table
 
             return Table(data, rest)
         case "wds":
-            from clipjax.data.wds import Wds
+            from clipjax.data.formats.wds import Wds
 
             return Wds(data, rest)
         case "parquet":
-            from clipjax.data.parquet import Parquet
+            from clipjax.data.formats.parquet import Parquet
 
             return Parquet(data, rest)
         case _:  # folder: `config.Data` takes no others
-            from clipjax.data.folder import Folder
+            from clipjax.data.formats.folder import Folder
 
             return Folder(data, rest)

@@ -15,7 +15,7 @@ from PIL import Image
 from clipjax import config
 from clipjax.data import reading
 from clipjax.data.faults import Shown, shown
-from clipjax.data.sheet import Cell, contact_sheet
+from clipjax.data.images.sheet import Cell, contact_sheet
 from clipjax.data.source import Source
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer

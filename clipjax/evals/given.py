@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from clipjax.config import ConfigError
-from clipjax.data.image import decode, fit, upright
+from clipjax.data.images.image import decode, fit, upright
 from clipjax.files import local_path
 
 ImageLike = Image.Image | np.ndarray | str | Path  # an array is uint8 [h, w, 3]

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipjax.data.facts import facts_of
-from clipjax.data.image import decode
-from clipjax.data.resize import Resize, fit
+from clipjax.data.images.facts import facts_of
+from clipjax.data.images.image import decode
+from clipjax.data.images.resize import Resize, fit
 
 KINDS = {"rotated": "rotated by EXIF", "transparent": "transparent", "deep": "of more than 8 bits a channel"}
 

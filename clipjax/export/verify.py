@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipjax.config import Clean, ConfigError, Mesh, Model
 from clipjax.data.captions import whole
-from clipjax.data.image import fit
+from clipjax.data.images.image import fit
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import open_clip_generate
 from clipjax.export.captions import Agreement, agreement, may_differ

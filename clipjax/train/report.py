@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from clipjax import config
-from clipjax.data.mixture import shares
+from clipjax.data.ordering.mixture import shares
 from clipjax.data.source import Source
 from clipjax.metrics.clock import Clock
 from clipjax.metrics.counts import BadExamples, DataCounts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.data.emoji import prepare_emoji
+from clipjax.data.sets.emoji import prepare_emoji
 from clipjax.data.tokenizer import Tokenizer
 
 IMAGES = 41

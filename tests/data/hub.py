@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from clipjax.data import ranges
+from clipjax.data.storage import ranges
 
 
 class Hub(MemoryFileSystem):

@@ -11,11 +11,11 @@ import pytest
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import chunks
-from clipjax.data.chunks import ChunkReader
-from clipjax.data.order import Planned
+from clipjax.data.ordering import chunks
+from clipjax.data.ordering.chunks import ChunkReader
+from clipjax.data.ordering.order import Planned
+from clipjax.data.ordering.windows import Windows
 from clipjax.data.source import Fetched, Record, Source
-from clipjax.data.windows import Windows
 
 LENGTHS = np.tile([100, 60, 140], 20)
 BYTES = 1000  # of an example

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from clipjax.config import ConfigError
-from clipjax.data import columns
-from clipjax.data.columns import Field
+from clipjax.data.formats import columns
+from clipjax.data.formats.columns import Field
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from PIL import ImageFont
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import emoji
 from clipjax.data.faults import shown
+from clipjax.data.sets import emoji
 from clipjax.data.sources import open_source
 
 TONES = {f"{c:x}" for c in range(0x1F3FB, 0x1F400)}

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from clipjax import config
-from clipjax.data import image
 from clipjax.data.faults import usable
+from clipjax.data.images import image
 from clipjax.data.sources import open_source
 
 SHARDS, SAMPLES = 4, 8400  # of 3 members each

@@ -5,11 +5,11 @@ import pytest
 from PIL import Image
 
 from clipjax.config import Augment, ConfigError, Data, Filter
-from clipjax.data import image as images
-from clipjax.data.augment import draw_crop
 from clipjax.data.filter import Filtered
-from clipjax.data.image import decode, evaluation, training
-from clipjax.data.resize import check_resizer, fit, fit_box, resize_box
+from clipjax.data.images import image as images
+from clipjax.data.images.augment import draw_crop
+from clipjax.data.images.image import decode, evaluation, training
+from clipjax.data.images.resize import check_resizer, fit, fit_box, resize_box
 
 
 def noise(height, width, channels=3):

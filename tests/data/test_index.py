@@ -16,8 +16,10 @@ import pytest
 
 from clipjax import cli
 from clipjax.config import ConfigError
-from clipjax.data import bar, index, indexing, ranges, spans
-from clipjax.data.index import open_index
+from clipjax.data import bar
+from clipjax.data.formats import index, indexing, spans
+from clipjax.data.formats.index import open_index
+from clipjax.data.storage import ranges
 from tests import stores
 from tests.data import http_server, hub, shards
 
@@ -233,7 +235,7 @@ def test_an_interrupted_index_goes_on(folder, scanned, monkeypatch, capsys):
 
 WORK = """
 import os, sys, time
-from clipjax.data import indexing, spans
+from clipjax.data.formats import indexing, spans
 
 def scan(shard, progress):  # slower than it is, so that the processes meet
     time.sleep(0.1)

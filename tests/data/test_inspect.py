@@ -7,8 +7,8 @@ from PIL import Image
 
 from clipjax.config import Data
 from clipjax.data import inspect as module
-from clipjax.data import sheet as sheets
-from clipjax.data.facts import KINDS
+from clipjax.data.images import sheet as sheets
+from clipjax.data.images.facts import KINDS
 from clipjax.data.inspect import describe, inspect
 from clipjax.data.source import Source
 from clipjax.data.tokenizer import Tokenizer

@@ -14,10 +14,10 @@ from pyarrow import parquet
 
 from clipjax import config
 from clipjax.config import Data
-from clipjax.data import ranges
 from clipjax.data.faults import shown
 from clipjax.data.pipeline import train_batches
 from clipjax.data.sources import open_source
+from clipjax.data.storage import ranges
 from tests.data import hub
 from tests.data.conftest import IMAGES
 

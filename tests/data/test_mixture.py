@@ -12,9 +12,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from clipjax.config import Augment, ConfigError, Data, Filter, Part, Retrieval
-from clipjax.data.mixture import Mixture, batch_counts, part_names, spread
+from clipjax.data.ordering.mixture import Mixture, batch_counts, part_names, spread
+from clipjax.data.ordering.readers import training_order
 from clipjax.data.pipeline import check_source, train_batches
-from clipjax.data.readers import training_order
 from clipjax.data.sources import open_source
 from tests.data.conftest import write_tsv
 from tests.data.shards import write_tar

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipjax.config import Augment, Data
-from clipjax.data.image import decode, evaluation, training
+from clipjax.data.images.image import decode, evaluation, training
 from tests.data.test_image import encoded
 
 DEEP = np.array([[0, 100 * 256 + 7, 255, 65535]], np.uint16)
@@ -168,7 +168,7 @@ def test_other_modes_are_what_pillow_makes_of_them(mode, form):
 
 @pytest.mark.parametrize("mode", ["HSV", "YCbCr", "LAB", "La", "RGBa", "RGBX", "CMYK", "PA", "I;16B"])
 def test_images_in_memory(mode):
-    from clipjax.data.modes import rgb
+    from clipjax.data.images.modes import rgb
 
     got = rgb(Image.new(mode, (3, 2)))
     assert got.mode == "RGB"

@@ -11,9 +11,9 @@ from pyarrow import parquet
 
 from clipjax import cli
 from clipjax.config import ConfigError
-from clipjax.data import openclipart
-from clipjax.data.drawings import PUBLIC_DOMAIN, Metadata, captions_of, drawings, words_of
-from clipjax.data.openclipart import find_collection, prepare_openclipart
+from clipjax.data.sets import openclipart
+from clipjax.data.sets.drawings import PUBLIC_DOMAIN, Metadata, captions_of, drawings, words_of
+from clipjax.data.sets.openclipart import find_collection, prepare_openclipart
 
 COLLECTION = Path(__file__).parent / "openclipart"
 SVG = """<svg xmlns="http://www.w3.org/2000/svg"><metadata><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"

@@ -17,11 +17,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from clipjax.config import ConfigError, Data, Filter
-from clipjax.data import row_groups
 from clipjax.data.faults import shown
-from clipjax.data.recent import Recent
+from clipjax.data.formats import row_groups
 from clipjax.data.source import bucket
 from clipjax.data.sources import open_source
+from clipjax.data.storage.recent import Recent
 from tests.data import http_server
 
 N = 23

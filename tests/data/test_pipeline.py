@@ -10,7 +10,7 @@ import pytest
 from clipjax import config
 from clipjax.config import Augment, ConfigError, Data
 from clipjax.data.captions import caption_id
-from clipjax.data.image import decode, fit
+from clipjax.data.images.image import decode, fit
 from clipjax.data.pipeline import eval_batches, eval_captions, train_batches
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer

@@ -8,8 +8,9 @@ import pytest
 
 from clipjax import cli, config, files
 from clipjax.config import ConfigError
-from clipjax.data import emoji, remote
+from clipjax.data.sets import emoji
 from clipjax.data.sources import open_source
+from clipjax.data.storage import remote
 from clipjax.evals.prompts import classnames
 from tests import guard, stores
 

@@ -15,11 +15,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import tfds_source
 from clipjax.data.examples import TRIES, TrainingExample
 from clipjax.data.faults import BAD_IMAGE, FAULTS, NO_CAPTION, NO_IMAGE, UNREAD, shown
-from clipjax.data.order import Random
-from clipjax.data.readers import Direct
+from clipjax.data.formats import tfds_source
+from clipjax.data.ordering.order import Random
+from clipjax.data.ordering.readers import Direct
 from clipjax.data.sources import open_source
 from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class Toy(tfds.core.GeneratorBasedBuilder):
     """Ten images in one split and three in another, with the features that a test asks for."""
 
     VERSION = tfds.core.Version("1.2.0")
-    url_infos = MappingProxyType({})  # see clipjax.data.emoji
+    url_infos = MappingProxyType({})  # see clipjax.data.sets.emoji
 
     def __init__(self, *, features, **kwargs):
         self.extra = features
@@ -391,7 +391,7 @@ def test_a_bad_example_keeps_no_exception_in_memory(damaged, monkeypatch):
         raise OSError("torn")
 
     source = open_source(damaged)
-    monkeypatch.setattr("clipjax.data.image.training", fail)
+    monkeypatch.setattr("clipjax.data.images.image.training", fail)
     with pytest.raises(CertainFailure, match=r"\.png and 64 stand-ins are bad \(has an image that can't be used: 65\)"):
         made(source, 12, 4)
     gc.collect()

@@ -9,8 +9,8 @@ from PIL import Image
 
 from clipjax.config import Data, Filter, Part
 from clipjax.data.faults import BAD_IMAGE, FAULTS, NO_CAPTION, NO_IMAGE, UNREAD
-from clipjax.data.mixture import Mixture
-from clipjax.data.order import Random
+from clipjax.data.ordering.mixture import Mixture
+from clipjax.data.ordering.order import Random
 from clipjax.data.pipeline import train_batches
 from clipjax.data.source import Record, Source
 from clipjax.status import CertainFailure

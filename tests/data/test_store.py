@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from clipjax.config import ConfigError
-from clipjax.data import ranges, store
+from clipjax.data.storage import ranges, store
 from tests import stores
 from tests.data import http_server, hub
 
@@ -172,7 +172,7 @@ def test_a_failing_web_server_is_asked_again(web, hasty, monkeypatch):
 
 FORKED = """
 import os, sys
-from clipjax.data import store
+from clipjax.data.storage import store
 assert store.read(sys.argv[1], 0, 3) == bytes([2] * 3)
 child = os.fork()
 if child == 0:

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from clipjax.config import Augment, Data
-from clipjax.data import strip
-from clipjax.data.image import evaluation, training
-from clipjax.data.resize import LONG, check_size, fit
+from clipjax.data.images import strip
+from clipjax.data.images.image import evaluation, training
+from clipjax.data.images.resize import LONG, check_size, fit
 from tests.data.test_image import encoded
 
 BICUBIC = Image.Resampling.BICUBIC

@@ -15,10 +15,10 @@ import pandas as pd
 import pytest
 
 from clipjax.config import ConfigError, Data, Filter
-from clipjax.data import store
-from clipjax.data.delimited import Delimited
 from clipjax.data.faults import shown
+from clipjax.data.formats.delimited import Delimited
 from clipjax.data.sources import open_source
+from clipjax.data.storage import store
 from tests.data import http_server
 from tests.data.conftest import IMAGES, write_tsv
 

@@ -6,8 +6,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from clipjax.data import tar
-from clipjax.data.tar import Member, TarError, Window
+from clipjax.data.formats import tar
+from clipjax.data.formats.tar import Member, TarError, Window
 
 LONG = "folder/" * 30 + "x" * 120 + ".jpg"
 

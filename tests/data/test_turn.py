@@ -9,10 +9,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from clipjax.config import Augment, Data
-from clipjax.data.augment import draw_crop
-from clipjax.data.image import decode, evaluation, training
-from clipjax.data.resize import resize_box
-from clipjax.data.turn import TURNS, stored_box, turned_size
+from clipjax.data.images.augment import draw_crop
+from clipjax.data.images.image import decode, evaluation, training
+from clipjax.data.images.resize import resize_box
+from clipjax.data.images.turn import TURNS, stored_box, turned_size
 from clipjax.evals.given import pixels
 from tests.data.test_image import encoded, noise
 

@@ -11,8 +11,9 @@ import webdataset
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import ranges, wds
+from clipjax.data.formats import wds
 from clipjax.data.sources import open_source
+from clipjax.data.storage import ranges
 from tests.data import http_server, shards
 
 

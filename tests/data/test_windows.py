@@ -8,9 +8,9 @@ import zlib
 import numpy as np
 import pytest
 
-from clipjax.data.order import Planned
-from clipjax.data.permutation import hashed, permuted
-from clipjax.data.windows import Windows
+from clipjax.data.ordering.order import Planned
+from clipjax.data.ordering.permutation import hashed, permuted
+from clipjax.data.ordering.windows import Windows
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 63, 64, 65, 1000, 65537])

@@ -5,8 +5,8 @@ import pytest
 
 from clipjax import config
 from clipjax.config import ConfigError, Data
+from clipjax.data.ordering.sequential import Sequential
 from clipjax.data.pipeline import eval_batches
-from clipjax.data.sequential import Sequential
 from clipjax.data.source import Record
 from clipjax.data.sources import open_source
 from clipjax.evals.encoder import Encoder

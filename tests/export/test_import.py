@@ -13,7 +13,7 @@ import safetensors.numpy
 import clipjax
 from clipjax import cli
 from clipjax.config import ConfigError, ImageTower
-from clipjax.data.image import fit
+from clipjax.data.images.image import fit
 from clipjax.export import open_clip as layout
 from clipjax.export.folder import export
 from clipjax.export.imported import import_open_clip

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from clipjax.config import ConfigError
-from clipjax.data.ranges import Stored, attempt, open_file, read, scheme_of, system
+from clipjax.data.storage.ranges import Stored, attempt, open_file, read, scheme_of, system
 from clipjax.files import CREDENTIALS
 
 __all__ = ["Stored", "expand", "find", "open_file", "read", "scheme_of"]

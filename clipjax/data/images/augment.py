@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from clipjax.config import Augment
-from clipjax.data.resize import Box
+from clipjax.data.images.resize import Box
 
 
 def draw_crop(width: int, height: int, augment: Augment, rng: np.random.Generator) -> Box:

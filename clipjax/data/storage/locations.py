@@ -7,9 +7,9 @@ from os.path import expanduser
 from pathlib import Path
 
 from clipjax.config import ConfigError
-from clipjax.data import store
-from clipjax.data.sample import IMAGES, TEXTS
-from clipjax.data.store import Stored
+from clipjax.data.formats.sample import IMAGES, TEXTS
+from clipjax.data.storage import store
+from clipjax.data.storage.store import Stored
 
 PARQUET = (".parquet", ".pq")
 BESIDE = (*TEXTS, "json", "cls")  # suffixes of what may stand beside an image

@@ -6,11 +6,11 @@ from typing import cast
 import numpy as np
 
 from clipjax import config
-from clipjax.data.chunks import ChunkReader
-from clipjax.data.mixture import Mixed, Mixture, batch_counts, spread
-from clipjax.data.order import Order, Planned, Random
+from clipjax.data.ordering.chunks import ChunkReader
+from clipjax.data.ordering.mixture import Mixed, Mixture, batch_counts, spread
+from clipjax.data.ordering.order import Order, Planned, Random
+from clipjax.data.ordering.windows import Windows
 from clipjax.data.source import Record, Source
-from clipjax.data.windows import Windows
 
 
 def training_order(source: Source, data: config.Data, batch_size: int, seed: int, first: int, count: int) -> Order:

@@ -9,7 +9,7 @@ import numpy as np
 
 from clipjax import config
 from clipjax.config import ConfigError, require
-from clipjax.data.order import Order
+from clipjax.data.ordering.order import Order
 from clipjax.data.source import Record, Source
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipjax.config import Data
-from clipjax.data.image import opened
-from clipjax.data.modes import is_deep, layered, rgb
-from clipjax.data.turn import turn_of, turned_size
+from clipjax.data.images.image import opened
+from clipjax.data.images.modes import is_deep, layered, rgb
+from clipjax.data.images.turn import turn_of, turned_size
 
 TINY = 32  # pixels of the shorter side; smaller ones are tiny
 HUGE = 2**24  # pixels; larger images are huge

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from clipjax.config import ConfigError, Data
-from clipjax.data import strip
+from clipjax.data.images import strip
 
 BICUBIC = Image.Resampling.BICUBIC
 LONG = 3  # ratio of sides from which on only the middle is resized; below, Pillow's resize of all of it takes less time

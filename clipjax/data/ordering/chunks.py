@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipjax.data.order import Planned
+from clipjax.data.ordering.order import Planned
+from clipjax.data.ordering.windows import Windows
 from clipjax.data.source import Fetched, Record, Source
-from clipjax.data.windows import Windows
 
 THREADS = 8  # chunks that are fetched at one time: 16 MiB pieces at 20 ms latency come at more than 0.5 GB/s
 AHEAD = THREADS  # chunks that are fetched before they are needed

@@ -16,11 +16,11 @@ from PIL import Image, UnidentifiedImageError
 
 from clipjax.config import Data
 from clipjax.data import filter as filters
-from clipjax.data import png
-from clipjax.data.augment import draw_crop, recolour
-from clipjax.data.modes import checked, rgb
-from clipjax.data.resize import Box, check_size, fit, fit_box, resize_box
-from clipjax.data.turn import Turn, stored_box, turn_of, turned, turned_size
+from clipjax.data.images import png
+from clipjax.data.images.augment import draw_crop, recolour
+from clipjax.data.images.modes import checked, rgb
+from clipjax.data.images.resize import Box, check_size, fit, fit_box, resize_box
+from clipjax.data.images.turn import Turn, stored_box, turn_of, turned, turned_size
 
 DRAFTED = ("JPEG", "MPO")  # formats that are decoded at a half, a quarter or an eighth of their size for less work
 # Pillow warns of metadata that are broken and of large images, each in words of its own. The first do no harm, and

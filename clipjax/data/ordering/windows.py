@@ -15,8 +15,8 @@ import threading
 
 import numpy as np
 
-from clipjax.data.order import Order
-from clipjax.data.permutation import hashed, permuted
+from clipjax.data.ordering.order import Order
+from clipjax.data.ordering.permutation import hashed, permuted
 
 AT_ONCE = 512  # places that are looked up at one time: fewer cost as much
 GOLDEN = 2654435769  # 2^32 divided by the golden ratio

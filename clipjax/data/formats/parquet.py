@@ -10,12 +10,13 @@ import numpy as np
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.config.data import dataset_name
-from clipjax.data import columns, store
-from clipjax.data.columns import Field
-from clipjax.data.features import choose_features
-from clipjax.data.locations import PARQUET, common_folder, image_at, in_split, key_of, name_of
-from clipjax.data.row_groups import RowGroups
+from clipjax.data.formats import columns
+from clipjax.data.formats.columns import Field
+from clipjax.data.formats.features import choose_features
+from clipjax.data.formats.row_groups import RowGroups
 from clipjax.data.source import Fetched, Record, Source, bucket
+from clipjax.data.storage import store
+from clipjax.data.storage.locations import PARQUET, common_folder, image_at, in_split, key_of, name_of
 
 Row = Mapping[str, Any]  # values by column
 

@@ -12,12 +12,13 @@ import numpy as np
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import columns, store
-from clipjax.data.columns import Field
-from clipjax.data.locations import BESIDE, FOLDER, in_split_folder, root_of
-from clipjax.data.sample import IMAGES, TEXTS
+from clipjax.data.formats import columns
+from clipjax.data.formats.columns import Field
+from clipjax.data.formats.sample import IMAGES, TEXTS
 from clipjax.data.source import Record, Source, bucket
-from clipjax.data.store import Stored
+from clipjax.data.storage import store
+from clipjax.data.storage.locations import BESIDE, FOLDER, in_split_folder, root_of
+from clipjax.data.storage.store import Stored
 
 PROBED = 8  # examples of which one must have a caption in .json, else they are images alone
 AT_ONCE = 16  # small files that are read at once

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import columns
 from clipjax.data.captions import kept
-from clipjax.data.columns import Field
+from clipjax.data.formats import columns
+from clipjax.data.formats.columns import Field
+from clipjax.data.formats.spans import key_text, last_suffix
+from clipjax.data.formats.tar import Member, TarError, Window, members, split_name
 from clipjax.data.source import Record, bucket
-from clipjax.data.spans import key_text, last_suffix
-from clipjax.data.tar import Member, TarError, Window, members, split_name
 
 IMAGES = {
     *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "avif", "heic", "heif"),

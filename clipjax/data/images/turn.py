@@ -2,7 +2,7 @@
 
 from PIL import ExifTags, Image
 
-from clipjax.data.resize import Box
+from clipjax.data.images.resize import Box
 
 Turn = Image.Transpose
 TURNS = {

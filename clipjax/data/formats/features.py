@@ -9,8 +9,8 @@ from typing import Any
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import columns
-from clipjax.data.columns import Field
+from clipjax.data.formats import columns
+from clipjax.data.formats.columns import Field
 
 KEYS = ("__key__", "key", "file_name", "filename", "image_id", "id")  # columns that name an example and are no caption
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img")  # of several columns of images, the one that is taken

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import ConfigError
-from clipjax.data import store
-from clipjax.data.locations import name_of
-from clipjax.data.recent import Recent
-from clipjax.data.store import Stored
+from clipjax.data.storage import store
+from clipjax.data.storage.locations import name_of
+from clipjax.data.storage.recent import Recent
+from clipjax.data.storage.store import Stored
 
 HELD = 256 << 20  # bytes of row groups that are held for reads of single rows
 LARGE = 1 << 30  # bytes of a row group that is too large for most machines, as several are held at once

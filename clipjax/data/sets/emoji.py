@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFont, features
 
 from clipjax.config import ConfigError
-from clipjax.data.remote import is_prepared, upload
+from clipjax.data.storage.remote import is_prepared, upload
 from clipjax.files import local_path, scheme
 
 FONT_VARIABLE = "CLIPJAX_EMOJI_FONT"

@@ -19,10 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from clipjax.config import ConfigError
-from clipjax.data import bar, index
-from clipjax.data.ranges import Stored, scheme_of
-from clipjax.data.spans import Scanned, scan
-from clipjax.data.tar import TarError
+from clipjax.data import bar
+from clipjax.data.formats import index
+from clipjax.data.formats.spans import Scanned, scan
+from clipjax.data.formats.tar import TarError
+from clipjax.data.storage.ranges import Stored, scheme_of
 from clipjax.files import as_path, check_writable, store, write_atomic
 
 AT_ONCE = 8  # shards that a process reads at once

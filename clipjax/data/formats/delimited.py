@@ -12,8 +12,8 @@ from hashlib import blake2b
 from typing import Any
 
 from clipjax.config import ConfigError
-from clipjax.data import store
-from clipjax.data.store import Stored
+from clipjax.data.storage import store
+from clipjax.data.storage.store import Stored
 
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 HEADER = 1 << 20  # bytes in which the header ends

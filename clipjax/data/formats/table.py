@@ -9,11 +9,12 @@ import numpy as np
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import columns, store
-from clipjax.data.columns import Field
-from clipjax.data.delimited import SEPARATORS, Delimited
-from clipjax.data.locations import common_folder, image_at, key_of, name_of
+from clipjax.data.formats import columns
+from clipjax.data.formats.columns import Field
+from clipjax.data.formats.delimited import SEPARATORS, Delimited
 from clipjax.data.source import Record, Source, bucket
+from clipjax.data.storage import store
+from clipjax.data.storage.locations import common_folder, image_at, key_of, name_of
 
 IMAGE, TEXT = "filepath", "title"  # the columns that open_clip reads by default
 BLOCK = 65_536  # rows that are objects of Python at a time

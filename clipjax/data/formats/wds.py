@@ -13,14 +13,14 @@ from itertools import pairwise
 import numpy as np
 
 from clipjax import config
-from clipjax.data import columns
-from clipjax.data.index import ABSENT, SPLITS, open_index
-from clipjax.data.ranges import read, scheme_of
+from clipjax.data.formats import columns
+from clipjax.data.formats.index import ABSENT, SPLITS, open_index
+from clipjax.data.formats.sample import IMAGES, LABEL, TEXTS, Stale, choose_fields, parse
+from clipjax.data.formats.spans import HOP, last_suffix
+from clipjax.data.formats.tar import BLOCK, Window
 from clipjax.data.reading import texts
-from clipjax.data.sample import IMAGES, LABEL, TEXTS, Stale, choose_fields, parse
 from clipjax.data.source import Fetched, Record, Source
-from clipjax.data.spans import HOP, last_suffix
-from clipjax.data.tar import BLOCK, Window
+from clipjax.data.storage.ranges import read, scheme_of
 
 CLASSNAMES = "classnames.txt"  # beside the shards or one folder above, as in the sets of CLIP_benchmark
 # What a chunk is decides the order by windows: another rule, and runs go on with other batches.

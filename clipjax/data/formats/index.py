@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import ConfigError
-from clipjax.data.ranges import Stored, read, scheme_of
-from clipjax.data.remote import alone
-from clipjax.data.store import find
+from clipjax.data.storage.ranges import Stored, read, scheme_of
+from clipjax.data.storage.remote import alone
+from clipjax.data.storage.store import find
 from clipjax.files import local_path, write_atomic
 
 FORMAT = 1
@@ -104,7 +104,7 @@ def open_index(spec: str, patterns: str, folder: str | None) -> Index:
         raise ConfigError(
             f"data.spec = {spec!r}: has no index, and {size / 1e9:,.1f} GB in {len(shards):,} shards are remote; {remedy}"
         )
-    from clipjax.data.indexing import build, writable_place
+    from clipjax.data.formats.indexing import build, writable_place
 
     place = folder or (cache_place(patterns) if remote else writable_place(patterns))
     build(spec, shards, root_of(patterns), place)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipjax.data.ranges import Stored, read, scheme_of
-from clipjax.data.tar import BLOCK, TarError, Window, members, runs
+from clipjax.data.formats.tar import BLOCK, TarError, Window, members, runs
+from clipjax.data.storage.ranges import Stored, read, scheme_of
 
 HOP = 4096  # bytes of a read of this machine: a header, and mostly the small members behind it
 STREAM = 16 << 20  # bytes of a read from a store

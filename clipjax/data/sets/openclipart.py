@@ -15,8 +15,8 @@ from pathlib import Path
 from shutil import which
 
 from clipjax.config import ConfigError, require
-from clipjax.data.drawings import TEST_PERCENT, Drawing, drawings
-from clipjax.data.publish import Row, write_parquet, write_tars
+from clipjax.data.sets.drawings import TEST_PERCENT, Drawing, drawings
+from clipjax.data.sets.publish import Row, write_parquet, write_tars
 from clipjax.files import local_path
 
 FOLDER_VARIABLE = "CLIPJAX_OPENCLIPART"

@@ -18,10 +18,10 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import tfrecord
 from clipjax.data.captions import kept
-from clipjax.data.remote import FEATURES, is_prepared, local_copy
+from clipjax.data.formats import tfrecord
 from clipjax.data.source import Record, Source, bucket
+from clipjax.data.storage.remote import FEATURES, is_prepared, local_copy
 from clipjax.files import as_path, reach
 
 RAGGED = "ragged_flat_values"  # what tfds adds to the name of a feature of several values in several rows
@@ -40,8 +40,8 @@ def data_dir() -> Path:
 
 
 def open_emoji(data: config.Data) -> "Tfds":
-    """The dataset of clipjax.data.emoji. It is built if it does not exist."""
-    from clipjax.data import emoji
+    """The dataset of clipjax.data.sets.emoji. It is built if it does not exist."""
+    from clipjax.data.sets import emoji
 
     folder = data_dir() / "emoji" / emoji.VERSION
     if is_prepared(folder):

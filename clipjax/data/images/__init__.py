@@ -1,0 +1,1 @@
+"""Images: from stored bytes to squares of uint8, as a viewer shows them; and contact sheets."""

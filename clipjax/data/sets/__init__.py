@@ -1,0 +1,1 @@
+"""Datasets that clipjax makes itself: emoji and openclipart."""
