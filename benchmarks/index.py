@@ -6,14 +6,14 @@ Indexing: shards of 2,000 samples of a 54 kB image, a caption and a json. Before
 Over HTTP a server in a process of its own answers after 20 ms. Opening: a process that has imported everything opens `wds:` with
 40,000 shards of 10,000 samples; their index is sparse, so it takes no disk.
 
-Medians of five on two cores that were shared with other programs, at a load of 20. "Without waiting" leaves out the time in which
-the thread could have run and had no core (/proc/thread-self/schedstat); it is what an idle machine would give.
+Medians of five on two idle cores. "Without waiting" leaves out the time in which the thread could have run and had no core
+(/proc/thread-self/schedstat): on a busy machine, an estimate of an idle one.
 
-    one thread, cold                    6,328 samples/s   0.36 GB/s   36.3 us CPU a sample;   16,739 samples/s without waiting
-    tarfile, cold                       3,221 samples/s   0.18 GB/s   73.9 us CPU a sample;    8,777 samples/s without waiting
-    one thread, warm                   25,871 samples/s   1.48 GB/s   11.8 us CPU a sample;   86,186 samples/s without waiting
-    over HTTP, 8 shards at once        10,414 samples/s   0.60 GB/s   43.3 us CPU a sample
-    opening 400000000 samples            0.96 s   0.53 s CPU     16 MB anonymous
+    one thread, cold                   14,569 samples/s   0.84 GB/s   38.7 us CPU a sample;   14,619 samples/s without waiting
+    tarfile, cold                       9,544 samples/s   0.55 GB/s   71.5 us CPU a sample;    9,558 samples/s without waiting
+    one thread, warm                   89,252 samples/s   5.12 GB/s   11.2 us CPU a sample;   89,252 samples/s without waiting
+    over HTTP, 8 shards at once        20,464 samples/s   1.17 GB/s   46.3 us CPU a sample
+    opening 400000000 samples            0.45 s   0.47 s CPU     18 MB anonymous
 """
 
 import argparse

@@ -7,8 +7,9 @@ Input: JPEGs like photographs (benchmarks/images.py), 500 x 375 of about 54 kB a
 Each side runs in a process of its own. The base is a git worktree of that commit in a temporary folder. Before each timed turn
 what lies ready is taken. Rates are per second of CPU time of all of the side, so that other work on the machine does little; with
 --wall, and always for processes, per second of the clock.
-Seen:  on two cores with a load of 12, medians of 3 turns: 711 examples/s of CPU against 382 (1.76), and 373 against 140 (2.61);
-       with --crop 0.5: 676 against 430 (1.57), and 340 against 163 (2.11)
+Seen:  on two idle cores, medians of 5 turns: 834 examples/s of CPU against 464 (1.81), and 423 against 154 (2.70); with --wall
+       --workers 1: 934 against 482 (1.92), and 450 against 156 (2.87); with --wall and two workers, which slow each other down
+       on this machine: 1,389 against 900 (1.50), and 622 against 308 (2.02)
        --memory: 2.41 GiB, the first batch after 3.8 s; the base 8.76 GiB, 80.7 s
 """
 
@@ -23,10 +24,10 @@ import time
 from pathlib import Path
 
 import side_by_side
-from images import SHAPES, photo
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("here", "base")
+SHAPES = ((500, 375, 54_000), (1024, 768, 176_000))  # width, height, bytes
 SIZE, BATCH, READY, TIMED = 224, 32, 20, 20  # READY and TIMED: batches
 MANY, MANY_BATCH = 32, 1024  # workers and batch of --memory
 
@@ -89,6 +90,8 @@ def resident():
 def write(folder, shape, count, copies=64):
     """A tsv of JPEGs: `count` different ones, each under `copies` names. Grain's shuffle of fewer than some thousand takes
     0.4 ms an example, which larger sets don't have."""
+    from images import photo  # here: the side of another commit may lack what that imports
+
     width, height, size = shape
     rows = ["filepath\ttitle"]
     for i in range(count):

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.data.bar import bar
+
 CHUNK = 128  # examples of a chunk, where the storage has no larger unit of its own
 
 logged = 5  # warnings of each kind that a process logs
@@ -93,7 +95,12 @@ class Source(ABC):
 
     def buckets(self) -> np.ndarray:
         """uint8 [n]: crc32 of each example's key in UTF-8, mod 100. Splits as `train#0-95` are ranges of it."""
-        return np.fromiter((bucket(record.key) for record in self.texts()), np.uint8, len(self))
+        buckets = np.empty(len(self), np.uint8)
+        with bar(self.name, len(self), "keys") as shown:
+            for i, record in enumerate(self.texts()):
+                buckets[i] = bucket(record.key)
+                shown.update()
+        return buckets
 
     def chunks(self) -> np.ndarray:
         """int64 [c]: how many examples each chunk has. Together they are all examples, in order."""

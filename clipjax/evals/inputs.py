@@ -67,7 +67,7 @@ def image_batches(
         if (unreadable := distributed.total(unreadable)) == len(source):
             raise CertainFailure(f"{source.name}: none of {unreadable:,} examples can be used; the log says why")
         if unreadable and jax.process_index() == 0:
-            log.warning("%s: %d of %d images can't be read and are left out", source.name, unreadable, len(source))
+            log.warning("%s: %d of %d examples can't be used and are left out", source.name, unreadable, len(source))
 
     return CachedBatches(read, encoder.batch_count(len(source)), source.name, "images")
 

@@ -59,7 +59,7 @@ def test_images_in_order_without_what_cannot_be_read(encoder, data, images, capl
     assert index.tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9, -1, -1]
     assert index.dtype == np.int32
     np.testing.assert_array_equal(np.concatenate([b["image"] for b in found])[5], images[5])
-    assert "1 of 10 images can't be read and are left out" in caplog.text
+    assert "1 of 10 examples can't be used and are left out" in caplog.text
 
 
 def test_captions_and_whose_they_are(encoder):
