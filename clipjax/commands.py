@@ -177,7 +177,8 @@ def embed(args: argparse.Namespace) -> None:
 
 
 def caption(args: argparse.Namespace) -> None:
-    """`clipjax caption`: generates captions of image files."""
+    """`clipjax caption`: generates captions of image files, and of the images of datasets."""
+    from clipjax.evals.pictures import pictures
     from clipjax.evals.report import write_json
     from clipjax.generate import GREEDY, Beam, Sample
 
@@ -190,7 +191,8 @@ def caption(args: argparse.Namespace) -> None:
         wrong_use(args, f"{names}: only for sampled captions; --beams and --alpha are for beam search")
     decoding = Sample(**sampling) if sampling else Beam(**search) if search else GREEDY
     model = _load(args)
-    pairs = zip(args.images, model.captions(args.images, decoding), strict=True)
+    names, images = pictures(model.run, args.images, args.split, args.image_field)
+    pairs = zip(names, model.captions(images, decoding), strict=True)
     rows = [dict(image=image, caption=text, logprob=logprob) for image, (text, logprob) in pairs]
     for row in rows:
         _say(f"{row['image']}: {row['caption']}")

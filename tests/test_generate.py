@@ -328,6 +328,20 @@ def test_caption_of_files(run, files, tmp_path, capsys):
     assert capsys.readouterr().out == "".join(f"{path}: {text}\n" for path, text in zip(paths, drawn, strict=True))
 
 
+def test_caption_of_a_dataset(run, files, tmp_path, capsys, caplog):
+    """Images alone, beside a file; what can't be read is left out."""
+    command = ["caption", str(run), f"folder:{files}", str(files / "1.png"), "--json", str(tmp_path / "out.json")]
+    assert cli.main(command) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["image"] for row in rows] == ["0", "1", "2", str(files / "1.png")]
+    paths = [str(files / f"{i}.png") for i in (0, 1, 2, 1)]
+    assert [row["caption"] for row in rows] == clipjax.load(run).caption(paths)
+    assert sum("is left out" in r.getMessage() for r in caplog.records) == 2
+    capsys.readouterr()
+    assert cli.main(["caption", str(run), "folder:nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 def test_beams_from_the_command_line(run, files, capsys):
     assert cli.main(["caption", str(run), str(files / "0.png"), "--beams", "2", "--alpha", "0"]) == 0
     (text,) = clipjax.load(run).caption([files / "0.png"], Beam(beams=2, alpha=0.0))
