@@ -7,11 +7,12 @@ from PIL import Image
 
 from clipjax import config
 from clipjax.config.data import KINDS
-from clipjax.data.faults import usable
-from clipjax.data.images import image
+from clipjax.data.pipeline import eval_batches
 from clipjax.data.sources import open_source
 from clipjax.evals.given import ImageLike
 from clipjax.evals.inputs import eval_data
+
+BATCH = 64  # images of a dataset that are read at a time
 
 
 def pictures(run: config.Run, wanted: Sequence[str], split: str, image_field: str | None) -> tuple[list[str], list[ImageLike]]:
@@ -29,15 +30,11 @@ def pictures(run: config.Run, wanted: Sequence[str], split: str, image_field: st
             continue
         data = eval_data(run, word, split, image_field=image_field)
         source = open_source(data)
-        for number in range(len(source)):
-            try:
-                record = usable(lambda number=number, source=source: source.read(number), number, captioned=False)
-                pixels = image.evaluation(record.image, run.model.image.image_size, data)
-            except Exception as error:  # a reader and a decoder may raise anything
-                source.warn(f"number {number}", f"is left out: {type(error).__name__}: {error}")
-                continue
-            names.append(record.key)
-            images.append(Image.fromarray(pixels))
+        size = run.model.image.image_size
+        with eval_batches(source, data, image_size=size, batch_size=BATCH, captioned=False) as batches:
+            for batch in batches:
+                names += [source.text(i).key for i in batch["index"][batch["mask"]].tolist()]
+                images += map(Image.fromarray, batch["image"][batch["mask"]])
     return names, images
 
 
