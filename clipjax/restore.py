@@ -19,7 +19,7 @@ from clipjax.storage import DamagedError, reading
 from clipjax.train.state import TrainState
 
 COUNTS = "counts"  # item of a checkpoint, only with train.nonfinite = skip
-FINGERPRINT = "data"  # item of a checkpoint: of the data that it was trained on; none before release 0.4
+FINGERPRINT = "data"  # item of a checkpoint: of the data that it was trained on; older ones have none
 DAMAGED = "damaged"  # folder of a workdir, beside checkpoints/, for checkpoints that could not be read
 
 

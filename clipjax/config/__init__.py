@@ -42,10 +42,9 @@ __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "Clean",
     "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
     "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Part",
-    "Remembering",
-    "Retrieval",
-    "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
-    "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "to_json",
+    "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer",
+    "TokenizerFile", "Train", "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines",
+    "require", "size", "to_json",
 ]  # fmt: skip
 
 

@@ -97,10 +97,8 @@ def check_evaluations(evals: tuple[TrainingEvaluation, ...], data: Data) -> None
         remedy = "the run trains on a mixture: name the examples to evaluate on"
         require(not own or not data.sources, f"evals.{i}.data", None, remedy)
         check_spec(evaluation.spec(data), f"evals.{i}.data")
-        remedy = (
-            f"the run's own {data.spec} has no splits: name other examples, as tsv:held_out.tsv, set data.split = train#0-95 "
-        )
-        remedy += f"and evals.{i}.split = train#95-100, or leave the evaluation out (--evals none)"
+        remedy = f"the run's own {data.spec} has no splits: name other examples, as tsv:held_out.tsv, set data.split = train#0-95"
+        remedy += f" and evals.{i}.split = train#95-100, or leave the evaluation out (--evals none)"
         require(not own or has_splits(data.spec, evaluation.split), f"evals.{i}.data", None, remedy)
 
 

@@ -73,9 +73,8 @@ class Source(ABC):
             raise IndexError(i)
         try:
             return self._record(i)
-        except Exception as e:  # a reader may raise anything
-            self.warn(f"number {i}", f"can't be read: {type(e).__name__}: {e}")
-            return Record(b"", (), f"number {i}")
+        except Exception as error:  # a reader may raise anything
+            return self.unreadable(error, f"number {i}")
 
     def text(self, i: int) -> Record:
         """Example i without its image: what the storage reads fastest."""
@@ -114,6 +113,11 @@ class Source(ABC):
     def record_in(self, fetched: Fetched, chunk: int, j: int) -> Record:
         """Example j of a fetched chunk, counted from 0. May raise anything."""
         return self._record(fetched.content + j)
+
+    def unreadable(self, error: Exception, key: str) -> Record:
+        """What stands for an example that can't be read: nothing but its key. The error is logged."""
+        self.warn(key, f"can't be read: {type(error).__name__}: {error}")
+        return Record(b"", (), key)
 
     def warn(self, key: str, what: str) -> None:
         """Logs what is wrong with an example, as `can't be read: REASON`: of a kind, which is all before the colon, the first

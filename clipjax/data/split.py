@@ -41,9 +41,8 @@ class Share(Source):
         pieces = (buckets[start : start + PIECE] for start in range(0, len(buckets), PIECE))
         packed = b"".join(np.packbits((piece >= first) & (piece < last), bitorder="little").tobytes() for piece in pieces)
         self._words = np.frombuffer(packed + bytes(-len(packed) % 8 + 8), "<u8")  # the last one is empty
-        self._before = np.concatenate(
-            [[0], np.cumsum(np.bitwise_count(self._words), dtype=np.int64)]
-        )  # chosen ones, of each word
+        counts = np.cumsum(np.bitwise_count(self._words), dtype=np.int64)
+        self._before = np.concatenate([[0], counts])  # how many are chosen before each word
         if not len(self):
             raise ConfigError(f"data.split = {name.rpartition('/')[2]!r}: no example of {source.name} is in this range; widen it")
         self._sizes, self._starts, self._numbers = self._divided(source.chunks())

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clipjax import config
-from clipjax.data.storage.locations import divided
+from clipjax.data.formats.locations import divided
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.evaluation import Evaluation, Results

@@ -11,10 +11,10 @@ from PIL import Image
 
 from clipjax.config import ConfigError, Data, Filter
 from clipjax.data.faults import shown
+from clipjax.data.formats.locations import divided
 from clipjax.data.pipeline import check_source
 from clipjax.data.source import bucket
 from clipjax.data.sources import open_source
-from clipjax.data.storage.locations import divided
 from tests import stores
 
 

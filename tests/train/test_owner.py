@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from clipjax import config, preemption, swap
+from clipjax import config, preemption, process, swap
 from clipjax.train import owner
 from clipjax.train.owner import LostError, Record
 from tests import hosts
@@ -111,14 +111,14 @@ def test_a_dead_process_of_this_host_is_followed_at_once(tmp_path, clock, capsys
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
 def test_a_process_that_was_not_waited_for_is_dead(tmp_path, clock, monkeypatch, platform):
     """On macOS `ps` knows it, as here."""
-    monkeypatch.setattr(owner, "sys", types.SimpleNamespace(platform=platform, stderr=sys.stderr))
-    assert owner.birth(os.getpid()) == owner.birth(os.getpid()) != ""
-    with subprocess.Popen(["sleep", "60"]) as process:
-        put(tmp_path, dataclasses.replace(MINE, pid=process.pid, birth=owner.birth(process.pid), machine=owner.machine()))
+    monkeypatch.setattr(process, "sys", types.SimpleNamespace(platform=platform))
+    assert process.birth(os.getpid()) == process.birth(os.getpid()) != ""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        put(tmp_path, dataclasses.replace(MINE, pid=child.pid, birth=process.birth(child.pid), machine=process.machine()))
         with pytest.raises(preemption.OwnedError):
             owner.claim(tmp_path)
-        process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         owner.claim(tmp_path).release()
     assert clock.now == 1000
 

@@ -14,10 +14,10 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.formats import columns
 from clipjax.data.formats.columns import Field
+from clipjax.data.formats.locations import BESIDE, FOLDER, in_split_folder, root_of
 from clipjax.data.formats.sample import IMAGES, TEXTS
 from clipjax.data.source import Record, Source, bucket
 from clipjax.data.storage import store
-from clipjax.data.storage.locations import BESIDE, FOLDER, in_split_folder, root_of
 from clipjax.data.storage.store import Stored
 
 PROBED = 8  # examples of which one must have a caption in .json, else they are images alone
@@ -117,9 +117,8 @@ class Folder(Source):
     def text(self, i: int) -> Record:
         try:
             return self._text(i)
-        except Exception as e:  # a reader may raise anything
-            self.warn(self._key(i), f"can't be read: {type(e).__name__}: {e}")
-            return Record(b"", (), self._key(i))
+        except Exception as error:  # a reader may raise anything
+            return self.unreadable(error, self._key(i))
 
     def texts(self) -> Iterator[Record]:
         with ThreadPoolExecutor(AT_ONCE) as pool:

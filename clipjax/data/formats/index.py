@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import ConfigError
+from clipjax.data.formats.locations import SPLITS
 from clipjax.data.storage.ranges import Stored, read, scheme_of
 from clipjax.data.storage.remote import alone
 from clipjax.data.storage.store import find
@@ -31,7 +32,6 @@ NAME = "clipjax-index"  # of the folder beside the shards
 ARRAYS = ("spans", "buckets")
 COPIED = 16 << 20  # bytes of a remote index that are copied at a time
 SMALL = 1_000_000_000  # bytes of a remote set that training reads by itself
-SPLITS = ("train", "test", "val", "valid", "validation")  # names of sub-folders that are not to be mixed
 COMPRESSED = {".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.zst": "unzstd", ".tar.xz": "unxz", ".tar.bz2": "bunzip2"}
 ABSENT = (FileNotFoundError, NotADirectoryError, PermissionError)  # S3 forbids what is not there, where one may not list
 
@@ -69,7 +69,7 @@ def shards_of(patterns: str) -> list[Stored]:
     """The tars that a spec names. Raises ConfigError as `find` does, for compressed ones, and for a folder of several splits."""
     shards = find("data.spec", patterns, (".tar", *COMPRESSED))
     within = {posixpath.dirname(short_name(shard.url, patterns.rstrip("/"))).partition("/")[0] for shard in shards}
-    if len(splits := sorted(within & set(SPLITS))) > 1:
+    if len(splits := sorted(within & SPLITS)) > 1:
         example = posixpath.join(patterns, splits[-1])
         raise ConfigError(f"data.spec = {patterns!r}: has the splits {' and '.join(splits)}; name one of them: wds:{example}")
     for shard in shards:
@@ -89,7 +89,7 @@ def open_index(spec: str, patterns: str, folder: str | None) -> Index:
     for place in places(patterns, folder):
         if (stored := load(place)) is None:
             continue
-        if differs := difference(stored, shards, root_of(patterns)):
+        if differs := difference(stored, shards, shard_folder(patterns)):
             stale.append(
                 f"data.spec = {spec!r}: its index in {place} is stale: {differs}; {command(spec, folder)} reads those again"
             )
@@ -107,7 +107,7 @@ def open_index(spec: str, patterns: str, folder: str | None) -> Index:
     from clipjax.data.formats.indexing import build, writable_place
 
     place = folder or (cache_place(patterns) if remote else writable_place(patterns))
-    build(spec, shards, root_of(patterns), place)
+    build(spec, shards, shard_folder(patterns), place)
     return opened(place, load(place) or {}, [shard.url for shard in shards])
 
 
@@ -120,7 +120,7 @@ def places(patterns: str, folder: str | None) -> list[str]:
     return [folder] if folder else [beside(patterns), cache_place(patterns)]
 
 
-def root_of(patterns: str) -> str:
+def shard_folder(patterns: str) -> str:
     """The folder in which all of the first pattern's shards lie."""
     pattern = os.path.expanduser(patterns.partition("::")[0])
     fixed = next((pattern[:i] for i, sign in enumerate(pattern) if sign in "*?[{"), None)
@@ -131,7 +131,7 @@ def root_of(patterns: str) -> str:
 
 def beside(patterns: str) -> str:
     """The folder of the index beside the shards. Each set of patterns has its own; that of a whole folder has the plain name."""
-    root = root_of(patterns)
+    root = shard_folder(patterns)
     rest = "::".join(short_name(os.path.expanduser(pattern).rstrip("/"), root) for pattern in patterns.split("::"))
     return posixpath.join(root, f"{NAME}-{_digest(rest)[:8]}" if rest else NAME)
 

@@ -25,6 +25,7 @@ from clipjax.data.formats.spans import Scanned, scan
 from clipjax.data.formats.tar import TarError
 from clipjax.data.storage.ranges import Stored, scheme_of
 from clipjax.files import as_path, check_writable, store, write_atomic
+from clipjax.process import birth
 
 AT_ONCE = 8  # shards that a process reads at once
 READ_AT_ONCE = 32  # parts that are read at once when they are joined
@@ -39,7 +40,7 @@ def index_command(spec: str, out: str | None) -> str:
     if kind != "wds":
         raise ConfigError(f"SPEC = {spec!r}: only tars need an index; give wds:SHARDS")
     place = out or writable_place(patterns)
-    shards, root = index.shards_of(patterns), index.root_of(patterns)
+    shards, root = index.shards_of(patterns), index.shard_folder(patterns)
     build(spec, shards, root, place)
     made = index.open_index(spec, patterns, place)
     found = ", ".join(f"{name} {count:,}" for name, count in made.suffixes.items())
@@ -54,7 +55,7 @@ def writable_place(patterns: str) -> str:
     """The folder for a new index: beside the shards if one may write there, else in the user's cache."""
     place = index.beside(patterns)
     if scheme_of(place) is None:
-        root = index.root_of(patterns) or "."
+        root = index.shard_folder(patterns) or "."
         return place if os.access(place if os.path.isdir(place) else root, os.W_OK) else index.cache_place(patterns)
     if scheme_of(place) in ("gs", "s3"):
         with contextlib.suppress(ConfigError, OSError):
@@ -163,7 +164,7 @@ class _Build:
         except FileExistsError:
             host, _, process = path.read_text().partition(" ")
             of_this_machine = host == os.uname().nodename and process.isdigit()
-            return of_this_machine and (int(process) == os.getpid() or not _is_alive(int(process)))
+            return of_this_machine and (int(process) == os.getpid() or birth(int(process)) is None)
 
     def _await_others(self, shown: tqdm) -> None:
         """Waits for the parts that others have claimed. Makes those that do not come."""
@@ -236,16 +237,6 @@ class _Build:
     def _write(self, name: str, content: bytes) -> None:
         with write_atomic(self.parts / name) as part:
             part.write_bytes(content)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _header(dtype: str, *shape: int) -> bytes:

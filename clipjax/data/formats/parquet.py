@@ -13,10 +13,10 @@ from clipjax.config.data import dataset_name
 from clipjax.data.formats import columns
 from clipjax.data.formats.columns import Field
 from clipjax.data.formats.features import choose_features
+from clipjax.data.formats.locations import PARQUET, common_folder, image_at, in_split, key_of, name_of
 from clipjax.data.formats.row_groups import RowGroups
 from clipjax.data.source import Fetched, Record, Source, bucket
 from clipjax.data.storage import store
-from clipjax.data.storage.locations import PARQUET, common_folder, image_at, in_split, key_of, name_of
 
 Row = Mapping[str, Any]  # values by column
 
@@ -107,9 +107,7 @@ class Parquet(Source):
         try:
             return self._complete(read(), group, j, image=False)
         except Exception as error:  # a reader may raise anything
-            key = self._rows.name_of_row(group, j)
-            self.warn(key, f"can't be read: {type(error).__name__}: {error}")
-            return Record(b"", (), key)
+            return self.unreadable(error, self._rows.name_of_row(group, j))
 
     def buckets(self) -> np.ndarray:
         features = self._features

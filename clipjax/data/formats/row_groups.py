@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from clipjax.config import ConfigError
+from clipjax.data.formats.locations import name_of
 from clipjax.data.storage import store
-from clipjax.data.storage.locations import name_of
 from clipjax.data.storage.recent import Recent
 from clipjax.data.storage.store import Stored
 

@@ -12,9 +12,9 @@ from clipjax.config import ConfigError
 from clipjax.data.formats import columns
 from clipjax.data.formats.columns import Field
 from clipjax.data.formats.delimited import SEPARATORS, Delimited
+from clipjax.data.formats.locations import common_folder, image_at, key_of, name_of
 from clipjax.data.source import Record, Source, bucket
 from clipjax.data.storage import store
-from clipjax.data.storage.locations import common_folder, image_at, key_of, name_of
 
 IMAGE, TEXT = "filepath", "title"  # the columns that open_clip reads by default
 BLOCK = 65_536  # rows that are objects of Python at a time
@@ -78,9 +78,8 @@ class Table(Source):
     def text(self, i: int) -> Record:
         try:
             return self._complete(b"", i, self._keys[i].as_py())
-        except ValueError as e:  # of a cell that is no JSON
-            self.warn(f"number {i}", f"can't be read: {e}")
-            return Record(b"", (), f"number {i}")
+        except ValueError as error:  # of a cell that is no JSON
+            return self.unreadable(error, f"number {i}")
 
     def _complete(self, image: bytes | Path, i: int, key: str) -> Record:
         rows = [i]

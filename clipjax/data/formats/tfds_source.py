@@ -194,9 +194,8 @@ class Tfds(Source):
     def _text_of(self, i: int, read: Callable[[], bytes]) -> Record:
         try:
             return self._parsed(i, tfrecord.features(read(), self._text_features))
-        except Exception as e:  # a reader may raise anything
-            self.warn(f"number {i}", f"can't be read: {type(e).__name__}: {e}")
-            return Record(b"", (), f"number {i}")
+        except Exception as error:  # a reader may raise anything
+            return self.unreadable(error, f"number {i}")
 
     def _parsed(self, i: int, features: Any) -> Record:
         def values(path: str, kind: str) -> list:

@@ -14,7 +14,8 @@ import numpy as np
 
 from clipjax import config
 from clipjax.data.formats import columns
-from clipjax.data.formats.index import ABSENT, SPLITS, open_index
+from clipjax.data.formats.index import ABSENT, open_index
+from clipjax.data.formats.locations import SPLITS
 from clipjax.data.formats.sample import IMAGES, LABEL, TEXTS, Stale, choose_fields, parse
 from clipjax.data.formats.spans import HOP, last_suffix
 from clipjax.data.formats.tar import BLOCK, Window
@@ -146,7 +147,7 @@ class Wds(Source):
         try:
             fetched = self.fetch(chunk)
         except Exception as error:
-            return [self._unreadable(i, error) for i in range(first, end)]
+            return [self.unreadable(error, f"number {i}") for i in range(first, end)]
         return [self._guarded(i, lambda i=i: self._parse_in(fetched, i, with_image=False)) for i in range(first, end)]
 
     def _hop(self, path: str, first: int, end: int) -> Iterator[Record]:
@@ -154,7 +155,7 @@ class Wds(Source):
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            yield from (self._unreadable(i, error) for i in range(first, end))
+            yield from (self.unreadable(error, f"number {i}") for i in range(first, end))
             return
         try:
             if hasattr(os, "posix_fadvise"):
@@ -178,11 +179,7 @@ class Wds(Source):
         try:
             return make()
         except Exception as error:  # as in `Source.record`: what a member holds may raise anything
-            return self._unreadable(i, error)
-
-    def _unreadable(self, i: int, error: Exception) -> Record:
-        self.warn(f"number {i}", f"can't be read: {type(error).__name__}: {error}")
-        return Record(b"", (), f"number {i}")
+            return self.unreadable(error, f"number {i}")
 
 
 def _kind(suffix: str) -> str:

@@ -42,9 +42,8 @@ class Windows(Order):
         self._shift = np.where(self.batches * self._widths > window, shift, 0)
         self._seed = np.random.SeedSequence([seed, 4]).generate_state(1, np.uint64)
         self._lock = threading.Lock()
-        self._epoch = functools.lru_cache(maxsize=2)(
-            self._make_epoch
-        )  # readers are at one epoch's end and at the next one's start
+        # Two: readers are at one epoch's end and at the next one's start.
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def at(self, step: int, places: np.ndarray) -> np.ndarray:
         return self._located(*divmod(step, self.batches), places)[0]

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from clipjax.config import ConfigError
+from clipjax.files import STORES
 
-SCHEMES = {  # scheme -> the module that reads it, and clipjax's extra that installs it
-    "gs": ("gcsfs", "gcs"),
-    "s3": ("s3fs", "s3"),
+SCHEMES = STORES | {  # scheme -> the module that reads it, and clipjax's extra that installs it
     "http": ("aiohttp", "http"),
     "https": ("aiohttp", "http"),
     "hf": ("huggingface_hub", "hf"),
