@@ -39,7 +39,7 @@ class Grey(Source):
         size = (16, 4) if i in self.wide else (4, 4)
         Image.new("RGB", size, (i + self.shade,) * 3).save(file, "png")
         stored = {NO_IMAGE: b"", BAD_IMAGE: file.getvalue()[:30]}.get(fault, file.getvalue())
-        return Record(stored, () if fault == NO_CAPTION else (f"number {i}",), f"key {i}")
+        return Record(stored, () if fault == NO_CAPTION else (f"number {i}",), f"key {i}", number=i / 10)
 
 
 @pytest.fixture
@@ -77,6 +77,12 @@ def test_a_stand_in_is_the_example_at_the_same_place_of_the_next_batch(batches):
         assert batch["replaced"].tolist() == [number in BAD for number in batch["index"].tolist()]
         assert len(set(shown(batch))) == BATCH  # none is its own negative
         assert not batch["filtered"].any()
+
+
+def test_all_other_batches_of_the_epoch_are_tried_in_turn():
+    order = Random(60, BATCH, 5)
+    others = [order.one(5 + batch, 4) for batch in (3, 4, 0, 1)]  # of the second epoch, after its batch 2
+    assert [order.stand_in(7, 4, tried) for tried in range(1, 5)] == others
 
 
 def test_it_is_the_same_for_any_hosts_and_workers_and_after_a_resume(batches):
@@ -144,6 +150,7 @@ def test_a_filter_that_keeps_next_to_nothing_ends_the_run_soon(batches):
         (Filter(min_characters=9), range(10, 30)),  # `number 10`
         (Filter(max_characters=8), range(10)),
         (Filter(min_characters=9, max_aspect=1.0), range(10, 30)),
+        (Filter(number="score", at_least=1.5), range(15, 30)),
     ],
 )
 def test_each_bound_is_inclusive(batches, wanted, kept):
