@@ -21,7 +21,7 @@ from clipjax import config, distributed, s3
 from clipjax.files import resolve
 from clipjax.preservation import Preservation
 from clipjax.restore import COUNTS, DAMAGED, FINGERPRINT, restore, training_part
-from clipjax.storage import SaveError, refusal
+from clipjax.storage import WEIGHTS_ONLY, SaveError, refusal
 from clipjax.train.owner import CheckOwner, never_lost
 from clipjax.train.state import TrainState
 
@@ -153,6 +153,21 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """`restore` of this workdir."""
         return restore(self._workdir, step, abstract)
+
+
+def save_weights(workdir: Path, run: config.Run, params: Any, made_by: str) -> None:
+    """Writes a checkpoint of step 0 that holds weights alone: a run can start from it by init, and not go on in its workdir.
+
+    `made_by`: the command that made it. Returns when it is on disk.
+    """
+    items = {
+        "params": ocp.args.StandardSave(params),
+        "config": ocp.args.JsonSave(json.loads(config.to_json(run))),
+        WEIGHTS_ONLY: ocp.args.JsonSave({"made_by": made_by}),
+    }
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **s3.options(workdir))
+    with ocp.CheckpointManager(resolve(workdir) / "checkpoints", options=options) as manager:
+        manager.save(0, args=ocp.args.Composite(**items))
 
 
 class _Manager(ocp.CheckpointManager):

@@ -91,19 +91,19 @@ def _load(args: argparse.Namespace) -> "LoadedRun":
     """The run to evaluate, on the devices of all processes."""
     from clipjax import distributed, environment
 
-    _register(args)
+    register(args)
     distributed.start()
     environment.keep_programs()
     return clipjax.load(args.workdir)
 
 
-def _register(args: argparse.Namespace) -> None:
+def register(args: argparse.Namespace) -> None:
     """Executes the file of --config, because it may register losses or evaluations that the run's configuration names."""
     if args.config:
         load_config(args.config)
 
 
-def _say(text: str, file: TextIO | None = None) -> None:
+def say(text: str, file: TextIO | None = None) -> None:
     """Prints, in the first process only."""
     if _first():
         print(text, file=file)
@@ -154,7 +154,7 @@ def _evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> No
     results = evaluation.run(model.params)
     result = report(evaluation.dataset, model.name, f"step {model.step}", wanted.task, results.metrics)
     numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves
-    _say(json.dumps(result | {"metrics": numbers}, indent=2, ensure_ascii=False))
+    say(json.dumps(result | {"metrics": numbers}, indent=2, ensure_ascii=False))
     if args.json:
         write_json(args.json, result)
     if png and _first() and (image := results.draw(f"{model.name}, step {model.step}, on {evaluation.dataset}")):
@@ -173,7 +173,7 @@ def embed(args: argparse.Namespace) -> None:
     data = eval_data(model.run, dataset.pop("data"), **dataset)
     arrays = embed(model.encoder, model.params, tokenizer, data)
     write_npz(args.out, arrays)
-    _say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
+    say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 
 
 def caption(args: argparse.Namespace) -> None:
@@ -195,58 +195,9 @@ def caption(args: argparse.Namespace) -> None:
     pairs = zip(names, model.captions(images, decoding), strict=True)
     rows = [dict(image=image, caption=text, logprob=logprob) for image, (text, logprob) in pairs]
     for row in rows:
-        _say(f"{row['image']}: {row['caption']}")
+        say(f"{row['image']}: {row['caption']}")
     if args.json:
         write_json(args.json, rows)
-
-
-def export(args: argparse.Namespace) -> int:
-    """`clipjax export`: writes a run for open_clip or transformers; with --verify returns 1 if the results differ there."""
-    from clipjax import distributed
-    from clipjax.checkpoint import TOKENIZER
-    from clipjax.export import opening
-    from clipjax.export.folder import export
-    from clipjax.export.verify import require_packages, verify
-
-    distributed.require_alone("clipjax export")
-    if args.verify:
-        require_packages(args.to)
-    _register(args)
-    model = clipjax.load(args.workdir)
-    run, tokenizer, clean = model.run, model.workdir / TOKENIZER, model.run.tokenizer.clean
-    export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to, clean)
-    print(f"{args.out}: {args.to}, step {model.step} of {model.workdir}")
-    if not args.verify:
-        return 0
-    from clipjax.data.faults import shown
-    from clipjax.data.sources import open_source
-
-    source = open_source(run.data)
-    chosen = range(0, len(source), max(1, len(source) // args.examples))
-    examples = [x for x in shown(source, chosen[: args.examples]) if x.record.captions]
-    pairs = [x.image for x in examples], [x.record.captions[0] for x in examples], clean, source.captions()
-    report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, *pairs)
-    print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
-    for figures in report.figures:
-        print(f"  {figures}")
-    opened = opening.notes([x.record.image for x in examples], run.model.image.image_size, run.data.resize)
-    for note in report.notes + opened:
-        print(f"  not judged: {note}")
-    for failure in report.failures:
-        print(f"clipjax: {failure}", file=sys.stderr)
-    return 1 if report.failures else 0
-
-
-def import_run(args: argparse.Namespace) -> None:
-    """`clipjax import`: makes a workdir from a model of another library."""
-    from clipjax import distributed
-    from clipjax.export.imported import import_open_clip
-
-    distributed.require_alone("clipjax import")
-    _, notes = import_open_clip(args.source, args.out)
-    print(f"{args.out}: step 0, from {args.source}")
-    for note in notes:
-        print(f"  not imported: {note}")
 
 
 def plan(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from clipjax import commands, config, data_commands
+from clipjax import commands, config, data_commands, weight_commands
 from clipjax.arguments import local, local_folder, place, positive, step_range, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
 
@@ -183,7 +183,7 @@ COMMANDS = (
     ),
     _command(
         "export",
-        commands.export,
+        weight_commands.export,
         "write a folder that open_clip or transformers loads as it is",
         *RUN,
         _argument("--to", None, "the library that will load it", required=True, choices=("open_clip", "transformers")),
@@ -193,11 +193,13 @@ COMMANDS = (
     ),
     _command(
         "import",
-        commands.import_run,
+        weight_commands.import_run,
         "make a workdir from another library's model, to evaluate, embed, caption or export it",
         _argument("source", "SRC", "a folder: open_clip_config.json, .safetensors and tokenizer.json", local),
         _argument("--from", None, "the library that wrote it", dest="origin", required=True, choices=("open_clip",)),
         _argument("--out", "RUN", "a new workdir, local or on gs:// or s3://", writable_folder, required=True),
+        _argument("--tokenizer", "FILE", "a tokenizer.json or SentencePiece model; else that of SRC", local),
+        _argument("--image-size", "N", "side of the images in pixels, where SRC leaves it open", positive),
     ),
     _command(
         "data prepare",

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from clipjax import config, distributed, s3, sharding
 from clipjax.files import as_path, reach, resolve
 from clipjax.models import clip
-from clipjax.storage import DamagedError, reading
+from clipjax.storage import WEIGHTS_ONLY, DamagedError, reading
 from clipjax.train.state import TrainState
 
 COUNTS = "counts"  # item of a checkpoint, only with train.nonfinite = skip
@@ -85,6 +85,13 @@ def newest(workdir: Path) -> tuple[int, config.Run] | None:
         remedy = f"put a copy into {workdir / 'checkpoints'}, choose a new --workdir, or remove these to begin at step 0"
         raise DamagedError(f"{workdir}: none of its checkpoints can be read ({names}). Remedy: {remedy}")
     return None
+
+
+def require_state(workdir: Path, step: int, field: str) -> None:
+    """Raises ConfigError for a checkpoint that holds weights alone. `field`: what names it."""
+    has_state = not (workdir / "checkpoints" / str(step) / WEIGHTS_ONLY).exists()
+    remedy = "holds weights only, no state of training: choose a new --workdir, and start it from them by "
+    config.require(has_state, field, str(workdir), remedy + f"init = Init(run='{workdir}', state='weights')")
 
 
 def restore(workdir: Path, step: int, abstract: TrainState) -> TrainState:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clipjax.status import CertainFailure
 
+WEIGHTS_ONLY = "weights_only"  # item of a checkpoint that holds weights and no state of training: who made it
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota or the largest size of a file is reached
 
 
@@ -34,8 +35,10 @@ class DamagedError(CertainFailure):
 def reading(workdir: Path, step: int) -> Iterator[None]:
     """For `with`: turns an error that means damage into a DamagedError."""
     try:
-        for item in ("config/metadata", "params/_METADATA", "training/_METADATA"):  # Orbax would guess if one is missing
-            if not (file := workdir / "checkpoints" / str(step) / item).exists():
+        checkpoint = workdir / "checkpoints" / str(step)
+        training = f"{WEIGHTS_ONLY}/metadata" if (checkpoint / WEIGHTS_ONLY).exists() else "training/_METADATA"
+        for item in ("config/metadata", "params/_METADATA", training):  # Orbax would guess if one is missing
+            if not (file := checkpoint / item).exists():
                 raise FileNotFoundError(f"{file} is missing")
         yield
     except Exception as error:

@@ -1,57 +1,54 @@
-"""Makes a workdir from another library's model, for `clipjax eval`, `embed`, `caption` and `export`."""
+"""Makes a workdir from another library's model, for `clipjax eval`, `embed`, `caption`, `export`, and as the start of a run."""
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import jax
-import numpy as np
-
-from clipjax import sharding
-from clipjax.checkpoint import TOKENIZER, Checkpoints
-from clipjax.config import Caption, Data, Mesh, Run, Sigmoid, Softmax, TokenizerFile, require
+from clipjax.checkpoint import TOKENIZER, save_weights
+from clipjax.config import Caption, Data, Run, Sigmoid, Softmax, TokenizerFile, require
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import open_clip, open_clip_read
-from clipjax.export.table import to_ours
-from clipjax.models.clip import init
-from clipjax.train.optimizer import make_optimizer
-from clipjax.train.state import TrainState, abstract_state
+from clipjax.export import open_clip_read
+from clipjax.export.found import Found, Options
+from clipjax.files import resolve
+from clipjax.models.clip import Params
 from clipjax.train.workdir import save_config
 
+LARGEST_SCALE = 100.0  # to which CLIP's scale is clamped in training; SigLIP's is not
+ROUNDING = 1e-3  # log 100 in half precision is a little more or less
+READERS: dict[str, Callable[[Path, Options], Found]] = {"open_clip": open_clip_read.read}
 
-def import_open_clip(source: Path, out: Path) -> tuple[Run, list[str]]:
-    """Writes the workdir `out` from a folder of open_clip's, with a checkpoint of step 0.
+AS_IT_IS = Options()
+
+
+def import_run(source: Path, out: Path, origin: str, options: Options = AS_IT_IS) -> tuple[Run, list[str]]:
+    """Writes the workdir `out` from the weights of another library, with a checkpoint of step 0. `origin`: one of READERS.
 
     Returns its run, and notes on what is not imported. Raises ConfigError for a model that clipjax has not, for weights that do
-    not fit it, for a folder without tokenizer, and unless `out` is new or empty.
+    not fit it, for a source without tokenizer, and unless `out` is new or empty.
     """
-    require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "--out", str(out), "is not empty: name a new folder")
-    found = open_clip_read.read(source)
-    model, words = found.model, _tokenizer(source, found.model)
-    shapes = jax.eval_shape(lambda: init(model, 0))
-    params = to_ours(open_clip.table(model), found.tensors, shapes)
-    terms = (Softmax() if model.init_bias is None else Sigmoid(), *([] if model.decoder is None else [Caption()]))
-    tokenizer = TokenizerFile(path=str((source / TOKENIZER).resolve()), clean=found.clean)
-    run = Run(model=model, data=Data(spec="emoji", resize=found.resize), tokenizer=tokenizer, objective=terms)
-    tx = make_optimizer(run.optim, run.train.steps, shapes)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, sharding.make_mesh(Mesh())))
-    placed = jax.tree.map(jax.device_put, params, shardings.params)
-    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(placed)
-    state = TrainState(jax.device_put(np.int32(0), shardings.step), placed, opt_state, None)
-    words.save(out / TOKENIZER)
-    with Checkpoints(out, run) as checkpoints:
-        checkpoints.save(0, state)
-    save_config(run, out)  # last: a folder with a config.json is a workdir
+    require_new(out)
+    found = READERS[origin](source, options)
+    sigmoid = found.model.init_bias is not None
+    above = math.exp(float(found.params.get("log_scale", 0.0))) > LARGEST_SCALE * (1 + ROUNDING)
+    # float32: the arithmetic of the original, also on CPUs, where bfloat16 would be slower and 1e-2 off.
+    model = replace(found.model, dtype="float32", max_scale=None if sigmoid or above else LARGEST_SCALE)
+    terms = (Sigmoid() if sigmoid else Softmax(), *([] if model.decoder is None else [Caption()]))
+    clean = "none" if found.tokenizer is None else found.tokenizer.clean
+    words = TokenizerFile(path=str(resolve(out) / TOKENIZER), clean=clean)
+    run = Run(model=model, data=Data(spec="emoji", resize=found.resize), tokenizer=words, objective=terms)
+    write_weights(run, found.params, found.tokenizer, out, f"clipjax import --from {origin}")
     return run, found.notes
 
 
-def _tokenizer(source: Path, model: open_clip.Model) -> Tokenizer:
-    remedy = "has no tokenizer.json, which open_clip does not write for its own tokenizer: add one. CLIP's is that of"
-    remedy += " openai/clip-vit-base-patch32 on the Hugging Face hub"
-    require((source / TOKENIZER).is_file(), "SRC", str(source), remedy)
-    words = Tokenizer.load(source / TOKENIZER, model.text.length)
-    remedy = f"its weights have {model.text.vocab_size} tokens, and its tokenizer.json {words.vocab_size}"
-    require(words.vocab_size <= model.text.vocab_size, "SRC", str(source), remedy)
-    highest = words.vocab_size - 1
-    by_id = model.text.pool == "eot" or model.decoder is not None
-    remedy = f"its tokenizer's end token must have the highest id, {highest}, and has {words.end_id}: texts end there"
-    require(not by_id or words.end_id == highest, "SRC", str(source), remedy)
-    return words
+def require_new(out: Path) -> None:
+    """Raises ConfigError unless `out` is new or empty."""
+    require(not out.exists() or (out.is_dir() and not any(out.iterdir())), "--out", str(out), "is not empty: name a new folder")
+
+
+def write_weights(run: Run, params: Params, tokenizer: Tokenizer | None, out: Path, made_by: str) -> None:
+    """Writes the workdir `out`: a checkpoint of step 0 with weights alone, and the tokenizer. `made_by`: the command."""
+    if tokenizer is not None:
+        tokenizer.save(out / TOKENIZER)
+    save_weights(out, run, params, made_by)
+    save_config(run, out)  # last: a folder with a config.json is a workdir

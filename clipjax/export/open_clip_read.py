@@ -3,14 +3,19 @@
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import safetensors.numpy
 
+from clipjax.checkpoint import TOKENIZER
 from clipjax.config import Activation, Clean, ConfigError, Decoder, ImageTower, Model, TextTower, require
-from clipjax.export.folder import Resize
-from clipjax.export.open_clip import EPS, TRUNKS, WEIGHTS, custom, refuse
-from clipjax.export.table import Tensors
+from clipjax.data.images.resize import Resize
+from clipjax.data.tokenizer import Tokenizer
+from clipjax.export.found import Found, Options, check_tokenizer
+from clipjax.export.open_clip import EPS, TRUNKS, WEIGHTS, custom, refuse, table
+from clipjax.export.table import Tensors, to_ours
+from clipjax.models.clip import init
 
 CONFIG = "open_clip_config.json"
 NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")
@@ -41,17 +46,7 @@ CLEAN: dict[str | None, Clean] = {"canonicalize": "canonicalize", "whitespace": 
 ACCEPTED = {"pool_type": "tok", "mode": "RGB", "pad_id": 0}
 
 
-class Folder(NamedTuple):
-    """The content of a folder of open_clip's."""
-
-    model: Model
-    resize: Resize
-    tensors: Tensors
-    clean: Clean
-    notes: list[str]  # what is not imported
-
-
-def read(folder: Path) -> Folder:
+def read(folder: Path, options: Options) -> Found:
     """Raises ConfigError, with field, value and remedy, for a missing or broken file and for a model that clipjax has not."""
     require(folder.is_dir(), "SRC", str(folder), f"is not a folder; name one that holds {CONFIG} and its weights")
     file = folder / CONFIG
@@ -69,7 +64,18 @@ def read(folder: Path) -> Folder:
         tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
     cleaning = (given["text_cfg"].get("tokenizer_kwargs") or {}).get("clean")
     note = f"text_cfg.tokenizer_kwargs.clean = {cleaning!r}: what open_clip does to a string before it is tokenized"
-    return Folder(model, _resize(pixels, model), tensors, CLEAN.get(cleaning, "none"), [note] * (cleaning not in CLEAN))
+    words = _tokenizer(folder, model, CLEAN.get(cleaning, "none"))
+    params = to_ours(table(model), tensors, jax.eval_shape(lambda: init(model, 0)))
+    return Found(model, params, words, _resize(pixels, model), [note] * (cleaning not in CLEAN))
+
+
+def _tokenizer(source: Path, model: Model, clean: Clean) -> Tokenizer:
+    remedy = "has no tokenizer.json, which open_clip does not write for its own tokenizer: add one. CLIP's is that of"
+    remedy += " openai/clip-vit-base-patch32 on the Hugging Face hub"
+    require((source / TOKENIZER).is_file(), "SRC", str(source), remedy)
+    words = Tokenizer.load(source / TOKENIZER, model.text.length, clean)
+    check_tokenizer(words, model, source)
+    return words
 
 
 def model_of(given: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Model:

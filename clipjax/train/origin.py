@@ -13,7 +13,7 @@ import jax
 
 from clipjax import config, sharding
 from clipjax.models import clip
-from clipjax.restore import look_up, restore
+from clipjax.restore import look_up, require_state, restore
 from clipjax.storage import DamagedError
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import TrainState, state_shapes
@@ -48,6 +48,7 @@ def find_origin(run: config.Run) -> Origin | None:
         origin = Origin(*look_up(run.init.run, "init.run"))
     except DamagedError as error:
         raise _unreadable(run.init, error) from error
+    require_state(origin.path, origin.step, "init.run")
     remedy = f"{origin} has {origin.step:,} finished steps already: ask for more"
     config.require(origin.step < run.train.steps, "train.steps", run.train.steps, remedy)
     if wrong := _differences(origin.run, run):

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from clipjax import config, distributed, sharding
 from clipjax.checkpoint import Checkpoints
 from clipjax.files import write_atomic
-from clipjax.restore import newest
+from clipjax.restore import newest, require_state
 from clipjax.storage import DamagedError
 from clipjax.train.optimizer import can_grow
 from clipjax.train.origin import Origin, changes_order, find_origin
@@ -77,6 +77,7 @@ def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
     if found is None:
         return None
     saved = Saved(*found)
+    require_state(path, saved.step, "--workdir")
     if run.init not in (None, saved.run.init):
         remedy = f"{path} has checkpoints, from which it goes on; choose a new --workdir, or set init to {saved.run.init}"
         raise config.ConfigError(f"init.run = {run.init.run!r}: {remedy}")

@@ -16,7 +16,7 @@ from clipjax.config import ConfigError, ImageTower
 from clipjax.data.images.image import fit
 from clipjax.export import open_clip as layout
 from clipjax.export.folder import export
-from clipjax.export.imported import import_open_clip
+from clipjax.export.imported import import_run
 from clipjax.export.open_clip import WEIGHTS
 from clipjax.export.open_clip_read import CONFIG, model_of
 from clipjax.export.table import flatten
@@ -29,6 +29,11 @@ torch_reference.load()
 import open_clip  # noqa: E402
 import torch  # noqa: E402
 
+GO_ON = """from pathlib import Path
+from clipjax.config import from_json
+def config():
+    return from_json(Path("{json}").read_text())
+"""
 MODELS = {"clip": (clip(dict(mean=(0.5, 0.4, 0.3)), dict(norm_eps=1e-6)), "crop"), "coca": (coca(init_bias=-10.0), "squash")}
 
 
@@ -39,7 +44,8 @@ def test_there_and_back(tmp_path, tokenizer, capsys, model, resize):
     assert cli.main(["import", "--from", "open_clip", str(tmp_path / "out"), "--out", str(tmp_path / "run")]) == 0
     assert "step 0" in capsys.readouterr().out
     run = clipjax.load(tmp_path / "run")
-    assert replace(run.run.model, init_scale=model.init_scale) == model
+    scale = None if model.init_bias is not None else 100.0
+    assert run.run.model == replace(model, dtype="float32", max_scale=scale)
     assert run.run.data.resize == resize
     want, got = (dict(flatten(tree)) for tree in (params, run.params))
     assert want.keys() == got.keys()
@@ -50,6 +56,9 @@ def test_there_and_back(tmp_path, tokenizer, capsys, model, resize):
         if file.name != WEIGHTS:  # compared above; the order in their header may change
             assert (tmp_path / "again" / file.name).read_text() == file.read_text(), file.name
     before = sorted((tmp_path / "run").rglob("*"))
+    (tmp_path / "config.py").write_text(GO_ON.format(json=str(tmp_path / "run" / "config.json")))
+    assert cli.main(["train", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run")]) == 2
+    assert "holds weights only, no state of training: choose a new --workdir" in capsys.readouterr().err
     assert cli.main(["import", "--from", "open_clip", str(tmp_path / "out"), "--out", str(tmp_path / "run")]) == 2
     assert "is not empty: name a new folder" in capsys.readouterr().err
     assert sorted((tmp_path / "run").rglob("*")) == before
@@ -90,7 +99,7 @@ def test_a_folder_that_open_clip_wrote(tmp_path, tokenizer, images, kind, cfg):
     if kind is open_clip.CoCa:  # open_clip leaves it as the memory was, at times infinite
         torch.nn.init.normal_(theirs.text_decoder.text_projection, std=0.2)
     folder = write(tmp_path / "theirs", cfg, theirs, tokenizer)
-    run, notes = import_open_clip(folder, tmp_path / "run")
+    run, notes = import_run(folder, tmp_path / "run", "open_clip")
     assert notes == []
     loaded = clipjax.load(tmp_path / "run")
     pixels = np.stack([fit(image, 32, "squash") for image in images])
@@ -173,7 +182,7 @@ REFUSED = {
         lambda f: change(f, "text_cfg", vocab_size=401),
         r"of another shape than the model's: token_embedding.weight",
     ),
-    "too few words": (lambda f: change(f, "text_cfg", vocab_size=30), "its weights have 30 tokens, and its tokenizer.json"),
+    "too few words": (lambda f: change(f, "text_cfg", vocab_size=30), "its weights have 30 tokens, and its tokenizer 3"),
 }
 
 
@@ -183,7 +192,7 @@ def test_refuses_what_clipjax_has_not(tmp_path, tokenizer, spoil, message):
     export(model, parameters(model), tokenizer, "crop", tmp_path / "src", "open_clip")
     spoil(tmp_path / "src")
     with pytest.raises(ConfigError, match=message):
-        import_open_clip(tmp_path / "src", tmp_path / "run")
+        import_run(tmp_path / "src", tmp_path / "run", "open_clip")
     assert not (tmp_path / "run").exists()
 
 
@@ -191,7 +200,7 @@ def test_what_is_not_imported_is_reported(tmp_path, tokenizer):
     model = clip()
     export(model, parameters(model), tokenizer, "crop", tmp_path / "src", "open_clip")
     change(tmp_path / "src", "text_cfg", tokenizer_kwargs=dict(clean="lower"))
-    run, notes = import_open_clip(tmp_path / "src", tmp_path / "run")
+    run, notes = import_run(tmp_path / "src", tmp_path / "run", "open_clip")
     assert run.tokenizer.clean == "none"
     assert notes[0].startswith("text_cfg.tokenizer_kwargs.clean = 'lower'")
 
@@ -201,7 +210,7 @@ def test_cleaning_comes_along(tmp_path, tokenizer):
     model = clip()
     export(model, parameters(model), tokenizer, "crop", tmp_path / "src", "open_clip")
     change(tmp_path / "src", "text_cfg", tokenizer_kwargs=dict(clean="canonicalize"))
-    run, notes = import_open_clip(tmp_path / "src", tmp_path / "run")
+    run, notes = import_run(tmp_path / "src", tmp_path / "run", "open_clip")
     assert (run.tokenizer.clean, notes) == ("canonicalize", [])
     one, other = clipjax.load(str(tmp_path / "run")).encode_text(["A Red, red heart.", "a red red heart"])
     np.testing.assert_array_equal(one, other)

@@ -1,0 +1,58 @@
+"""What the commands do that bring weights in and out, given their parsed arguments. As in commands.py, each imports what it
+needs."""
+
+import argparse
+import sys
+
+import clipjax
+from clipjax.commands import register
+
+
+def export(args: argparse.Namespace) -> int:
+    """`clipjax export`: writes a run for open_clip or transformers; with --verify returns 1 if the results differ there."""
+    from clipjax import distributed
+    from clipjax.checkpoint import TOKENIZER
+    from clipjax.export import opening
+    from clipjax.export.folder import export
+    from clipjax.export.verify import require_packages, verify
+
+    distributed.require_alone("clipjax export")
+    if args.verify:
+        require_packages(args.to)
+    register(args)
+    model = clipjax.load(args.workdir)
+    run, tokenizer, clean = model.run, model.workdir / TOKENIZER, model.run.tokenizer.clean
+    export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to, clean)
+    print(f"{args.out}: {args.to}, step {model.step} of {model.workdir}")
+    if not args.verify:
+        return 0
+    from clipjax.data.faults import shown
+    from clipjax.data.sources import open_source
+
+    source = open_source(run.data)
+    chosen = range(0, len(source), max(1, len(source) // args.examples))
+    examples = [x for x in shown(source, chosen[: args.examples]) if x.record.captions]
+    pairs = [x.image for x in examples], [x.record.captions[0] for x in examples], clean, source.captions()
+    report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, *pairs)
+    print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
+    for figures in report.figures:
+        print(f"  {figures}")
+    opened = opening.notes([x.record.image for x in examples], run.model.image.image_size, run.data.resize)
+    for note in report.notes + opened:
+        print(f"  not judged: {note}")
+    for failure in report.failures:
+        print(f"clipjax: {failure}", file=sys.stderr)
+    return 1 if report.failures else 0
+
+
+def import_run(args: argparse.Namespace) -> None:
+    """`clipjax import`: makes a workdir from a model of another library."""
+    from clipjax import distributed
+    from clipjax.export.found import Options
+    from clipjax.export.imported import import_run
+
+    distributed.require_alone("clipjax import")
+    _, notes = import_run(args.source, args.out, args.origin, Options(args.tokenizer, args.image_size))
+    print(f"{args.out}: step 0, from {args.source}")
+    for note in notes:
+        print(f"  not imported: {note}")
