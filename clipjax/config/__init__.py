@@ -13,7 +13,7 @@ from typing import Any
 from clipjax.config.data import BPE, Augment, Clean, Data, Filter, Part, Tokenizer, TokenizerFile
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
-from clipjax.config.model import SIZES, Activation, Decoder, ImageTower, Model, TextTower, size
+from clipjax.config.model import Decoder, Model
 from clipjax.config.objective import (
     CUA,
     CUAXU,
@@ -35,16 +35,17 @@ from clipjax.config.objective import (
     Uniformity,
     check_objective,
 )
+from clipjax.config.towers import SIZES, Activation, ImageTower, Lora, TextTower, size
 from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train
 from clipjax.config.unions import registered, require_registered
 
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "Clean",
     "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
-    "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Mesh", "Model", "MultiPositive", "Optim", "Part",
-    "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer",
-    "TokenizerFile", "Train", "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines",
-    "require", "size", "to_json",
+    "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim",
+    "Part", "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower",
+    "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json",
+    "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_a_cpu_makes_nothing_again():
 
 def test_each_policy_keeps_less_whatever_the_shape():
     context = config.ImageTower(pool="single", queries=256, embed_dim=1024)  # 255 tokens of width 1024
-    for size in config.model.SIZES:
+    for size in config.SIZES:
         head = decoder.facts(config.Decoder.coca(size), config.TextTower.coca(size), context)
         for facts, bytes_each in itertools.product((vit.facts(config.ImageTower.siglip(f"{size}/16")), head), (2, 4)):
             kept = [facts.kept(policy, Layout(bytes_each)) for policy in remat.POLICIES_BY_MEMORY]
