@@ -2,7 +2,8 @@
 
 `web` is what open_clip does to every string (ftfy's `fix_text`, HTML entities twice, white space), but for mojibake, which takes
 guessing. `canonicalize` is open_clip's mode of that name: `web`, then big_vision's `canonicalize_text`
-(evaluators/proj/image_text/prompt_engineering.py), which SigLIP's captions went through.
+(evaluators/proj/image_text/prompt_engineering.py), which SigLIP's captions went through. `siglip` and `lower` are what
+transformers' tokenizers do to a text themselves (tokenization_siglip.py `canonicalize_text`, tokenization_siglip2.py), and no more.
 """
 
 import functools
@@ -28,6 +29,8 @@ CONTROL = [*range(0x09), 0x0B, *range(0x0E, 0x20), *range(0x7F, 0xA0), *range(0x
 WIDE = [0x3000, *range(0xFF01, 0xFFF0)]  # full and half width
 LIGATURES = [0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07)]
 PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+REMOVED = str.maketrans("", "", string.punctuation)
+SIGMA = (r"(?<=[\p{L}\p{M}])\u03a3(?!\p{M}*\p{L})", "\u03c2")  # at the end of a word: Python's `lower` knows it
 
 
 def clean(text: str, how: Clean) -> str:
@@ -36,10 +39,16 @@ def clean(text: str, how: Clean) -> str:
     `web`: HTML entities (also those that are escaped twice) become characters, and C1 controls those of Windows-1252; other
     control characters, byte-order marks and a terminal's colours are removed; curly quotes become straight, full width becomes
     half, ligatures become letters; NFC; white space becomes single spaces, none at the ends.
-    `canonicalize`: `web`, without ASCII punctuation (`_` is a space), in lower case."""
+    `canonicalize`: `web`, without ASCII punctuation (`_` is a space), in lower case.
+    `siglip`: lower case, no ASCII punctuation (`_` neither), single spaces, none at the ends.
+    `lower`: lower case, character by character."""
     text = whole(text)
     if how == "none":
         return text
+    if how == "lower":
+        return text.replace("\u03a3", "\u03c3").lower()  # Python alone knows the sigma at the end of a word
+    if how == "siglip":
+        return " ".join(text.lower().translate(REMOVED).split())
     if not PLAIN.fullmatch(text):
         text = _web(text)
     if how == "canonicalize":
@@ -89,14 +98,19 @@ def normalizer(how: Clean) -> normalizers.Sequence:
     that all of HTML 5 would take 0.4 ms a caption instead of 0.1."""
     if how == "none":
         return normalizers.Sequence([])
+    if how == "lower":
+        return normalizers.Sequence([normalizers.Lowercase()])
     spaces = [_replace(r"\s+", " "), normalizers.Strip()]
+    if how == "siglip":
+        removed = _replace("[" + re.escape(string.punctuation) + "]", "")
+        return normalizers.Sequence([_replace(*SIGMA), normalizers.Lowercase(), removed, *spaces])
     characters = itertools.starmap(_replace, [(AMPERSANDS, "&"), *_entities(), (COLOURS, ""), *_classes()])
     web = [*characters, normalizers.NFC(), *spaces]
     if how == "web":
         return normalizers.Sequence(web)
     removed = "[" + re.escape(string.punctuation.replace("_", "")) + "]"
-    sigma = _replace(r"(?<=[\p{L}\p{M}])\u03a3(?!\p{M}*\p{L})", "\u03c2")  # at the end of a word: Python's `lower` knows it
-    return normalizers.Sequence([*web, _replace("_", " "), _replace(removed, ""), sigma, normalizers.Lowercase(), *spaces])
+    lower = [_replace(*SIGMA), normalizers.Lowercase()]
+    return normalizers.Sequence([*web, _replace("_", " "), _replace(removed, ""), *lower, *spaces])
 
 
 def _replace(pattern: str, text: str) -> normalizers.Replace:

@@ -30,8 +30,9 @@ class Tokenizer:
     A text is cleaned first (`clean.clean`). The string of a special token in it, as `<|endoftext|>`, is text like any other."""
 
     def __init__(self, backend: tokenizers.Tokenizer, pad_id: int | None, length: int, how: Clean = "none") -> None:
-        """`pad_id`, None: that of the end token. `length`: tokens a row, special ones included. `how`: `tokenizer.clean`. Changes
-        `backend`. Raises ConfigError unless it marks the end of a text."""
+        """`pad_id`, None: that of the end token; it may be that of an ordinary token, as CoCa's 0, which is `!`. `length`: tokens a
+        row, special ones included. `how`: `tokenizer.clean`. Changes `backend`. Raises ConfigError unless it marks the end of a
+        text."""
         self.backend, self.length = backend, length
         self.clean: Clean = how
         marked, bare = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
@@ -44,7 +45,10 @@ class Tokenizer:
         require(room > 0, "model.text.length", length, "leaves no room for text between the special tokens")
         self.room = room
         self.pad_id = self.end_id if pad_id is None else pad_id
-        self._special = _read_special_as_text(backend, {self.pad_id, *self.prefix, *self.suffix})
+        pad = backend.id_to_token(self.pad_id)
+        require(pad is not None, "tokenizer", self.pad_id, "it has no token of this id to pad with")
+        padding = {self.pad_id} if len(pad) > 1 else set()  # one character is text: open_clip's CoCa pads with that of `!`
+        self._special = _read_special_as_text(backend, {*padding, *self.prefix, *self.suffix})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A pickled backend, as worker processes get it, forgets how it reads the strings of special tokens."""
@@ -82,9 +86,9 @@ class Tokenizer:
         return cls(backend, pad_id, length, how)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, length: int, how: Clean = "none") -> "Tokenizer":
-        """Reads a tokenizer.json. Its post-processor defines the start and end tokens. The padding token is that of its
-        `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a token
+    def load(cls, path: str | os.PathLike, length: int, how: Clean = "none", pad_id: int | None = None) -> "Tokenizer":
+        """Reads a tokenizer.json. Its post-processor defines the start and end tokens. The padding token is `pad_id`, else that of
+        its `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a token
         named <pad>, [PAD] or <|pad|>, else the end token.
 
         Raises ConfigError for a file that is missing, is no tokenizer.json, or does not mark the end of a text."""
@@ -94,7 +98,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as e:  # the library raises nothing more specific
             raise ConfigError(f"tokenizer.path = {str(path)!r}: is not a tokenizer.json of Hugging Face tokenizers: {e}") from e
-        pad = _pad_token(backend, path.parent)
+        pad = _pad_token(backend, path.parent) if pad_id is None else pad_id
         backend.no_truncation()
         backend.no_padding()
         backend.normalizer = _without_cleaning(backend.normalizer, how)
@@ -151,7 +155,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to its end token."""
         ids = [int(i) for i in ids][len(self.prefix) :]
-        ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+        ends = [i for i, token in enumerate(ids) if token == self.end_id]
+        while not ends and ids and ids[-1] == self.pad_id:
+            ids.pop()
+        ids = ids[: ends[0]] if ends else ids
         return self.backend.decode(ids, skip_special_tokens=True).strip()
 
     @property
