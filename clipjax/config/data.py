@@ -179,8 +179,8 @@ class Data(Strict, prefix="data"):
 
 
 # What is done to a text before it is tokenized. `web`: HTML entities, control characters, curly quotes, full width, white space.
-# `canonicalize`: `web`, then SigLIP's, without punctuation and in lower case. `siglip`, `lower`: as transformers' tokenizers of SigLIP
-# and SigLIP 2, without `web`: the first without punctuation and in lower case, the second in lower case alone.
+# `canonicalize`: `web`, then SigLIP's, without punctuation and in lower case. Without `web`, `siglip`: no punctuation, lower
+# case, as transformers' tokenizer of SigLIP; `lower`: lower case alone, as that of SigLIP 2.
 Clean = Literal["none", "web", "canonicalize", "siglip", "lower"]
 
 

@@ -3,7 +3,7 @@
 `web` is what open_clip does to every string (ftfy's `fix_text`, HTML entities twice, white space), but for mojibake, which takes
 guessing. `canonicalize` is open_clip's mode of that name: `web`, then big_vision's `canonicalize_text`
 (evaluators/proj/image_text/prompt_engineering.py), which SigLIP's captions went through. `siglip` and `lower` are what
-transformers' tokenizers do to a text themselves (tokenization_siglip.py `canonicalize_text`, tokenization_siglip2.py), and no more.
+transformers' tokenizers do to a text (tokenization_siglip.py `canonicalize_text`, tokenization_siglip2.py), and no more.
 """
 
 import functools

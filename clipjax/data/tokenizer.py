@@ -30,9 +30,9 @@ class Tokenizer:
     A text is cleaned first (`clean.clean`). The string of a special token in it, as `<|endoftext|>`, is text like any other."""
 
     def __init__(self, backend: tokenizers.Tokenizer, pad_id: int | None, length: int, how: Clean = "none") -> None:
-        """`pad_id`, None: that of the end token; it may be that of an ordinary token, as CoCa's 0, which is `!`. `length`: tokens a
-        row, special ones included. `how`: `tokenizer.clean`. Changes `backend`. Raises ConfigError unless it marks the end of a
-        text."""
+        """`pad_id`, None: that of the end token; it may be that of an ordinary token, as CoCa's 0, which is `!`. `length`: tokens
+        a row, special ones included. `how`: `tokenizer.clean`. Changes `backend`. Raises ConfigError unless it marks the end of
+        a text."""
         self.backend, self.length = backend, length
         self.clean: Clean = how
         marked, bare = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
@@ -47,7 +47,7 @@ class Tokenizer:
         self.pad_id = self.end_id if pad_id is None else pad_id
         pad = backend.id_to_token(self.pad_id)
         require(pad is not None, "tokenizer", self.pad_id, "it has no token of this id to pad with")
-        padding = {self.pad_id} if len(pad) > 1 else set()  # one character is text: open_clip's CoCa pads with that of `!`
+        padding = {self.pad_id} if pad is not None and len(pad) > 1 else set()  # one character is text: open_clip's CoCa pads with that of `!`
         self._special = _read_special_as_text(backend, {*padding, *self.prefix, *self.suffix})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,9 +87,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, length: int, how: Clean = "none", pad_id: int | None = None) -> "Tokenizer":
-        """Reads a tokenizer.json. Its post-processor defines the start and end tokens. The padding token is `pad_id`, else that of
-        its `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a token
-        named <pad>, [PAD] or <|pad|>, else the end token.
+        """Reads a tokenizer.json. Its post-processor defines the start and end tokens. The padding token is `pad_id`, else that
+        of its `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a
+        token named <pad>, [PAD] or <|pad|>, else the end token.
 
         Raises ConfigError for a file that is missing, is no tokenizer.json, or does not mark the end of a text."""
         path = as_path(path)

@@ -3,14 +3,13 @@
 import gzip
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from clipjax.config import Clean, ConfigError, require
+from clipjax.config import Clean, require
 from clipjax.data.clean import SIGMA
 from clipjax.data.tokenizer import END, START, Tokenizer
 
@@ -21,8 +20,8 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's, 
 
 
 def clip_bpe(length: int, clean: Clean = "web", pad_id: int | None = None) -> Tokenizer:
-    """open_clip's own tokenizer (its tokenizer.py, `SimpleTokenizer`), from the vocabulary that the installed open_clip has. `clean`:
-    `web` is its `lower`. `pad_id`: 0 as open_clip pads; None: the end token, as transformers' does, which the causal mask hides.
+    """open_clip's own tokenizer (its tokenizer.py, `SimpleTokenizer`), from the vocabulary that the installed open_clip has.
+    `clean`: `web` is its `lower`. `pad_id`: 0 as open_clip pads; None: the end token, as transformers pads.
 
     Raises ConfigError where open_clip is not installed."""
     found = importlib.util.find_spec("open_clip")
