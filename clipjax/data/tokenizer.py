@@ -47,7 +47,8 @@ class Tokenizer:
         self.pad_id = self.end_id if pad_id is None else pad_id
         pad = backend.id_to_token(self.pad_id)
         require(pad is not None, "tokenizer", self.pad_id, "it has no token of this id to pad with")
-        padding = {self.pad_id} if pad is not None and len(pad) > 1 else set()  # one character is text: open_clip's CoCa pads with that of `!`
+        # One character is text: open_clip's CoCa pads with that of `!`.
+        padding = {self.pad_id} if pad is not None and len(pad) > 1 else set()
         self._special = _read_special_as_text(backend, {*padding, *self.prefix, *self.suffix})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
