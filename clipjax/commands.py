@@ -169,7 +169,8 @@ def embed(args: argparse.Namespace) -> None:
 
     model = _load(args)
     dataset = _dataset(args)
-    tokenizer = model.tokenizer.cleaning(dataset.pop("clean"))
+    clean = dataset.pop("clean")
+    tokenizer = None if model.run.model.towers == "image" else model.tokenizer.cleaning(clean)
     data = eval_data(model.run, dataset.pop("data"), **dataset)
     arrays = embed(model.encoder, model.params, tokenizer, data)
     write_npz(args.out, arrays)

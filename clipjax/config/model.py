@@ -37,6 +37,8 @@ class Model(Strict, prefix="model"):
     image: ImageTower = field(default_factory=ImageTower)  # from images to embeddings
     text: TextTower = field(default_factory=TextTower)  # from captions to embeddings
     decoder: Decoder | None = None  # the captioning head; None: the model has none
+    # The towers that it has. Only what is imported has one alone, without scale and bias: training needs both.
+    towers: Literal["both", "image", "text"] = "both"
     init_scale: float = 1 / 0.07  # the logit scale t = 1/temperature at the start
     max_scale: float | None = 100.0  # t is clamped to [1, max_scale] after each update; None: never
     init_bias: float | None = None  # the logit bias at the start (SigLIP: -10); None: the model has none
@@ -47,10 +49,11 @@ class Model(Strict, prefix="model"):
     unroll: int = free(1)  # layers per iteration of the scan; more is faster on CPU and slower to compile
 
     def __post_init__(self) -> None:
-        image = self.image.embed_dim or self.image.width
-        text = self.text.embed_dim or self.text.width
-        require(image == text, "model.text.embed_dim", text, f"must equal the image tower's embedding width {image}")
+        image, text = (tower.embed_dim or tower.width for tower in (self.image, self.text))
+        fits = image == text or self.towers != "both"
+        require(fits, "model.text.embed_dim", text, f"must equal the image tower's embedding width {image}")
         if self.decoder is not None:
+            require(self.towers == "both", "model.towers", self.towers, "model.decoder needs both")
             heads, width = self.decoder.heads, self.text.width
             require(width % heads == 0, "model.decoder.heads", heads, f"must divide model.text.width = {width}")
             require(self.text.causal, "model.text.causal", False, "model.decoder generates from left to right: it must be causal")
@@ -61,4 +64,11 @@ class Model(Strict, prefix="model"):
 
     @property
     def embed_dim(self) -> int:
-        return self.image.embed_dim or self.image.width
+        tower = self.text if self.towers == "text" else self.image
+        return tower.embed_dim or tower.width
+
+    def require_towers(self, *names: Literal["image", "text"]) -> None:
+        """Raises ConfigError where the model has not all of these towers."""
+        for name in names:
+            remedy = f"there is no {name} tower; a run of both can start from this one, by init.{self.towers}"
+            require(self.towers in ("both", name), "model.towers", self.towers, remedy)

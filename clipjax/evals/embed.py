@@ -42,10 +42,14 @@ class MainPairs:
 
         Every process gets all of them. An example without a caption, or whose image can't be read, is left out.
         """
-        text, has_text = by_index(self._encoder, params, self._captions, len(self.keys))
+        text, has_text = self.embed_text(params)
         image, has_image = by_index(self._encoder, params, self._images, len(self.keys))
         index = np.flatnonzero(has_image & has_text)
         return image[index], text[index], index
+
+    def embed_text(self, params: Params) -> tuple[Vectors, Bool[np.ndarray, " n"]]:
+        """The vector of each example's main caption, and whether it has one, on every process. No image is read."""
+        return by_index(self._encoder, params, self._captions, len(self.keys))
 
 
 def by_index(encoder: Encoder, params: Params, batches: CachedBatches, n: int) -> tuple[Vectors, Bool[np.ndarray, " n"]]:
@@ -59,15 +63,19 @@ def by_index(encoder: Encoder, params: Params, batches: CachedBatches, n: int) -
     return z, found
 
 
-def embed(encoder: Encoder, params: Params, tokenizer: Tokenizer, data: config.Data) -> dict[str, np.ndarray]:
+def embed(encoder: Encoder, params: Params, tokenizer: Tokenizer | None, data: config.Data) -> dict[str, np.ndarray]:
     """`image` and `text` (of the main caption) float32 [n, e], unit vectors, and `key` str [n], in the dataset's order. Of a
-    source of images alone `image` and `key` only.
+    source of images alone `image` and `key` only, and of a model of one tower what it has. `tokenizer`, None: of an image tower.
 
     Examples whose image can't be read are left out. Raises ConfigError as `open_source` does.
     """
-    source = open_source(data)
-    if source.captioned:
+    source, towers = open_source(data), encoder.model.towers
+    if towers != "image" and (source.captioned or towers == "text"):
+        assert tokenizer is not None
         pairs = MainPairs(encoder, tokenizer, data, source)
+        if towers == "text":
+            text, found = pairs.embed_text(params)
+            return {"text": text[found], "key": np.array(pairs.keys)[found]}
         image, text, index = pairs.embed(params)
         return {"image": image, "text": text, "key": np.array(pairs.keys)[index]}
     image, found = by_index(encoder, params, image_batches(encoder, source, data), len(source))

@@ -1,6 +1,7 @@
 """A trained run, ready to encode and to generate captions: what `clipjax.load` returns."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -36,10 +37,15 @@ class LoadedRun:
         with _without_advice():
             run, self.params, self.step = load_params(name, self.mesh)
         self.run = run if dtype is None else replace(run, model=replace(run.model, dtype=dtype))
-        self.tokenizer = Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length, self.run.tokenizer.clean)
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
         self._encoders: dict[int, Encoder] = {self.encoder.batch_size: self.encoder}
         self._captioners: dict[tuple[int, Decoding], Captioner] = {}
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError for a model without a text tower."""
+        self.run.model.require_towers("text")
+        return Tokenizer.load(self.workdir / TOKENIZER, self.run.model.text.length, self.run.tokenizer.clean)
 
     def encode_image(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "n e"]:
         """Unit vectors, float32, of images of any size: PIL images, uint8 arrays [h, w, 3] or files.

@@ -43,22 +43,23 @@ class CLIP(nnx.Module):
     def __init__(self, cfg: config.Model, key: Key[Array, ""]) -> None:
         self.cfg = cfg
         scope = Scope(key, jnp.dtype(cfg.dtype))
-        self.image = ViT(cfg.image, scope / "image")
-        self.text = TextTransformer(cfg.text, scope / "text")
+        self.image = None if cfg.towers == "text" else ViT(cfg.image, scope / "image")
+        self.text = None if cfg.towers == "image" else TextTransformer(cfg.text, scope / "text")
         self.decoder = None if cfg.decoder is None else Decoder(cfg.decoder, cfg.text, cfg.image, scope / "decoder")
         # jnp.float32: a weakly typed scalar would make the train step compile again after the first update.
-        self.log_scale = nnx.Param(jnp.float32(math.log(cfg.init_scale)))
-        self.bias = None if cfg.init_bias is None else nnx.Param(jnp.float32(cfg.init_bias))
+        both = cfg.towers == "both"
+        self.log_scale = nnx.Param(jnp.float32(math.log(cfg.init_scale))) if both else None
+        self.bias = nnx.Param(jnp.float32(cfg.init_bias)) if both and cfg.init_bias is not None else None
 
     def encode_image(
         self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, placement: Placement = ONE_DEVICE
     ) -> Float[Array, "b e"]:
-        """Unit vectors, float32. `keys`, one an example, turn on what is random in training."""
-        return unit(self.image(images, keys, self._runner(placement))[0])
+        """Unit vectors, float32. `keys`, one an example, turn on what is random in training. Raises ConfigError without tower."""
+        return unit(self._image_tower(images, keys, self._runner(placement))[0])
 
     def encode_text(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Float[Array, "b e"]:
-        """Unit vectors, float32."""
-        return unit(self.text(tokens, self._runner(placement))[0])
+        """Unit vectors, float32. Raises ConfigError without tower."""
+        return unit(self._text_tower(tokens, self._runner(placement))[0])
 
     def encode_pairs(
         self,
@@ -74,8 +75,8 @@ class CLIP(nnx.Module):
         after the other. `parallel`: true for images whose captions are predicted from the image alone.
         """
         runner, captions = self._runner(placement), len(tokens) // len(images)
-        image, context = self.image(images, keys, runner, tokens=True)
-        text, states = self.text(tokens, runner, states=True)
+        image, context = self._image_tower(images, keys, runner, tokens=True)
+        text, states = self._text_tower(tokens, runner, states=True)
         assert context is not None
         assert states is not None
         if captions > 1:
@@ -85,7 +86,7 @@ class CLIP(nnx.Module):
 
     def start_captions(self, images: UInt8[Array, "b s s 3"], beams: int, placement: Placement = ONE_DEVICE) -> CaptionCache:
         """An empty cache for `beams` captions of each image, with every layer's keys and values of the image's tokens."""
-        _, context = self.image(images, None, self._runner(placement), tokens=True)
+        _, context = self._image_tower(images, None, self._runner(placement), tokens=True)
         assert context is not None
         assert self.cfg.decoder is not None
 
@@ -101,11 +102,11 @@ class CLIP(nnx.Module):
 
         Call it for every position, from left to right. The logits equal those of `encode_pairs` and `words` on the full caption.
         """
-        text, decoder = (make_layer_step(part.blocks, self.cfg.unroll) for part in (self.text, self._head))
+        text, decoder = (make_layer_step(part.blocks, self.cfg.unroll) for part in (self._text_tower, self._head))
         words = self.words.astype(jnp.dtype(self.cfg.dtype))
 
         def step(tokens: Int[Array, "b n t"], at: Array, cache: CaptionCache) -> tuple[Float[Array, "b n v"], CaptionCache]:
-            x, in_text, mask = self.text.step(tokens, at, cache.text, text)
+            x, in_text, mask = self._text_tower.step(tokens, at, cache.text, text)
             x, in_decoder = self._head.step(x, at, mask, cache.decoder, cache.image, decoder)
             logits = jnp.einsum("bnd,vd->bnv", x, words, preferred_element_type=jnp.float32)
             return logits, CaptionCache(in_text, in_decoder, cache.image)
@@ -115,7 +116,19 @@ class CLIP(nnx.Module):
     @property
     def words(self) -> Float[Array, "v d"]:
         """The output projection: a state of the captioning head times a row is the logit of that token of the vocabulary."""
-        return (self.text.tokens if self._head.output is None else self._head.output.kernel)[...]
+        return (self._text_tower.tokens if self._head.output is None else self._head.output.kernel)[...]
+
+    @property
+    def _image_tower(self) -> ViT:
+        self.cfg.require_towers("image")
+        assert self.image is not None
+        return self.image
+
+    @property
+    def _text_tower(self) -> TextTransformer:
+        self.cfg.require_towers("text")
+        assert self.text is not None
+        return self.text
 
     @property
     def _head(self) -> Decoder:
@@ -130,6 +143,8 @@ class CLIP(nnx.Module):
 def facts(cfg: config.Model) -> dict[str, TowerFacts]:
     """The facts of each tower, by its name in a parameter's path and in the configuration."""
     towers = {"image": vit.facts(cfg.image), "text": text.facts(cfg.text)}
+    if cfg.towers != "both":
+        return {cfg.towers: towers[cfg.towers]}
     return towers if cfg.decoder is None else towers | {"decoder": decoder.facts(cfg.decoder, cfg.text, cfg.image)}
 
 

@@ -54,10 +54,11 @@ def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Iterator[Workdir]:
     Called once for a run, before any data is opened; later functions get the result. Writes nothing but owner.json.
 
     Raises ConfigError for several processes that are not joined or find different checkpoints, for a mesh that does not divide
-    the batch or the towers, and for a checkpoint of another run, or one that run.init names and that does not fit. Raises
-    OwnedError if another process trains there, and DamagedError if no checkpoint can be read.
+    the batch or the towers, for a model of one tower, and for a checkpoint of another run, or one that run.init names and that
+    does not fit. Raises OwnedError if another process trains there, and DamagedError if no checkpoint can be read.
     """
     distributed.require_joined()
+    run.model.require_towers("image", "text")
     sharding.check_batch(run, mesh)
     sharding.check_tensor(run.model, mesh)
     with owned(path) as check_owner:
