@@ -38,7 +38,8 @@ def attention_flops(queries: int, keys: int, width: int) -> int:
 class SelfAttention(Layer):
     """Attention of a sequence's tokens to each other."""
 
-    TENSOR_AXES: ClassVar = {"qkv/kernel": -2, "qkv/bias": -2, "out/kernel": -3}  # heads
+    # heads
+    TENSOR_AXES: ClassVar = {"qkv/kernel": -2, "qkv/bias": -2, "qkv/lora_b": -2, "out/kernel": -3, "out/lora_a": -3}
 
     def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
         self.causal = causal
@@ -62,7 +63,12 @@ class SelfAttention(Layer):
         # tenth of the step's time on a CPU.
         assert self.qkv.bias is not None
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
-        return tuple(jnp.einsum("btd,dhk->bhtk", x, kernel[:, i]) + bias[i][None, :, None] for i in range(3))
+        parts = tuple(jnp.einsum("btd,dhk->bhtk", x, kernel[:, i]) + bias[i][None, :, None] for i in range(3))
+        if self.qkv.lora_a is None or self.qkv.lora_b is None:
+            return parts
+        a, b = (p[...].astype(x.dtype) for p in (self.qkv.lora_a, self.qkv.lora_b))
+        low = jnp.einsum("btd,dsr->sbtr", x, a)
+        return tuple(y + self.qkv.factor * jnp.einsum("btr,rhk->bhtk", low[i], b[i]) for i, y in enumerate(parts))
 
     def step(self, x: Float[Array, "b n d"], cache: Cache, at: Array, mask: Bool[Array, "b n 1 t"]) -> tuple[Array, Cache]:
         """One token of each caption, at position `at`: the attention's output, and the new token's keys and values.

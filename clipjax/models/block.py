@@ -4,6 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Activation
+from clipjax.models import lora
 from clipjax.models.attention import AttentionMask, Cache, SelfAttention
 from clipjax.models.facts import BlockShape, Layout
 from clipjax.models.layers import MLP, LayerNorm, Scope
@@ -35,15 +36,17 @@ class Block(nnx.Module):
     @staticmethod
     def flops(shape: BlockShape) -> int:
         """FLOPs of a forward pass of one layer on one example."""
-        return SelfAttention.flops(shape.tokens, shape.width) + MLP.flops(shape.tokens, shape.width, shape.mlp_dim)
+        kernels = SelfAttention.flops(shape.tokens, shape.width) + MLP.flops(shape.tokens, shape.width, shape.mlp_dim)
+        return kernels + lora.flops(shape)
 
     @staticmethod
     def weights(shape: BlockShape) -> int:
-        """Numbers in the kernels of one layer."""
-        return 4 * shape.width**2 + 2 * shape.width * shape.mlp_dim
+        """Numbers in the kernels of one layer, and in their adapters."""
+        return 4 * shape.width**2 + 2 * shape.width * shape.mlp_dim + lora.weights(shape)
 
     @staticmethod
     def kept(policy: str, layout: Layout, shape: BlockShape) -> float:
         """Bytes of one layer kept for the backward pass, of one example. Every policy but `none` keeps the layer's input."""
         x = 0 if policy == "none" else layout.bytes(shape.tokens, shape.width)
-        return x + SelfAttention.kept(policy, layout, shape) + MLP.kept(policy, layout, shape)
+        parts = SelfAttention.kept(policy, layout, shape) + MLP.kept(policy, layout, shape)
+        return x + parts + lora.kept(policy, layout, shape)

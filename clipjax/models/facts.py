@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from clipjax.config import Activation
+from clipjax.config import Activation, Lora
 
 
 class BlockShape(NamedTuple):
@@ -19,6 +19,7 @@ class BlockShape(NamedTuple):
     heads: int
     mlp_dim: int
     activation: Activation
+    lora: Lora | None = None  # adapters of its kernels
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TowerFacts:
     flops: float  # of a forward pass, 2 for a multiply-add; dot products only
     depth: int  # layers
     tokens: int  # of a layer's input, with those of the context that it attends to
-    layer_weights: int  # numbers in the kernels of one layer
+    layer_weights: int  # numbers in the kernels of one layer, and in their adapters
     kept: Kept  # bytes kept for the backward pass on each device
     tensor_sizes: Mapping[str, int]  # config fields and their values: mesh.tensor must divide them
     after_blocks: frozenset[str]  # names of the parts after the blocks: their gradient does not go through the blocks

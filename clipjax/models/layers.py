@@ -16,7 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from clipjax.config import Activation
+from clipjax.config import Activation, Lora
+from clipjax.models import lora
 from clipjax.models.facts import BlockShape, Layout
 from clipjax.models.runner import HIDDEN
 
@@ -36,12 +37,13 @@ class Scope:
     dtype: jnp.dtype  # of the arithmetic; parameters are float32
     path: str = ""
     layers: int | None = None  # the number of stacked layers: a leading axis of every parameter; None: no such axis
+    lora: Lora | None = None  # adapters of the kernels that it names, below this path
 
     def __truediv__(self, name: str) -> "Scope":
         return replace(self, path=f"{self.path}/{name}" if self.path else name)
 
-    def stacked(self, layers: int) -> "Scope":
-        return replace(self, layers=layers)
+    def stacked(self, layers: int, lora: Lora | None = None) -> "Scope":
+        return replace(self, layers=layers, lora=lora)
 
     def param(self, name: str, init: Init, *shape: int) -> nnx.Param:
         key = jax.random.fold_in(self.key, zlib.crc32(f"{self.path}/{name}".encode()))
@@ -78,14 +80,26 @@ class Linear(nnx.Module):
         self.dtype = scope.dtype
         self.kernel = scope.param("kernel", normal(std), *inner, *outer)
         self.bias = scope.param("bias", zeros, *outer) if bias else None
+        name = "/".join(scope.path.split("/")[-2:])
+        adapted = scope.lora if scope.lora is not None and name in scope.lora.kernels else None
+        a, b = ((), ()) if adapted is None else lora.shapes(adapted, name, inner, outer)
+        self.factor = 0.0 if adapted is None else lora.factor(adapted)
+        self.lora_a = scope.param(lora.LORA_A, normal(math.prod(inner) ** -0.5), *a) if adapted else None
+        self.lora_b = scope.param(lora.LORA_B, zeros, *b) if adapted else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        axes = (tuple(range(x.ndim - self.inner, x.ndim)), tuple(range(self.inner)))
-        y = jax.lax.dot_general(x, self.kernel[...].astype(self.dtype), (axes, ((), ())))
+        y = self._times(x, self.kernel, self.inner)
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + self.factor * self._times(self._times(x, self.lora_a, self.inner), self.lora_b, 1)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)
         return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
+
+    def _times(self, x: Array, weights: nnx.Param, inner: int) -> Array:
+        """The product over the last `inner` axes of x and the first of the weights."""
+        axes = (tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner)))
+        return jax.lax.dot_general(x, weights[...].astype(self.dtype), (axes, ((), ())))
 
 
 class LayerNorm(nnx.Module):
@@ -133,7 +147,8 @@ def _erfc_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
 class MLP(Layer):
     """Two linear maps with an activation between them."""
 
-    TENSOR_AXES: ClassVar = {"up/kernel": -1, "up/bias": -1, "down/kernel": -2}  # hidden units
+    # hidden units
+    TENSOR_AXES: ClassVar = {"up/kernel": -1, "up/bias": -1, "up/lora_b": -1, "down/kernel": -2, "down/lora_a": -2}
 
     activation: Activation
 

@@ -31,7 +31,7 @@ class TextTransformer(nnx.Module):
         self.class_token = scope.param("class_token", normal(0.01), d) if cfg.pool == "cls" else None
         self.positions = scope.param("positions", normal(0.01), cfg.positions, d)
         shape = dict(width=d, depth=cfg.depth, heads=cfg.heads, mlp_dim=cfg.mlp_dim)
-        blocks = (scope / "blocks").stacked(cfg.depth)
+        blocks = (scope / "blocks").stacked(cfg.depth, cfg.lora)
         self.blocks = Block(blocks, **shape, activation=cfg.activation, eps=cfg.norm_eps, causal=cfg.causal)
         self.norm = LayerNorm(scope / "norm", d, cfg.norm_eps)
         if cfg.embed_dim is None:
@@ -102,7 +102,7 @@ def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:
 
 def facts(cfg: TextTower) -> TowerFacts:
     """The facts of the text tower, for one text."""
-    layer = BlockShape(cfg.positions, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation)
+    layer = BlockShape(cfg.positions, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation, cfg.lora)
     return TowerFacts(
         flops=cfg.depth * Block.flops(layer) + 2 * cfg.width * (cfg.embed_dim or 0),
         depth=cfg.depth,

@@ -32,7 +32,7 @@ class ViT(nnx.Module):
         self.positions = scope.param("positions", normal(d**-0.5), rows, d) if cfg.positions == "learned" else None
         self.pre_norm = LayerNorm(scope / "pre_norm", d, cfg.norm_eps) if cfg.pre_norm else None
         shape = dict(width=d, depth=cfg.depth, heads=cfg.heads, mlp_dim=cfg.mlp_dim)
-        blocks = (scope / "blocks").stacked(cfg.depth)
+        blocks = (scope / "blocks").stacked(cfg.depth, cfg.lora)
         self.blocks = Block(blocks, **shape, activation=cfg.activation, eps=cfg.norm_eps, causal=False)
         e = cfg.embed_dim or d
         self.norm = LayerNorm(scope / "norm", e if cfg.pool == "single" else d, cfg.norm_eps)
@@ -118,7 +118,7 @@ def sincos2d(cfg: ImageTower) -> Float[Array, "n d"]:
 def facts(cfg: ImageTower) -> TowerFacts:
     """The facts of the image tower, for one image in training: with patch dropout."""
     tokens, e = kept_patches(cfg.patches, cfg.patch_dropout) + cfg.class_token, cfg.embed_dim or 0
-    layer = BlockShape(tokens, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation)
+    layer = BlockShape(tokens, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation, cfg.lora)
     patches = 2 * cfg.patches * 3 * cfg.patch_size**2 * cfg.width  # of all patches: they are dropped afterwards
     projection = 2 * (e if cfg.attentional else cfg.width) * e
     pool_heads = {"pool_heads": cfg.pool_heads} if cfg.attentional else {}
