@@ -1,6 +1,7 @@
 """What a workdir's checkpoints hold, read without writing: configurations, states, weights."""
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from clipjax import config, distributed, s3, sharding
 from clipjax.files import as_path, reach, resolve
 from clipjax.models import clip
+from clipjax.models.lora import merged
 from clipjax.storage import WEIGHTS_ONLY, DamagedError, reading
 from clipjax.train.state import TrainState
 
@@ -144,11 +146,12 @@ def look_up(name: str, field: str = "RUN") -> tuple[Path, int, config.Run]:
 def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
     """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
 
-    Raises as `look_up`.
+    Adapters of low rank are merged into their kernels: neither the configuration nor the weights have them. Raises as `look_up`.
     """
     workdir, step, run = look_up(name)
     with reading(workdir, step), _reader(workdir) as reader:
         target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
         item = "params" if run.optim.ema is None else "ema"
         restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
-    return run, restored[item], step
+    model, params = merged(run.model, restored[item])
+    return dataclasses.replace(run, model=model), params, step

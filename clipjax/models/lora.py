@@ -6,6 +6,7 @@ elsewhere, where these are three kernels.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -63,9 +64,20 @@ def _merged_blocks(lora: Lora, blocks: Mapping[str, Any]) -> dict[str, Any]:
     for name in lora.kernels:
         part, _, kernel = name.partition("/")
         leaves = dict(found[part][kernel])
-        change = jax.vmap(lambda a, b, name=name: product(name, a, b))(leaves.pop(LORA_A), leaves.pop(LORA_B))
-        found[part][kernel] = leaves | {"kernel": leaves["kernel"] + factor(lora) * change}
+        a, b = leaves.pop(LORA_A), leaves.pop(LORA_B)
+        found[part][kernel] = leaves | {"kernel": _merged_kernel(name, factor(lora), leaves["kernel"], a, b)}
     return found
+
+
+def _merged_kernel(name: str, factor: float, kernel: Array, a: Array, b: Array) -> Array:
+    """All layers' W + factor * A B, sharded as W."""
+    sharding = getattr(kernel, "sharding", None)
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def add(kernel: Array, a: Array, b: Array) -> Array:
+        return kernel + factor * jax.vmap(functools.partial(product, name))(a, b)
+
+    return add(kernel, a, b)
 
 
 def _widths(shape: BlockShape) -> dict[str, tuple[int, int]]:
