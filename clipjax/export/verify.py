@@ -130,10 +130,23 @@ def verify(
 
     Raises ConfigError, with the command that installs it, if PyTorch or the library is missing.
     """
-    theirs = load(out, to)
+    words = Tokenizer.load(tokenizer, model.text.length, clean)
+    return compare(load(out, to), model, params, words, resize, images, texts, captions)
+
+
+def compare(
+    theirs: Reference,
+    model: Model,
+    params: Params,
+    words: Tokenizer,
+    resize: Resize,
+    images: Sequence[Image.Image],
+    texts: Sequence[str],
+    captions: Iterable[str] = (),
+) -> Report:
+    """As `verify`, with a model that is loaded already."""
     import torch
 
-    words = Tokenizer.load(tokenizer, model.text.length, clean)
     texts = [whole(text) for text in texts]  # other tokenizers fail at half surrogates
     pixels = np.stack([fit(image, model.image.image_size, resize) for image in images])
     tokens, cleaned = (words.encode(strings)[0] for strings in (texts, [theirs.clean(text) for text in texts]))
