@@ -9,6 +9,7 @@ import jax
 
 from clipjax import config, distributed
 from clipjax.checkpoint import TOKENIZER
+from clipjax.config.objective import check_teacher
 from clipjax.data import reading
 from clipjax.data.pipeline import check_source, train_batches
 from clipjax.data.source import Source
@@ -75,9 +76,13 @@ def _check_ids(run: config.Run, tokenizer: Tokenizer) -> None:
 
 def teacher(run: config.Run, source: Source) -> Teacher | None:
     """The teacher's embeddings, which run.data.teacher names; None if it names none. Raises ConfigError if they belong to other
-    data."""
+    data, or have another width than a term asks for."""
     quiet = jax.process_index() > 0
-    return None if run.data.teacher is None else Teacher(run.data.teacher, source, quiet)
+    if run.data.teacher is None:
+        return None
+    found = Teacher(run.data.teacher, source, quiet)
+    check_teacher(run.objective, run.model, found.width)
+    return found
 
 
 def batches(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teacher | None = None) -> Batches:

@@ -29,6 +29,7 @@ RUNS = {
             config.Cwcl(frozen="text"),
             config.Cyclip(in_modal=0.5, cross_modal=0.0),
             config.Distillation(teacher_scale=20.0),
+            config.Preserve(weight=0.05, mse=2.0, cosine=0.0),
         ),
     ),
     "cuaxu": Run(data=Data(spec="emoji"), objective=config.CUAXU),
@@ -290,6 +291,14 @@ REFUSED = {
         terms(config.Softmax(), config.Distillation()),
         r"data\.teacher = None: objective\.1 needs an \.npz that `clipjax embed` wrote",
     ),
+    "no start": (
+        terms(config.Softmax(), config.Preserve()),
+        r"data\.teacher = None: objective\.1 needs an \.npz that `clipjax embed` wrote of these examples, with the weights of",
+    ),
+    "nothing preserved": (
+        terms(config.Preserve(cosine=0.0), data=Data(spec="emoji", teacher="start.npz")),
+        r"objective\.0\.cosine = 0\.0: mse or cosine must be positive",
+    ),
     "sigmoid without bias": (
         lambda: Run(data=Data(spec="emoji"), objective=(config.Softmax(), config.Sigmoid())),
         r"model\.init_bias = None: objective\.1 is a sigmoid loss: set it",
@@ -367,7 +376,7 @@ def leaves():
     for line in config.lines(BASE):
         name, _, text = line.partition(" = ")
         if not name.endswith(
-            ("objective.0.kind", "tokenizer.kind", "schedule.kind", "evals.0.kind", "model.decoder", "data.sources")
+            ("objective.0.kind", "tokenizer.kind", "schedule.kind", "evals.0.kind", "model.decoder", "data.sources", ".lora")
         ):
             yield name, text
 

@@ -27,6 +27,7 @@ from clipjax.config.objective import (
     HardNegative,
     Isogclr,
     MultiPositive,
+    Preserve,
     Remembering,
     Sigmoid,
     Softmax,
@@ -43,7 +44,7 @@ __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "Clean",
     "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
     "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim",
-    "Part", "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower",
+    "Part", "Preserve", "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower",
     "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json",
     "identity_differences", "lines", "require", "size", "to_json",
 ]  # fmt: skip

@@ -119,7 +119,7 @@ class Data(Strict, prefix="data"):
     # `caption`: examples with equal main captions share an id; case, punctuation and white space do not count. Pairs that share
     # an id are no negatives of each other.
     ids: Literal["caption"] | None = None
-    teacher: str | None = None  # an .npz that `clipjax embed` wrote of these examples, for a Distillation term
+    teacher: str | None = None  # an .npz that `clipjax embed` wrote of these examples, for Distillation and Preserve
     # `random`: all examples of an epoch are shuffled. `windows`: for tars and parquet that are large or remote, which are then
     # read in large pieces: each of `lanes` parts of an epoch gives its share of every batch and shuffles `window` examples.
     order: Literal["random", "windows"] = "random"

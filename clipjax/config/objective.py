@@ -154,6 +154,24 @@ class Distillation(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preserve(Term):
+    """Holds the embeddings near those of the start, which data.teacher names: an .npz that `clipjax embed START` wrote.
+
+    The start sees each image without augmentation, and its main caption.
+    """
+
+    kind: Literal["preserve"] = "preserve"
+    mse: float = bounded(NOT_NEGATIVE, 0.0)  # factor on the mean squared difference, over the batch and the coordinates
+    cosine: float = bounded(NOT_NEGATIVE, 1.0)  # factor on 1 - cosine, mean over the batch
+
+    def check(self, name: str, model: Model, data: Data) -> None:
+        super().check(name, model, data)
+        require(self.mse + self.cosine > 0, f"{name}.cosine", self.cosine, "mse or cosine must be positive")
+        remedy = f"{name} needs an .npz that `clipjax embed` wrote of these examples, with the weights of the start"
+        require(data.teacher is not None, "data.teacher", None, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sogclr(Remembering):
     """SogCLR: stores a moving average over the negatives of every example (2202.12387). The scale counts as constant."""
 
@@ -220,7 +238,7 @@ class Caption(Term):
 
 
 Term.include(
-    *(Softmax, Sigmoid, Decoupled, HardNegative, MultiPositive, Cwcl, Cyclip, Distillation),
+    *(Softmax, Sigmoid, Decoupled, HardNegative, MultiPositive, Cwcl, Cyclip, Distillation, Preserve),
     *(Sogclr, Isogclr, Uniformity, CrossUniformity, Alignment, Caption),
 )
 
@@ -243,3 +261,10 @@ def check_objective(terms: tuple[Term, ...], model: Model, data: Data) -> None:
         term.check(name, model, data)
         if term.implementation is not None and term.implementation.check is not None:
             term.implementation.check(term, name, model, data)
+
+
+def check_teacher(terms: tuple[Term, ...], model: Model, width: int) -> None:
+    """Raises ConfigError where a term compares the embeddings with a teacher's of another width."""
+    wanted = any(isinstance(term, Preserve) and term.weight for term in terms)
+    remedy = f"its vectors must have the width of the model's, {model.embed_dim}: Preserve compares them number by number"
+    require(not wanted or width == model.embed_dim, "data.teacher", width, remedy)

@@ -6,7 +6,7 @@ from clipjax.losses.flops import Sizes, term_flops
 from clipjax.losses.matryoshka import matryoshka
 from clipjax.losses.objective import objective
 from clipjax.losses.pairwise import Axis, pairwise_cross_entropy, pairwise_logsumexp, pairwise_softplus
-from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, uniformity
+from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, preserved, uniformity
 from clipjax.losses.rows import Rows, TermResult, per_caption
 from clipjax.losses.sigmoid import siglip_loss
 from clipjax.losses.softmax import clip_loss, decoupled_loss, hard_negative_loss
@@ -17,7 +17,6 @@ from clipjax.losses.terms import TERMS
 __all__ = [
     "TERMS", "Axis", "Rows", "Sizes", "TermResult", "alignment", "caption_loss", "caption_nll", "clip_loss", "cross_uniformity",
     "cwcl_loss", "cyclip", "decoupled_loss", "distillation_loss", "hard_negative_loss", "matryoshka", "mean",
-    "multi_positive_loss",
-    "objective", "pairwise_cross_entropy", "pairwise_logsumexp", "pairwise_softplus", "per_caption", "siglip_loss",
-    "sogclr_loss", "term_flops", "token_nll", "uniformity",
+    "multi_positive_loss", "objective", "pairwise_cross_entropy", "pairwise_logsumexp", "pairwise_softplus", "per_caption",
+    "preserved", "siglip_loss", "sogclr_loss", "term_flops", "token_nll", "uniformity",
 ]  # fmt: skip

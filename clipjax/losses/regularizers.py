@@ -47,6 +47,18 @@ def alignment(zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axi
     return mean(((zimg - ztxt) ** 2).sum(1), axis)
 
 
+def preserved(
+    z: Float[Array, "b e"], start: Float[Array, "b e"], *, axis: Axis = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(mean over the batch and the coordinates of (z - start)^2, mean over the batch of 1 - z_i . start_i).
+
+    `start` has no gradient. Of unit vectors the first is 2 / e times the second, to rounding: the first keeps its digits where
+    the vectors have hardly moved.
+    """
+    start = jax.lax.stop_gradient(start)
+    return mean(jnp.square(z - start).mean(1), axis), mean(1 - (z * start).sum(1), axis)
+
+
 def cyclip(
     zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -20,7 +20,7 @@ from clipjax.losses.matryoshka import prefix
 from clipjax.losses.pairwise import Axis
 from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.ranking import Ranked, Ranking
-from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, uniformity
+from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, preserved, uniformity
 from clipjax.losses.rows import PairLoss, Rows, TermResult, mean_over_captions, per_caption
 from clipjax.losses.sigmoid import siglip_terms
 from clipjax.losses.softmax import clip_terms, decoupled_terms, hard_negative_terms
@@ -105,6 +105,14 @@ def _distillation(term: config.Distillation, rows: Rows, scale: Scalar, bias: Sc
     return distillation_loss(rows.image, rows.text, scale, rows.teacher[0], rows.teacher[1], term.teacher_scale, axis=axis), None
 
 
+def _preserve(term: config.Preserve, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
+    """Of several captions it takes the main one, whose vector the start's file has."""
+    assert rows.teacher is not None  # Preserve.check
+    sides = zip((rows.image, rows.text if rows.text.ndim == 2 else rows.text[:, 0]), rows.teacher, strict=True)
+    parts = [preserved(z, start, axis=axis) for z, start in sides]
+    return TermResult(add_up(term.mse * mse + term.cosine * cosine for mse, cosine in parts) / 2)
+
+
 def _sogclr(term: config.Sogclr, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
     scale = jax.lax.stop_gradient(scale)  # with a learned scale the loss has no minimum
     return _remembering(term.gamma, rows, scale, 0.0, axis)
@@ -151,6 +159,7 @@ TERMS = {
     config.Cwcl: Binding(per_caption(_cwcl), flops.of_cwcl),
     config.Cyclip: Binding(per_caption(_cyclip), flops.of_cyclip),
     config.Distillation: Binding(per_caption(_distillation), flops.of_distillation),
+    config.Preserve: Binding(_preserve, flops.none),
     config.Sogclr: Binding(_sogclr, flops.of_main_caption),
     config.Isogclr: Binding(_isogclr, flops.of_main_caption),
     config.Uniformity: Binding(_uniformity, flops.of_uniformity),

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from clipjax import aot, config, sharding
+from clipjax.config.objective import check_teacher
 from clipjax.files import local_path
 from clipjax.models import clip
 from clipjax.train import remat
@@ -66,4 +67,6 @@ def teacher_width(run: config.Run) -> int | None:
     from clipjax.data.teacher import ARRAYS, memory_mapped
 
     path = local_path("data.teacher", run.data.teacher).expanduser()
-    return memory_mapped(path, ARRAYS[0]).shape[1] if path.is_file() else run.model.embed_dim
+    width = memory_mapped(path, ARRAYS[0]).shape[1] if path.is_file() else run.model.embed_dim
+    check_teacher(run.objective, run.model, width)
+    return width

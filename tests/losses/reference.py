@@ -263,6 +263,11 @@ def distillation(x, y, scale, tx, ty, teacher_scale):
     return (rows.mean() + cols.mean()) / 2
 
 
+def preserved(z, start):
+    """(mean squared difference of the numbers, mean of 1 - the dot product)."""
+    return ((z - start) ** 2).mean(), (1 - (z * start).sum(1)).mean()
+
+
 def cyclip(x, y):
     """(in-modal, cross-modal), each B times the mean of squared differences."""
     cross = x @ y.T

@@ -17,6 +17,7 @@ IDS = np.int32([0, 1, 1, 3, 4, 5, 6, 7, 8, 1, 10, 11, 4, 13, 14, 15])
 X, Y = (jnp.float32(z) for z in reference.random_pairs(B, WIDTH))
 MANY = jnp.float32(reference.random_pairs(B, WIDTH, texts=K)[1]).reshape(B, K, WIDTH)
 TEACHER = tuple(jnp.float32(z) for z in reference.random_pairs(B, 5, seed=1))
+STARTS = tuple(jnp.float32(z) for z in reference.random_pairs(B, WIDTH, seed=3))
 
 
 def total(*terms, rows=None, scale=SCALE, **kw):
@@ -72,6 +73,16 @@ def test_a_term_is_its_equation_of_every_caption(term, equation):
     np.testing.assert_allclose(loss, np.mean([equation(X, MANY[:, k]) for k in range(K)]), rtol=1e-5)
 
 
+def test_what_is_preserved_is_the_vectors_of_the_image_and_of_the_main_caption():
+    term = config.Preserve(mse=3.0, cosine=0.5)
+    for text, main in ((Y, Y), (MANY, MANY[:, 0])):
+        want = [reference.preserved(np.float64(z), np.float64(start)) for z, start in zip((X, main), STARTS, strict=True)]
+        loss, logged = total(term, rows=Rows(X, text, teacher=STARTS))
+        np.testing.assert_allclose(loss, np.mean([3 * mse + 0.5 * cosine for mse, cosine in want]), rtol=1e-6)
+        assert logged == {"preserve_loss": loss}
+    assert abs(total(term, rows=Rows(*STARTS, teacher=STARTS))[0]) < 1e-6
+
+
 def test_multi_positive_takes_all_captions_and_all_of_an_id():
     term, of = config.MultiPositive(), functools.partial(losses.multi_positive_loss, X, scale=SCALE)
     unique = np.arange(B)
@@ -124,6 +135,7 @@ def test_presets_of_the_contrastive_gap(terms, want):
 
 MAPPED = {  # the equations are judged on meshes in test_equations; here, what the objective adds to them
     "captions with ids of their own": ((config.MultiPositive(), config.Uniformity()), Rows(X, MANY)),
+    "the start": ((config.Softmax(), config.Preserve(mse=3.0, cosine=0.5)), Rows(X, MANY, None, STARTS)),
     "ids and a teacher": ((config.Softmax(), config.Distillation()), Rows(X, MANY, jnp.asarray(IDS), TEACHER)),
 }
 

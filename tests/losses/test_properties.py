@@ -165,6 +165,7 @@ def several():
             "several positives": losses.multi_positive_loss(x, y, T, ids, ids),
             "CWCL": losses.cwcl_loss(x, y, T),
             "distillation": losses.distillation_loss(x, y, T, ones, ones, 5.0),
+            "preserved": losses.preserved(x, ones[:, :4])[0] + losses.preserved(y, ones[:, :4])[1],
             "SogCLR": losses.sogclr_loss(x, y, T, (log_u, log_u), 0.5)[0],
             "uniformity": losses.uniformity(x) + losses.uniformity(y),
             "cross-uniformity": losses.cross_uniformity(x, y),

@@ -1,4 +1,4 @@
-"""Uniformity, cross-uniformity, alignment and CyCLIP's terms against float64, on one device and on eight."""
+"""Uniformity, cross-uniformity, alignment, CyCLIP's terms and what is preserved against float64, on one device and on eight."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.losses import alignment, cross_uniformity, cyclip, pairwise_logsumexp, uniformity
+from clipjax.losses import alignment, cross_uniformity, cyclip, pairwise_logsumexp, preserved, uniformity
 from tests.losses import reference as ref
 from tests.losses.meshes import axis_of, pulled
 
@@ -77,6 +77,19 @@ def test_regularizers(shape, way, tile, travel, monkeypatch):
     monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "tile", tile)
     monkeypatch.setitem(pairwise_logsumexp.__kwdefaults__, "travel", travel)
     check(shape, way, ROWS)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 1), (4, 1), (2, 4)])
+def test_what_is_preserved(shape):
+    """The start is sharded as the batch, and has no gradient."""
+    run = pulled(lambda z, start: preserved(z, start, axis=axis_of(shape)), shape, "outside")
+    for z, start in geometries(ROWS)[:2]:
+        for k, tolerance in ((0, 0.0), (1, 1e-7)):  # 1 - cosine is rounded as the cosine is
+            values, (by_z, by_start) = run((jnp.float32(z), jnp.float32(start)), tuple(jnp.float32(i == k) for i in (0, 1)))
+            assert values[k] == pytest.approx(ref.preserved(z, start)[k], rel=1e-5, abs=tolerance)
+            want = ref.gradients(lambda z, start=start, k=k: ref.preserved(z, start)[k], z)[0]
+            np.testing.assert_allclose(by_z, want, rtol=0, atol=1e-5 * np.abs(want).max())
+            assert not np.any(by_start)
 
 
 # Every way, either way to travel and both tiles on some of the meshes: test_pairwise.py has the primitive on all of them.

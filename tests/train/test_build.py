@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clipjax import build, cli, config, restore
-from clipjax.config import ConfigError
+from clipjax.config import ConfigError, Preserve
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.training import make_evaluators
@@ -139,6 +139,16 @@ def test_the_teacher_is_opened_once(run, sources, tmp_path):
     np.testing.assert_array_equal(batch["teacher_image"][:, 0], batch["index"])
     np.testing.assert_array_equal(batch["teacher_text"][:, 0], -batch["index"])
     assert build.teacher(dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=None)), sources["red"]) is None
+
+
+def test_what_is_preserved_must_have_the_model_s_width(run, sources, tmp_path):
+    rows = np.ones((16, 3), np.float32)
+    np.savez(tmp_path / "start.npz", image=rows, text=rows, key=[f"{i}.png" for i in range(16)])
+    data = dataclasses.replace(run.data, teacher=str(tmp_path / "start.npz"))
+    run = dataclasses.replace(run, data=data, objective=(*run.objective, Preserve()))
+    with pytest.raises(ConfigError, match=rf"^data\.teacher = 3: its vectors must have the width .* {run.model.embed_dim}: "):
+        build.teacher(run, sources["red"])
+    assert build.teacher(dataclasses.replace(run, objective=run.objective[:-1]), sources["red"]).width == 3
 
 
 def test_evaluations_are_named_in_the_configuration_as_in_the_results(run, sources):
