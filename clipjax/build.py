@@ -65,7 +65,9 @@ def _check_ids(run: config.Run, tokenizer: Tokenizer) -> None:
     text, highest = run.model.text, tokenizer.vocab_size - 1
     remedy = f"must be at least the tokenizer's {tokenizer.vocab_size}"
     config.require(tokenizer.vocab_size <= text.vocab_size, "model.text.vocab_size", text.vocab_size, remedy)
-    has_end = text.pool == "last" or tokenizer.end_id == highest
+    remedy = f"must be the id of the tokenizer's end token, {tokenizer.end_id}"
+    config.require(text.pool != "eos" or text.eos_id == tokenizer.end_id, "model.text.eos_id", text.eos_id, remedy)
+    has_end = text.pool in ("eos", "last") or tokenizer.end_id == highest
     remedy = f"needs an end token with the tokenizer's highest id, {highest}: this one's is {tokenizer.end_id}; use last"
     config.require(has_end, "model.text.pool", text.pool, remedy)
     if run.model.decoder is not None:

@@ -112,8 +112,8 @@ WRONG_JSON = {
     "two errors": ("train", lambda x: x.update(steps="a", keep="b"), r"train\.steps = 'a': .*; train\.keep = 'b': "),
     "impossible": (
         "model.image",
-        lambda x: x.update(image_size=225),
-        r"^config\.json: model\.image\.image_size = 225: must be a mu",
+        lambda x: x.update(image_size=15),
+        r"^config\.json: model\.image\.image_size = 15: must be at least",
     ),
 }
 
@@ -168,7 +168,12 @@ REFUSED = {
     "image heads": (tower(heads=5), r"model\.image\.width = 768: must be a multiple of heads = 5"),
     "text heads": (words(heads=3), r"model\.text\.width = 512: must be a multiple of heads = 3"),
     "no embedding": (tower(embed_dim=0), r"model\.image\.embed_dim = 0: must be positive or None"),
-    "patch": (tower(image_size=225), r"model\.image\.image_size = 225: must be a multiple of model\.image\.patch_size = 16"),
+    "patch": (tower(image_size=15), r"model\.image\.image_size = 15: must be at least model\.image\.patch_size = 16"),
+    "norm of a mean": (tower(norm_pooled=True), r"model\.image\.norm_pooled = True: applies to the means"),
+    "high end": (
+        words(pool="eos", eos_id=49408),
+        r"model\.text\.eos_id = 49408: must be an id below model\.text\.vocab_size = 49408",
+    ),
     "no patch": (tower(patch_size=0), r"model\.image\.patch_size = 0: must be positive"),
     "no image size": (tower(image_size=0), r"model\.image\.image_size = 0: must be positive"),
     "negative image size": (tower(image_size=-224), r"model\.image\.image_size = -224: must be positive"),
@@ -358,7 +363,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
 }  # fmt: skip
 BASE = Run(
     data=Data(spec="emoji", filter=config.Filter(number="a", at_least=0.5)),
-    model=Model(image=ImageTower(embed_dim=768), text=TextTower(width=768, heads=12, embed_dim=768, pool="cls")),
+    model=Model(image=ImageTower(embed_dim=768, pool="avg"), text=TextTower(width=768, heads=12, embed_dim=768, pool="cls")),
     evals=(config.Retrieval(),),
 )
 

@@ -7,7 +7,8 @@ from clipjax.config.fields import COUNT, POSITIVE, Strict, bounded, check_bounds
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
-# Width, depth, MLP width and heads of the sizes that the literature names (Zhai et al. 2106.04560, table 2; So400m: 2305.13035).
+# Width, depth, MLP width and heads of the sizes that the literature names (Zhai et al. 2106.04560, table 2; So400m: 2305.13035;
+# gopt: SigLIP 2's giant, 2502.14786).
 SIZES = {
     "Ti": (192, 12, 768, 3),
     "S": (384, 12, 1536, 6),
@@ -18,6 +19,7 @@ SIZES = {
     "H": (1280, 32, 5120, 16),
     "g": (1408, 40, 6144, 16),
     "G": (1664, 48, 8192, 16),
+    "gopt": (1536, 40, 6144, 16),
 }
 
 
@@ -75,17 +77,20 @@ class Lora(Strict, prefix="lora"):
 class ImageTower(Strict, prefix="model.image"):
     """A vision transformer. The defaults are CLIP's; `siglip` gives SigLIP's."""
 
-    image_size: int = 224  # side of the square input, pixels
+    # Side of the square input, pixels. Pixels at the right and at the bottom that fill no patch are not seen.
+    image_size: int = 224
     patch_size: int = 16  # side of a patch, pixels
     width: int = 768  # width of a token
     depth: int = 12  # number of layers
     heads: int = 12  # attention heads of a layer
     mlp_dim: int = 3072  # width inside the MLP of a layer
     embed_dim: int | None = 512  # width of the embedding; None: no projection, the tower's own width
-    # From tokens to one vector: the class token (`cls`), the mean of the patches, an attention-pooling head (`map`, SigLIP), or
-    # CoCa's poolers: a second one on top of the first's outputs (`cascade`, the paper's choice), beside it (`parallel`), or the
-    # first output of a single one (`single`, open_clip's).
-    pool: Literal["cls", "mean", "map", "cascade", "parallel", "single"] = "cls"
+    # From tokens to one vector: the class token (`cls`), the mean of the patches, without a class token (`mean`) or beside one
+    # (`avg`, CLIPA in open_clip), an attention-pooling head (`map`, SigLIP), or CoCa's poolers: a second one on top of the
+    # first's outputs (`cascade`, the paper's choice), beside it (`parallel`), or the first output of a single one (`single`,
+    # open_clip's).
+    pool: Literal["cls", "mean", "avg", "map", "cascade", "parallel", "single"] = "cls"
+    norm_pooled: bool = False  # with pool = "mean" or "avg": the last LayerNorm comes after the mean (CLIPA)
     queries: int = 256  # outputs of CoCa's first pooler, which a decoder attends to
     pool_heads: int = 8  # attention heads of CoCa's poolers, which are as wide as the embedding
     positions: Literal["learned", "sincos2d"] = "learned"  # position embeddings: learned, or fixed sines and cosines
@@ -102,8 +107,10 @@ class ImageTower(Strict, prefix="model.image"):
         _check_tower(self, "model.image")
         for part in ("image_size", "patch_size"):
             require(getattr(self, part) > 0, f"model.image.{part}", getattr(self, part), "must be positive")
-        remedy = f"must be a multiple of model.image.patch_size = {self.patch_size}"
-        require(self.image_size % self.patch_size == 0, "model.image.image_size", self.image_size, remedy)
+        remedy = f"must be at least model.image.patch_size = {self.patch_size}"
+        require(self.image_size >= self.patch_size, "model.image.image_size", self.image_size, remedy)
+        fits = self.pool in ("mean", "avg") or not self.norm_pooled
+        require(fits, "model.image.norm_pooled", self.norm_pooled, "applies to the means of model.image.pool = mean and avg")
         require(0 <= self.patch_dropout < 1, "model.image.patch_dropout", self.patch_dropout, "must lie in [0, 1)")
         for part in ("queries", "pool_heads"):
             require(getattr(self, part) > 0, f"model.image.{part}", getattr(self, part), "must be positive")
@@ -119,13 +126,18 @@ class ImageTower(Strict, prefix="model.image"):
             require(self.queries >= least, "model.image.queries", self.queries, f"must be at least {least}")
 
     @property
+    def side(self) -> int:
+        """Patches in a row and in a column."""
+        return self.image_size // self.patch_size
+
+    @property
     def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
     @property
     def class_token(self) -> bool:
         """Whether a class token comes before the patches."""
-        return self.pool in ("cls", "single")
+        return self.pool in ("cls", "avg", "single")
 
     @property
     def attentional(self) -> bool:
@@ -174,9 +186,10 @@ class TextTower(Strict, prefix="model.text"):
     embed_dim: int | None = 512  # width of the embedding; None: no projection, the tower's own width
     projection_bias: bool = False  # a bias in the projection to the embedding
     causal: bool = True  # a token attends to itself and to those before it only
-    # From tokens to one vector: the end-of-text token (`eot`), the last position whatever it holds (`last`), or a learned class
-    # token after the last position (`cls`, CoCa).
-    pool: Literal["eot", "last", "cls"] = "eot"
+    # From tokens to one vector: the end-of-text token, which has the highest id (`eot`) or is the first with the id `eos_id`
+    # (`eos`), the last position whatever it holds (`last`), or a learned class token after the last position (`cls`, CoCa).
+    pool: Literal["eot", "eos", "last", "cls"] = "eot"
+    eos_id: int = 2  # with pool = "eos": the id of the tokenizer's end-of-text token
     legacy_mask: bool = False  # with pool = "cls": open_clip's mask of padding, which is shifted by a token; for its weights
     activation: Activation = "gelu"  # activation of the MLPs
     norm_eps: float = 1e-5  # epsilon of the LayerNorms
@@ -190,6 +203,8 @@ class TextTower(Strict, prefix="model.text"):
         )
         fits = self.embed_dim is not None or not self.projection_bias
         require(fits, "model.text.projection_bias", self.projection_bias, "needs model.text.embed_dim: there is no projection")
+        remedy = f"must be an id below model.text.vocab_size = {self.vocab_size}"
+        require(0 <= self.eos_id < self.vocab_size, "model.text.eos_id", self.eos_id, remedy)
         fits = self.pool == "cls" or not self.legacy_mask
         require(fits, "model.text.legacy_mask", self.legacy_mask, "applies to the class token of model.text.pool = cls")
 

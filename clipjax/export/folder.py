@@ -92,6 +92,8 @@ def _load_tokenizer(path: Path, model: Model, clean: Clean) -> Tokenizer:
         highest = loaded.vocab_size - 1
         remedy = f"its end token must have the highest id, {highest}, and has {loaded.end_id}: open_clip looks for the highest"
         require(loaded.end_id == highest, "tokenizer", str(path), remedy)
+    remedy = f"its end token must have the id of model.text.eos_id, {model.text.eos_id}, and has {loaded.end_id}"
+    require(model.text.pool != "eos" or loaded.end_id == model.text.eos_id, "tokenizer", str(path), remedy)
     return loaded
 
 

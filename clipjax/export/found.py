@@ -33,3 +33,5 @@ def check_tokenizer(words: Tokenizer, model: Model, source: Path) -> None:
     by_id = model.text.pool == "eot" or model.decoder is not None
     remedy = f"its tokenizer's end token must have the highest id, {highest}, and has {words.end_id}: texts end there"
     require(not by_id or words.end_id == highest, "SRC", str(source), remedy)
+    remedy = f"its text tower pools at the first token with the id {model.text.eos_id}; its tokenizer's end token: {words.end_id}"
+    require(model.text.pool != "eos" or words.end_id == model.text.eos_id, "SRC", str(source), remedy)

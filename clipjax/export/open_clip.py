@@ -10,6 +10,8 @@ EPS = 1e-5  # of the pooler's and the decoder's norms, which open_clip's configu
 NATIVE = BlockNames("ln_1.{w}", ("attn.in_proj_{w}",), "attn.out_proj.{w}", "ln_2.{w}", "mlp.c_fc.{w}", "mlp.c_proj.{w}")
 TIMM = BlockNames("norm1.{w}", ("attn.qkv.{w}",), "attn.proj.{w}", "norm2.{w}", "mlp.fc1.{w}", "mlp.fc2.{w}")
 
+POOLS = {"eot": "argmax", "eos": "eos", "last": "last", "cls": "last"}  # of the text tower; with a class token it is not read
+
 # open_clip 3.3 can't pass a size or an activation to timm: only towers that timm has a name for can be exported.
 # (size, patch, image size, activation) -> timm's name
 TRUNKS = {
@@ -17,8 +19,9 @@ TRUNKS = {
     ("B", 32, 256, "gelu_tanh"): "vit_base_patch32_siglip_256",
     **{("L", 16, side, "gelu"): f"vit_large_patch16_siglip_{side}" for side in (256, 384)},
     ("L", 16, 512, "gelu_tanh"): "vit_large_patch16_siglip_512",
-    **{("So400m", 14, side, "gelu"): f"vit_so400m_patch14_siglip_{side}" for side in (224, 378)},
+    **{("So400m", 14, side, "gelu"): f"vit_so400m_patch14_siglip_{side}" for side in (224, 378, 384)},
     **{("So400m", 16, side, "gelu_tanh"): f"vit_so400m_patch16_siglip_{side}" for side in (256, 384, 512)},
+    **{("gopt", 16, side, "gelu_tanh"): f"vit_giantopt_patch16_siglip_{side}" for side in (256, 384)},
 }
 
 
@@ -55,6 +58,8 @@ def _refuse_decoder(model: Model, head: Decoder) -> None:
     image, text = model.image, model.text
     require(image.pool != "map", "model.image.pool", image.pool, "a tower of timm's gives open_clip's CoCa no tokens: use single")
     require(text.pool == "cls", "model.text.pool", text.pool, "open_clip's CoCa has a class token after the text: use cls")
+    remedy = "open_clip's CoCa gives its decoder patches without a norm then"
+    require(not image.norm_pooled, "model.image.norm_pooled", True, remedy)
     width, remedy = image.context[1], "must be as wide as what model.decoder sees of an image: open_clip's decoder maps"
     require(width == text.width, "model.text.width", text.width, f"{remedy} keys from its own width, and that is {width}")
     remedy = "open_clip's decoder has gelu, or quick_gelu where both towers have it"
@@ -191,10 +196,12 @@ def configs(model: Model, special: dict[str, int | None], resize: str, clean: Cl
         vision_cfg = dict(**shape, **_kwargs(image), no_ln_pre=not image.pre_norm)
         if image.pool == "single":
             vision_cfg |= dict(attentional_pool=True, attn_pooler_queries=image.queries, attn_pooler_heads=image.pool_heads)
+        elif image.pool == "avg":
+            vision_cfg |= dict(pool_type="avg", final_ln_after_pool=image.norm_pooled)
     text_cfg: dict[str, Any] = dict(
         **dict(context_length=text.length, vocab_size=text.vocab_size, hf_tokenizer_name="in-this-folder"),
         **dict(width=text.width, heads=text.heads, layers=text.depth, no_causal_mask=not text.causal, **_kwargs(text)),
-        **dict(pool_type="argmax" if text.pool == "eot" else "last", pad_id=special["pad"], eos_id=special["eos"]),
+        **dict(pool_type=POOLS[text.pool], pad_id=special["pad"], eos_id=special["eos"]),
         **dict(proj_type="none" if text.embed_dim is None else "linear", proj_bias=text.projection_bias),
     )
     if clean == "canonicalize":  # else open_clip does what `web` does

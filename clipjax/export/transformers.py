@@ -17,7 +17,8 @@ def refuse(model: Model) -> None:
     require(model.decoder is None, "model.decoder", model.decoder, "transformers has no CoCa; use --to open_clip")
     remedy = "neither CLIPModel nor SiglipModel has CoCa's poolers; use --to open_clip"
     require(not image.attentional, "model.image.pool", image.pool, remedy)
-    require(image.pool != "mean", "model.image.pool", image.pool, "neither CLIPModel nor SiglipModel averages the patches")
+    averages = image.pool in ("mean", "avg")
+    require(not averages, "model.image.pool", image.pool, "neither CLIPModel nor SiglipModel averages the patches")
     siglip = image.pool == "map"
     name = "SiglipModel" if siglip else "CLIPModel"
     has = {True: f"{name} has one", False: f"{name} has none"}
@@ -28,8 +29,10 @@ def refuse(model: Model) -> None:
     require(text.embed_dim is not None, "model.text.embed_dim", None, f"{name}'s text tower projects")
     require(siglip or not text.projection_bias, "model.text.projection_bias", True, "CLIPModel has none")
     require(text.causal != siglip, "model.text.causal", text.causal, f"{name}'s text tower is {'not ' if siglip else ''}causal")
-    pool = "last" if siglip else "eot"
-    require(text.pool == pool, "model.text.pool", text.pool, f"{name} pools at {pool!r}")
+    pools = ("last",) if siglip else ("eot", "eos")
+    require(text.pool in pools, "model.text.pool", text.pool, f"{name} pools at {pools[0]!r}")
+    remedy = "CLIPModel takes 2 to mean the highest id; use --to open_clip"
+    require(text.pool != "eos" or text.eos_id != 2, "model.text.eos_id", text.eos_id, remedy)
     require(siglip or model.init_bias is None, "model.init_bias", model.init_bias, "CLIPModel has no bias; use --to open_clip")
 
 

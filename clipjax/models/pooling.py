@@ -45,6 +45,13 @@ class MeanPooling(Pooler):
         return x.mean(1)
 
 
+class PatchMean(Pooler):
+    """The mean of the patches: the class token, which comes first, is left out (open_clip's avg)."""
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        return x[:, 1:].mean(1)
+
+
 class AttentionPooling(Pooler):
     """SigLIP's pooling head (2303.15343): a learned probe attends to all tokens, then a residual MLP."""
 
@@ -77,6 +84,7 @@ class AttentionPooling(Pooler):
 
 POOLERS: Mapping[str, type[Pooler]] = {  # by config.ImageTower.pool, which is also the path of its parameters: image/map/...
     "mean": MeanPooling,
+    "avg": PatchMean,
     "map": AttentionPooling,
 }
 

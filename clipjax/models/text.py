@@ -89,6 +89,8 @@ class TextTransformer(nnx.Module):
     def pool(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
         if self.cfg.pool == "eot":  # the causal mask hides the padding after it
             x = jnp.take_along_axis(x, lengths(tokens)[:, None, None] - 1, axis=1)[:, 0]
+        elif self.cfg.pool == "eos":
+            x = jnp.take_along_axis(x, (tokens == self.cfg.eos_id).argmax(-1)[:, None, None], axis=1)[:, 0]
         else:
             x = x[:, -1]
         x = self.norm(x)

@@ -53,8 +53,9 @@ class ViT(nnx.Module):
         attends to. `keys`, one an example, turn patch dropout on.
         """
         # Split into patches as bytes, so that the fewest bytes move. All numbers of a patch are one axis: no padding on a TPU.
-        side = self.cfg.patch_size
-        patches = einops.rearrange(images, "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
+        # What fills no patch is left out at the right and at the bottom, as a convolution with this stride does.
+        side, whole = self.cfg.patch_size, self.cfg.side * self.cfg.patch_size
+        patches = einops.rearrange(images[:, :whole, :whole], "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
         chunks = jax.tree.map(lambda x: runner.to_chunks(x, self.cfg.patches), (patches, keys))
         x = runner.layers(self.blocks, runner.around_layers(ViT.embed, self, *chunks))
         pooled = runner.around_layers(functools.partial(ViT.pool, with_tokens=tokens), self, x)
@@ -82,8 +83,12 @@ class ViT(nnx.Module):
         elif self.pooler is not None and self.contrastive is None:  # "single"
             x = self.norm(self.pooler(x))
             z, tokens = x[:, 0], x[:, 1:]
+        elif self.cfg.norm_pooled:
+            tokens = self.norm(x[:, self.cfg.class_token :]) if with_tokens else None
+            z = self.norm(getattr(self, self.cfg.pool)(x))
         else:
-            tokens = x = self.norm(x)
+            x = self.norm(x)
+            tokens = x[:, self.cfg.class_token :]
             if self.pooler is not None and self.contrastive is not None:
                 tokens = self.pooler(x)
                 z = self.contrastive(tokens if self.cfg.pool == "cascade" else x)[:, 0]
@@ -108,8 +113,7 @@ def kept_patches(n: int, rate: float) -> int:
 
 def sincos2d(cfg: ImageTower) -> Float[Array, "n d"]:
     """Fixed sine and cosine positions on the grid of patches (2205.01580). A class token's row is zero."""
-    side = cfg.image_size // cfg.patch_size
-    y, x = np.mgrid[:side, :side].reshape(2, -1, 1)
+    y, x = np.mgrid[: cfg.side, : cfg.side].reshape(2, -1, 1)
     omega = 10000.0 ** -np.linspace(0, 1, cfg.width // 4)[None]
     table = np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], axis=1)
     return jnp.asarray(np.pad(table, ((int(cfg.class_token), 0), (0, 0))), jnp.float32)

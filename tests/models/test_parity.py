@@ -84,9 +84,10 @@ MODELS = {
     "clip gelu_tanh": clip("gelu_tanh"),
     "clip eps": clip(image=dict(norm_eps=1e-3), text=dict(norm_eps=1e-4)),
     "clip mixed": clip(image=dict(activation="gelu_tanh", depth=2), text=dict(activation="quick_gelu", depth=4, mlp_dim=50)),
+    "clip of a size that is no multiple of the patch": clip(image=dict(image_size=45)),
     "siglip": siglip(),
     "siglip gelu_tanh": siglip("gelu_tanh"),
-    "siglip quick_gelu": siglip("quick_gelu", image=dict(image_size=28, heads=2), text=dict(width=36, heads=4)),
+    "siglip quick_gelu": siglip("quick_gelu", image=dict(image_size=41, heads=2), text=dict(width=36, heads=4)),
 }
 
 
@@ -113,6 +114,8 @@ def test_transformers(model):
 NATIVE = {name: model for name, model in MODELS.items() if model.image.pool == "cls" and name != "clip mixed"} | {
     "clip activations differ": clip(image=dict(activation="gelu_tanh", mlp_dim=59), text=dict(mlp_dim=43)),
     "clip no pre-norm": clip(image=dict(pre_norm=False)),
+    "clip's patches averaged, and another end": clip(image=dict(pool="avg"), text=dict(pool="eos", eos_id=96)),
+    "CLIPA": clip(image=dict(pool="avg", norm_pooled=True, pre_norm=False), text=dict(causal=False, pool="last")),
     "clip with siglip's text and bias": clip(text=dict(causal=False, pool="last", projection_bias=True), init_bias=-10.0),
     "clip unprojected text": clip(text=dict(width=24, heads=3, embed_dim=None)),
 }
