@@ -18,14 +18,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from clipjax import config, distributed, s3
+from clipjax.config.start import TOKENIZER as TOKENIZER
 from clipjax.files import resolve
 from clipjax.preservation import Preservation
 from clipjax.restore import COUNTS, DAMAGED, FINGERPRINT, restore, training_part
 from clipjax.storage import WEIGHTS_ONLY, SaveError, refusal
 from clipjax.train.owner import CheckOwner, never_lost
 from clipjax.train.state import TrainState
-
-TOKENIZER = "tokenizer.json"
 
 
 class Checkpoints:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from clipjax.config import ConfigError
+from clipjax.config.fields import ConfigError
 
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> its module, and clipjax's extra that installs it
 CREDENTIALS = {

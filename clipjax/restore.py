@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from clipjax import config, distributed, s3, sharding
-from clipjax.files import as_path, reach, resolve
+from clipjax.config.start import split_name
+from clipjax.files import resolve
 from clipjax.models import clip
 from clipjax.models.lora import merged
 from clipjax.storage import WEIGHTS_ONLY, DamagedError, reading
@@ -29,18 +30,6 @@ def training_part(state: TrainState) -> dict[str, Any]:
     """The part of the state that only training needs, with the names that it has on disk."""
     values: dict[str, Any] = {"step": state.step, "opt_state": state.opt_state}
     return values | ({"memory": state.memory} if state.memory else {})
-
-
-def split_name(name: str, field: str = "RUN") -> tuple[Path, int | None]:
-    """`RUN` or `RUN@STEP` -> the workdir, and the step or None.
-
-    Raises ConfigError, with `field` for the name, unless it is a workdir that can be read.
-    """
-    path, at, step = name.rpartition("@")
-    workdir, step = (as_path(path), int(step)) if at and step.isdigit() else (as_path(name), None)
-    found = reach(workdir, (workdir / "config.json").exists)
-    config.require(found, field, name, "is not a workdir of `clipjax train`: it has no config.json")
-    return workdir, step
 
 
 def _reader(workdir: Path) -> ocp.CheckpointManager:

@@ -11,8 +11,9 @@ import pytest
 from clipjax import config
 from clipjax.checkpoint import Checkpoints
 from clipjax.config import ConfigError
+from clipjax.config.start import split_name
 from clipjax.models import clip
-from clipjax.restore import load_params, newest, split_name
+from clipjax.restore import load_params, newest
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import abstract_state
 from clipjax.train.workdir import save_config

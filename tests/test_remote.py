@@ -21,6 +21,7 @@ from botocore.exceptions import EndpointConnectionError
 
 import clipjax
 from clipjax import checkpoint, cli, config, files, preemption, restore, s3, swap
+from clipjax.config.start import split_name
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.metrics.writer import MetricsWriter
 from clipjax.models import clip
@@ -142,7 +143,7 @@ def test_files_of_a_store(store, watched):
     made.save(folder / "tokenizer.json")
     assert Tokenizer.load(folder / "tokenizer.json", 8).vocab_size == made.vocab_size
     with pytest.raises(config.ConfigError, match=f"RUN = '{store}://{stores.BUCKET}/files': is not a workdir"):
-        restore.split_name(f"{store}://{stores.BUCKET}/files")
+        split_name(f"{store}://{stores.BUCKET}/files")
 
 
 def test_only_the_version_that_was_read_is_replaced(store, watched):

@@ -36,6 +36,7 @@ from clipjax.config.objective import (
     Uniformity,
     check_objective,
 )
+from clipjax.config.start import start_from
 from clipjax.config.towers import SIZES, Activation, ImageTower, Lora, TextTower, size
 from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train
 from clipjax.config.unions import registered, require_registered
@@ -46,7 +47,7 @@ __all__ = [
     "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim",
     "Part", "Preserve", "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower",
     "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Uniformity", "Zeroshot", "from_json",
-    "identity_differences", "lines", "require", "size", "to_json",
+    "identity_differences", "lines", "require", "size", "start_from", "to_json",
 ]  # fmt: skip
 
 
@@ -63,7 +64,7 @@ class Run(Strict, prefix=""):
     train: Train = Train()  # steps, batch size, cadences
     evals: tuple[TrainingEvaluation, ...] = free(())  # evaluations during training
     mesh: Mesh = Mesh()  # how devices share the work
-    init: Init | None = free(None)  # another run's state to start from; None: new weights
+    init: Init | None = free(None)  # other runs' weights, or the state of one, to start from; None: new weights
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")

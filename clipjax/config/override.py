@@ -109,7 +109,7 @@ def _with_init(run: Run, args: Sequence[str]) -> Run:
     """The run with an `init` for tyro to fill, where `args` name fields of it and the run has none; or for help to show."""
     given = {name: value for _, name, value, _ in _given(args)}
     if run.init is None and "help" in given:
-        return _unchecked(run, init=Init(run="none", state="all"))
+        return _unchecked(run, init=Init(run="none"))
     if run.init is not None or not any(f"init.{f.name}" in given for f in dataclasses.fields(Init)):
         return run
     return _unchecked(run, init=_of_kind(Init, None, "init", given))

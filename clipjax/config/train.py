@@ -51,6 +51,14 @@ class Constant(Strict, prefix="optim.schedule"):
 Schedule = Annotated[Cosine | Rsqrt | Constant, TAGGED]
 
 
+def check_pattern(pattern: str, name: str) -> None:
+    """Raises ConfigError for what is no regular expression. `name`: the field that holds it."""
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ConfigError(f"{name} = {pattern!r}: is not a regular expression: {e}") from e
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule(Strict, prefix="optim.rules"):
     """Factors on the learning rate and on the weight decay, for the parameters whose full path matches `pattern`."""
@@ -92,11 +100,7 @@ class Optim(Strict, prefix="optim"):
             for name in ("lr", "decay"):
                 factor = getattr(rule, name)
                 require(factor >= 0, f"optim.rules.{i}.{name}", factor, "is a factor and must not be negative; 0 turns it off")
-            try:
-                re.compile(rule.pattern)
-            except re.error as e:
-                remedy = f"is not a regular expression: {e}"
-                raise ConfigError(f"optim.rules.{i}.pattern = {rule.pattern!r}: {remedy}") from e
+            check_pattern(rule.pattern, f"optim.rules.{i}.pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +121,32 @@ class Mesh(Strict, prefix="mesh"):
 
 @dataclass(frozen=True, kw_only=True)
 class Init(Strict, prefix="init"):
-    """Another run's state, from which a new workdir starts. A workdir that has checkpoints goes on from its own."""
+    """Other runs, of which a new workdir takes the weights or, with state = "all", goes on. Each is a workdir, for its newest
+    checkpoint, or workdir@STEP. A workdir that has checkpoints goes on from its own, and reads none of these.
+    """
 
-    run: str  # the other run's workdir, for its newest checkpoint, or workdir@STEP
-    state: Literal["all"]  # what is taken. all: weights, optimizer, step, moving average, example memory, place in the data
+    run: str = ""  # the run of all that `image` and `text` do not give: towers, captioning head, scale and bias; empty: none
+    image: str = ""  # the run of the image tower; empty: that of `run`
+    text: str = ""  # the run of the text tower and of the tokenizer; empty: that of `run`
+    # Regular expressions: parameters, by their full paths, that may be new here or left there, and fields of the model that may
+    # differ though they change what the weights compute.
+    allow: tuple[str, ...] = ()
+    # What is taken. weights: the moving average where there is one; optimizer, step and data begin anew. all: weights, optimizer,
+    # step, moving average, example memory, place in the data.
+    state: Literal["weights", "all"] = "weights"
 
     def __post_init__(self) -> None:
-        require(bool(self.run), "init.run", self.run, "must name a workdir, or workdir@STEP")
+        remedy = "must name a workdir, or workdir@STEP; or give init.image or init.text"
+        require(bool(self.run or self.image or self.text), "init.run", self.run, remedy)
+        for i, pattern in enumerate(self.allow):
+            check_pattern(pattern, f"init.allow.{i}")
+        if self.state == "all":
+            require(bool(self.run), "init.run", self.run, "must name a workdir, or workdir@STEP: init.state = 'all' is one run's")
+            for name in ("image", "text", "allow"):
+                value = getattr(self, name)
+                require(
+                    not value, f"init.{name}", value, "leave it out, or set init.state = 'weights': 'all' is of init.run alone"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

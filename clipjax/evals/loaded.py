@@ -14,13 +14,14 @@ from jaxtyping import Float
 
 from clipjax import config, sharding
 from clipjax.checkpoint import TOKENIZER
+from clipjax.config.start import split_name
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import given
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
 from clipjax.evals.given import ImageLike
 from clipjax.files import resolve
 from clipjax.generate import GREEDY, Captioner, Decoding
-from clipjax.restore import load_params, split_name
+from clipjax.restore import load_params
 
 
 class LoadedRun:

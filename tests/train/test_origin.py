@@ -137,7 +137,6 @@ def test_it_is_an_option():
     for wrong in ("--init", "--init.rnu"):
         with pytest.raises(ConfigError, match=rf"^{wrong}: there is no such field; the nearest is --init\.run"):
             overridden(wrong, "runs/a")
-    with pytest.raises(ConfigError, match=r"--init\.state"):
-        overridden("--init.run", "runs/a")
+    assert overridden("--init.run", "runs/a").init == config.Init(run="runs/a", state="weights")
     with pytest.raises(ConfigError, match=r"^init\.run = '': must name a workdir"):
         overridden("--init.run=", "--init.state", "all")
