@@ -41,7 +41,7 @@ def main() -> None:
         from open_clip.tokenizer import get_clean_fn
 
         ways |= {f"open_clip, {name}": get_clean_fn(name) for name in ("whitespace", "canonicalize")}
-    except (ImportError, OSError, RuntimeError):  # as `export.verify.require_packages`
+    except (ImportError, OSError, RuntimeError):  # as `export.reference.require_packages`
         pass
     print(f"{'us a caption':30}" + "".join(f"{name:>14}" for name in CAPTIONS))
     for name, step in ways.items():

@@ -14,7 +14,8 @@ def export(args: argparse.Namespace) -> int:
     from clipjax.checkpoint import TOKENIZER
     from clipjax.export import opening
     from clipjax.export.folder import export
-    from clipjax.export.verify import require_packages, verify
+    from clipjax.export.reference import require_packages
+    from clipjax.export.verify import verify
 
     distributed.require_alone("clipjax export")
     if args.verify:

@@ -727,10 +727,10 @@ def test_verification_without_torch_is_refused_before_anything_is_written(workdi
 
 @pytest.mark.parametrize(("cleaned", "crops", "notes"), [(0, False, 0), (2, True, 2)])
 def test_a_verification_says_what_it_does_not_judge(workdir, tmp_path, capsys, monkeypatch, cleaned, crops, notes):
-    from clipjax.export import verify
+    from clipjax.export import reference, verify
 
     report = verify.Report(32, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6, cleaned, crops)
-    monkeypatch.setattr(verify, "require_packages", lambda to: None)
+    monkeypatch.setattr(reference, "require_packages", lambda to: None)
     monkeypatch.setattr(verify, "verify", lambda *_: report)
     assert run("export", workdir, "--to", "transformers", "--out", tmp_path / "out", "--verify") == 0
     assert capsys.readouterr().out.count("not judged: ") == notes

@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from clipjax.data.storage import ranges
 from clipjax.evals import caption_metrics
-from clipjax.export import verify
+from clipjax.export import reference
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -80,7 +80,7 @@ def test_every_import_of_the_tests_is_declared():
     [
         *((extra, [module]) for module, extra in dict.fromkeys(ranges.SCHEMES.values())),
         ("fast", ["cykooz_resizer"]),
-        ("torch", sorted({module for modules in verify.PACKAGES.values() for module in modules})),
+        ("torch", sorted({module for modules in reference.PACKAGES.values() for module in modules})),
         ("captions", sorted(set(caption_metrics.PACKAGES.values()))),
         ("wandb", ["wandb"]),
     ],

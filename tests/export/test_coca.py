@@ -13,8 +13,9 @@ from clipjax.config import ConfigError, ImageTower, Model
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import open_clip as layout
 from clipjax.export.folder import export
+from clipjax.export.reference import load
 from clipjax.export.table import flatten, to_ours, to_theirs
-from clipjax.export.verify import encode, load
+from clipjax.export.verify import encode
 from clipjax.models.clip import init
 from clipjax.train.state import TrainState
 from clipjax.train.step import make_train_step

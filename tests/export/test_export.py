@@ -12,7 +12,8 @@ import safetensors.numpy
 from clipjax.config import ConfigError, ImageTower, Model, TextTower
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export.folder import export
-from clipjax.export.verify import load, verify
+from clipjax.export.reference import load
+from clipjax.export.verify import verify
 from clipjax.models.clip import init
 from tests import torch_reference
 from tests.export.models import CAPTIONS, LENGTH, TEXT, check, clip, parameters, siglip
