@@ -202,6 +202,18 @@ COMMANDS = (
         _argument("--image-size", "N", "side of the images in pixels, where SRC leaves it open", positive),
     ),
     _command(
+        "average",
+        weight_commands.average,
+        "make a workdir with a weighted mean of runs' weights (WiSE-FT, soups), to evaluate, embed, export or start from it",
+        _argument("runs", "RUN", "a workdir, local or on gs:// or s3://: its newest checkpoint, or RUN@STEP", nargs="+"),
+        (
+            _argument("--alpha", "X", "of two runs: (1 - X) times the first and X times the second, any number", float),
+            _argument("--weights", "W", "each run's weight; they sum to 1. Default: all are equal", float, nargs="+"),
+        ),
+        RUN[1],
+        _argument("--out", "RUN", "a new workdir, local or on gs:// or s3://", writable_folder, required=True),
+    ),
+    _command(
         "data prepare",
         data_commands.data_prepare,
         "build a dataset: emoji in the folder of TFDS, local or on gs:// or s3://, or openclipart in --out",

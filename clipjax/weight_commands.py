@@ -6,6 +6,7 @@ import sys
 
 import clipjax
 from clipjax.commands import register
+from clipjax.config import require
 
 
 def export(args: argparse.Namespace) -> int:
@@ -57,3 +58,21 @@ def import_run(args: argparse.Namespace) -> None:
     print(f"{args.out}: step 0, from {args.source}")
     for note in notes:
         print(f"  not imported: {note}")
+
+
+def average(args: argparse.Namespace) -> None:
+    """`clipjax average`: makes a workdir whose weights are a weighted mean of those of several runs."""
+    from clipjax import distributed
+    from clipjax.export.average import average
+
+    distributed.require_alone("clipjax average")
+    register(args)
+    runs, weights = args.runs, args.weights
+    if args.alpha is not None:
+        require(len(runs) == 2, "--alpha", args.alpha, f"is for two runs, not {len(runs)}; use --weights")
+        weights = [1 - args.alpha, args.alpha]
+    weights = [1 / len(runs)] * len(runs) if weights is None else weights
+    found = average(runs, weights, args.out)
+    print(f"{args.out}: step 0, the sum of")
+    for (workdir, step), weight in zip(found, weights, strict=True):
+        print(f"  {weight:g} times step {step} of {workdir}")
