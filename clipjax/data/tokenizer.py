@@ -4,9 +4,9 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,29 +22,34 @@ from clipjax.files import as_path, write_atomic
 PAD, START, END = "<pad>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST = 256 + 3  # every byte, and the three tokens above
 PAD_NAMES = (PAD, "[PAD]", "<|pad|>")
+Side = Literal["right", "left"]
+LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # transformers' classes that pad there, unless `padding_side` says else
 
 
 class Tokenizer:
-    """Encodes captions to rows of equal length: start, text, end, padding. A text that is too long keeps its end token.
+    """Encodes captions to rows of equal length: start, text, end, padding. A text that is too long keeps its end token. `side`:
+    where the padding is.
 
     A text is cleaned first (`clean.clean`). The string of a special token in it, as `<|endoftext|>`, is text like any other."""
+
+    side: Side = "right"
 
     def __init__(self, backend: tokenizers.Tokenizer, pad_id: int | None, length: int, how: Clean = "none") -> None:
         """`pad_id`, None: that of the end token; it may be that of an ordinary token, as CoCa's 0, which is `!`. `length`: tokens
         a row, special ones included. `how`: `tokenizer.clean`. Changes `backend`. Raises ConfigError unless it marks the end of
-        a text."""
+        a text, or says that nothing does by the post-processor `$A`."""
         self.backend, self.length = backend, length
         self.clean: Clean = how
         marked, bare = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
         at = next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), 0)
         self.prefix, self.suffix = marked[:at], marked[at + len(bare) :]
-        if not self.suffix:
+        if not self.suffix and (pad_id is None or not _endless(backend)):
             remedy = "give it a post-processor that does, such as TemplateProcessing(single='$A </s>', ...)"
             raise ConfigError(f"tokenizer: nothing marks the end of a text: {remedy}")
         room = length - len(self.prefix) - len(self.suffix)
         require(room > 0, "model.text.length", length, "leaves no room for text between the special tokens")
         self.room = room
-        self.pad_id = self.end_id if pad_id is None else pad_id
+        self.pad_id = self.suffix[-1] if pad_id is None else pad_id
         pad = backend.id_to_token(self.pad_id)
         require(pad is not None, "tokenizer", self.pad_id, "it has no token of this id to pad with")
         # One character is text: open_clip's CoCa pads with that of `!`.
@@ -88,9 +93,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, length: int, how: Clean = "none", pad_id: int | None = None) -> "Tokenizer":
-        """Reads a tokenizer.json. Its post-processor defines the start and end tokens. The padding token is `pad_id`, else that
-        of its `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a
-        token named <pad>, [PAD] or <|pad|>, else the end token.
+        """Reads a tokenizer.json. Its post-processor defines the start and end tokens, or, as in transformers, `add_bos_token`
+        and `add_eos_token` of a tokenizer_config.json in the same folder. The padding token is `pad_id`, else that of its `padding`,
+        else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a token named <pad>,
+        [PAD] or <|pad|>, else the end token. Padding is on the side of `padding`, else of the `padding_side` of a
+        tokenizer_config.json, else on the right (with transformers' Gemma tokenizers on the left).
 
         Raises ConfigError for a file that is missing, is no tokenizer.json, or does not mark the end of a text."""
         path = as_path(path)
@@ -99,12 +106,15 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except Exception as e:  # the library raises nothing more specific
             raise ConfigError(f"tokenizer.path = {str(path)!r}: is not a tokenizer.json of Hugging Face tokenizers: {e}") from e
-        pad = _pad_token(backend, path.parent) if pad_id is None else pad_id
+        beside = files_beside(path.parent)
+        _mark(backend, beside)
+        pad = padding(backend, beside) if pad_id is None else pad_id
+        side = beside.get("padding_side", "right") if backend.padding is None else backend.padding["direction"].lower()
         backend.no_truncation()
         backend.no_padding()
         backend.normalizer = _without_cleaning(backend.normalizer, how)
         try:
-            return cls(backend, pad, length, how)
+            return cls(backend, pad, length, how).padded(side)
         except ConfigError as e:
             raise ConfigError(f"tokenizer.path = {str(path)!r}: {e}") from e
 
@@ -114,7 +124,7 @@ class Tokenizer:
 
         The file appears complete or not at all."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.enable_padding(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
+        backend.enable_padding(direction=self.side, pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
         with write_atomic(path) as part:
             backend.save(str(part))
 
@@ -124,6 +134,12 @@ class Tokenizer:
         other.clean = self.clean if how is None else how
         return other
 
+    def padded(self, side: Side) -> "Tokenizer":
+        """The same tokens with the padding on this side."""
+        other = copy.copy(self)
+        other.side = side
+        return other
+
     def standalone(self) -> tokenizers.Tokenizer:
         """A backend for other libraries, which cleans (as far as `clean.normalizer` can), truncates and pads by itself."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
@@ -131,7 +147,8 @@ class Tokenizer:
             own = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizer(self.clean), *own])
         backend.enable_truncation(self.length)
-        backend.enable_padding(length=self.length, pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
+        pad = dict(pad_id=self.pad_id, pad_token=backend.id_to_token(self.pad_id))
+        backend.enable_padding(direction=self.side, length=self.length, **pad)
         return backend
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +158,7 @@ class Tokenizer:
         ids = np.full((len(bodies), self.length), self.pad_id, np.int32)
         for row, body in zip(ids, bodies, strict=True):
             tokens = [*self.prefix, *body[: self.room], *self.suffix]
-            row[: len(tokens)] = tokens
+            row[slice(len(tokens)) if self.side == "right" else slice(self.length - len(tokens), None)] = tokens
         return ids, np.array([len(body) > self.room for body in bodies], bool)
 
     def tokens(self, text: str) -> int:
@@ -155,11 +172,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of one row of ids, up to its end token."""
-        ids = [int(i) for i in ids][len(self.prefix) :]
-        ends = [i for i, token in enumerate(ids) if token == self.end_id]
-        while not ends and ids and ids[-1] == self.pad_id:
-            ids.pop()
-        ids = ids[: ends[0]] if ends else ids
+        ids = [int(i) for i in ids]
+        real = [i for i, token in enumerate(ids) if token != self.pad_id]
+        ids = ids[(real or [0])[0] if self.side == "left" else 0 : real[-1] + 1 if real else 0][len(self.prefix) :]
+        ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
         return self.backend.decode(ids, skip_special_tokens=True).strip()
 
     @property
@@ -169,7 +185,8 @@ class Tokenizer:
 
     @property
     def end_id(self) -> int:
-        return self.suffix[-1]
+        """The padding's where nothing marks the end of a text."""
+        return self.suffix[-1] if self.suffix else self.pad_id
 
     @property
     def vocab_size(self) -> int:
@@ -193,7 +210,7 @@ def _read_special_as_text(backend: tokenizers.Tokenizer, marks: Iterable[int]) -
     whole = [s for (s, i), ids in zip(special.items(), before, strict=True) if i in ids and len(s) > 1]
     if whole:  # the model itself has the string, as a unigram model has `</s>`: it is split after its first character
         split = "|".join(f"{re.escape(s[0])}(?={re.escape(s[1:])})" for s in whole)
-        parts = [*([] if own is None else [own]), pre_tokenizers.Split(Regex(split), "isolated")]
+        parts = [*([] if own is None else [own]), pre_tokenizers.Split(Regex(split), "merged_with_previous")]
         backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
         if encoded() == before:  # unknown characters have that id, too
             backend.pre_tokenizer = own
@@ -212,13 +229,43 @@ def _without_cleaning(own: normalizers.Normalizer | None, how: Clean) -> normali
     return rest
 
 
-def _pad_token(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
+def _endless(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the post-processor is a template that says that nothing marks the end of a text."""
+    template = json.loads(backend.to_str())["post_processor"] or {}
+    return template.get("type") == "TemplateProcessing" and "Sequence" in template["single"][-1]
+
+
+def _mark(backend: tokenizers.Tokenizer, beside: Mapping[str, Any]) -> None:
+    """Makes the post-processor anew where files beside the tokenizer say which tokens go before and after a text, as transformers
+    does (5.23, tokenization_utils_tokenizers.py, `update_post_processor`; CLIP's class overrules it)."""
+    roles = [role for role in ("bos", "eos") if f"add_{role}_token" in beside]
+    if not roles or str(beside.get("tokenizer_class")).startswith("CLIP"):
+        return
+    start, end = (_named(beside, role) if beside.get(f"add_{role}_token") else None for role in ("bos", "eos"))
+    marks = [(token, backend.token_to_id(token)) for token in (start, end) if token is not None]
+    template = " ".join([*([start] if start else []), "$A", *([end] if end else [])])
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
+
+
+def _named(beside: Mapping[str, Any], role: str) -> str | None:
+    token = beside.get(f"{role}_token")
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def files_beside(folder: Path) -> dict[str, Any]:
+    """What transformers' files beside a tokenizer say: those of special_tokens_map.json, else of tokenizer_config.json."""
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    said = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    fields = {key: value for one in said for key, value in one.items()}
+    left = str(fields.get("tokenizer_class")).removesuffix("Fast") in LEFT
+    return dict(padding_side="left" if left else "right") | fields
+
+
+def padding(backend: tokenizers.Tokenizer, beside: Mapping[str, Any]) -> int | None:
+    """The id of the padding token. `beside`: `files_beside`. None: nothing says it."""
     if backend.padding is not None:
         return backend.padding["pad_id"]
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and backend.token_to_id(token) is not None:
-                return backend.token_to_id(token)
+    token = _named(beside, "pad")
+    if token is not None and backend.token_to_id(token) is not None:
+        return backend.token_to_id(token)
     return next((i for i in map(backend.token_to_id, PAD_NAMES) if i is not None), None)

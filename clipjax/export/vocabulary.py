@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from clipjax.config import Clean, require
 from clipjax.data.clean import SIGMA
-from clipjax.data.tokenizer import END, START, Tokenizer
+from clipjax.data.tokenizer import END, START, Tokenizer, files_beside, padding
+from clipjax.export import spiece
 
 MODELS = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")  # SentencePiece's, as they are named on the hub
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges, as OpenAI published them
@@ -60,8 +61,44 @@ def from_folder(folder: Path, length: int, clean: Clean = "none", pad_id: int | 
 
 
 def from_file(file: Path, length: int, clean: Clean = "none", pad_id: int | None = None) -> Tokenizer:
-    """The tokenizer of a tokenizer.json or of a SentencePiece model. Raises ConfigError if it is neither, or can't be carried."""
-    return Tokenizer.load(file, length, clean, pad_id)
+    """The tokenizer of a tokenizer.json or of a SentencePiece model. A model's texts have no start token. Its padding is the
+    `pad_token` of transformers' files beside it, else the end token for unigrams (SigLIP), the model's own for BPE (SigLIP 2).
+
+    Raises ConfigError if the file is neither, or has what a tokenizer.json can't hold."""
+    if file.suffix == ".json":
+        return Tokenizer.load(file, length, clean, pad_id)
+    require(file.is_file(), "tokenizer", str(file), "there is no such file; name a tokenizer.json or a SentencePiece model")
+    model = spiece.read(file)
+    backend, beside = spiece.backend(model), files_beside(file.parent)
+    if pad_id is None:
+        own = model.end if model.unigram or model.pad < 0 else model.pad
+        pad_id = padding(backend, beside) if "pad_token" in beside else own
+    return Tokenizer(backend, pad_id, length, clean).padded("left" if beside["padding_side"] == "left" else "right")
+
+
+def cleaning(folder: Path) -> Clean:
+    """What transformers' tokenizer of a folder does to a text before its tokenizer.json: `siglip` or `lower`, as SigLIP 2 was
+    trained (transformers does so in its class of SigLIP 2; of Gemma's class it leaves that to the user).
+
+    Raises ConfigError where it does something else."""
+    beside = files_beside(folder)
+    kind = str(beside.get("tokenizer_class")).removesuffix("Fast")
+    if kind in ("GemmaTokenizer", "Siglip2Tokenizer"):
+        return "lower"
+    if kind != "SiglipTokenizer" and (kind != "None" or not (folder / "spiece.model").is_file()):
+        return "none"
+    lower = beside.get("do_lower_case", True)
+    remedy = "in tokenizer_config.json: clipjax removes punctuation together with upper case only; it must be true"
+    require(lower is True, "do_lower_case", lower, remedy)
+    return "siglip"
+
+
+def without_end(tokenizer: Tokenizer, pad_id: int = 0) -> Tokenizer:
+    """The same tokens with padding in the place of the end token, which open_clip's `strip_sep_token` puts there (CLIPA)."""
+    marks = [(str(tokenizer.backend.id_to_token(i)), i) for i in (*tokenizer.prefix, pad_id)]
+    template = " ".join([*(name for name, _ in marks[:-1]), "$A", marks[-1][0]])
+    tokenizer.backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
+    return Tokenizer(tokenizer.backend, pad_id, tokenizer.length, tokenizer.clean)
 
 
 def _bytes() -> Sequence[str]:
