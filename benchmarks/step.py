@@ -31,7 +31,7 @@ def clipjax_step():
 
     from clipjax import config, sharding
     from clipjax.models import clip
-    from clipjax.train.optimizer import make_optimizer
+    from clipjax.train.optimizer import optimizer_of
     from clipjax.train.state import initial_state
     from clipjax.train.step import jit_step, make_train_step
 
@@ -41,7 +41,7 @@ def clipjax_step():
     model = config.Model(image=image, text=text, dtype="float32", unroll=max(DEPTHS))
     run = config.Run(data=config.Data(spec="emoji"), model=model, train=config.Train(batch_size=BATCH))
     mesh = sharding.make_mesh(config.Mesh())
-    tx = make_optimizer(run.optim, run.train.steps, jax.eval_shape(lambda: clip.init(model, 0)))
+    tx = optimizer_of(run, jax.eval_shape(lambda: clip.init(model, 0)))
     state = initial_state(run, tx, mesh)
     step = jit_step(make_train_step(run, tx, mesh), state, mesh)
     images, tokens = make_batch()

@@ -359,7 +359,8 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "init": config.Init(run="runs/a@3", state="all"), "data.order": "windows", "data.resizer": "fast", "data.max_bad": 0.5,
     "data.label_field": "a", "data.index": "a", "data.filter.max_aspect": 2.0, "data.filter.max_characters": 9,
     "tokenizer.clean": "web", "evals.0.image_field": "a", "evals.0.text_field": "a", "evals.0.label_field": "a",
-    "evals.0.clean": "web", "model.towers": "image",
+    "evals.0.clean": "web", "model.towers": "image", "optim.rules.0.layer_decay": 0.5, "optim.rules.1.layer_decay": 0.5,
+    "model.image.unlock": 2, "model.text.unlock": 2,
 }  # fmt: skip
 BASE = Run(
     data=Data(spec="emoji", filter=config.Filter(number="a", at_least=0.5)),

@@ -22,7 +22,7 @@ from clipjax.models import clip
 from clipjax.plan.program import abstract_batch, compile_lowered, lower_step, state_of
 from clipjax.plan.report import axes, batch_line
 from clipjax.train import remat
-from clipjax.train.optimizer import make_optimizer, trained_names
+from clipjax.train.optimizer import optimizer_of, trained_names
 from clipjax.train.state import initial_state
 from clipjax.train.step import Batch
 
@@ -61,7 +61,7 @@ def measure(run: config.Run, turns: int) -> StepTimes:
         raise aot.DoesNotFit(compiled.peak_bytes, aot.capacity(list(mesh.devices.flat))) from error
     step = statistics.median(seconds)
     flops = run.train.batch_size * model_flops(
-        run.model_in_use, trained_names(run.optim.rules, placed.params), run.data.captions_per_image
+        run.model_in_use, trained_names(run.optim_in_use.rules, placed.params), run.data.captions_per_image
     )
     return StepTimes(
         device_kind=mesh.devices.flat[0].device_kind,
@@ -104,7 +104,7 @@ def noise(run: config.Run, mesh: Mesh) -> Batch:
 
 def _timed(run: config.Run, mesh: Mesh, program: jax.stages.Compiled, turns: int) -> tuple[float, ...]:
     """Seconds of a step, the mean of each turn. A first step is not timed; a second decides how many steps a turn has."""
-    tx = make_optimizer(run.optim, run.train.steps, jax.eval_shape(lambda: clip.init(run.model, run.seed)))
+    tx = optimizer_of(run, jax.eval_shape(lambda: clip.init(run.model, run.seed)))
     state, batch = initial_state(run, tx, mesh), noise(run, mesh)
 
     def go(steps: int) -> float:

@@ -38,7 +38,7 @@ from clipjax.config.objective import (
 )
 from clipjax.config.start import start_from
 from clipjax.config.towers import SIZES, Activation, ImageTower, Lora, TextTower, size
-from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train
+from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train, freezing
 from clipjax.config.unions import registered, require_registered
 
 __all__ = [
@@ -85,6 +85,11 @@ class Run(Strict, prefix=""):
     def captioning(self) -> bool:
         """Whether a term of the objective asks for captions."""
         return any(isinstance(term, Caption) and term.weight for term in self.objective)
+
+    @property
+    def optim_in_use(self) -> Optim:
+        """The optimizer as the train step uses it: with the rules that the model's `lora` and `unlock` stand for."""
+        return dataclasses.replace(self.optim, rules=(*freezing(self.model), *self.optim.rules))
 
     @property
     def model_in_use(self) -> Model:

@@ -52,11 +52,20 @@ def _check_tower(tower: "ImageTower | TextTower", name: str) -> None:
     require(tower.norm_eps >= 0, f"{name}.norm_eps", tower.norm_eps, "must not be negative")
     require(tower.embed_dim is None or tower.embed_dim > 0, f"{name}.embed_dim", tower.embed_dim, "must be positive or None")
     require(tower.width % tower.heads == 0, f"{name}.width", tower.width, f"must be a multiple of heads = {tower.heads}")
+    if tower.unlock is not None:
+        fits = 0 <= tower.unlock <= tower.depth
+        require(fits, f"{name}.unlock", tower.unlock, f"must be a number of layers: 0 to {name}.depth = {tower.depth}")
+        require(tower.lora is None, f"{name}.unlock", tower.unlock, f"leave it out: {name}.lora says what is trained")
     if tower.lora is not None:
         check_bounds(tower.lora, f"{name}.lora")
         kernels = tower.lora.kernels
         distinct = len(kernels) > 0 and len(set(kernels)) == len(kernels)
         require(distinct, f"{name}.lora.kernels", kernels, "must name one kernel or more, each once")
+
+
+def locked_layers(tower: "ImageTower | TextTower") -> int:
+    """How many of the first layers `unlock` leaves as they are, in a tower of which something is trained."""
+    return tower.depth - tower.unlock if tower.unlock else 0
 
 
 KernelName = Literal["attention/qkv", "attention/out", "mlp/up", "mlp/down"]
@@ -102,6 +111,7 @@ class ImageTower(Strict, prefix="model.image"):
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # subtracted from red, green, blue in [0, 1]
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # red, green and blue are then divided by these
     lora: Lora | None = None  # low-rank adapters, which are then all that is trained of the tower; None: it has none
+    unlock: int | None = None  # train the last layers only, so many, and what follows them; 0: nothing of the tower; None: all
 
     def __post_init__(self) -> None:
         _check_tower(self, "model.image")
@@ -194,6 +204,7 @@ class TextTower(Strict, prefix="model.text"):
     activation: Activation = "gelu"  # activation of the MLPs
     norm_eps: float = 1e-5  # epsilon of the LayerNorms
     lora: Lora | None = None  # low-rank adapters, which are then all that is trained of the tower; None: it has none
+    unlock: int | None = None  # train the last layers only, so many, and what follows them; 0: nothing of the tower; None: all
 
     def __post_init__(self) -> None:
         _check_tower(self, "model.text")

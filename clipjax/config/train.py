@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from clipjax.config.fields import TAGGED, ConfigError, Strict, free, require
+from clipjax.config.fields import POSITIVE_SHARE, TAGGED, ConfigError, Strict, free, require
+from clipjax.config.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,27 @@ class Rule(Strict, prefix="optim.rules"):
     pattern: str  # a regular expression, for full paths as `image/blocks/mlp/up/kernel`
     lr: float = 1.0  # factor on the learning rate; 0 freezes
     decay: float = 1.0  # factor on the weight decay
+    # x: the learning rate of each layer is x times that of the one above it: x^L of the first of L layers, x^(L + 1) of what is
+    # below the layers, 1 of what is above (BEiT, 2106.08254).
+    layer_decay: float = 1.0
 
 
 # Kernels decay; gains, biases, positions, class token, scale and bias do not (2103.00020, section 2.5).
+# Below a tower's layers stand these parts.
+BELOW = ("patch", "tokens", "class_token", "positions", "pre_norm")
 RULES = (Rule(pattern=".*/kernel|text/tokens"), Rule(pattern=".*", decay=0.0))
+
+
+def freezing(model: Model) -> tuple[Rule, ...]:
+    """The rules that a model's `lora` and `unlock` stand for: they freeze what is not trained, but for locked layers."""
+    rules = []
+    for name, tower in (("image", model.image), ("text", model.text)):
+        if tower.lora is not None:
+            rules.append(Rule(pattern=rf"{name}/(?!blocks/.*/lora_[ab]$).*", lr=0.0))
+        elif tower.unlock is not None:
+            parts = f"({'|'.join(BELOW)})(/.*)?" if tower.unlock else ".*"
+            rules.append(Rule(pattern=f"{name}/{parts}", lr=0.0))
+    return tuple(rules)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +119,7 @@ class Optim(Strict, prefix="optim"):
                 factor = getattr(rule, name)
                 require(factor >= 0, f"optim.rules.{i}.{name}", factor, "is a factor and must not be negative; 0 turns it off")
             check_pattern(rule.pattern, f"optim.rules.{i}.pattern")
+            POSITIVE_SHARE.require(f"optim.rules.{i}.layer_decay", rule.layer_decay)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,16 @@ import jax
 
 from clipjax.chips import chip_of
 from clipjax.config import Model
+from clipjax.config.towers import locked_layers
 from clipjax.models import clip
 
 
 def model_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1) -> float:
     """FLOPs of a training step per image; a multiply-add counts 2.
 
-    For a tower whose blocks are trained they are 3 times the forward pass; 2 times if the gradient only passes through the
-    blocks; once if nothing below its head is trained. `trained`: paths of the trained parameters, as
-    `image/blocks/mlp/up/kernel`; None: all. `captions`: captions of an image.
+    For a tower whose blocks are trained they are 3 times the forward pass, and less if some are locked or have adapters;
+    2 times if the gradient only passes through the blocks; once if nothing below its head is trained. `trained`: paths of the
+    trained parameters, as `image/blocks/mlp/up/kernel`; None: all. `captions`: captions of an image.
 
     Only dot products count, and not those that the backward pass recomputes. Causal attention counts in full, as it is computed
     and as others count it. Left out are the poolers' queries, which are computed once a batch, and the loss, 8 B d a pair (below
@@ -29,13 +30,16 @@ def tower_flops(model: Model, trained: Collection[str] | None = None, captions: 
     return {tower: float(flops * _passes(model, tower, trained)) for tower, flops in forward.items()}
 
 
-def _passes(model: Model, tower: str, trained: Collection[str] | None) -> int:
-    """How many forward passes a training step costs."""
+def _passes(model: Model, tower: str, trained: Collection[str] | None) -> float:
+    """How many forward passes a training step costs. Locked layers cost one; layers with adapters two, for their kernels get no
+    gradient."""
     if trained is None:
         return 3
     parts = {name.split("/")[1] for name in trained if name.startswith(tower + "/")}
     if "blocks" in parts:
-        return 3
+        cfg = getattr(model, tower)
+        share = 1 - locked_layers(cfg) / cfg.depth if tower != "decoder" else 1
+        return 1 + share * (1 if tower != "decoder" and cfg.lora else 2)
     return 2 if parts - clip.facts(model)[tower].after_blocks else 1
 
 

@@ -117,8 +117,12 @@ class Runner:
 
         return self.placement.run(body, "", weights, *x)
 
-    def layers(self, blocks: nnx.Module, x: Float[Array, "n p t d"], *context: Array | None) -> Float[Array, "n p t d"]:
-        """x through every layer of a stacked Block. Each layer also gets `context`, arrays [n, p, ...]."""
+    def layers(
+        self, blocks: nnx.Module, x: Float[Array, "n p t d"], *context: Array | None, locked: int = 0
+    ) -> Float[Array, "n p t d"]:
+        """x through every layer of a stacked Block. Each layer also gets `context`, arrays [n, p, ...]. The first `locked`
+        layers, and what is below them, get no gradient, so they have no backward pass.
+        """
         graphdef, stacked = nnx.split(blocks)
 
         def body(gather: Gather, constrain: Constrain, stacked: nnx.State, x: Array, *context: Array | None) -> Array:
@@ -126,6 +130,10 @@ class Runner:
                 full = checkpoint_name(gather(weights), FULL_WEIGHTS) if gather else weights
                 return self.map_chunks(_block(graphdef, full, constrain), x, *context), None
 
+            if locked:
+                first = jax.tree.map(lambda w: jax.lax.stop_gradient(w[:locked]), stacked)
+                x = jax.lax.stop_gradient(self._scan(layer, jax.lax.stop_gradient(x), first, checkpoint=False))
+                stacked = jax.tree.map(lambda w: w[locked:], stacked)
             return self._scan(layer, x, stacked, checkpoint=self.remat != "none" or gather is not None)
 
         return self.placement.run(body, LAYERS, stacked, x, *context)

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import TextTower
+from clipjax.config.towers import locked_layers
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
 from clipjax.models.layers import LayerNorm, Linear, Scope, normal
@@ -49,7 +50,7 @@ class TextTransformer(nnx.Module):
             x, mask = jnp.concatenate([x, last.astype(self.dtype)], axis=1), self.mask(tokens)
         x, tokens = (runner.to_chunks(a, self.cfg.positions) for a in (x, tokens))
         mask = None if mask is None else runner.to_chunks(mask, self.cfg.positions)
-        x = runner.layers(self.blocks, x, mask)
+        x = runner.layers(self.blocks, x, mask, locked=locked_layers(self.cfg))
         z = runner.from_chunks(runner.around_layers(TextTransformer.pool, self, x, tokens), count)
         return z, runner.from_chunks(x[:, :, : self.cfg.length], count) if states else None
 
@@ -110,7 +111,7 @@ def facts(cfg: TextTower) -> TowerFacts:
         depth=cfg.depth,
         tokens=layer.tokens,
         layer_weights=Block.weights(layer),
-        kept=functools.partial(_kept, cfg.depth, layer),
+        kept=functools.partial(_kept, cfg.depth - locked_layers(cfg), layer),
         tensor_sizes={"heads": cfg.heads, "mlp_dim": cfg.mlp_dim},
         after_blocks=frozenset({"norm", "projection"}),
         per_caption=True,

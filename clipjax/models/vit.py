@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from clipjax.config import ImageTower
+from clipjax.config.towers import locked_layers
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
 from clipjax.models.layers import LayerNorm, Linear, Scope, normal
@@ -57,7 +58,7 @@ class ViT(nnx.Module):
         side, whole = self.cfg.patch_size, self.cfg.side * self.cfg.patch_size
         patches = einops.rearrange(images[:, :whole, :whole], "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
         chunks = jax.tree.map(lambda x: runner.to_chunks(x, self.cfg.patches), (patches, keys))
-        x = runner.layers(self.blocks, runner.around_layers(ViT.embed, self, *chunks))
+        x = runner.layers(self.blocks, runner.around_layers(ViT.embed, self, *chunks), locked=locked_layers(self.cfg))
         pooled = runner.around_layers(functools.partial(ViT.pool, with_tokens=tokens), self, x)
         return runner.from_chunks(pooled, len(images))
 
@@ -157,4 +158,4 @@ def _kept(cfg: ImageTower, layer: BlockShape, policy: str, layout: Layout) -> in
         pooler = POOLERS[cfg.pool].kept(policy, layout, cfg, layer.tokens)
     elif cfg.attentional:
         pooler = AttentionalPooler.kept(policy, layout, layer.tokens, cfg.width)
-    return math.ceil(cfg.depth * Block.kept(policy, layout, layer) + pooler)
+    return math.ceil((cfg.depth - locked_layers(cfg)) * Block.kept(policy, layout, layer) + pooler)

@@ -98,7 +98,7 @@ def _uncompiled(run: config.Run, target: Target, state: TrainState, arguments: M
     per_chip = len(target.devices) // chips
     placed = jax.tree.map(lambda x: x.sharding, state)
     replicated = sharding.unsharded(state, placed, *sharding.AXES)
-    flops = step_flops(run, trained_names(run.optim.rules, state.params), teacher_width(run))
+    flops = step_flops(run, trained_names(run.optim_in_use.rules, state.params), teacher_width(run))
     return Plan(
         topology=target.topology,
         slices=sharding.slice_count(target.devices),

@@ -10,7 +10,7 @@ from clipjax.config.objective import check_teacher
 from clipjax.files import local_path
 from clipjax.models import clip
 from clipjax.train import remat
-from clipjax.train.optimizer import make_optimizer
+from clipjax.train.optimizer import optimizer_of
 from clipjax.train.state import TrainState, abstract_state
 from clipjax.train.step import jit_step, make_train_step
 
@@ -33,14 +33,14 @@ def lower_step(run: config.Run, mesh: Mesh, state: TrainState) -> jax.stages.Low
     """The step for a `state` from `state_of`, traced but not compiled, which takes seconds. Raises ConfigError."""
     sharding.check_batch(run, mesh)
     run = remat.resolved(run, mesh, state)
-    step = make_train_step(run, make_optimizer(run.optim, run.train.steps, state.params), mesh)
+    step = make_train_step(run, optimizer_of(run, state.params), mesh)
     return jit_step(step, state, mesh).lower(state, abstract_batch(run, mesh))
 
 
 def state_of(run: config.Run, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the run's state. Raises ConfigError."""
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
-    return abstract_state(run, make_optimizer(run.optim, run.train.steps, params), mesh)
+    return abstract_state(run, optimizer_of(run, params), mesh)
 
 
 def abstract_batch(run: config.Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

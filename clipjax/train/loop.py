@@ -21,7 +21,7 @@ from clipjax.metrics.writer import EvaluationResults, MetricsWriter, NonFiniteEr
 from clipjax.models import clip
 from clipjax.storage import DISK_FULL
 from clipjax.train import remat
-from clipjax.train.optimizer import make_optimizer, trained_names
+from clipjax.train.optimizer import optimizer_of, trained_names
 from clipjax.train.origin import restore_origin
 from clipjax.train.profiling import Profile
 from clipjax.train.progress import Progress
@@ -68,7 +68,7 @@ def train(
     where the disk is full, and Preempted where a stop was requested and the state is saved.
     """
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
-    tx = make_optimizer(run.optim, run.train.steps, params)
+    tx = optimizer_of(run, params)
     abstract, origin = abstract_state(run, tx, mesh), workdir.origin
     given = None if origin is None else restore_origin(run, origin, abstract)
     # Nothing above this line writes a file: it only finds what is wrong with the run.
@@ -93,7 +93,7 @@ def train(
         written = MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max, workdir.check_owner, run)
         writer = stack.enter_context(contextlib.closing(written))
         progress = stack.enter_context(Progress(run.train.steps))
-        flops = model_flops(run.model_in_use, trained_names(run.optim.rules, params), run.data.captions_per_image)
+        flops = model_flops(run.model_in_use, trained_names(run.optim_in_use.rules, params), run.data.captions_per_image)
         report = Report(run, mesh, writer, progress, flops, source)
         profiler = stack.enter_context(Profile(profile, schedule.start, workdir.path, lambda: report.clock.paused(devices.state)))
         _Loop(run.train, schedule, devices, data, checkpoints, report, profiler).run()

@@ -2,19 +2,25 @@
 
 Every kind updates in the same decoupled form, p <- p - lr(step) * rule.lr * (u + weight_decay * rule.decay * p). Here u is the
 kind's direction, made of optax's transformations (LAMB scales the whole bracket). One list of rules says which parameters are
-frozen, which decay, and how fast each learns.
+frozen, which decay, and how fast each learns. Layers are stacked: what differs between them is a factor along the first axis.
 """
 
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from clipjax.config import ConfigError, Constant, Cosine, Optim, Rsqrt, Rule
+from clipjax.config import ConfigError, Constant, Cosine, Optim, Rsqrt, Rule, Run
+from clipjax.config.towers import locked_layers
+from clipjax.config.train import BELOW
 
+NOTHING: Mapping[str, int] = MappingProxyType({})
 Params = Any  # nested dict of float32 arrays, or of their ShapeDtypeStructs
 
 
@@ -89,7 +95,8 @@ def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str 
 def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
     """Path -> rule for every parameter. A path is as `image/blocks/mlp/up/kernel`; the first rule that matches all of it holds.
 
-    Raises ConfigError if a parameter matches no rule, or if no parameter is left for a rule, which is most likely a typo.
+    Raises ConfigError if a parameter matches no rule, or if no parameter is left for a rule, which is most likely a typo;
+    unless another rule froze one that it matches.
     """
     shapes = {_name(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
     found: dict[str, Rule] = {}
@@ -99,7 +106,7 @@ def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
     if missed := [f"{name} {shape}" for name, shape in shapes.items() if name not in found]:
         raise ConfigError(f"optim.rules: no rule matches {', '.join(missed)}; end the list with Rule(pattern='.*')")
     for i, rule in enumerate(rules):
-        if not any(r is rule for r in found.values()):
+        if not any(r is rule or (r.lr == 0 and re.fullmatch(rule.pattern, name)) for name, r in found.items()):
             path = max(shapes, key=len)
             remedy = f"no parameter is left for it; it must match a full path, as {path!r}, that no earlier rule matches"
             raise ConfigError(f"optim.rules.{i}.pattern = {rule.pattern!r}: {remedy}")
@@ -117,20 +124,30 @@ def stop_frozen(rules: tuple[Rule, ...], params: Params) -> Params:
     return jax.tree.map_with_path(lambda path, p: p if _name(path) in trained else jax.lax.stop_gradient(p), params)
 
 
-def make_optimizer(optim: Optim, steps: int, params: Params) -> optax.GradientTransformation:
+def optimizer_of(run: Run, params: Params) -> optax.GradientTransformation:
+    """The optimizer of a run, for parameters with the names and shapes of `params`. Raises as `make_optimizer`."""
+    locked = {name: locked_layers(tower) for name, tower in (("image", run.model.image), ("text", run.model.text))}
+    return make_optimizer(run.optim_in_use, run.train.steps, params, locked)
+
+
+def make_optimizer(optim: Optim, steps: int, params: Params, locked: Mapping[str, int] = NOTHING) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` updates, for parameters with the names and shapes of `params` (values are not read).
+    `locked`: how many of a tower's first layers stay as they are.
 
     Frozen parameters (rule.lr = 0) have no state, get an update of exactly 0 and do not count in the norm that is clipped. Raises
     ConfigError as `match_rules` does.
     """
     rules = match_rules(optim.rules, params)
     trained = trained_names(optim.rules, params)
+    depths = {name.split("/")[0]: len(x) for path, x in jax.tree.leaves_with_path(params) if "/blocks/" in (name := _name(path))}
 
     def decay(path: tuple, u: jax.Array, p: jax.Array) -> jax.Array:
         return u + optim.weight_decay * rules[_name(path)].decay * p
 
     def factor(path: tuple, u: jax.Array, _: jax.Array) -> jax.Array:
-        return rules[_name(path)].lr * u
+        name = _name(path)
+        by_layer = layer_factors(name, depths, rules[name].layer_decay, locked)
+        return rules[name].lr * (u if by_layer is None else jnp.asarray(by_layer).reshape(-1, *[1] * (u.ndim - 1)) * u)
 
     match optim.kind:
         case "adamw":
@@ -146,6 +163,22 @@ def make_optimizer(optim: Optim, steps: int, params: Params) -> optax.GradientTr
     train = optax.chain(clip, *direction, _with_path(factor), optax.scale_by_learning_rate(learning_rate(optim, steps)))
     label = _labels(lambda name: "train" if name in trained else "freeze")
     return optax.partition({"train": train, "freeze": optax.set_to_zero()}, label)
+
+
+def layer_factors(name: str, depths: Mapping[str, int], decay: float, locked: Mapping[str, int]) -> np.ndarray | None:
+    """The factors on the learning rate of a parameter, float32 [L] of stacked layers, [1] of others; None where all are 1.
+
+    `depths`: layers of each tower. With L layers: decay^(L + 1) below them, decay^L to decay^1 of the layers, 1 above, as BEiT
+    (2106.08254, optim_factory.py `LayerDecayValueAssigner`) and timm have it. 0 of the first `locked` layers.
+    """
+    tower, _, part = name.partition("/")
+    depth, part = depths.get(tower, 0), part.partition("/")[0]
+    if part == "blocks":
+        layers = np.arange(depth)
+        factors = np.where(layers < locked.get(tower, 0), 0.0, decay ** (depth - layers))
+    else:
+        factors = np.array([decay ** (depth + 1) if part in BELOW else 1.0])
+    return None if (factors == 1).all() else factors.astype(np.float32)
 
 
 def clamp_scale(params: Params, max_scale: float | None) -> Params:

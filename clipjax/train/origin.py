@@ -15,7 +15,7 @@ from clipjax import config, sharding
 from clipjax.models import clip
 from clipjax.restore import look_up, require_state, restore
 from clipjax.storage import DamagedError
-from clipjax.train.optimizer import make_optimizer
+from clipjax.train.optimizer import optimizer_of
 from clipjax.train.state import TrainState, state_shapes
 
 # Fields that make the order of the data, and the numbers of the examples, which a memory goes by.
@@ -98,6 +98,6 @@ def _named(pattern: str, before: config.Run, run: config.Run) -> list[str]:
 def _arrays(run: config.Run) -> dict[str, str]:
     """The arrays of a run's state, without those that come and go with train.nonfinite: path -> type and shape."""
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
-    state = state_shapes(run, make_optimizer(run.optim, run.train.steps, params))
+    state = state_shapes(run, optimizer_of(run, params))
     named = {sharding.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named.items() if name != "skipped_in_row"}

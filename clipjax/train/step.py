@@ -82,7 +82,7 @@ def make_train_step(
 
 def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> tuple[jax.Array, ...]:
     """Embeddings of images [b, e], of texts [b, e] or [b, K, e]; with a captioning loss, -log p [b] of each image's captions."""
-    model = clip.bind(run.model, stop_frozen(run.optim.rules, trainable.params))
+    model = clip.bind(run.model, stop_frozen(run.optim_in_use.rules, trainable.params))
     *captions, length = rows["text"].shape
     tokens = rows["text"].reshape(-1, length)
     if not run.captioning:
@@ -102,7 +102,7 @@ def _loss(
     """The loss of all embeddings, the values to log, and the values to store for the batch's examples (train/memory.py)."""
     on_shard = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
     objective = sharding.on_shards(on_shard, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))
-    scalars = stop_frozen(run.optim.rules, trainable.params)
+    scalars = stop_frozen(run.optim_in_use.rules, trainable.params)
     teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
     zimg, ztxt, *nll = z
     predicted = lengths(rows["text"]).reshape(len(zimg), -1) - 1  # tokens of each caption

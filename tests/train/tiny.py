@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from clipjax import config, sharding
 from clipjax.models import clip
 from clipjax.train import loop
-from clipjax.train.optimizer import make_optimizer
+from clipjax.train.optimizer import optimizer_of
 from clipjax.train.state import TrainState, initial_state
 from clipjax.train.step import jit_step, make_train_step
 from clipjax.train.workdir import Workdir, open_workdir
@@ -76,7 +76,7 @@ def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 def train(cfg: config.Run, mesh: Mesh, steps: int) -> tuple[TrainState, list[float], Any]:
     """The state after some steps, the losses, and the step function."""
-    tx = make_optimizer(cfg.optim, cfg.train.steps, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
+    tx = optimizer_of(cfg, jax.eval_shape(lambda: clip.init(cfg.model, cfg.seed)))
     state = initial_state(cfg, tx, mesh)
     step = jit_step(make_train_step(cfg, tx, mesh), state, mesh)
     losses = []
