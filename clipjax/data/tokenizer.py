@@ -93,11 +93,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, length: int, how: Clean = "none", pad_id: int | None = None) -> "Tokenizer":
-        """Reads a tokenizer.json. Its post-processor defines the start and end tokens, or, as in transformers, `add_bos_token`
-        and `add_eos_token` of a tokenizer_config.json in the same folder. The padding token is `pad_id`, else that of its `padding`,
-        else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder, else a token named <pad>,
-        [PAD] or <|pad|>, else the end token. Padding is on the side of `padding`, else of the `padding_side` of a
-        tokenizer_config.json, else on the right (with transformers' Gemma tokenizers on the left).
+        """Reads a tokenizer.json. Its post-processor defines the start and end tokens, or, as in transformers,
+        `add_bos_token` and `add_eos_token` of a tokenizer_config.json in the same folder. The padding token is `pad_id`, else
+        that of its `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder,
+        else a token named <pad>, [PAD] or <|pad|>, else the end token. Padding is on the side of `padding`, else of the
+        `padding_side` of a tokenizer_config.json, else on the right (with transformers' Gemma tokenizers on the left).
 
         Raises ConfigError for a file that is missing, is no tokenizer.json, or does not mark the end of a text."""
         path = as_path(path)
