@@ -200,6 +200,7 @@ COMMANDS = (
         _argument("--out", "RUN", "a new workdir, local or on gs:// or s3://", writable_folder, required=True),
         _argument("--tokenizer", "FILE", "a tokenizer.json or SentencePiece model; else that of SRC", local),
         _argument("--image-size", "N", "side of the images in pixels, where SRC leaves it open", positive),
+        _argument("--verify", None, "load SRC in PyTorch by its own library and compare embeddings", action="store_true"),
     ),
     _command(
         "average",

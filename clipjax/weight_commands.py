@@ -3,10 +3,14 @@ needs."""
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 import clipjax
 from clipjax.commands import register
 from clipjax.config import require
+
+if TYPE_CHECKING:
+    from clipjax.export.verify import Report
 
 
 def export(args: argparse.Namespace) -> int:
@@ -36,28 +40,40 @@ def export(args: argparse.Namespace) -> int:
     examples = [x for x in shown(source, chosen[: args.examples]) if x.record.captions]
     pairs = [x.image for x in examples], [x.record.captions[0] for x in examples], clean, source.captions()
     report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, *pairs)
-    print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
-    for figures in report.figures:
-        print(f"  {figures}")
-    opened = opening.notes([x.record.image for x in examples], run.model.image.image_size, run.data.resize)
-    for note in report.notes + opened:
-        print(f"  not judged: {note}")
-    for failure in report.failures:
-        print(f"clipjax: {failure}", file=sys.stderr)
-    return 1 if report.failures else 0
+    return _judge(report, opening.notes([x.record.image for x in examples], run.model.image.image_size, run.data.resize))
 
 
-def import_run(args: argparse.Namespace) -> None:
-    """`clipjax import`: makes a workdir from a model of another library."""
+def import_run(args: argparse.Namespace) -> int:
+    """`clipjax import`: makes a workdir from a model of another library; with --verify returns 1 if its results differ there."""
     from clipjax import distributed
+    from clipjax.export import verify_import
     from clipjax.export.found import Options
     from clipjax.export.imported import import_run
 
     distributed.require_alone("clipjax import")
-    _, notes = import_run(args.source, args.out, args.origin, Options(args.tokenizer, args.image_size))
+    options = Options(args.tokenizer, args.image_size)
+    if args.verify:
+        verify_import.require_comparable(args.origin, options)
+    _, notes = import_run(args.source, args.out, args.origin, options)
     print(f"{args.out}: step 0, from {args.source}")
     for note in notes:
         print(f"  not imported: {note}")
+    if not args.verify:
+        return 0
+    model = clipjax.load(args.out)
+    return _judge(*verify_import.verify_import(args.source, args.origin, options, model.run, model.params, model.tokenizer))
+
+
+def _judge(report: "Report", notes: list[str]) -> int:
+    """Prints a comparison. Returns 1 if it has failures."""
+    print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
+    for figures in report.figures:
+        print(f"  {figures}")
+    for note in report.notes + notes:
+        print(f"  not judged: {note}")
+    for failure in report.failures:
+        print(f"clipjax: {failure}", file=sys.stderr)
+    return 1 if report.failures else 0
 
 
 def average(args: argparse.Namespace) -> None:

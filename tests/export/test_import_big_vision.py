@@ -1,5 +1,6 @@
 """Two-tower models of big_vision's as runs: embeddings and logits equal those of flax's layers, whatever the file's form."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -14,7 +15,10 @@ from clipjax.config import SIZES, ConfigError, ImageTower, Model, TextTower
 from clipjax.export.big_vision_read import model_of, read
 from clipjax.export.found import Options
 from clipjax.export.verify import encode
+from tests import torch_reference
 from tests.export.standins_big_vision import IMAGE, TEXT, TwoTowers, draw, gemma, save, shapes, stacked, unigram
+
+torch_reference.load()
 
 SIDE, LENGTH = 32, 10
 
@@ -84,6 +88,26 @@ def test_a_workdir(tmp_path, capsys):
         read(file, Options())
 
 
+@pytest.mark.parametrize(
+    ("image", "bias", "options"),
+    [
+        (IMAGE, True, []),
+        (IMAGE | dict(pool="tok"), False, ["--image-size", "47"]),  # positions are resized; a column of pixels is left over
+        (IMAGE | dict(learned=False, pool="gap"), True, ["--image-size", "32"]),
+    ],
+    ids=["SigLIP", "LiT", "fixed positions"],
+)
+def test_open_clips_own_reader_agrees(tmp_path, capsys, image, bias, options):
+    """On images and captions, through the command."""
+    file, words = file_of(tmp_path, image, bias=bias), unigram(tmp_path / "tokenizer.json")
+    command = ["import", "--from", "big_vision", str(file), "--tokenizer", str(words), "--out", str(tmp_path / "run"), "--verify"]
+    assert cli.main(command + options) == 0
+    shown = capsys.readouterr().out
+    assert "not judged: image files and strings: big_vision's own resizing" in shown
+    figures = re.findall(r"same pixels and ids: image (\S+), text (\S+); logits (\S+)\n", shown)
+    assert all(0 < float(figure) < 1e-5 for figure in figures[0])
+
+
 def test_tokenizers(tmp_path):
     """SigLIP 2's keeps punctuation and pads with a token of its own; LiT's keeps upper case; a start token is refused."""
     file, words = file_of(tmp_path), gemma(tmp_path / "gemma.json")
@@ -111,6 +135,7 @@ def test_image_sizes(tmp_path):
 
 PUBLISHED = {  # size, patch, image size, size of the text tower, its length, words: SigLIP's and SigLIP 2's demos in big_vision
     "SigLIP B/16": ("B", 16, 224, "B", 64, 32_000),
+    "SigLIP So400m/14": ("So400m", 14, 384, "So400m", 64, 32_000),
     "SigLIP So400m/14 at 224": ("So400m", 14, 224, "So400m", 16, 32_000),
     "SigLIP 2 B/32": ("B", 32, 256, "B", 64, 256_000),
     "SigLIP 2 g-opt/16": ("g-opt", 16, 384, "So400m", 64, 256_000),
