@@ -49,6 +49,7 @@ COMMANDS = {
     "caption": ["IMAGE", "--json OUT", "(nats)", "--beams N", "--temperature T", "--top-k K", "(default: all)", "--seed N"],
     "export": ["--config CONFIG.py", "--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
     "import": ["SRC", "--from {open_clip}", "--out RUN", "open_clip_config.json"],
+    "average": ["RUN [RUN ...]", "--alpha X", "--weights W", "--out RUN", "WiSE-FT"],
     "bench": ["loss"],
     "bench loss": ["--batch N", "--topology T", "--travel {ring,gather,auto}", "(default: 7)", "in pairs", "--json OUT"],
     "data": ["prepare", "inspect"],

@@ -55,7 +55,8 @@ def _check_tower(tower: "ImageTower | TextTower", name: str) -> None:
     if tower.unlock is not None:
         fits = 0 <= tower.unlock <= tower.depth
         require(fits, f"{name}.unlock", tower.unlock, f"must be a number of layers: 0 to {name}.depth = {tower.depth}")
-        require(tower.lora is None, f"{name}.unlock", tower.unlock, f"leave it out: {name}.lora says what is trained")
+        remedy = f"trains nothing of the tower, and {name}.lora its adapters: leave one of them out"
+        require(tower.unlock > 0 or tower.lora is None, f"{name}.unlock", tower.unlock, remedy)
     if tower.lora is not None:
         check_bounds(tower.lora, f"{name}.lora")
         kernels = tower.lora.kernels
@@ -74,7 +75,8 @@ KernelName = Literal["attention/qkv", "attention/out", "mlp/up", "mlp/down"]
 @dataclass(frozen=True, kw_only=True)
 class Lora(Strict, prefix="lora"):
     """Low-rank adapters of a tower's layers (LoRA, 2106.09685): x W + alpha / rank * x A B. They are all that is trained of the
-    tower. Queries, keys and values have an A and a B each. Who reads the run gets W + alpha / rank * A B.
+    tower; with `unlock`, those of the last layers. Queries, keys and values have an A and a B each. Who reads the run gets
+    W + alpha / rank * A B.
     """
 
     rank: int = bounded(COUNT, 8)  # columns of A and rows of B

@@ -26,8 +26,12 @@ def model_flops(model: Model, trained: Collection[str] | None = None, captions: 
 
 def tower_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1) -> dict[str, float]:
     """`model_flops` of each tower: `image`, `text` and, with its output projection, `decoder`."""
-    forward = {tower: (captions if facts.per_caption else 1) * facts.flops for tower, facts in clip.facts(model).items()}
-    return {tower: float(flops * _passes(model, tower, trained)) for tower, flops in forward.items()}
+    found = {}
+    for tower, facts in clip.facts(model).items():
+        passes = _passes(model, tower, trained)
+        own = (passes - 1) * facts.adapters if passes <= 2 else 0  # the gradient of adapters whose kernels get none
+        found[tower] = float((captions if facts.per_caption else 1) * (facts.flops * passes + own))
+    return found
 
 
 def _passes(model: Model, tower: str, trained: Collection[str] | None) -> float:

@@ -56,6 +56,7 @@ class TowerFacts:
     kept: Kept  # bytes kept for the backward pass on each device
     tensor_sizes: Mapping[str, int]  # config fields and their values: mesh.tensor must divide them
     after_blocks: frozenset[str]  # names of the parts after the blocks: their gradient does not go through the blocks
+    adapters: float = 0.0  # FLOPs of a forward pass that are of adapters of low rank
     per_caption: bool = field(default=False)  # it runs on every caption of an image
 
 

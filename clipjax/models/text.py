@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import TextTower
 from clipjax.config.towers import locked_layers
+from clipjax.models import lora
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
 from clipjax.models.layers import LayerNorm, Linear, Scope, normal
@@ -113,6 +114,7 @@ def facts(cfg: TextTower) -> TowerFacts:
         layer_weights=Block.weights(layer),
         kept=functools.partial(_kept, cfg.depth - locked_layers(cfg), layer),
         tensor_sizes={"heads": cfg.heads, "mlp_dim": cfg.mlp_dim},
+        adapters=cfg.depth * lora.flops(layer),
         after_blocks=frozenset({"norm", "projection"}),
         per_caption=True,
     )

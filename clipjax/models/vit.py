@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from clipjax.config import ImageTower
 from clipjax.config.towers import locked_layers
+from clipjax.models import lora
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
 from clipjax.models.layers import LayerNorm, Linear, Scope, normal
@@ -134,6 +135,7 @@ def facts(cfg: ImageTower) -> TowerFacts:
         layer_weights=Block.weights(layer),
         kept=functools.partial(_kept, cfg, layer),
         tensor_sizes={"heads": cfg.heads, "mlp_dim": cfg.mlp_dim} | pool_heads,
+        adapters=cfg.depth * lora.flops(layer),
         after_blocks=frozenset({"norm", "pooler", "contrastive", "projection", *POOLERS}),
     )
 
