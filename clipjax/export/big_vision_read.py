@@ -150,7 +150,7 @@ def _positions(theirs: np.ndarray, tower: ImageTower, notes: list[str]) -> np.nd
 
 
 def _tokenizer(file: Path | None, model: Model, source: Path, notes: list[str]) -> Tokenizer:
-    """big_vision's models see texts without a start token; with SentencePiece's unigrams also padding is the end token."""
+    """big_vision's texts have no start token and padding on the right, which with SentencePiece's unigrams is the end token."""
     size, length = model.text.vocab_size, model.text.length
     remedy = f"name the tokenizer of its {size:,} tokens, a SentencePiece model or a tokenizer.json: an .npz does not hold it"
     require(file is not None, "--tokenizer", None, f"{remedy}. It is {TOKENIZERS[size]}" if size in TOKENIZERS else remedy)
@@ -158,7 +158,7 @@ def _tokenizer(file: Path | None, model: Model, source: Path, notes: list[str]) 
     words = from_file(file, length)
     unigram = isinstance(words.backend.model, Unigram)
     how = CLEAN[unigram, model.init_bias is not None]
-    words = from_file(file, length, how, words.end_id if unigram else None)
+    words = from_file(file, length, how, words.end_id if unigram else None).padded("right")  # whatever transformers' files say
     check_tokenizer(words, model, source)
     remedy = "puts a start token before a text, which big_vision's models do not have: give one without"
     require(words.start_id is None, "--tokenizer", str(file), remedy)

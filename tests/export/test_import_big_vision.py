@@ -1,5 +1,6 @@
 """Two-tower models of big_vision's as runs: embeddings and logits equal those of flax's layers, whatever the file's form."""
 
+import json
 import re
 from pathlib import Path
 
@@ -113,6 +114,8 @@ def test_tokenizers(tmp_path):
     file, words = file_of(tmp_path), gemma(tmp_path / "gemma.json")
     tokens = read(file, Options(words)).tokenizer.encode(["Ca."])[0][0].tolist()
     assert tokens == [3, 16, 12, 1, *[0] * 6]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="GemmaTokenizer", padding_side="left")))
+    assert read(file, Options(words)).tokenizer.encode(["Ca."])[0][0].tolist() == tokens  # transformers' files change nothing
     lit = read(file_of(tmp_path, bias=False), Options(unigram(tmp_path / "lit.json"))).tokenizer
     assert lit.encode(["A."])[0][0].tolist() == [6, 17, 15, *[1] * 7]
     with pytest.raises(ConfigError, match=r"gemma.json': puts a start token before a text"):
