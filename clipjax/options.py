@@ -188,6 +188,9 @@ COMMANDS = (
         *RUN,
         _argument("--to", None, "the library that will load it", required=True, choices=("open_clip", "transformers")),
         _argument("--out", "DIR", "a new folder, or that of an earlier export", local_folder, required=True),
+        _argument(
+            "--dtype", None, "of the weights (default: float32)", choices=("float32", "bfloat16", "float16"), default="float32"
+        ),
         _argument("--verify", None, "load it in PyTorch and compare embeddings of the run's own examples", action="store_true"),
         _argument("--examples", None, "number of examples that --verify compares", positive, default=32),
     ),

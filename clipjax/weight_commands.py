@@ -28,8 +28,8 @@ def export(args: argparse.Namespace) -> int:
     register(args)
     model = clipjax.load(args.workdir)
     run, tokenizer, clean = model.run, model.workdir / TOKENIZER, model.run.tokenizer.clean
-    export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to, clean)
-    print(f"{args.out}: {args.to}, step {model.step} of {model.workdir}")
+    export(run.model, model.params, tokenizer, run.data.resize, args.out, args.to, clean, args.dtype)
+    print(f"{args.out}: {args.to}, {args.dtype}, step {model.step} of {model.workdir}")
     if not args.verify:
         return 0
     from clipjax.data.faults import shown
@@ -38,7 +38,7 @@ def export(args: argparse.Namespace) -> int:
     source = open_source(run.data)
     chosen = range(0, len(source), max(1, len(source) // args.examples))
     examples = [x for x in shown(source, chosen[: args.examples]) if x.record.captions]
-    pairs = [x.image for x in examples], [x.record.captions[0] for x in examples], clean, source.captions()
+    pairs = [x.image for x in examples], [x.record.captions[0] for x in examples], clean, source.captions(), args.dtype
     report = verify(args.out, args.to, run.model, model.params, tokenizer, run.data.resize, *pairs)
     return _judge(report, opening.notes([x.record.image for x in examples], run.model.image.image_size, run.data.resize))
 

@@ -47,7 +47,14 @@ COMMANDS = {
     "eval captioning": ["--data SPEC", "--split", "--json OUT", "--png OUT", "captioning-SPEC-SPLIT.png", "(default: 32)"],
     "embed": ["--data SPEC", "--out FILE.npz"],
     "caption": ["IMAGE", "--json OUT", "(nats)", "--beams N", "--temperature T", "--top-k K", "(default: all)", "--seed N"],
-    "export": ["--config CONFIG.py", "--to {open_clip,transformers}", "--out DIR", "--verify", "(default: 32)"],
+    "export": [
+        "--config CONFIG.py",
+        "--to {open_clip,transformers}",
+        "--out DIR",
+        "--dtype {float32,",
+        "--verify",
+        "(default: 32)",
+    ],
     "import": ["SRC", "--from {open_clip}", "--out RUN", "open_clip_config.json"],
     "average": ["RUN [RUN ...]", "--alpha X", "--weights W", "--out RUN", "WiSE-FT"],
     "bench": ["loss"],
@@ -705,8 +712,8 @@ def test_load_refuses_what_is_no_run(tmp_path):
 def test_export(workdir, model, tmp_path, capsys, to, weights):
     import safetensors.numpy
 
-    assert run("export", f"{workdir}@3", "--to", to, "--out", tmp_path / "out") == 0
-    assert f"{to}, step 3" in capsys.readouterr().out
+    assert run("export", f"{workdir}@3", "--to", to, "--out", tmp_path / "out", "--dtype", "bfloat16") == 0
+    assert f"{to}, bfloat16, step 3" in capsys.readouterr().out
     earlier = safetensors.numpy.load_file(tmp_path / "out" / weights)
     assert run("export", workdir, "--to", to, "--out", tmp_path / "out") == 0
     tensors = safetensors.numpy.load_file(tmp_path / "out" / weights)
@@ -726,15 +733,23 @@ def test_verification_without_torch_is_refused_before_anything_is_written(workdi
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("cleaned", "crops", "notes"), [(0, False, 0), (2, True, 2)])
-def test_a_verification_says_what_it_does_not_judge(workdir, tmp_path, capsys, monkeypatch, cleaned, crops, notes):
+def test_a_verification_says_what_it_does_not_judge(workdir, tmp_path, capsys, monkeypatch):
     from clipjax.export import reference, verify
+    from clipjax.export.report import Compared, Report
 
-    report = verify.Report(32, 1e-6, 1e-6, 1e-6, 1e-6, 1e-6, cleaned, crops)
+    images = [
+        Compared(0.25, None, "it crops otherwise"),
+        *[Compared(1e-6, 1e-6)] * 31,
+        Compared(0.5, None, "is white", "a window"),
+    ]
+    report = Report(32, 1e-6, 1e-6, 1e-6, images, [Compared(1e-6, 1e-6)] * 33)
     monkeypatch.setattr(reference, "require_packages", lambda to: None)
     monkeypatch.setattr(verify, "verify", lambda *_: report)
     assert run("export", workdir, "--to", "transformers", "--out", tmp_path / "out", "--verify") == 0
-    assert capsys.readouterr().out.count("not judged: ") == notes
+    said = capsys.readouterr().out
+    assert "  not judged: 1 of 32 image files (3.1%), which differ by up to 2.5e-01: it crops otherwise\n" in said
+    assert "  drawn: a window 5.0e-01, not judged: is white\n" in said
+    assert said.count("not judged: ") == 2
 
 
 def test_inspect(tmp_path, workdir, capsys):

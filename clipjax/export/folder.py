@@ -14,13 +14,14 @@ import safetensors.numpy
 
 from clipjax.config import Clean, Model, require
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import open_clip, transformers
-from clipjax.export.table import to_theirs
+from clipjax.export import open_clip, sentence_transformers, transformers
+from clipjax.export.table import Precision, to_theirs
 from clipjax.models.vit import sincos2d
 
 Format = Literal["open_clip", "transformers"]
 Resize = Literal["squash", "crop"]
 FORMATS = {"open_clip": open_clip, "transformers": transformers}
+CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PRODUCER = "clipjax"  # in the weights' metadata, by which a later export knows that it may replace the folder
 
@@ -33,21 +34,24 @@ def export(
     out: Path,
     to: Format,
     clean: Clean = "none",
+    dtype: Precision = "float32",
 ) -> None:
-    """Writes `out`, completely or not at all. `params`: float32 for any `model.dtype`. `tokenizer`: a tokenizer.json;
-    `clean`: what is done to a text before. In the folder it is a part of its tokenizer.json.
+    """Writes `out`, completely or not at all. `params`: float32 for any `model.dtype`; they are rounded to `dtype`.
+    `tokenizer`: a tokenizer.json; `clean`: what is done to a text before. In the folder it is a part of its tokenizer.json.
 
     Fixed sine and cosine positions become learned ones with the same values. Raises ConfigError if the format has no such
-    tower, if it would find another end token than ours, and if `out` is a file or holds files and no earlier export. An earlier
-    export is replaced; the other files of its folder, as a model card, stay.
+    tower, if it would find another end token than ours, if a weight is too large for `dtype`, and if `out` is a file or holds
+    files and no earlier export. An earlier export is replaced; the other files of its folder, as a model card, stay.
     """
     layout, out = FORMATS[to], out.resolve()
+    model.require_towers("image", "text")
     model, params = with_learned_positions(model, params)
     layout.refuse(model)
     loaded = _load_tokenizer(tokenizer, model, clean)
     special = dict(bos=loaded.start_id, eos=loaded.end_id, pad=loaded.pad_id)
-    configs = layout.configs(model, special, resize, clean) | _tokenizer_configs(loaded, special)
-    tensors = to_theirs(layout.table(model), params)
+    configs = layout.configs(model, special, resize, clean, dtype) | _tokenizer_configs(loaded, special)
+    configs |= sentence_transformers.configs(model) if to == "transformers" else {}
+    tensors = to_theirs(layout.table(model), params, dtype)
     others = _files_of_others(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
@@ -130,5 +134,5 @@ def _written_by_export(out: Path) -> set[str]:
         if weights.is_file():
             with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(weights, "numpy") as file:
                 if (file.metadata() or {}).get("producer") == PRODUCER:
-                    return {layout.WEIGHTS, "open_clip_config.json", "config.json", "preprocessor_config.json", *TOKENIZER}
+                    return {layout.WEIGHTS, *CONFIGS, *TOKENIZER, *sentence_transformers.FILES}
     return set()

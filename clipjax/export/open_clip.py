@@ -3,7 +3,7 @@
 from typing import Any
 
 from clipjax.config import SIZES, Clean, Decoder, ImageTower, Model, TextTower, require
-from clipjax.export.table import BlockNames, Row, Table, blocks, joined, linear, norm, row
+from clipjax.export.table import BlockNames, Precision, Row, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "open_clip_model.safetensors"
 EPS = 1e-5  # of the pooler's and the decoder's norms, which open_clip's configuration can't change
@@ -183,8 +183,11 @@ def _decoder() -> list[Row]:
     ]
 
 
-def configs(model: Model, special: dict[str, int | None], resize: str, clean: Clean = "none") -> dict[str, Any]:
-    """open_clip_config.json. open_clip takes the tokenizer's files from the folder, whatever `hf_tokenizer_name` says."""
+def configs(
+    model: Model, special: dict[str, int | None], resize: str, clean: Clean = "none", dtype: Precision = "float32"
+) -> dict[str, Any]:
+    """open_clip_config.json, which says nothing of `dtype`: open_clip computes in float32 unless it is told otherwise.
+    It takes the tokenizer's files from the folder, whatever `hf_tokenizer_name` says."""
     image, text = model.image, model.text
     if image.pool == "map":
         project = "none" if image.embed_dim is None else "linear"

@@ -69,7 +69,7 @@ def _load_transformers(out: Path) -> Reference:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, tokenizer = AutoModel.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    model, tokenizer = AutoModel.from_pretrained(out, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(out)
     processor = AutoImageProcessor.from_pretrained(out, backend="pil")  # torchvision's resize differs, by up to one level of 255
 
     def pixels(images: Sequence[Image.Image]) -> torch.Tensor:

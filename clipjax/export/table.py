@@ -10,14 +10,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import einops
+import jax.numpy as jnp
 import numpy as np
 
-from clipjax.config import ConfigError
+from clipjax.config import ConfigError, require
 
 Tensors = dict[str, np.ndarray]
+Precision = Literal["float32", "bfloat16", "float16"]  # of stored tensors
 
 
 @dataclass(frozen=True)
@@ -125,19 +127,31 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return params
 
 
-def to_theirs(table: Table, params: Mapping[str, Any]) -> Tensors:
-    """Their tensors, float32 and contiguous, from our parameters. Raises ConfigError with all names left out or missing."""
+def to_theirs(table: Table, params: Mapping[str, Any], dtype: Precision = "float32") -> Tensors:
+    """Their tensors, contiguous, from our parameters; rounded to `dtype`, to nearest even. Raises ConfigError with all names left
+    out or missing, and for a number that `dtype` can't hold.
+    """
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params)}
     mapped = {path for r in table.rows for path in r.paths}
     _refuse("export", {"without a row in the table": leaves.keys() - mapped, "missing from the model": mapped - leaves.keys()})
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in table.zeros.items()}
+    tensors = {name: np.zeros(shape, jnp.dtype(dtype)) for name, shape in table.zeros.items()}
     for r in table.rows:
         for i, names in enumerate(r.names(len(leaves[r.paths[0]]) if r.layered else 1)):
             parts = [einops.rearrange(leaves[path][i] if r.layered else leaves[path], pattern) for path, pattern in r.ours]
             joint = parts[0] if len(parts) == 1 else np.concatenate(parts)
             pieces = [joint] if len(names) == 1 else np.split(joint, len(names))
-            tensors |= {name: np.array(piece, order="C") for name, piece in zip(names, pieces, strict=True)}
+            tensors |= {name: _rounded(name, piece, dtype) for name, piece in zip(names, pieces, strict=True)}
     return tensors
+
+
+def _rounded(name: str, tensor: np.ndarray, dtype: Precision) -> np.ndarray:
+    """A copy in C order."""
+    with np.errstate(over="ignore"):
+        rounded = np.array(tensor, jnp.dtype(dtype), order="C")
+    if dtype != "float32":  # what is infinite already, stays so
+        largest = np.abs(tensor[np.isinf(rounded) & np.isfinite(tensor)]).max(initial=0.0)
+        require(not largest, "--dtype", dtype, f"{name} holds {largest:.3g}, which is more than it can hold: use float32")
+    return rounded
 
 
 def to_ours(table: Table, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from clipjax.config import Clean, ImageTower, Model, TextTower, require
-from clipjax.export.table import BlockNames, Table, blocks, joined, linear, norm, row
+from clipjax.export.table import BlockNames, Precision, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "model.safetensors"
 QKV = tuple(f"self_attn.{part}_proj.{{w}}" for part in "qkv")
@@ -80,14 +80,16 @@ def table(model: Model) -> Table:
     return Table((*text, *image, *head), zeros)
 
 
-def configs(model: Model, special: dict[str, int | None], resize: str, clean: Clean = "none") -> dict[str, Any]:
+def configs(
+    model: Model, special: dict[str, int | None], resize: str, clean: Clean = "none", dtype: Precision = "float32"
+) -> dict[str, Any]:
     """config.json and preprocessor_config.json. The tokenizer.json has the cleaning."""
     image, text, siglip = model.image, model.text, model.image.pool == "map"
     kind, name = ("siglip", "Siglip") if siglip else ("clip", "CLIP")
     ids = {f"{role}_token_id": special[role] for role in ("bos", "eos", "pad")}
     text_config = dict(vocab_size=text.vocab_size, max_position_embeddings=text.length, **ids, **_tower(text))
     vision_config = dict(image_size=image.image_size, patch_size=image.patch_size, **_tower(image))
-    config: dict[str, Any] = dict(architectures=[f"{name}Model"], model_type=kind, dtype="float32")
+    config: dict[str, Any] = dict(architectures=[f"{name}Model"], model_type=kind, dtype=dtype)
     config |= dict(text_config=text_config, vision_config=vision_config)
     if siglip:
         text_config["projection_size"] = model.embed_dim
