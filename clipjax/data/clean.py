@@ -103,6 +103,7 @@ def normalizer(how: Clean) -> normalizers.Sequence:
     spaces = [_replace(r"\s+", " "), normalizers.Strip()]
     if how == "siglip":
         removed = _replace("[" + re.escape(string.punctuation) + "]", "")
+        spaces[0] = _replace(r"[\s\x1c-\x1f]+", " ")  # what Python takes for white space, which `web` removes
         return normalizers.Sequence([_replace(*SIGMA), normalizers.Lowercase(), removed, *spaces])
     characters = itertools.starmap(_replace, [(AMPERSANDS, "&"), *_entities(), (COLOURS, ""), *_classes()])
     web = [*characters, normalizers.NFC(), *spaces]

@@ -93,8 +93,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, length: int, how: Clean = "none", pad_id: int | None = None) -> "Tokenizer":
-        """Reads a tokenizer.json. Its post-processor defines the start and end tokens, or, as in transformers,
-        `add_bos_token` and `add_eos_token` of a tokenizer_config.json in the same folder. The padding token is `pad_id`, else
+        """Reads a tokenizer.json. Its post-processor defines the start and end tokens. The padding token is `pad_id`, else
         that of its `padding`, else the `pad_token` of a special_tokens_map.json or tokenizer_config.json in the same folder,
         else a token named <pad>, [PAD] or <|pad|>, else the end token. Padding is on the side of `padding`, else of the
         `padding_side` of a tokenizer_config.json, else on the right (with transformers' Gemma tokenizers on the left).
@@ -107,7 +106,6 @@ class Tokenizer:
         except Exception as e:  # the library raises nothing more specific
             raise ConfigError(f"tokenizer.path = {str(path)!r}: is not a tokenizer.json of Hugging Face tokenizers: {e}") from e
         beside = files_beside(path.parent)
-        _mark(backend, beside)
         pad = padding(backend, beside) if pad_id is None else pad_id
         side = beside.get("padding_side", "right") if backend.padding is None else backend.padding["direction"].lower()
         backend.no_truncation()
@@ -233,18 +231,6 @@ def _endless(backend: tokenizers.Tokenizer) -> bool:
     """Whether the post-processor is a template that says that nothing marks the end of a text."""
     template = json.loads(backend.to_str())["post_processor"] or {}
     return template.get("type") == "TemplateProcessing" and "Sequence" in template["single"][-1]
-
-
-def _mark(backend: tokenizers.Tokenizer, beside: Mapping[str, Any]) -> None:
-    """Makes the post-processor anew where files beside the tokenizer say which tokens go before and after a text, as transformers
-    does (5.23, tokenization_utils_tokenizers.py, `update_post_processor`; CLIP's class overrules it)."""
-    roles = [role for role in ("bos", "eos") if f"add_{role}_token" in beside]
-    if not roles or str(beside.get("tokenizer_class")).startswith("CLIP"):
-        return
-    start, end = (_named(beside, role) if beside.get(f"add_{role}_token") else None for role in ("bos", "eos"))
-    marks = [(token, backend.token_to_id(token)) for token in (start, end) if token is not None]
-    template = " ".join([*([start] if start else []), "$A", *([end] if end else [])])
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
 
 
 def _named(beside: Mapping[str, Any], role: str) -> str | None:

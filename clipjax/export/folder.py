@@ -109,7 +109,7 @@ def _tokenizer_configs(tokenizer: Tokenizer, special: Mapping[str, int | None]) 
     """
     texts = {f"{role}_token": tokenizer.backend.id_to_token(index) for role, index in special.items() if index is not None}
     config = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=tokenizer.length, model_input_names=["input_ids"])
-    config |= dict(padding_side="right", clean_up_tokenization_spaces=False, split_special_tokens=True)
+    config |= dict(padding_side=tokenizer.side, clean_up_tokenization_spaces=False, split_special_tokens=True)
     return {
         "tokenizer_config.json": config | texts,
         "special_tokens_map.json": texts,
