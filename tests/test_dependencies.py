@@ -27,7 +27,7 @@ PROJECT = PYPROJECT["project"]
 INSTALLED = metadata.packages_distributions()  # top-level module -> distributions
 EXTRAS = {  # room -> the extras that it may need besides `dependencies`
     "data": ("fast", "http"),
-    "export": ("torch",),
+    "export": ("torch", "hf"),
     "evals": ("captions",),
     "aot": ("tpu",),
     "metrics": ("wandb",),

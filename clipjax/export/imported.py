@@ -8,7 +8,7 @@ from pathlib import Path
 from clipjax.checkpoint import TOKENIZER, save_weights
 from clipjax.config import Caption, Data, Run, Sigmoid, Softmax, TokenizerFile, require
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import big_vision_read, open_clip_read
+from clipjax.export import big_vision_read, open_clip_read, transformers_read
 from clipjax.export.found import Found, Options
 from clipjax.files import resolve
 from clipjax.models.clip import Params
@@ -19,6 +19,7 @@ ROUNDING = 1e-3  # log 100 in half precision is a little more or less
 READERS: dict[str, Callable[[Path, Options], Found]] = {
     "open_clip": open_clip_read.read,
     "big_vision": big_vision_read.read,
+    "transformers": transformers_read.read,
 }
 
 AS_IT_IS = Options()

@@ -3,7 +3,7 @@
 from typing import Any
 
 from clipjax.config import Clean, ImageTower, Model, TextTower, require
-from clipjax.export.table import BlockNames, Precision, Table, blocks, joined, linear, norm, row
+from clipjax.export.table import BlockNames, Precision, Row, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "model.safetensors"
 QKV = tuple(f"self_attn.{part}_proj.{{w}}" for part in "qkv")
@@ -37,8 +37,9 @@ def refuse(model: Model) -> None:
 
 
 def table(model: Model) -> Table:
-    """Every tensor of the model, with its name in transformers."""
-    siglip = model.image.pool == "map"
+    """Every tensor of the model, with its name in transformers. A tower alone has the names that it has in a whole model."""
+    siglip = _siglip(model)
+    head = _siglip_head(model) if siglip else _clip_head(model)
     text = [
         row("text_model.embeddings.token_embedding.weight", "text/tokens", "v d -> v d"),
         row("text_model.embeddings.position_embedding.weight", "text/positions", "t d -> t d"),
@@ -51,19 +52,40 @@ def table(model: Model) -> Table:
         *blocks(NAMES, "vision_model.encoder.layers.{i}.", "image/blocks"),
         *norm("vision_model.post_layernorm.{w}", "image/norm"),
     ]
-    if not siglip:
-        clip = [
-            row("logit_scale", "log_scale", " -> "),
-            *linear("text_projection.{w}", "text/projection", "d e -> e d", bias=False),
-            *linear("visual_projection.{w}", "image/projection", "d e -> e d", bias=False),
-            *norm("vision_model.pre_layrnorm.{w}", "image/pre_norm"),  # sic
-            row("vision_model.embeddings.class_embedding", "image/class_token", "d -> d"),
-        ]
-        return Table((*text, *image, *clip))
+    rows = (*text, *image, *head)
+    if model.towers != "both":
+        return Table(tuple(r for r in rows if r.paths[0].startswith(f"{model.towers}/")))
+    zeros = {}
+    if siglip and not model.text.projection_bias:
+        zeros["text_model.head.bias"] = (model.embed_dim,)
+    if siglip and model.init_bias is None:
+        zeros["logit_bias"] = (1,)
+    return Table(rows, zeros)
+
+
+def _siglip(model: Model) -> bool:
+    """Whether it is of SigLIP's kind in transformers."""
+    return model.text.pool == "last" if model.towers == "text" else model.image.pool == "map"
+
+
+def _clip_head(model: Model) -> list[Row]:
+    text = linear("text_projection.{w}", "text/projection", "d e -> e d", bias=False)
+    image = linear("visual_projection.{w}", "image/projection", "d e -> e d", bias=False)
+    return [
+        row("logit_scale", "log_scale", " -> "),
+        *(text if model.text.embed_dim is not None else []),
+        *(image if model.image.embed_dim is not None else []),
+        *norm("vision_model.pre_layrnorm.{w}", "image/pre_norm"),  # sic
+        row("vision_model.embeddings.class_embedding", "image/class_token", "d -> d"),
+    ]
+
+
+def _siglip_head(model: Model) -> list[Row]:
     theirs, ours = "vision_model.head.", "image/map"
     attention = ((f"{ours}/query", "d h k -> (h k) d"), (f"{ours}/key_value", "d s h k -> (s h k) d"))
-    head = [
+    return [
         row("logit_scale", "log_scale", " -> 1"),
+        *([] if model.init_bias is None else [row("logit_bias", "bias", " -> 1")]),
         *linear("text_model.head.{w}", "text/projection", "d e -> e d", bias=model.text.projection_bias),
         row(theirs + "probe", f"{ours}/probe", "d -> 1 1 d"),
         *joined((theirs + "attention.in_proj_{w}",), attention),
@@ -72,12 +94,6 @@ def table(model: Model) -> Table:
         *linear(theirs + "mlp.fc1.{w}", f"{ours}/mlp/up", "d f -> f d"),
         *linear(theirs + "mlp.fc2.{w}", f"{ours}/mlp/down", "f d -> d f"),
     ]
-    zeros = {} if model.text.projection_bias else {"text_model.head.bias": (model.embed_dim,)}
-    if model.init_bias is None:
-        zeros["logit_bias"] = (1,)
-    else:
-        head.append(row("logit_bias", "bias", " -> 1"))
-    return Table((*text, *image, *head), zeros)
 
 
 def configs(
