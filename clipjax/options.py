@@ -49,6 +49,7 @@ def _json(what: str) -> Argument:
 
 
 SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES or folder:DIR"
+ORIGINS = ("open_clip", "transformers", "big_vision")
 CLEAN = get_args(config.Clean)
 FIELDS = (
     _argument("--image-field", "NAME", "the image's feature, column or suffix, or a path in it, as image.bytes"),
@@ -198,8 +199,10 @@ COMMANDS = (
         "import",
         weight_commands.import_run,
         "make a workdir from another library's model, to evaluate, embed, caption or export it",
-        _argument("source", "SRC", "a folder that open_clip wrote, or an .npz of big_vision's", local),
-        _argument("--from", None, "the library that wrote it", dest="origin", required=True, choices=("open_clip", "big_vision")),
+        _argument(
+            "source", "SRC", "a folder of open_clip's or transformers', a model of the hub, or an .npz of big_vision's", local
+        ),
+        _argument("--from", None, "the library that wrote it", dest="origin", required=True, choices=ORIGINS),
         _argument("--out", "RUN", "a new workdir, local or on gs:// or s3://", writable_folder, required=True),
         _argument("--tokenizer", "FILE", "a tokenizer.json or SentencePiece model; else that of SRC", local),
         _argument("--image-size", "N", "side of the images in pixels, where SRC leaves it open", positive),

@@ -1,10 +1,7 @@
 """Reads a folder of transformers', or a model of the hub: CLIP, SigLIP and SigLIP 2 of a fixed resolution, whole or a tower."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +9,7 @@ from tokenizers import models
 
 from clipjax.config import Clean, Model, require
 from clipjax.data.images.resize import Resize
-from clipjax.data.tokenizer import Tokenizer
+from clipjax.data.tokenizer import Tokenizer, files_beside
 from clipjax.export import transformers, vocabulary, weights
 from clipjax.export.found import Found, Options, check_tokenizer
 from clipjax.export.hub import folder_of
@@ -30,8 +27,6 @@ PREFIXES: dict[Towers, tuple[str, ...]] = {
 }
 FIRST: dict[Towers, str] = {"image": "embeddings.patch_embedding.weight", "text": "embeddings.token_embedding.weight"}
 POSITIONS = "vision_model.embeddings.position_embedding.weight"
-# What transformers' tokenizers do to a text before their tokenizer.json does anything.
-CLEAN: dict[str, Clean] = {"SiglipTokenizer": "siglip", "Siglip2Tokenizer": "lower", "GemmaTokenizer": "lower"}
 
 
 def read(source: Path, options: Options) -> Found:
@@ -126,31 +121,15 @@ def _at_size(model: Model, tensors: Tensors, size: int | None) -> tuple[Model, T
 
 def _tokenizer(source: Path, folder: Path, config: Config, model: Model, options: Options) -> Tokenizer:
     """The tokenizer that the user names, else that of the folder, with the cleaning of transformers' class for it."""
-    length, siglip = model.text.length, config.family == "siglip"
-    file, settings = options.tokenizer, {}
-    if file is None:
-        settings = _settings(folder / "tokenizer_config.json")
-        sentencepiece = next((folder / name for name in vocabulary.MODELS if (folder / name).is_file()), None)
-        file = sentencepiece if _kind(settings) == "SiglipTokenizer" else None  # which reads nothing else
-    clean: Clean = CLEAN.get(_kind(settings), "none")
-    lower = settings.get("do_lower_case", True) or clean != "siglip"
-    require(lower, "do_lower_case", settings.get("do_lower_case"), "clipjax has SigLIP's cleaning with lower case only")
-    if file is None:
-        words = vocabulary.from_folder(folder, length, clean)
-    else:
-        words = vocabulary.from_file(file, length, clean)
-    if siglip and not _kind(settings):
+    place, length = folder if options.tokenizer is None else options.tokenizer.parent, model.text.length
+    clean, file = vocabulary.cleaning(place), options.tokenizer
+    if file is None and clean == "siglip":  # whose class reads SentencePiece's model alone
+        file = next((folder / name for name in vocabulary.MODELS if (folder / name).is_file()), None)
+    words = vocabulary.from_folder(folder, length, clean) if file is None else vocabulary.from_file(file, length, clean)
+    if config.family == "siglip" and clean == "none" and "tokenizer_class" not in files_beside(place):
         words = words.cleaning(_usual(words))
     check_tokenizer(words, model, source)
     return words
-
-
-def _settings(file: Path) -> Mapping[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _kind(settings: Mapping[str, Any]) -> str:
-    return str(settings.get("tokenizer_class") or "").removesuffix("Fast")
 
 
 def _usual(words: Tokenizer) -> Clean:
