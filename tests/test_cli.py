@@ -55,7 +55,7 @@ COMMANDS = {
         "--verify",
         "(default: 32)",
     ],
-    "import": ["SRC", "--from {open_clip}", "--out RUN", "open_clip_config.json"],
+    "import": ["SRC", "--from {open_clip,transformers,big_vision}", "--out RUN", "a model of the hub"],
     "average": ["RUN [RUN ...]", "--alpha X", "--weights W", "--out RUN", "WiSE-FT"],
     "bench": ["loss"],
     "bench loss": ["--batch N", "--topology T", "--travel {ring,gather,auto}", "(default: 7)", "in pairs", "--json OUT"],
