@@ -10,7 +10,7 @@ from clipjax.commands import register
 from clipjax.config import require
 
 if TYPE_CHECKING:
-    from clipjax.export.verify import Report
+    from clipjax.export.verify_import import Comparison
 
 
 def export(args: argparse.Namespace) -> int:
@@ -64,7 +64,7 @@ def import_run(args: argparse.Namespace) -> int:
     return _judge(*verify_import.verify_import(args.source, args.origin, options, model.run, model.params, model.tokenizer))
 
 
-def _judge(report: "Report", notes: list[str]) -> int:
+def _judge(report: "Comparison", notes: list[str]) -> int:
     """Prints a comparison. Returns 1 if it has failures."""
     print(f"verified in PyTorch on {report.examples} examples; largest differences, relative to an embedding's norm:")
     for figures in report.figures:

@@ -84,14 +84,14 @@ def compare(
     ours_cleaned = encode(model, params, pixels, cleaned).text  # the rest is freed: token logits may take half a gigabyte
     ours = encode(model, params, pixels, tokens)
     exact = None if unrounded is None else encode(model, unrounded, pixels, tokens)
-    normalised = torch.from_numpy(_normalised(pixels, model))
+    inputs = torch.from_numpy(normalised(pixels, model))
     with torch.inference_mode():
-        same = Encoded(*(x.numpy() for x in theirs.encode(normalised, torch.from_numpy(tokens).long())))
+        same = Encoded(*(x.numpy() for x in theirs.encode(inputs, torch.from_numpy(tokens).long())))
         ids = theirs.ids(texts)
         own_image, own_text = (x.numpy() for x in theirs.encode(theirs.pixels(opened), ids)[:2])
     other_captions = None
     if theirs.generate is not None and model.decoder is not None:
-        other_captions = _unequal(generate(model, params, pixels, words), theirs.generate(normalised, words), words)
+        other_captions = _unequal(generate(model, params, pixels, words), theirs.generate(inputs, words), words)
     distances, judged = _distances(ours.image, own_image), _distances(ours_cleaned, own_text)
     reasons = image_reasons(theirs, resize, model.image.image_size, shown, extra)
     strings = Strings(texts, tokens, cleaned, ids.numpy()).reasons(theirs, words)
@@ -110,7 +110,7 @@ def compare(
     )
 
 
-def _normalised(pixels: np.ndarray, model: Model) -> np.ndarray:
+def normalised(pixels: np.ndarray, model: Model) -> np.ndarray:
     """float32 [n, 3, s, s], as PyTorch's towers take them, of uint8 [n, s, s, 3]."""
     mean, std = np.array(model.image.mean, np.float32), np.array(model.image.std, np.float32)
     return ((np.float32(pixels) / 255 - mean) / std).transpose(0, 3, 1, 2).copy()
