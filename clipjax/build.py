@@ -13,8 +13,8 @@ from clipjax.config.objective import check_teacher
 from clipjax.data import reading
 from clipjax.data.pipeline import check_source, train_batches
 from clipjax.data.source import Source
-from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.data.vectors import EMBEDDED, Vectors
 from clipjax.train.loop import Batches
 from clipjax.train.origin import Origin
 from clipjax.train.workdir import Workdir
@@ -76,20 +76,33 @@ def _check_ids(run: config.Run, tokenizer: Tokenizer) -> None:
         config.require(fits, "tokenizer", [tokenizer.start_id, tokenizer.end_id], remedy)
 
 
-def teacher(run: config.Run, source: Source) -> Teacher | None:
+def teacher(run: config.Run, source: Source) -> Vectors | None:
     """The teacher's embeddings, which run.data.teacher names; None if it names none. Raises ConfigError if they belong to other
     data, or have another width than a term asks for."""
     quiet = jax.process_index() > 0
     if run.data.teacher is None:
         return None
-    found = Teacher(run.data.teacher, source, quiet)
+    found = Vectors(run.data.teacher, source, quiet)
     check_teacher(run.objective, run.model, found.width)
     return found
 
 
-def batches(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teacher | None = None) -> Batches:
-    """A function that opens this process's training batches at a step. `teacher`: the result of `build.teacher`, so that the file
-    is opened once."""
+def embedded(run: config.Run, source: Source) -> Vectors | None:
+    """The embeddings that stand for a tower, which run.data.embeddings names; None if it names none. Raises ConfigError if they
+    belong to other data, or have another width."""
+    if run.data.embeddings is None or run.embedded is None:
+        return None
+    found = Vectors(run.data.embeddings, source, jax.process_index() > 0, EMBEDDED[run.embedded])
+    remedy = f"its vectors have {found.width} numbers, and the model's {run.model.embed_dim}: write it with `clipjax embed`"
+    config.require(found.width == run.model.embed_dim, "data.embeddings", run.data.embeddings, remedy)
+    return found
+
+
+def batches(
+    run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Vectors | None = None, embedded: Vectors | None = None
+) -> Batches:
+    """A function that opens this process's training batches at a step. `teacher`, `embedded`: the results of the functions with
+    these names."""
     open_batches = functools.partial(
         train_batches,
         source,
@@ -102,5 +115,6 @@ def batches(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teac
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         teacher=teacher,
+        embedded=embedded,
     )
     return lambda step: open_batches(start_step=step)

@@ -64,6 +64,7 @@ def train(args: argparse.Namespace) -> None:
         require_package(run.train.wandb)
     from clipjax import build, distributed, environment, sharding
     from clipjax.data.sources import open_source
+    from clipjax.evals.embedded import agreement
     from clipjax.evals.training import make_evaluators
     from clipjax.train import loop
     from clipjax.train.same_data import recognized
@@ -80,11 +81,12 @@ def train(args: argparse.Namespace) -> None:
             source = open_source(run.data)
         distributed.agree("the number of examples", len(source))
         workdir = recognized(workdir, source, args.accept_new_data)
-        teacher = build.teacher(run, source)
+        teacher, embedded = build.teacher(run, source), build.embedded(run, source)
         tokenizer = build.tokenizer(run, workdir, source)
-        batches = build.batches(run, source, tokenizer, teacher)
+        batches = build.batches(run, source, tokenizer, teacher, embedded)
         evaluators = make_evaluators(run, mesh, tokenizer, workdir.path)
-        loop.train(run, workdir, batches, evaluators, mesh, source, range(profile.start, min(profile.stop, steps)))
+        check = dict(check=agreement(run, mesh, tokenizer, source, embedded)) if embedded else {}
+        loop.train(run, workdir, batches, evaluators, mesh, source, range(profile.start, min(profile.stop, steps)), **check)
 
 
 def _load(args: argparse.Namespace) -> "LoadedRun":

@@ -644,11 +644,11 @@ def test_embed(embedded):
 
 def test_what_embed_writes_is_a_teacher(embedded, tmp_path):
     from clipjax.data.sources import open_source
-    from clipjax.data.teacher import Teacher
+    from clipjax.data.vectors import Vectors
     from clipjax.evals.embed import write_npz
 
     write_npz(tmp_path / "teacher.npz", embedded)
-    teacher = Teacher(str(tmp_path / "teacher.npz"), open_source(config.Data(spec="emoji", split="test")))
+    teacher = Vectors(str(tmp_path / "teacher.npz"), open_source(config.Data(spec="emoji", split="test")))
     for i in (0, 17, 362):
         for kind in ("image", "text"):
             np.testing.assert_array_equal(teacher[i][f"teacher_{kind}"], embedded[kind][i])

@@ -382,7 +382,16 @@ def leaves():
     for line in config.lines(BASE):
         name, _, text = line.partition(" = ")
         if not name.endswith(
-            ("objective.0.kind", "tokenizer.kind", "schedule.kind", "evals.0.kind", "model.decoder", "data.sources", ".lora")
+            (
+                "objective.0.kind",
+                "tokenizer.kind",
+                "schedule.kind",
+                "evals.0.kind",
+                "model.decoder",
+                "data.sources",
+                ".lora",
+                "data.embeddings",
+            )
         ):
             yield name, text
 

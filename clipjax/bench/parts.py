@@ -17,8 +17,8 @@ from clipjax.data.images import image
 from clipjax.data.ordering.readers import training_order, training_reader
 from clipjax.data.prefetch import Batch, Stacked
 from clipjax.data.source import Record, Source
-from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.data.vectors import Vectors
 from clipjax.train.loop import ON_DEVICE
 
 REPEATS = 5  # of which the medians count
@@ -29,7 +29,9 @@ PARTS = ("read", "decode", "resize", "tokenise", "rest", "stack")  # of which a 
 T = TypeVar("T")
 
 
-def measure(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teacher | None) -> dict[str, float]:
+def measure(
+    run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Vectors | None, embedded: Vectors | None
+) -> dict[str, float]:
     """Medians, in microseconds an example: each of PARTS, in CPU time of a thread; `wait`, for which `read` waits for the storage
     beside that; and `transfer`, from the host's memory to one device, of the clock.
 
@@ -38,7 +40,7 @@ def measure(run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Teac
     size, batch_size = run.model.image.image_size, run.train.batch_size
     order = training_order(source, run.data, batch_size, run.seed, 0, batch_size)
     reader = training_reader(source, order, lambda step: step)
-    timed = _Timed(TrainingExample(source, order, reader, tokenizer, run.data, size, teacher))
+    timed = _Timed(TrainingExample(source, order, reader, tokenizer, run.data, size, teacher, embedded))
     places = (divmod(i, batch_size) for i in range(TRIED))
     try:
         usable = (one for step, place in places if (one := timed.example(step, place)) is not None)
@@ -56,7 +58,9 @@ class _Timed:
     def __init__(self, make: TrainingExample) -> None:
         self._make = make
         self._held = _Held()
-        self._from_held = TrainingExample(make.source, make.order, self._held, make.tokenizer, make.data, make.size, make.teacher)
+        self._from_held = TrainingExample(
+            make.source, make.order, self._held, make.tokenizer, make.data, make.size, make.teacher, make.embedded
+        )
 
     def example(self, step: int, place: int) -> tuple[dict[str, float], Batch] | None:
         """The seconds of each part, and the example. None for one that can't be used."""
@@ -80,8 +84,10 @@ class _Timed:
         make, rng, seconds = self._make, np.random.default_rng(number), {}
         data, k = make.parts[make.source.part_of(number)[0]], make.data.captions_per_image
         chosen = [record.captions[i] for i in captions.choose(len(record.captions), k, rng, record.chances)]
-        crop, seconds["decode"] = _cpu(lambda: image.decoded_crop(record.image, make.size, data, rng))
-        _, seconds["resize"] = _cpu(lambda: image.square(crop, make.size, data, rng))
+        seconds["decode"] = seconds["resize"] = 0.0
+        if make.imaged:
+            crop, seconds["decode"] = _cpu(lambda: image.decoded_crop(record.image, make.size, data, rng))
+            _, seconds["resize"] = _cpu(lambda: image.square(crop, make.size, data, rng))
         _, seconds["tokenise"] = _cpu(lambda: make.tokenizer.encode(chosen))
         return seconds
 

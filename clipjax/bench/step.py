@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from clipjax import aot, config, sharding
 from clipjax.files import write_json
-from clipjax.metrics.flops import mfu, model_flops
+from clipjax.metrics.flops import mfu, run_flops
 from clipjax.models import clip
 from clipjax.plan.program import abstract_batch, compile_lowered, lower_step, state_of
 from clipjax.plan.report import axes, batch_line
 from clipjax.train import remat
-from clipjax.train.optimizer import optimizer_of, trained_names
+from clipjax.train.optimizer import optimizer_of
 from clipjax.train.state import initial_state
 from clipjax.train.step import Batch
 
@@ -60,9 +60,7 @@ def measure(run: config.Run, turns: int) -> StepTimes:
             raise
         raise aot.DoesNotFit(compiled.peak_bytes, aot.capacity(list(mesh.devices.flat))) from error
     step = statistics.median(seconds)
-    flops = run.train.batch_size * model_flops(
-        run.model_in_use, trained_names(run.optim_in_use.rules, placed.params), run.data.captions_per_image
-    )
+    flops = run.train.batch_size * run_flops(run, placed.params)
     return StepTimes(
         device_kind=mesh.devices.flat[0].device_kind,
         devices=mesh.devices.size,

@@ -8,9 +8,10 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from clipjax.config.data import BPE, Augment, Clean, Data, Filter, Part, Tokenizer, TokenizerFile
+from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.model import Decoder, Model
@@ -69,6 +70,7 @@ class Run(Strict, prefix=""):
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
         check_objective(self.objective, self.model, self.data)
+        check_embeddings(self.model, self.data)
         check_evaluations(self.evals, self.data)
         check_best(self.train.best, self.evals, self.data)
         schedule = self.optim.schedule
@@ -85,6 +87,13 @@ class Run(Strict, prefix=""):
     def captioning(self) -> bool:
         """Whether a term of the objective asks for captions."""
         return any(isinstance(term, Caption) and term.weight for term in self.objective)
+
+    @property
+    def embedded(self) -> Literal["image", "text"] | None:
+        """The tower for which data.embeddings stand."""
+        if self.data.embeddings is None:
+            return None
+        return "image" if self.model.image.unlock == 0 else "text"
 
     @property
     def optim_in_use(self) -> Optim:

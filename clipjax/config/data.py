@@ -120,6 +120,9 @@ class Data(Strict, prefix="data"):
     # an id are no negatives of each other.
     ids: Literal["caption"] | None = None
     teacher: str | None = None  # an .npz that `clipjax embed` wrote of these examples, for Distillation and Preserve
+    # An .npz that `clipjax embed` wrote of these examples, with the weights of the start. It stands for the tower with
+    # `unlock = 0`, which then does not run; of the image tower, no image is read.
+    embeddings: str | None = None
     # `random`: all examples of an epoch are shuffled. `windows`: for tars and parquet that are large or remote, which are then
     # read in large pieces: each of `lanes` parts of an epoch gives its share of every batch and shuffles `window` examples.
     order: Literal["random", "windows"] = "random"

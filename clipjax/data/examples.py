@@ -8,13 +8,13 @@ import numpy as np
 
 from clipjax import config
 from clipjax.data import captions
-from clipjax.data.faults import FAULTS, Bad, undecodable, usable
+from clipjax.data.faults import BAD_IMAGE, FAULTS, Bad, undecodable, usable
 from clipjax.data.filter import Filtered, check_text
 from clipjax.data.images import image
 from clipjax.data.ordering.order import Order
 from clipjax.data.source import Record, Source
-from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.data.vectors import Vectors
 from clipjax.status import CertainFailure
 
 Arrays = dict[str, Any]  # of a single example also scalars of NumPy
@@ -40,7 +40,8 @@ class TrainingExample:
     tokenizer: Tokenizer
     data: config.Data
     size: int
-    teacher: Teacher | None
+    teacher: Vectors | None
+    embedded: Vectors | None = None  # of a tower that does not run
     parts: tuple[config.Data, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,23 +87,39 @@ class TrainingExample:
     def _arrays(self, step: int, place: int, number: int, rng: np.random.Generator) -> Arrays:
         """The arrays of the example `number`. Raises Bad, or Filtered."""
         data, k = self.parts[self.source.part_of(number)[0]], self.data.captions_per_image
-        record = check_text(data.filter, usable(lambda: self.reader(step, place, number), number))
+        record = usable(lambda: self._read(step, place, number), number, imaged=self.imaged)
+        if self.embedded is not None and number not in self.embedded:
+            raise Bad(BAD_IMAGE, record.key)
+        record = check_text(data.filter, record)
         chosen = [record.captions[i] for i in captions.choose(len(record.captions), k, rng, record.chances)]
         try:
-            pixels = image.training(record.image, self.size, data, rng)
+            pixels = {"image": image.training(record.image, self.size, data, rng)} if self.imaged else {}
             tokens, truncated = self.tokenizer.encode(chosen)
         except Filtered:
             raise
         except Exception as e:  # a decoder may raise anything, and a bad image must not end a run
             raise undecodable(record.key, e) from e
         arrays: Arrays = {
-            "image": pixels,
+            **pixels,
             "text": tokens if k > 1 else tokens[0],
             "truncated": truncated if k > 1 else truncated[0],
         }
         if data.ids == "caption":
             arrays["id"] = np.int32(captions.caption_id(record.captions[0]))
-        return arrays if self.teacher is None else arrays | self.teacher[number]
+        for vectors in (self.teacher, self.embedded):
+            arrays |= {} if vectors is None else vectors[number]
+        return arrays
+
+    @property
+    def imaged(self) -> bool:
+        """Whether examples have pixels: not where `embedded` stands for the images."""
+        return self.embedded is None or "image" not in self.embedded.use.arrays
+
+    def _read(self, step: int, place: int, number: int) -> Record:
+        """The record, without its image where it is not needed and nothing reads it anyway, as chunks do."""
+        if self.imaged or self.data.order != "random":
+            return self.reader(step, place, number)
+        return self.source.text(number)
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ def undecodable(key: str, error: Exception) -> Bad:
     return Bad(UNREAD if isinstance(error, OSError) and error.errno is not None else BAD_IMAGE, key, error)
 
 
-def usable(read: Callable[[], Record], number: int, captioned: bool = True) -> Record:
-    """What `read()` returns of example `number`. Raises Bad where that fails, or the record lacks its image or, where
-    `captioned`, a caption."""
+def usable(read: Callable[[], Record], number: int, captioned: bool = True, imaged: bool = True) -> Record:
+    """What `read()` returns of example `number`. Raises Bad where that fails, or the record lacks its image where `imaged`, or a
+    caption where `captioned`."""
     try:
         record = read()
     except Exception as e:  # a reader may raise anything
         raise Bad(UNREAD, f"number {number}", e) from e
-    if not record.image:
+    if imaged and not record.image:
         raise Bad(NO_IMAGE, record.key)
     if captioned and not record.captions:
         raise Bad(NO_CAPTION, record.key)

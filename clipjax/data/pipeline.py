@@ -24,8 +24,8 @@ from clipjax.data.ordering.readers import training_order, training_reader
 from clipjax.data.ordering.sequential import Sequential
 from clipjax.data.prefetch import Batch, BatchStream, Workers
 from clipjax.data.source import Source
-from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.data.vectors import Vectors
 
 SCALARS = 64  # bytes of an example, at most, beside its image, text and vectors
 SAMPLE = 1000  # examples that are read to find one with enough captions
@@ -43,7 +43,8 @@ def train_batches(
     skip: tuple[tuple[int, int], ...] = (),
     process_index: int = 0,
     process_count: int = 1,
-    teacher: Teacher | None = None,
+    teacher: Vectors | None = None,
+    embedded: Vectors | None = None,
 ) -> BatchStream:
     """This process's share of every global batch of `batch_size` examples, from `start_step` finished steps on. It never ends.
     The batches that `skip` names (`config.Train.skip`) are left out, and no image of them is read.
@@ -57,28 +58,29 @@ def train_batches(
     - `filtered` bool [b]: data.filter leaves the example out, and another replaces it;
     - `truncated` bool [b], or [b, K]: the caption was too long;
     - with `data.ids`, `id` int32 [b] of the main caption (`captions.caption_id`);
-    - with `data.teacher`, `teacher_image` and `teacher_text` (of the main caption) float32 [b, f]. `teacher` is that file, if it
-      has been opened already.
+    - with `data.teacher`, `teacher_image` and `teacher_text` (of the main caption) float32 [b, f]. `teacher`: that file, open;
+    - with `embedded`, the vectors of a tower that does not run, these as `embedded` float32 [b, e]. Where they stand for images
+      there is no `image`, and none is read.
 
     At each visit one caption is chosen, or K of them (`captions.choose`). The shares of all processes, joined in the order of
     their indices, are the batch that a single process would get. No example comes twice in a batch: an epoch ends with its last
     full batch, and the next one is shuffled again.
 
-    Raises ConfigError as `check_source` and `Teacher` do, and for a batch that the processes can't divide equally."""
+    Raises ConfigError as `check_source` and `Vectors` do, and for a batch that the processes can't divide equally."""
     local = _local_batch(batch_size, process_count)
     check_source(source, data, batch_size)
     check_resizer(data.resizer)
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
     if teacher is None and data.teacher is not None:
-        teacher = Teacher(data.teacher, source)
+        teacher = Vectors(data.teacher, source)
     own = _Own(config.Train(skip=skip).place, start_step, batch_size, local, process_index)
     order = training_order(source, data, batch_size, seed, process_index * local, local)
     reader = training_reader(source, order, own.batch)
-    make_example = TrainingExample(source, order, reader, tokenizer, data, image_size, teacher)
+    make_example = TrainingExample(source, order, reader, tokenizer, data, image_size, teacher, embedded)
     examples = _by_position(make_example, batch_size, seed)
-    vectors = 0 if teacher is None else 2 * 4 * teacher.width
-    numbers = 4 * tokenizer.length * data.captions_per_image + vectors + SCALARS
-    return BatchStream(_Picked(examples, own), local, _workers(data, image_size, numbers), closing=reader.close)
+    numbers = tokenizer.length * data.captions_per_image + sum(v.numbers for v in (teacher, embedded) if v is not None)
+    workers = _workers(data, image_size, 4 * numbers + SCALARS)
+    return BatchStream(_Picked(examples, own), local, workers, closing=reader.close)
 
 
 def _by_position(make_example: TrainingExample, batch_size: int, seed: int) -> grain.MapDataset:

@@ -5,29 +5,41 @@ from collections.abc import Collection, Sequence
 import jax
 
 from clipjax.chips import chip_of
-from clipjax.config import Model
+from clipjax.config import Model, Run
 from clipjax.config.towers import locked_layers
 from clipjax.models import clip
+from clipjax.train.optimizer import trained_names
 
 
-def model_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1) -> float:
+def run_flops(run: Run, params: clip.Params) -> float:
+    """`model_flops` of a run. `params`: anything with its parameters' names."""
+    trained = trained_names(run.optim_in_use.rules, params)
+    return model_flops(run.model_in_use, trained, run.data.captions_per_image, run.embedded)
+
+
+def model_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1, embedded: str | None = None) -> float:
     """FLOPs of a training step per image; a multiply-add counts 2.
 
     For a tower whose blocks are trained they are 3 times the forward pass, and less if some are locked or have adapters;
     2 times if the gradient only passes through the blocks; once if nothing below its head is trained. `trained`: paths of the
     trained parameters, as `image/blocks/mlp/up/kernel`; None: all. `captions`: captions of an image.
+    `embedded`: a tower that does not run (data.embeddings).
 
     Only dot products count, and not those that the backward pass recomputes. Causal attention counts in full, as it is computed
     and as others count it. Left out are the poolers' queries, which are computed once a batch, and the loss, 8 B d a pair (below
     1 % of B/16's step up to B = 256k).
     """
-    return sum(tower_flops(model, trained, captions).values())
+    return sum(tower_flops(model, trained, captions, embedded).values())
 
 
-def tower_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1) -> dict[str, float]:
+def tower_flops(
+    model: Model, trained: Collection[str] | None = None, captions: int = 1, embedded: str | None = None
+) -> dict[str, float]:
     """`model_flops` of each tower: `image`, `text` and, with its output projection, `decoder`."""
     found = {}
     for tower, facts in clip.facts(model).items():
+        if tower == embedded:
+            continue
         passes = _passes(model, tower, trained)
         own = (passes - 1) * facts.adapters if passes <= 2 else 0  # the gradient of adapters whose kernels get none
         found[tower] = float((captions if facts.per_caption else 1) * (facts.flops * passes + own))

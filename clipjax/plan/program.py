@@ -52,6 +52,10 @@ def abstract_batch(run: config.Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
         "text": ("int32", text),
         "index": ("int32", ()),
     }
+    if run.embedded is not None:
+        shapes["embedded"] = ("float32", (run.model.embed_dim,))
+    if run.embedded == "image":
+        del shapes["image"]
     if run.data.ids is not None:
         shapes["id"] = ("int32", ())
     if (width := teacher_width(run)) is not None:
@@ -64,9 +68,9 @@ def teacher_width(run: config.Run) -> int | None:
     """The width of data.teacher's embeddings; None without a teacher. If this machine has not the file: the model's width."""
     if run.data.teacher is None:
         return None
-    from clipjax.data.teacher import ARRAYS, memory_mapped
+    from clipjax.data.vectors import TEACHER, memory_mapped
 
     path = local_path("data.teacher", run.data.teacher).expanduser()
-    width = memory_mapped(path, ARRAYS[0]).shape[1] if path.is_file() else run.model.embed_dim
+    width = memory_mapped(path, next(iter(TEACHER.arrays))).shape[1] if path.is_file() else run.model.embed_dim
     check_teacher(run.objective, run.model, width)
     return width

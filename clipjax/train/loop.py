@@ -16,23 +16,24 @@ from clipjax import config, distributed, preemption, sharding
 from clipjax.checkpoint import Checkpoints
 from clipjax.data.source import Source
 from clipjax.metrics.counts import TooManyBadError
-from clipjax.metrics.flops import model_flops
+from clipjax.metrics.flops import run_flops
 from clipjax.metrics.writer import EvaluationResults, MetricsWriter, NonFiniteError
 from clipjax.models import clip
 from clipjax.storage import DISK_FULL
 from clipjax.train import remat
-from clipjax.train.optimizer import optimizer_of, trained_names
+from clipjax.train.optimizer import optimizer_of
 from clipjax.train.origin import restore_origin
 from clipjax.train.profiling import Profile
 from clipjax.train.progress import Progress
-from clipjax.train.report import Report, say, say_finished, say_start
+from clipjax.train.report import Report, say_finished, say_start
 from clipjax.train.state import TrainState, abstract_state, initial_state
 from clipjax.train.step import Batch, Metrics, jit_step, make_train_step
 from clipjax.train.workdir import Workdir, evaluated, note_evaluations, qualified, restore_newest, save_config
 
 # Opens this process's batches, beginning with the one that follows a number of finished steps.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
-ON_DEVICE = ("image", "text", "index", "id", "teacher_image", "teacher_text")  # keys of a batch that the step may read
+# Keys of a batch that the step may read.
+ON_DEVICE = ("image", "text", "index", "id", "teacher_image", "teacher_text", "embedded")
 STEPS_AHEAD = 2  # how many steps the host may be ahead: the devices never wait for it, and the clock stays exact
 
 
@@ -58,10 +59,12 @@ def train(
     mesh: Mesh,
     source: Source | None = None,
     profile: range = range(0),
+    check: Callable[[clip.Params], None] = lambda params: None,
 ) -> TrainState:
     """Trains until `train.steps` steps are finished, from the checkpoint that `open_workdir` found, or from the start.
 
-    `source`: the dataset that the batches are of, for the number of epochs. `profile`: the steps to trace.
+    `source`: the dataset that the batches are of, for the number of epochs. `profile`: the steps to trace. `check`: may
+    refuse the weights, before the first step.
 
     Raises ConfigError for an optimizer rule without a parameter and for a mesh that would replicate what it should shard,
     FloatingPointError where a loss is not finite, TooManyBadError where more examples are bad than data.max_bad allows, OSError
@@ -82,10 +85,8 @@ def train(
             say_finished(run, workdir.path)
             return state
         say_start(run, workdir.path, begin, source)
-        resolved = remat.resolved(run, mesh, abstract)
-        if resolved != run:
-            say(f"model.remat = auto: {resolved.model.remat}")
-        devices = _Devices(resolved, tx, mesh, state)
+        devices = _Devices(remat.chosen(run, mesh, abstract), tx, mesh, state)
+        check(state.params)
         data = stack.enter_context(batches(schedule.start))
         save_config(run, workdir.path)
         if origin:  # from here on, the workdir needs nothing of the run that it started from
@@ -93,8 +94,7 @@ def train(
         written = MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max, workdir.check_owner, run)
         writer = stack.enter_context(contextlib.closing(written))
         progress = stack.enter_context(Progress(run.train.steps))
-        flops = model_flops(run.model_in_use, trained_names(run.optim_in_use.rules, params), run.data.captions_per_image)
-        report = Report(run, mesh, writer, progress, flops, source)
+        report = Report(run, mesh, writer, progress, run_flops(run, params), source)
         profiler = stack.enter_context(Profile(profile, schedule.start, workdir.path, lambda: report.clock.paused(devices.state)))
         _Loop(run.train, schedule, devices, data, checkpoints, report, profiler).run()
     report.say_repairs(run.train.steps - schedule.start)

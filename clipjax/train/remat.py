@@ -16,6 +16,7 @@ from clipjax.chips import chip_of
 from clipjax.models import clip
 from clipjax.models.facts import Layout
 from clipjax.models.runner import CHUNK_TOKENS
+from clipjax.train.report import say
 from clipjax.train.state import TrainState
 
 POLICIES_BY_MEMORY = ("none", "dots", "mlp", "full")  # the one that keeps most comes first
@@ -36,6 +37,14 @@ def resolved(run: config.Run, mesh: Mesh, state: TrainState) -> config.Run:
     return replace(run, model=replace(run.model, remat=policy))
 
 
+def chosen(run: config.Run, mesh: Mesh, state: TrainState) -> config.Run:
+    """`resolved`, which says what it chose."""
+    found = resolved(run, mesh, state)
+    if found != run:
+        say(f"model.remat = auto: {found.model.remat}")
+    return found
+
+
 def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str) -> int:
     """Estimated bytes on one device: state, gradients, its rows of the batch, and what a micro-batch's backward pass keeps."""
     rows = run.train.batch_size // sharding.batch_devices(mesh)
@@ -43,7 +52,7 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str) -> int:
     layout = Layout(jnp.dtype(run.model.dtype).itemsize, mesh.shape["tensor"])
     gradients = sharding.own_bytes(state.params) * min(2, run.train.micro_batches)  # with a sum, where there are micro-batches
     row = 3 * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings and their gradients, some copies
-    towers = clip.facts(run.model).values()
+    towers = [facts for tower, facts in clip.facts(run.model).items() if tower != run.embedded]
     kept = sum((run.data.captions_per_image if t.per_caption else 1) * t.kept(policy, layout) for t in towers)
     # One layer at a time, here the largest: its gathered weights with their gradients, and the activations of a chunk.
     weights = max(t.layer_weights for t in towers) // layout.tensor * (layout.size + 4)

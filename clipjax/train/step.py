@@ -43,6 +43,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Binds everything static; the caller jits. A batch holds `image` uint8 [B, s, s, 3], `text` [B, t] or [B, K, t], `index`
     int32 [B] in the dataset, and what the objective's terms need: `id` int32 [B], `teacher_image` and `teacher_text` [B, f].
+    With data.embeddings, `embedded` float32 [B, e] stands for a tower that does not run.
 
     The metrics are float32 []: the loss and its parts; scale and bias; the learning rate; the norms of the gradient before it is
     clipped, of the update (both over the trained parameters), and of all parameters. With train.nonfinite = skip,
@@ -85,6 +86,10 @@ def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, row
     model = clip.bind(run.model, stop_frozen(run.optim_in_use.rules, trainable.params))
     *captions, length = rows["text"].shape
     tokens = rows["text"].reshape(-1, length)
+    if run.embedded == "image":
+        return rows["embedded"], model.encode_text(tokens, towers.placement).reshape(*captions, -1)
+    if run.embedded == "text":
+        return model.encode_image(rows["image"], rows["keys"], towers.placement), rows["embedded"]
     if not run.captioning:
         ztxt = model.encode_text(tokens, towers.placement)
         return model.encode_image(rows["image"], rows["keys"], towers.placement), ztxt.reshape(*captions, -1)

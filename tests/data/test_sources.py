@@ -21,8 +21,8 @@ from clipjax.data.formats import tfds_source
 from clipjax.data.ordering.order import Random
 from clipjax.data.ordering.readers import Direct
 from clipjax.data.sources import open_source
-from clipjax.data.teacher import Teacher
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.data.vectors import Vectors
 from clipjax.status import CertainFailure
 from tests.data.conftest import write_tsv
 
@@ -402,7 +402,7 @@ def test_a_bad_example_keeps_no_exception_in_memory(damaged, monkeypatch):
 def test_a_file_of_a_store_is_refused_by_name(emoji_dataset):
     data = config.Data(spec="emoji", teacher="s3://bucket/a.npz")
     with pytest.raises(ConfigError, match=r"data.teacher = 's3://bucket/a.npz': must be on this machine"):
-        Teacher(str(data.teacher), open_source(data))
+        Vectors(str(data.teacher), open_source(data))
 
 
 def test_nothing_readable_is_an_error(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from clipjax.config import ConfigError, Data
 from clipjax.data.pipeline import train_batches
 from clipjax.data.sources import open_source
-from clipjax.data.teacher import Teacher, memory_mapped
+from clipjax.data.vectors import Vectors, memory_mapped
 from tests.data.conftest import IMAGES, write_tsv
 
 WIDTH = 5
@@ -74,7 +74,7 @@ def test_processes_share(source, tokenizer, teacher_file, images_tsv):
 def test_pickled_it_stays_small_and_opens_the_file_again(source, write):
     big = np.zeros((IMAGES, 20_000), np.float32)
     path = write(image=big, text=big + 1, key=[f"{i}.png" for i in range(IMAGES)])
-    packed = pickle.dumps(Teacher(path, source))
+    packed = pickle.dumps(Vectors(path, source))
     assert len(packed) < 2000
     assert pickle.loads(packed)[3]["teacher_text"].tolist() == [1.0] * 20_000
 
@@ -109,7 +109,7 @@ def test_an_unreadable_image_needs_no_row(tokenizer, images_tsv, tmp_path, write
         shown = np.array([int(tokenizer.decode(row).split()[1]) for row in batch["text"]])
         np.testing.assert_array_equal(batch["teacher_image"], image[shown])
         np.testing.assert_array_equal(batch["teacher_text"], text[shown])
-    teacher = Teacher(path, source)
+    teacher = Vectors(path, source)
     with pytest.raises(ConfigError, match=r"has no row for number 6 of the examples"):
         teacher[6]
 
@@ -140,9 +140,9 @@ def test_a_file_of_other_data_is_refused(source, tokenizer, images_tsv, write, a
 
 def test_a_file_that_is_no_npz(source, tmp_path):
     with pytest.raises(ConfigError, match=r"no\.npz': there is no such file; write it with `clipjax embed RUN --data SPEC"):
-        Teacher(str(tmp_path / "no.npz"), source)
+        Vectors(str(tmp_path / "no.npz"), source)
     np.save(tmp_path / "one.npy", vectors()[0])
     (tmp_path / "text.npz").write_text("no archive")
     for name in ("one.npy", "text.npz"):
         with pytest.raises(ConfigError, match=r"is not an \.npz that can be read"):
-            Teacher(str(tmp_path / name), source)
+            Vectors(str(tmp_path / name), source)
