@@ -137,7 +137,6 @@ def test_no_decay_is_the_same_program():
     [
         (dict(unlock=5), r"model\.image\.unlock = 5: must be a number of layers: 0 to model\.image\.depth = 4"),
         (dict(unlock=-1), r"model\.image\.unlock = -1"),
-        (dict(unlock=2, lora=config.Lora()), r"model\.image\.unlock = 2: leave it out: model\.image\.lora says"),
     ],
 )
 def test_what_can_not_be_unlocked_is_refused(changes, message):
