@@ -61,7 +61,8 @@ def import_run(args: argparse.Namespace) -> int:
     if not args.verify:
         return 0
     model = clipjax.load(args.out)
-    return _judge(*verify_import.verify_import(args.source, args.origin, options, model.run, model.params, model.tokenizer))
+    words = None if model.run.model.towers == "image" else model.tokenizer
+    return _judge(*verify_import.verify_import(args.source, args.origin, options, model.run, model.params, words))
 
 
 def _judge(report: "Comparison", notes: list[str]) -> int:
