@@ -192,6 +192,10 @@ REFUSED = {
         words(embed_dim=None, projection_bias=True),
         r"model\.text\.projection_bias = True: needs model\.text\.embed_dim",
     ),
+    "image bias of nothing": (
+        lambda: ImageTower.siglip("B/16", projection_bias=True),
+        r"model\.image\.projection_bias = True: needs model\.image\.embed_dim",
+    ),
     "embedding widths": (words(embed_dim=256), r"model\.text\.embed_dim = 256: must equal .* width 512"),
     "unprojected widths": (
         lambda: Model(image=ImageTower.siglip("B/16"), text=TextTower(embed_dim=None)),

@@ -51,6 +51,8 @@ def _check_tower(tower: "ImageTower | TextTower", name: str) -> None:
         require(getattr(tower, part) > 0, f"{name}.{part}", getattr(tower, part), "must be positive")
     require(tower.norm_eps >= 0, f"{name}.norm_eps", tower.norm_eps, "must not be negative")
     require(tower.embed_dim is None or tower.embed_dim > 0, f"{name}.embed_dim", tower.embed_dim, "must be positive or None")
+    fits = tower.embed_dim is not None or not tower.projection_bias
+    require(fits, f"{name}.projection_bias", tower.projection_bias, f"needs {name}.embed_dim: there is no projection")
     require(tower.width % tower.heads == 0, f"{name}.width", tower.width, f"must be a multiple of heads = {tower.heads}")
     if tower.unlock is not None:
         fits = 0 <= tower.unlock <= tower.depth
@@ -96,6 +98,7 @@ class ImageTower(Strict, prefix="model.image"):
     heads: int = 12  # attention heads of a layer
     mlp_dim: int = 3072  # width inside the MLP of a layer
     embed_dim: int | None = 512  # width of the embedding; None: no projection, the tower's own width
+    projection_bias: bool = False  # a bias in the projection to the embedding
     # From tokens to one vector: the class token (`cls`), the mean of the patches, without a class token (`mean`) or beside one
     # (`avg`, CLIPA in open_clip), an attention-pooling head (`map`, SigLIP), or CoCa's poolers: a second one on top of the
     # first's outputs (`cascade`, the paper's choice), beside it (`parallel`), or the first output of a single one (`single`,
@@ -214,8 +217,6 @@ class TextTower(Strict, prefix="model.text"):
         require(
             self.vocab_size > 3, "model.text.vocab_size", self.vocab_size, "must leave room for tokens beside the special ones"
         )
-        fits = self.embed_dim is not None or not self.projection_bias
-        require(fits, "model.text.projection_bias", self.projection_bias, "needs model.text.embed_dim: there is no projection")
         remedy = f"must be an id below model.text.vocab_size = {self.vocab_size}"
         require(0 <= self.eos_id < self.vocab_size, "model.text.eos_id", self.eos_id, remedy)
         fits = self.pool == "cls" or not self.legacy_mask

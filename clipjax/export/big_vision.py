@@ -25,7 +25,7 @@ def table(model: Model) -> Table:
     if image.pool == "map":
         rows += _map_head("img/MAPHead_0", "image/map")
     if image.embed_dim is not None:
-        rows += _linear("img/head", "image/projection", "d e", "")
+        rows += _linear("img/head", "image/projection", "d e", "e" if image.projection_bias else "")
     if text.embed_dim is not None:
         rows += _linear("txt/head", "text/projection", "d e", "e" if text.projection_bias else "")
     if model.init_bias is not None:

@@ -32,7 +32,6 @@ REFUSED = {
     "txt/MAPHead_0/": "its text tower pools by attention: clipjax has the last token",
     r"img/(conv_root|gn_root|block\d+)/": "its image tower begins with a residual network: clipjax has vision transformers only",
     "img/pre_logits/": "its image tower ends in a tanh layer (rep_size), which clipjax has not",
-    "img/head/bias$": "its image tower projects with a bias, which clipjax has not",
 }
 
 

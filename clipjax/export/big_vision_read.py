@@ -89,7 +89,7 @@ def _image(shapes: Mapping[str, tuple[int, ...]], image_size: int | None, notes:
     return ImageTower(
         **dict(image_size=side, patch_size=patch, width=width, pool=pool, pre_norm=False, patch_bias=True),
         **dict(positions="learned" if learned else "sincos2d", embed_dim=_head(shapes, "img"), activation="gelu_tanh"),
-        **dict(norm_eps=EPS, mean=HALF, std=HALF),
+        **dict(projection_bias="img/head/bias" in shapes, norm_eps=EPS, mean=HALF, std=HALF),
         **encoder,
     )
 

@@ -45,7 +45,7 @@ def load_big_vision(source: Path, model: Model, positions: np.ndarray | None, wo
     if model.image.embed_dim is not None:  # open_clip's reader has no such model
         with torch.no_grad():
             trunk.head.weight.copy_(torch.from_numpy(arrays["img/head/kernel"].T))
-            trunk.head.bias.zero_()
+            trunk.head.bias.copy_(torch.from_numpy(arrays.get("img/head/bias", np.zeros(model.image.embed_dim, np.float32))))
 
     def pixels(images: Sequence[Image.Image]) -> torch.Tensor:
         squashed = np.stack([fit(image, model.image.image_size, resize) for image in images])

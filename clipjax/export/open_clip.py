@@ -46,6 +46,7 @@ def refuse(model: Model) -> None:
         quick = [tower.activation == "quick_gelu" for tower in (image, text)]
         remedy = f"open_clip has quick_gelu in both towers or in none, and model.image.activation is {image.activation!r}"
         require(quick[0] == quick[1], "model.text.activation", text.activation, remedy)
+    require(not image.projection_bias, "model.image.projection_bias", True, "open_clip's towers project without one")
     if image.pool == "single":
         require(image.norm_eps == EPS, "model.image.norm_eps", image.norm_eps, f"open_clip's pooler has {EPS:g}")
     remedy = "open_clip masks padding beside a class token one token too far, and can't do otherwise: train with True"

@@ -27,6 +27,7 @@ def refuse(model: Model) -> None:
     remedy = f"{name}'s image tower {'does not project' if siglip else 'projects'}"
     require((image.embed_dim is None) == siglip, "model.image.embed_dim", image.embed_dim, remedy)
     require(text.embed_dim is not None, "model.text.embed_dim", None, f"{name}'s text tower projects")
+    require(not image.projection_bias, "model.image.projection_bias", True, f"{name} has none")
     require(siglip or not text.projection_bias, "model.text.projection_bias", True, "CLIPModel has none")
     require(text.causal != siglip, "model.text.causal", text.causal, f"{name}'s text tower is {'not ' if siglip else ''}causal")
     pools = ("last",) if siglip else ("eot", "eos")

@@ -45,8 +45,8 @@ class ViT(nnx.Module):
         own, context = cfg.pool in ("cascade", "parallel"), e if cfg.pool == "cascade" else d
         self.contrastive = pooler(scope / "contrastive", queries=1, context=context) if own else None
         pooled = e if cfg.attentional else d
-        project = cfg.embed_dim is not None
-        self.projection = Linear(scope / "projection", (pooled,), (e,), std=pooled**-0.5, bias=False) if project else None
+        project = functools.partial(Linear, scope / "projection", (pooled,), (e,), std=pooled**-0.5, bias=cfg.projection_bias)
+        self.projection = None if cfg.embed_dim is None else project()
 
     def __call__(
         self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None, runner: Runner, tokens: bool = False

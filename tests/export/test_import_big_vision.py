@@ -48,7 +48,7 @@ FORMS = {  # name -> towers, what the file holds of the parameters, and how
     "LiT": (IMAGE | dict(pool="tok"), TEXT | dict(width=16), False, old, dict(root="opt/target/")),
     "class token": (IMAGE | dict(pool="tok", depth=11), TEXT, True, lambda p: p, {}),
     "mean of bfloat16": (IMAGE | dict(pool="gap"), TEXT | dict(out=None), True, half, dict(half=True)),
-    "fixed positions": (IMAGE | dict(learned=False), TEXT, True, stacked, {}),
+    "fixed positions and two heads": (IMAGE | dict(learned=False, out=20), TEXT | dict(out=20), True, stacked, {}),
 }
 
 
@@ -94,7 +94,7 @@ def test_a_workdir(tmp_path, capsys):
     [
         (IMAGE, True, []),
         (IMAGE | dict(pool="tok"), False, ["--image-size", "47"]),  # positions are resized; a column of pixels is left over
-        (IMAGE | dict(learned=False, pool="gap"), True, ["--image-size", "32"]),
+        (IMAGE | dict(learned=False, pool="gap", out=24), True, ["--image-size", "32"]),
     ],
     ids=["SigLIP", "LiT", "fixed positions"],
 )
