@@ -20,7 +20,17 @@ from clipjax.models.lora import without
 from clipjax.restore import load_params, look_up, split_name
 
 # Fields of a model in which the runs may differ: what training does, not what the weights mean.
-TRAINING = ("init_scale", "init_bias", "max_scale", "dtype", "remat", "unroll", "image.patch_dropout")
+TRAINING = (
+    "init_scale",
+    "init_bias",
+    "max_scale",
+    "dtype",
+    "remat",
+    "unroll",
+    "image.patch_dropout",
+    "image.unlock",
+    "text.unlock",
+)
 ROUNDING = 1e-6  # by which the weights' sum may miss 1
 
 

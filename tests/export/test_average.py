@@ -96,7 +96,8 @@ def test_what_comes_out_encodes_and_is_exported(runs, tmp_path):
 def test_moving_averages_steps_and_adapters(runs, tokenizer, tmp_path):
     """Of a run in training: the moving average at the step that is named, with the adapters in the kernels."""
     (a, first), *_ = runs
-    adapted = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, lora=Lora(rank=2)), dtype="bfloat16")
+    towers = dict(image=dataclasses.replace(MODEL.image, unlock=1), text=dataclasses.replace(MODEL.text, lora=Lora(rank=2)))
+    adapted = dataclasses.replace(MODEL, **towers, dtype="bfloat16")
     run = Run(data=Data(spec="emoji"), model=adapted, optim=Optim(ema=0.9))
     mesh = sharding.make_mesh(Mesh(), jax.devices()[:1])
     params = random(adapted, 7)
