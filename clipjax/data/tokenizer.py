@@ -22,6 +22,8 @@ from clipjax.files import as_path, write_atomic
 PAD, START, END = "<pad>", "<|startoftext|>", "<|endoftext|>"
 SMALLEST = 256 + 3  # every byte, and the three tokens above
 PAD_NAMES = (PAD, "[PAD]", "<|pad|>")
+# T5's, at the end, which no caption has: SigLIP's embeddings have no rows for them.
+SENTINEL = re.compile("\u2581?<extra_id_[0-9]+>")
 Side = Literal["right", "left"]
 LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")  # transformers' classes that pad there, unless `padding_side` says else
 
@@ -188,8 +190,9 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id: the smallest number of rows of an embedding table."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the highest id, T5's sentinels apart: the smallest number of rows of an embedding table."""
+        ids = self.backend.get_vocab(with_added_tokens=True)
+        return max(i for token, i in ids.items() if not SENTINEL.fullmatch(token)) + 1
 
 
 def _read_special_as_text(backend: tokenizers.Tokenizer, marks: Iterable[int]) -> re.Pattern[str]:

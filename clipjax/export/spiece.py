@@ -1,7 +1,6 @@
 """A SentencePiece model as a tokenizer of Hugging Face: SigLIP's (unigrams, T5's or mT5's) and SigLIP 2's (BPE, Gemma's)."""
 
 import itertools
-import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from clipjax.config import ConfigError, require
+from clipjax.data.tokenizer import SENTINEL
 
 # sentencepiece_model.proto of google/sentencepiece: the numbers of fields, and the kinds of pieces and of models.
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
@@ -19,7 +19,6 @@ CHARSMAP, DUMMY_PREFIX, SINGLE_SPACES, ESCAPES = 2, 3, 4, 5
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u2581"
-SENTINEL = re.compile(f"{SPACE}?<extra_id_[0-9]+>")  # T5's, at the end: SigLIP's embeddings have no rows for them
 VARINT, DOUBLE, BYTES, FLOAT = 0, 1, 2, 5  # wire types
 
 

@@ -257,7 +257,11 @@ def test_sentinels_have_no_embedding(tmp_path):
     """mT5's model has a hundred at its end; SigLIP's text tower has no rows for them."""
     sentinels = [(f"\u2581<extra_id_{i}>", 0, DEFINED) for i in (1, 0)]
     file = model_file(tmp_path / "spiece.model", [*PIECES, *sentinels])
-    assert from_file(file, 8).vocab_size == len(PIECES)
+    words = from_file(file, 8)
+    assert words.vocab_size == len(PIECES)
+    words.backend.add_special_tokens(["<extra_id_1>", "<extra_id_0>"])  # as in a tokenizer.json of transformers' T5Tokenizer
+    words.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "tokenizer.json", 8).vocab_size == len(PIECES)
 
 
 REFUSED = {
