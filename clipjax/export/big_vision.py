@@ -3,34 +3,39 @@
 The axes of its kernels are those of ours: inputs first, then heads and the width of a head.
 """
 
-from clipjax.config import Model
+from clipjax.config import ImageTower, Model, TextTower
 from clipjax.export.table import Row, Table, row
 
 
 def table(model: Model) -> Table:
     """Every array of the model, by its name in big_vision."""
-    image, text = model.image, model.text
-    rows = [
-        *_linear("img/embedding", "image/patch", "p q c d", "d"),
-        *_encoder("img/Transformer", "image"),
+    both = [*_text(model.text), row("t", "log_scale", " -> 1")] if model.towers == "both" else []
+    bias = [] if model.init_bias is None else [row("b", "bias", " -> 1")]
+    return Table((*_image(model.image), *both, *bias))
+
+
+def _image(tower: ImageTower) -> list[Row]:
+    rows = [*_linear("img/embedding", "image/patch", "p q c d", "d"), *_encoder("img/Transformer", "image")]
+    if tower.positions == "learned":
+        rows.append(row("img/pos_embedding", "image/positions", "n d -> 1 n d"))
+    if tower.class_token:
+        rows.append(row("img/cls", "image/class_token", "d -> 1 1 d"))
+    if tower.pool == "map":
+        rows += _map_head("img/MAPHead_0", "image/map")
+    return rows + _head("img/head", "image/projection", tower)
+
+
+def _text(tower: TextTower) -> list[Row]:
+    return [
         _same("txt/Embed_0/embedding", "text/tokens", "v d"),
         row("txt/pos_embedding", "text/positions", "t d -> 1 t d"),
         *_encoder("txt/Encoder_0", "text"),
-        row("t", "log_scale", " -> 1"),
+        *_head("txt/head", "text/projection", tower),
     ]
-    if image.positions == "learned":
-        rows.append(row("img/pos_embedding", "image/positions", "n d -> 1 n d"))
-    if image.class_token:
-        rows.append(row("img/cls", "image/class_token", "d -> 1 1 d"))
-    if image.pool == "map":
-        rows += _map_head("img/MAPHead_0", "image/map")
-    if image.embed_dim is not None:
-        rows += _linear("img/head", "image/projection", "d e", "e" if image.projection_bias else "")
-    if text.embed_dim is not None:
-        rows += _linear("txt/head", "text/projection", "d e", "e" if text.projection_bias else "")
-    if model.init_bias is not None:
-        rows.append(row("b", "bias", " -> 1"))
-    return Table(tuple(rows))
+
+
+def _head(theirs: str, ours: str, tower: ImageTower | TextTower) -> list[Row]:
+    return [] if tower.embed_dim is None else _linear(theirs, ours, "d e", "e" if tower.projection_bias else "")
 
 
 def _encoder(theirs: str, tower: str) -> list[Row]:

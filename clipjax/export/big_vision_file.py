@@ -39,7 +39,7 @@ def load(source: Path) -> Arrays:
     """All arrays of the model, float32: layers stacked, one array of positions a tower, nothing before `img/`, `txt/`, `t`
     and `b`. An optimizer's are not read.
 
-    Raises ConfigError for a file that is no .npz of a two-tower model, and for towers that clipjax has not.
+    Raises ConfigError for a file that is no .npz of a model of big_vision's, and for towers that clipjax has not.
     """
     require(zipfile.is_zipfile(source), "SRC", str(source), "is not a complete .npz: name a file that big_vision saved")
     try:
@@ -48,21 +48,23 @@ def load(source: Path) -> Arrays:
     except (zipfile.BadZipFile, ValueError, EOFError) as error:
         raise ConfigError(f"SRC = {str(source)!r}: is not a complete .npz: {error}") from error
     if TWICE in arrays:
-        arrays["txt/pos_embedding"] = arrays["txt/pos_embedding"] + arrays.pop(TWICE)
+        arrays["txt/pos_embedding"] = arrays.pop(TWICE) + arrays.get("txt/pos_embedding", 0)
     arrays |= {name: arrays[name].reshape(-1) for name in ("t", "b") if name in arrays}
     return _stacked(arrays, source)
 
 
 def _names(raw: Collection[str], source: Path) -> dict[str, str]:
-    """Today's name of each array of the model, and its name in the file."""
+    """Today's name of each array of the model, and its name in the file. Those of an image tower alone get `img/` before
+    them; its classifier is left out."""
+    tower, names = "", {}
     root = next((root for root in ROOTS if f"{root}{PATCH}" in raw), None)
-    alone = any(f"{root}embedding/kernel" in raw for root in ROOTS)
-    remedy = "holds an image tower alone" if alone else f"has no {PATCH}: it is no model of two towers that big_vision saved"
-    require(root is not None, "SRC", str(source), remedy)
-    root, names = root or "", {}
+    if root is None:
+        tower, root = "img/", next((root for root in ROOTS if root + PATCH.removeprefix("img/") in raw), None)
+    require(root is not None, "SRC", str(source), f"has no {PATCH}: it is no model that big_vision saved")
     for name in raw:
-        ours = name.removeprefix(root)
-        if not name.startswith(root) or not (ours.startswith(("img/", "txt/")) or ours in ("t", "b")):
+        ours = tower + name.removeprefix(str(root))
+        known = ours in ("t", "b") or ours.startswith(("img/", "txt/"))
+        if not (known and name.startswith(str(root))) or (tower and ours.startswith(f"{tower}head/")):
             continue
         refusal = next((text for pattern, text in REFUSED.items() if re.match(pattern, ours)), None)
         require(refusal is None, "SRC", str(source), str(refusal))

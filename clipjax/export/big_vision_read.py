@@ -1,4 +1,4 @@
-"""Reads a two-tower model that big_vision saved as .npz: SigLIP, SigLIP 2, and LiT with a plain text transformer.
+"""Reads an .npz of big_vision's: SigLIP, SigLIP 2, LiT with a plain text transformer, and a vision transformer alone.
 
 The file holds arrays and no configuration. Most of the model stands in their shapes; the rest is what big_vision has for all its
 models: LayerNorms with epsilon 1e-6 and GELU by tanh (flax's defaults), pixels in [-1, 1], squashed images, and texts that are
@@ -54,7 +54,9 @@ def read(source: Path, options: Options) -> Found:
     if model.image.positions == "learned":
         arrays[POSITIONS] = _positions(arrays[POSITIONS][0], model.image, notes)[None]
     params = to_ours(table(model), arrays, jax.eval_shape(lambda: init(model, 0)))
-    words = _tokenizer(options.tokenizer, model, source, notes)
+    words = _tokenizer(options.tokenizer, model, source, notes) if model.towers == "both" else None
+    if words is None:
+        notes.append("a classifier (head), where the image tower has one: the embedding is what comes before it")
     notes.append("big_vision resizes images bilinearly, without antialias; clipjax bicubically, as open_clip and transformers do")
     return Found(model, params, words, "squash", notes)
 
@@ -64,9 +66,11 @@ def model_of(shapes: Mapping[str, tuple[int, ...]], image_size: int | None, note
 
     Raises ConfigError for shapes from which the model does not follow.
     """
-    image, text = _image(shapes, image_size, notes), _text(shapes)
+    image = _image(shapes, image_size, notes)
+    if not any(name.startswith("txt/") for name in shapes):
+        return Model(towers="image", image=image)
     siglip: dict[str, Any] = dict(init_scale=10.0, init_bias=-10.0) if "b" in shapes else {}
-    return Model(image=image, text=text, **siglip)
+    return Model(image=image, text=_text(shapes), **siglip)
 
 
 def _image(shapes: Mapping[str, tuple[int, ...]], image_size: int | None, notes: list[str]) -> ImageTower:

@@ -72,6 +72,7 @@ def verify_import(
     """The differences, and what is not compared. Raises ConfigError as `require_comparable`."""
     require_comparable(origin, options)
     if run.model.towers != "both" or words is None:
+        require(origin != "big_vision", "--verify", str(source), "open_clip's reader takes two towers; this is one: leave it out")
         return _compare_tower(source, run, params, words), []
     notes: list[str] = []
     if origin == "big_vision":

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from PIL import Image
 
 import clipjax
 from clipjax import cli
 from clipjax.config import SIZES, ConfigError, ImageTower, Model, TextTower
+from clipjax.data.images.image import fit
 from clipjax.export.big_vision_read import model_of, read
 from clipjax.export.found import Options
 from clipjax.export.verify import encode
@@ -109,6 +111,24 @@ def test_open_clips_own_reader_agrees(tmp_path, capsys, image, bias, options):
     assert all(0 < float(figure) < 1e-5 for figure in figures[0])
 
 
+def test_an_image_tower_alone(tmp_path, capsys):
+    """A vision transformer, as the start of a LiT: no tokenizer, and its classifier is left out."""
+    params = draw(TwoTowers(IMAGE | dict(pool="tok"), TEXT), SIDE, LENGTH)
+    file = save(old(params)["img"] | dict(head=dict(kernel=np.ones((24, 5)), bias=np.ones(5))), tmp_path / "vit.npz")
+    whole = read(save(params, tmp_path / "whole.npz"), Options(unigram(tmp_path / "tokenizer.json")))
+    command = ["import", "--from", "big_vision", str(file), "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    assert "not imported: a classifier (head)" in capsys.readouterr().out
+    run = clipjax.load(tmp_path / "run")
+    assert (run.run.model.towers, run.run.model.image) == ("image", whole.model.image)
+    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))]
+    pixels = np.stack([fit(image, SIDE, "squash") for image in images])
+    want = encode(whole.model, whole.params, pixels, np.zeros((1, LENGTH), np.int32)).image
+    np.testing.assert_allclose(run.encode_image(images), want, rtol=0, atol=1e-5)
+    assert cli.main([*command[:-1], str(tmp_path / "other"), "--verify"]) == 2
+    assert "open_clip's reader takes two towers" in capsys.readouterr().err
+
+
 def test_tokenizers(tmp_path):
     """SigLIP 2's keeps punctuation and pads with a token of its own; LiT's keeps upper case; a start token is refused."""
     file, words = file_of(tmp_path), gemma(tmp_path / "gemma.json")
@@ -181,7 +201,7 @@ REFUSED = {
     "tanh": (lambda a: a.update({"img/pre_logits/kernel": np.ones((24, 24))}), r"ends in a tanh layer \(rep_size\)"),
     "residual": (lambda a: a.update({"img/conv_root/kernel": np.ones(1)}), "begins with a residual network"),
     "naflex": (lambda a: a.update({"img/embedding/kernel": np.ones((192, 24))}), "is NaFlex's, for images of any shape"),
-    "one tower": (lambda a: rename(a, "img/", ""), "holds an image tower alone"),
+    "no image": (lambda a: rename(a, "img/", "image/"), "has no img/embedding/kernel: it is no model that big_vision saved"),
     "no model": (lambda a: a.clear(), "has no img/embedding/kernel"),
     "no square": (lambda a: a.update({"img/pos_embedding": np.ones((1, 15, 24))}), "img/pos_embedding = 15: must be a square"),
     "no positions": (lambda a: a.pop("img/pos_embedding"), "--image-size = None: give it: fixed positions"),
