@@ -110,6 +110,8 @@ class Tokenizer:
         beside = files_beside(path.parent)
         pad = padding(backend, beside) if pad_id is None else pad_id
         side = beside.get("padding_side", "right") if backend.padding is None else backend.padding["direction"].lower()
+        cut = beside.get("truncation_side", "right") if backend.truncation is None else backend.truncation["direction"].lower()
+        require(cut == "right", "tokenizer.path", str(path), "cuts long texts at their beginning: clipjax cuts them at their end")
         backend.no_truncation()
         backend.no_padding()
         backend.normalizer = _without_cleaning(backend.normalizer, how)

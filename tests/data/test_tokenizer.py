@@ -262,6 +262,28 @@ def test_no_tokenizer(tmp_path):
         Tokenizer.load(tmp_path / "tokenizer.json", 8)
 
 
+def test_cut_at_the_beginning(tmp_path):
+    train().save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
+    with pytest.raises(ConfigError, match=r"tokenizer.json': cuts long texts at their beginning"):
+        Tokenizer.load(tmp_path / "tokenizer.json", 8)
+
+
+def test_a_template_without_marks(tmp_path):
+    """It says that nothing marks the end of a text, as transformers' tokenizer of SigLIP 2 does: padding follows the text."""
+    backend = tokenizers.Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "b": 2}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    backend.enable_padding(direction="left", pad_id=0, pad_token="<pad>")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", 4)
+    ids, truncated = tokenizer.encode(["b", "b b b b b", ""])
+    assert ids.tolist() == [[0, 0, 0, 2], [2, 2, 2, 2], [0, 0, 0, 0]]
+    assert truncated.tolist() == [False, True, False]
+    assert [tokenizer.decode(row) for row in ids] == ["b", "b b b b", ""]
+    assert (tokenizer.start_id, tokenizer.end_id, tokenizer.tokens("a b")) == (None, 0, 2)
+
+
 def test_no_end(tmp_path):
     tokenizers.Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"tokenizer.json'.*nothing marks the end of a text: give it a post-processor"):

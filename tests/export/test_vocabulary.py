@@ -78,7 +78,9 @@ def test_the_siglip_tokenizer_of_transformers(trained, tmp_path):
         ids = theirs(HARD, padding="max_length", truncation=True, max_length=length)["input_ids"]
         np.testing.assert_array_equal(from_folder(tmp_path, length, "siglip").encode(HARD)[0], ids)
     theirs.save_pretrained(tmp_path)
-    assert from_folder(tmp_path, 64).pad_id == 1
+    ours = from_folder(tmp_path, 64, "siglip")
+    assert ours.pad_id == 1
+    assert_same_elsewhere(ours, tmp_path / "out", ids)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="SiglipTokenizer", do_lower_case=False)))
     with pytest.raises(ConfigError, match=r"do_lower_case = False: .* it must be true"):
         cleaning(tmp_path)
