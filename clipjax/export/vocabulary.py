@@ -93,12 +93,14 @@ def cleaning(folder: Path) -> Clean:
     return "siglip"
 
 
-def without_end(tokenizer: Tokenizer, pad_id: int = 0) -> Tokenizer:
-    """The same tokens with padding in the place of the end token, which open_clip's `strip_sep_token` puts there (CLIPA)."""
-    marks = [(str(tokenizer.backend.id_to_token(i)), i) for i in (*tokenizer.prefix, pad_id)]
-    template = " ".join([*(name for name, _ in marks[:-1]), "$A", marks[-1][0]])
-    tokenizer.backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
-    return Tokenizer(tokenizer.backend, pad_id, tokenizer.length, tokenizer.clean)
+def without_end(words: Tokenizer, token: int = 0) -> Tokenizer:
+    """The same tokens with this one in the place of the end token: open_clip's `strip_sep_token` (CLIPA) puts 0 there."""
+    ids = [*words.prefix, token]
+    names = [str(words.backend.id_to_token(i)) for i in ids]
+    single = " ".join([*names[:-1], "$A", names[-1]])
+    marks = list(dict(zip(names, ids, strict=True)).items())
+    words.backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
+    return Tokenizer(words.backend, words.pad_id, words.length, words.clean).padded(words.side)
 
 
 def _bytes() -> Sequence[str]:
