@@ -48,6 +48,8 @@ def read(file: Path) -> Model:
     """Raises ConfigError for a file that is no SentencePiece model, and for one whose ids a tokenizer.json can't give."""
     try:
         return _model(file)
+    except ConfigError:
+        raise
     except (ValueError, IndexError, struct.error) as error:
         raise ConfigError(f"tokenizer = {str(file)!r}: is not a SentencePiece model: {error}") from error
 
