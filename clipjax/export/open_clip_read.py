@@ -1,204 +1,124 @@
-"""Reads a folder that `export` or open_clip itself wrote: the configuration as ours, and the weights."""
+"""Reads a folder that `export` or open_clip itself wrote: the configuration as ours, the weights and the tokenizer."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import safetensors.numpy
+import numpy as np
 
-from clipjax.checkpoint import TOKENIZER
-from clipjax.config import Activation, Clean, ConfigError, Decoder, ImageTower, Model, TextTower, require
-from clipjax.data.images.resize import Resize
-from clipjax.data.tokenizer import Tokenizer
+from clipjax.config import ConfigError, Model, require
+from clipjax.export import open_clip_words, weights
 from clipjax.export.found import Found, Options, check_tokenizer
-from clipjax.export.open_clip import EPS, TRUNKS, WEIGHTS, custom, refuse, table
+from clipjax.export.open_clip import WEIGHTS, custom, refuse, table
+from clipjax.export.open_clip_config import model_of, preprocessing, resize_of
 from clipjax.export.table import Tensors, to_ours
 from clipjax.models.clip import init
+from clipjax.models.positions import resized_image, resized_text
 
 CONFIG = "open_clip_config.json"
-NAMES = (WEIGHTS, "open_clip_pytorch_model.safetensors", "model.safetensors")
-PICKLED = (".bin", ".pt", ".pth")
-
-# A field of a configuration is read, ignored or refused.
-#
-# Read: clipjax has it too. Here with the defaults of open_clip 3.3: `CLIPVisionCfg` and `CLIPTextCfg` in its model.py,
-# `MultimodalCfg` in coca_model.py, `PreprocessCfg` in transform.py.
-MLP = dict(mlp_ratio=4.0, act_kwargs=None, norm_kwargs=None)
-VISION = dict(layers=12, width=768, head_width=64, patch_size=16, image_size=224, patch_dropout=0.0, no_ln_pre=False) | MLP
-VISION |= dict(attentional_pool=False, attn_pooler_queries=256, attn_pooler_heads=8)
-TIMM = dict(timm_model_name=None, timm_pool="avg", timm_proj="linear", image_size=224, patch_dropout=0.0)
-TEXT = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12, no_causal_mask=False, embed_cls=False) | MLP
-TEXT |= dict(pool_type="argmax", proj_type="linear", proj_bias=False)
-DECODER = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
-MODEL = dict(embed_dim=None, vision_cfg=None, text_cfg=None, multimodal_cfg=None, quick_gelu=False, init_logit_bias=None)
-PREPROCESS = dict(size=None, mean=ImageTower.mean, std=ImageTower.std, interpolation="bicubic", resize_mode="shortest")
-# Ignored: it changes neither what the weights compute nor their names.
-IGNORED = {
-    *("output_tokens", "custom_text", "init_logit_scale", "pos_embed_type", "eos_id", "fill_color", "dim_head", "n_queries"),
-    *("timm_model_pretrained", "timm_drop", "timm_drop_path"),
-    *("hf_tokenizer_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "tokenizer_mode", "tokenizer_kwargs"),
-}
-# What open_clip does to a string before it is tokenized, as `tokenizer.clean`.
-CLEAN: dict[str | None, Clean] = {"canonicalize": "canonicalize", "whitespace": "web", None: "none"}
-# Refused: any other field, unless it has the one value that clipjax computes too: this one, else null or false.
-ACCEPTED = {"pool_type": "tok", "mode": "RGB", "pad_id": 0}
+# In the order of open_clip's `_find_checkpoint_in_dir`: a folder may also hold the weights of transformers, under its own names.
+NAMES = (
+    *(WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
+    *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
+)
+OTHERS = (".safetensors", *weights.PICKLED)
+# Entries of a state_dict that are no weights: buffers, and sizes that OpenAI's files have.
+NO_WEIGHTS = {"attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size"}
+TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection", "cls_emb")  # of a text tower
 
 
-def read(folder: Path, options: Options) -> Found:
-    """Raises ConfigError, with field, value and remedy, for a missing or broken file and for a model that clipjax has not."""
-    require(folder.is_dir(), "SRC", str(folder), f"is not a folder; name one that holds {CONFIG} and its weights")
-    file = folder / CONFIG
-    require(file.is_file(), "SRC", str(folder), f"has no {CONFIG}, which open_clip writes beside weights")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        given, pixels = dict(config["model_cfg"]), dict(config.get("preprocess_cfg") or {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: is not a configuration of open_clip: {type(error).__name__}: {error}") from error
-    pixels = _read("preprocess_cfg", pixels, PREPROCESS)
+def read(source: Path, options: Options) -> Found:
+    """`source`: a folder with open_clip_config.json and weights, or the file of the weights in such a folder or one below.
+
+    Raises ConfigError, with field, value and remedy, for a missing or broken file and for a model that clipjax has not."""
+    folder, file = _places(source)
+    given, preprocess = _configuration(folder / CONFIG)
+    pixels = preprocessing(preprocess)
     model = model_of(given, tuple(pixels["mean"]), tuple(pixels["std"]))
     refuse(model)
-    tensors = _weights(folder)
-    if not custom(model):  # a CustomTextCLIP whose text tower is CLIP's
-        tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
-    cleaning = (given["text_cfg"].get("tokenizer_kwargs") or {}).get("clean")
-    note = f"text_cfg.tokenizer_kwargs.clean = {cleaning!r}: what open_clip does to a string before it is tokenized"
-    words = _tokenizer(folder, model, CLEAN.get(cleaning, "none"))
-    params = to_ours(table(model), tensors, jax.eval_shape(lambda: init(model, 0)))
-    return Found(model, params, words, _resize(pixels, model), [note] * (cleaning not in CLEAN))
-
-
-def _tokenizer(source: Path, model: Model, clean: Clean) -> Tokenizer:
-    remedy = "has no tokenizer.json, which open_clip does not write for its own tokenizer: add one. CLIP's is that of"
-    remedy += " openai/clip-vit-base-patch32 on the Hugging Face hub"
-    require((source / TOKENIZER).is_file(), "SRC", str(source), remedy)
-    words = Tokenizer.load(source / TOKENIZER, model.text.length, clean)
+    notes = []
+    if options.image_size is not None:
+        model = replace(model, image=replace(model.image, image_size=options.image_size))
+    elif pixels["size"] not in (None, model.image.image_size, [model.image.image_size] * 2):
+        notes.append(
+            f"preprocess_cfg.size = {pixels['size']}: open_clip takes the tower's {model.image.image_size}, and so does clipjax"
+        )
+    words = open_clip_words.read(folder, given["text_cfg"], model.text, options.tokenizer)
     check_tokenizer(words, model, source)
-    return words
+    tensors = weights.read(file)
+    weights.require_names(tensors, "open_clip", file)
+    tensors = _named(tensors, model, notes)
+    _fit_positions(tensors, model, notes)
+    params = to_ours(table(model), tensors, jax.eval_shape(lambda: init(model, 0)))
+    return Found(model, params, words, resize_of(pixels), notes)
 
 
-def model_of(given: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Model:
-    """Our model for open_clip's `model_cfg`. `mean`, `std`: by which it normalises images.
-
-    Raises ConfigError for a field that clipjax has not, unless it changes nothing.
-    """
-    cfg = _read("model_cfg", given, MODEL)
-    quick, embed_dim = cfg["quick_gelu"], cfg["embed_dim"]
-    for name in ("embed_dim", "vision_cfg", "text_cfg"):
-        require(cfg[name] is not None, f"model_cfg.{name}", None, "is missing: this is not a configuration of open_clip's")
-    pixels = dict(mean=mean, std=std)
-    towers = _image(cfg["vision_cfg"], embed_dim, quick, **pixels), _text(cfg["text_cfg"], embed_dim, quick)
-    head = None if cfg["multimodal_cfg"] is None else _decoder(cfg["multimodal_cfg"], towers[1])
-    return Model(image=towers[0], text=towers[1], decoder=head, init_bias=cfg["init_logit_bias"])
-
-
-def _image(given: Mapping[str, Any], embed_dim: int, quick: bool, **pixels: Any) -> ImageTower:
-    if given.get("timm_model_name"):
-        # The name of timm's model defines the rest; open_clip ignores the fields of its native tower.
-        return _trunk(_read("vision_cfg", given, TIMM, ignored=VISION.keys()), embed_dim, pixels)
-    cfg = _read("vision_cfg", given, VISION)
-    width, side, layers = cfg["width"], _square("vision_cfg.image_size", cfg["image_size"]), cfg["layers"]
-    require(isinstance(layers, int), "vision_cfg.layers", layers, "is a residual network's: clipjax has vision transformers only")
-    pool = cfg["attentional_pool"]
-    require(isinstance(pool, bool), "vision_cfg.attentional_pool", pool, "must be true or false: open_clip's other poolers fail")
-    return ImageTower(
-        **dict(image_size=side, patch_size=cfg["patch_size"], width=width, depth=layers, heads=width // cfg["head_width"]),
-        **dict(embed_dim=embed_dim, pool="single" if pool else "cls", pre_norm=not cfg["no_ln_pre"]),
-        **dict(queries=cfg["attn_pooler_queries"], pool_heads=cfg["attn_pooler_heads"], patch_dropout=cfg["patch_dropout"]),
-        **_mlp("vision_cfg", cfg, quick),
-        **pixels,
-    )
-
-
-def _trunk(cfg: Mapping[str, Any], embed_dim: int, pixels: Mapping[str, Any]) -> ImageTower:
-    name = cfg["timm_model_name"].partition(".")[0]
-    found = next((shape for shape, known in TRUNKS.items() if known == name), None)
-    remedy = f"of timm's towers clipjax has {', '.join(TRUNKS.values())}"
-    require(found is not None, "vision_cfg.timm_model_name", name, remedy)
-    assert found is not None
-    require(cfg["timm_pool"] == "map", "vision_cfg.timm_pool", cfg["timm_pool"], "SigLIP's towers pool by map")
-    require(cfg["timm_proj"] in ("none", "linear", ""), "vision_cfg.timm_proj", cfg["timm_proj"], "must be none or linear")
-    size, patch, side, activation = found
-    size_given = _square("vision_cfg.image_size", cfg["image_size"])
-    require(size_given == side, "vision_cfg.image_size", size_given, f"{name} has {side}")
-    shape = dict(image_size=side, activation=activation, patch_dropout=cfg["patch_dropout"])
-    project = dict(embed_dim=embed_dim if cfg["timm_proj"] == "linear" else None)
-    return ImageTower.siglip(f"{size}/{patch}", **shape, **project, **pixels)
-
-
-def _text(given: Mapping[str, Any], embed_dim: int, quick: bool) -> TextTower:
-    remedy = "clipjax has no text tower of transformers'"
-    require(not given.get("hf_model_name"), "text_cfg.hf_model_name", given.get("hf_model_name"), remedy)
-    ignored = () if given.get("embed_cls") else ("pad_id",)  # open_clip reads it for the mask beside a class token only
-    cfg = _read("text_cfg", given, TEXT, ignored)
-    pool = "cls" if cfg["embed_cls"] else {"argmax": "eot", "last": "last"}.get(cfg["pool_type"])
-    require(pool is not None, "text_cfg.pool_type", cfg["pool_type"], "clipjax has argmax, last and a class token (embed_cls)")
-    return TextTower(
-        **dict(length=cfg["context_length"], vocab_size=cfg["vocab_size"], width=cfg["width"], depth=cfg["layers"]),
-        **dict(heads=cfg["heads"], causal=not cfg["no_causal_mask"], pool=pool, legacy_mask=pool == "cls"),
-        **dict(embed_dim=None if cfg["proj_type"] == "none" else embed_dim, projection_bias=cfg["proj_bias"]),
-        **_mlp("text_cfg", cfg, quick),
-    )
-
-
-def _decoder(given: Mapping[str, Any], text: TextTower) -> Decoder:
-    # open_clip builds its decoder without the ratio, activation and norm of this section.
-    cfg = _read("multimodal_cfg", given, DECODER, ignored=(*MLP, "attn_pooler_heads"))
-    for name, own in (("width", text.width), ("vocab_size", text.vocab_size)):
-        require(cfg[name] == own, f"multimodal_cfg.{name}", cfg[name], f"must be the text tower's {own}")
-    remedy = f"must be at least the text tower's {text.length}"
-    require(cfg["context_length"] >= text.length, "multimodal_cfg.context_length", cfg["context_length"], remedy)
-    return Decoder(depth=cfg["layers"], heads=cfg["heads"], mlp_dim=4 * text.width, mlps=2)
-
-
-def _mlp(name: str, cfg: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    """The fields of the MLP and of the norms, which both native towers have."""
-    act, norm = cfg["act_kwargs"] or {}, cfg["norm_kwargs"] or {}
-    require(set(norm) <= {"eps"}, f"{name}.norm_kwargs", norm, "clipjax has eps only")
-    approximate = act.get("approximate", "none")
-    plain = set(act) <= {"approximate"} and approximate in ("none", "tanh") and not (quick and act)
-    require(plain, f"{name}.act_kwargs", act, "clipjax has gelu, its tanh approximation and quick_gelu")
-    activation: Activation = "quick_gelu" if quick else "gelu_tanh" if approximate == "tanh" else "gelu"
-    return dict(mlp_dim=int(cfg["width"] * cfg["mlp_ratio"]), activation=activation, norm_eps=norm.get("eps", EPS))
-
-
-def _read(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of a section that are in `defaults`. Raises ConfigError for a field that is neither read nor ignored."""
-    for field in given.keys() - defaults.keys() - IGNORED - set(ignored):
-        value = given[field]
-        accepted = value == ACCEPTED[field] if field in ACCEPTED else value in (None, False)
-        require(accepted, f"{name}.{field}", value, "clipjax has nothing like it")
-    return dict(defaults) | {field: value for field, value in given.items() if field in defaults}
-
-
-def _square(name: str, size: Any) -> int:
-    sides = size if isinstance(size, list | tuple) else [size]
-    require(len(set(sides)) == 1, name, size, "clipjax has square images only")
-    return sides[0]
-
-
-def _resize(pixels: Mapping[str, Any], model: Model) -> Resize:
-    """Our `data.resize` for a `preprocess_cfg`."""
-    mode, kernel = pixels["resize_mode"], pixels["interpolation"]
-    require(kernel == "bicubic", "preprocess_cfg.interpolation", kernel, "clipjax resizes with bicubic only")
-    known: dict[str, Resize] = {"squash": "squash", "shortest": "crop"}
-    require(mode in known, "preprocess_cfg.resize_mode", mode, "clipjax has squash and shortest")
-    side = model.image.image_size if pixels["size"] is None else _square("preprocess_cfg.size", pixels["size"])
-    require(side == model.image.image_size, "preprocess_cfg.size", side, f"must be the tower's {model.image.image_size}")
-    return known[mode]
-
-
-def _weights(folder: Path) -> Tensors:
-    file = next((folder / name for name in NAMES if (folder / name).is_file()), None)
+def _places(source: Path) -> tuple[Path, Path]:
+    """The folder of the configuration, and the file of the weights."""
+    if source.is_file():
+        require(source.suffix in OTHERS, "SRC", str(source), f"is no file of weights: name a folder with {CONFIG}")
+        folder = next((folder for folder in source.resolve().parents[:2] if (folder / CONFIG).is_file()), None)
+        remedy = (
+            f"has no {CONFIG} beside it, which open_clip writes with `push_to_hf_hub`: what the model is, its tensors do not say"
+        )
+        require(folder is not None, "SRC", str(source), remedy)
+        assert folder is not None
+        return folder, source
+    require(source.is_dir(), "SRC", str(source), f"is not a folder; name one that holds {CONFIG} and its weights")
+    require((source / CONFIG).is_file(), "SRC", str(source), f"has no {CONFIG}, which open_clip writes beside weights")
+    file = weights.find(source, NAMES)
     if file is None:
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
-        remedy = f"has no weights as {', '.join(NAMES)}"
-        if pickled:
-            remedy = f"has its weights as {pickled[0]} only, which only PyTorch can read, and which may run any program: load "
-            remedy += f"it in PyTorch, `safetensors.torch.save_file(model.state_dict(), '{WEIGHTS}')`, and name that folder"
-        raise ConfigError(f"SRC = {str(folder)!r}: {remedy}")
+        others = sorted(path for path in source.iterdir() if path.suffix in OTHERS)
+        require(len(others) > 0, "SRC", str(source), f"has no weights as {', '.join(NAMES)}")
+        remedy = f"has several files of weights: name one of {', '.join(path.name for path in others)}"
+        require(len(others) == 1, "SRC", str(source), remedy)
+        file = others[0]
+    return source, file
+
+
+def _configuration(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`model_cfg` and `preprocess_cfg`."""
     try:
-        return safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise ConfigError(f"{file}: is not a complete safetensors file: {error}") from error
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return dict(config["model_cfg"]), dict(config.get("preprocess_cfg") or {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: is not a configuration of open_clip: {type(error).__name__}: {error}") from error
+
+
+def _named(tensors: Mapping[str, np.ndarray], model: Model, notes: list[str]) -> Tensors:
+    """The tensors under the names of the table, without what is no weight; scale and bias as scalars.
+
+    A text tower's names begin with `text.` in a CustomTextCLIP, even if it is CLIP's, and in a CLIP they do not. Adds a note for
+    a bias that is missing."""
+    named = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("_orig_mod.").removeprefix("text.")  # of torch.compile
+        if name.rpartition(".")[2] in NO_WEIGHTS:
+            continue
+        prefix = "text." if custom(model) and name.startswith(TEXT) else ""
+        named[prefix + name] = tensor.reshape(()) if name in ("logit_scale", "logit_bias") and tensor.size == 1 else tensor
+    if model.init_bias is not None and "logit_bias" not in named:
+        notes.append("logit_bias is missing from the weights: it is 0, as in open_clip")
+        named["logit_bias"] = np.zeros((), np.float32)
+    return named
+
+
+def _fit_positions(tensors: Tensors, model: Model, notes: list[str]) -> None:
+    """Resizes the position embeddings to the sizes of the model, with a note for each."""
+    image, text = model.image, model.text
+    trunk = image.pool == "map"
+    name = "visual.trunk.pos_embed" if trunk else "visual.positional_embedding"
+    if name in tensors and tensors[name].shape[-2] != image.patches + image.class_token:
+        old = tensors[name][0] if trunk else tensors[name]
+        new = resized_image(old, image.class_token, image.side)
+        notes.append(f"image positions: {len(old)} -> {len(new)}, resized for {image.image_size} px (bicubic, antialias)")
+        tensors[name] = new[None] if trunk else new
+    name = "text.positional_embedding" if custom(model) else "positional_embedding"
+    if name in tensors and len(tensors[name]) != text.positions:
+        old = tensors[name]
+        new = tensors[name] = resized_text(old, text.length, text.pool == "cls")
+        how = "interpolated" if len(new) > len(old) else "the first ones"
+        notes.append(f"text positions: {len(old)} -> {len(new)}, {how}")
