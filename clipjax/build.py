@@ -17,6 +17,7 @@ from clipjax.data.tokenizer import Tokenizer
 from clipjax.data.vectors import EMBEDDED, Vectors
 from clipjax.train.loop import Batches
 from clipjax.train.origin import Origin
+from clipjax.train.weights import Weights
 from clipjax.train.workdir import Workdir
 
 NOT_SHARED = "must be on storage that all processes share"
@@ -48,11 +49,11 @@ def tokenizer(run: config.Run, workdir: Workdir, source: Source) -> Tokenizer:
         return new
 
 
-def _new_tokenizer(run: config.Run, origin: Origin | None, source: Source) -> Tokenizer:
+def _new_tokenizer(run: config.Run, origin: Origin | Weights | None, source: Source) -> Tokenizer:
     text, how = run.model.text, run.tokenizer.clean
-    if origin is not None:
-        file = origin.path / TOKENIZER
-        config.require(file.exists(), "init.run", str(origin), f"its workdir has no {TOKENIZER}: put it back")
+    if origin is not None and origin.tokenizer is not None:
+        file = origin.tokenizer / TOKENIZER
+        config.require(file.exists(), "init", str(origin), f"{origin.tokenizer} has no {TOKENIZER}: put it back")
         return Tokenizer.load(file, text.length, how)
     if isinstance(run.tokenizer, config.TokenizerFile):
         return Tokenizer.load(run.tokenizer.path, text.length, how)

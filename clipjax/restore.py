@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,21 @@ def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
     Adapters of low rank are merged into their kernels: neither the configuration nor the weights have them. Raises as `look_up`.
     """
     workdir, step, run = look_up(name)
-    with reading(workdir, step), _reader(workdir) as reader:
-        target = sharding.shapes(jax.eval_shape(lambda: clip.init(run.model, run.seed)), mesh)
-        item = "params" if run.optim.ema is None else "ema"
-        restored = reader.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)}))
-    model, params = merged(run.model, restored[item])
+    model, params = load_weights(workdir, step, run, mesh)
     return dataclasses.replace(run, model=model), params, step
+
+
+def load_weights(
+    workdir: Path, step: int, run: config.Run, mesh: Mesh, parts: Collection[str] = ()
+) -> tuple[config.Model, clip.Params]:
+    """The model and the weights of `load_params`, of a checkpoint of `run`. `parts`: the parts of the tree to read, as `image`;
+    none: all. Raises DamagedError where they can't be read.
+    """
+    tree = jax.eval_shape(lambda: clip.init(run.model, run.seed))
+    wanted = {part: below for part, below in tree.items() if not parts or part in parts}
+    target = sharding.shapes(wanted, mesh, part=bool(parts))
+    options = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target), partial_restore=bool(parts))
+    item = "params" if run.optim.ema is None else "ema"
+    with reading(workdir, step), _reader(workdir) as reader:
+        params = reader.restore(step, args=ocp.args.Composite(**{item: options}))[item]
+    return merged(run.model, params)

@@ -231,6 +231,9 @@ def _is_sharded(sharding: NamedSharding, axes: Sequence[str]) -> bool:
     return any(axis in named and sharding.mesh.shape[axis] > 1 for axis in axes)
 
 
-def shapes(tree: Any, mesh: Mesh) -> Any:
-    """ShapeDtypeStructs with `shardings`: what Orbax restores into, and what ahead-of-time compilation takes."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh))
+def shapes(tree: Any, mesh: Mesh, part: bool = False) -> Any:
+    """ShapeDtypeStructs with `shardings`: what Orbax restores into, and what ahead-of-time compilation takes. `part`: the tree is
+    a part of one, and may be what can't be sharded.
+    """
+    placed = _place(tree, mesh) if part else shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)

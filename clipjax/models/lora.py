@@ -53,7 +53,7 @@ def merged(model: Model, params: dict[str, Any]) -> tuple[Model, dict[str, Any]]
     """The model without adapters, and the parameters that give the same embeddings: kernels W + alpha / rank * A B."""
     params = dict(params)
     for tower in TOWERS:
-        if (lora := getattr(model, tower).lora) is not None:
+        if (lora := getattr(model, tower).lora) is not None and tower in params:
             params[tower] = params[tower] | {"blocks": _merged_blocks(lora, params[tower]["blocks"])}
     return without(model), params
 

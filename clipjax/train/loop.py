@@ -22,13 +22,13 @@ from clipjax.models import clip
 from clipjax.storage import DISK_FULL
 from clipjax.train import remat
 from clipjax.train.optimizer import optimizer_of
-from clipjax.train.origin import restore_origin
 from clipjax.train.profiling import Profile
 from clipjax.train.progress import Progress
 from clipjax.train.report import Report, say_finished, say_start
 from clipjax.train.state import TrainState, abstract_state, initial_state
 from clipjax.train.step import Batch, Metrics, jit_step, make_train_step
-from clipjax.train.workdir import Workdir, evaluated, note_evaluations, qualified, restore_newest, save_config
+from clipjax.train.weights import started_state
+from clipjax.train.workdir import Workdir, evaluated, note_evaluations, qualified, restore_newest, save_config, with_start
 
 # Opens this process's batches, beginning with the one that follows a number of finished steps.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
@@ -70,16 +70,17 @@ def train(
     FloatingPointError where a loss is not finite, TooManyBadError where more examples are bad than data.max_bad allows, OSError
     where the disk is full, and Preempted where a stop was requested and the state is saved.
     """
+    run = with_start(run, workdir)
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
     tx = optimizer_of(run, params)
     abstract, origin = abstract_state(run, tx, mesh), workdir.origin
-    given = None if origin is None else restore_origin(run, origin, abstract)
+    given = None if origin is None else started_state(run, origin, tx, mesh)
     # Nothing above this line writes a file: it only finds what is wrong with the run.
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir.path, run, workdir.check_owner, workdir.fingerprint))
         stack.enter_context(_name_last_good(checkpoints, workdir.path, run.train))
         begin, state = restore_newest(run, workdir, checkpoints, abstract) or (origin, given or initial_state(run, tx, mesh))
-        schedule = _Schedule(run.train, evaluators, begin.step if begin else 0, workdir.path)
+        schedule = _Schedule(run.train, evaluators, None if begin is None else begin.step, workdir.path)
         note_evaluations(run, workdir.path, checkpoints, schedule.start)
         if schedule.is_finished:
             say_finished(run, workdir.path)
@@ -89,7 +90,7 @@ def train(
         check(state.params)
         data = stack.enter_context(batches(schedule.start))
         save_config(run, workdir.path)
-        if origin:  # from here on, the workdir needs nothing of the run that it started from
+        if origin:  # from here on, the workdir needs nothing of the runs that it started from
             checkpoints.save(origin.step, state)
         written = MetricsWriter(workdir.path, schedule.start, run.train.nonfinite_max, workdir.check_owner, run)
         writer = stack.enter_context(contextlib.closing(written))
@@ -104,12 +105,13 @@ def train(
 class _Schedule:
     """Decides what is due when a number of steps is finished."""
 
-    def __init__(self, cfg: config.Train, evaluators: Sequence[Evaluator], start: int, workdir: Path) -> None:
-        """`start`: the finished steps of the state that the run starts from."""
-        self._cfg, self._evaluators, self.start = cfg, evaluators, start
-        # Evaluations of step `start` that did not finish, as in a run that was preempted at its end: they have no line yet.
-        due = [e for e in evaluators if start and (start >= cfg.steps or e.due(start))]
-        done = evaluated(workdir, start, [(e.task, e.dataset) for e in due])
+    def __init__(self, cfg: config.Train, evaluators: Sequence[Evaluator], start: int | None, workdir: Path) -> None:
+        """`start`: the finished steps of the state that the run starts from; None: it starts with new weights."""
+        self._cfg, self._evaluators, self.start = cfg, evaluators, start or 0
+        # Evaluations of step `start` that have no line yet: of the weights that a run starts from, and those that did not finish,
+        # as in a run that was preempted at its end.
+        due = [] if start is None else [e for e in evaluators if start == 0 or start >= cfg.steps or e.due(start)]
+        done = evaluated(workdir, self.start, [(e.task, e.dataset) for e in due])
         self._missed = [e for e, is_done in zip(due, done, strict=True) if not is_done]
 
     @property

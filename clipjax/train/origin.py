@@ -36,18 +36,22 @@ class Origin:
     def __str__(self) -> str:
         return f"{self.path}@{self.step}"
 
+    @property
+    def tokenizer(self) -> Path:
+        """The workdir whose tokenizer the run has."""
+        return self.path
 
-def find_origin(run: config.Run) -> Origin | None:
-    """The checkpoint that `run.init` names; None if it names none.
+
+def find_origin(run: config.Run) -> Origin:
+    """The checkpoint whose whole state `run.init` asks for.
 
     Raises ConfigError where there is none or it can't be read, and where its state is not one of `run`.
     """
-    if run.init is None:
-        return None
+    assert run.init is not None, "only init gives an origin"
     try:
         origin = Origin(*look_up(run.init.run, "init.run"))
     except DamagedError as error:
-        raise _unreadable(run.init, error) from error
+        raise unreadable("init.run", run.init.run, error) from error
     require_state(origin.path, origin.step, "init.run")
     remedy = f"{origin} has {origin.step:,} finished steps already: ask for more"
     config.require(origin.step < run.train.steps, "train.steps", run.train.steps, remedy)
@@ -64,7 +68,7 @@ def restore_origin(run: config.Run, origin: Origin, abstract: TrainState) -> Tra
     try:
         return restore(origin.path, origin.step, abstract)
     except DamagedError as error:
-        raise _unreadable(run.init, error) from error
+        raise unreadable("init.run", run.init.run, error) from error
 
 
 def changes_order(before: config.Run, run: config.Run) -> bool:
@@ -72,8 +76,9 @@ def changes_order(before: config.Run, run: config.Run) -> bool:
     return bool(_named(ORDER, before, run))
 
 
-def _unreadable(init: config.Init, error: DamagedError) -> config.ConfigError:
-    return config.ConfigError(f"init.run = {init.run!r}: {error}; name another step, as RUN@STEP, or another run")
+def unreadable(field: str, name: str, error: DamagedError) -> config.ConfigError:
+    """For a checkpoint that the field of a configuration names."""
+    return config.ConfigError(f"{field} = {name!r}: {error}; name another step, as RUN@STEP, or another run")
 
 
 def _differences(before: config.Run, run: config.Run) -> list[str]:

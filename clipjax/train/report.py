@@ -17,6 +17,7 @@ from clipjax.metrics.writer import EvaluationResults, MetricsWriter
 from clipjax.train.optimizer import can_grow
 from clipjax.train.origin import Origin, changes_order
 from clipjax.train.progress import Progress
+from clipjax.train.weights import Weights
 from clipjax.train.workdir import Saved, changes
 
 
@@ -26,16 +27,21 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def say_start(run: config.Run, workdir: Path, begin: Saved | Origin | None, source: Source | None) -> None:
-    """Prints where a run starts, if it resumes or has another run's state, and how long it is: its steps, examples and epochs."""
+def say_start(run: config.Run, workdir: Path, begin: Saved | Origin | Weights | None, source: Source | None) -> None:
+    """Prints where a run starts, if it resumes or has another run's weights or state, and how long it is: its steps, examples and
+    epochs."""
     train = run.train
-    if begin:
+    if isinstance(begin, Weights):
+        say("\n  ".join([f"{workdir}: starts from the weights of {begin}, at step 0 of {train.steps:,}", *begin.report(run)]))
+    elif begin:
         changed = "; ".join(line for line in changes(begin.run, run) if not line.startswith("init"))
         changed = f"; changed: {changed}" if changed else ""
         starts = f"starts from {begin}" if isinstance(begin, Origin) else "resuming"
         say(f"{workdir}: {starts} at step {begin.step:,} of {train.steps:,}{changed}")
         if changes_order(begin.run, run):
             say(f"the order of the data is another one: it goes on with its batch {train.place(begin.step):,}")
+        if isinstance(begin, Saved) and run.init is not None and run.init != begin.run.init:
+            say(f"{run.init} is not read: what came from it stands in the checkpoint")
     if source is not None:
         examples, size = train.steps * train.batch_size, len(source)
         steps = f"{train.steps:,} steps of {train.batch_size:,} = {examples:,} examples"

@@ -1,16 +1,21 @@
 """The state that a training step updates, and how it is made on the mesh."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from clipjax import config, sharding
 from clipjax.models import clip
 from clipjax.train import memory
 from clipjax.train.memory import Memory
+
+NOTHING: Mapping[str, ArrayLike] = {}
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +37,9 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
-def _fresh(run: config.Run, tx: optax.GradientTransformation, devices: int) -> TrainState:
-    params = clip.init(run.model, run.seed)
+def _fresh(run: config.Run, tx: optax.GradientTransformation, devices: int, given: Mapping[str, jax.Array]) -> TrainState:
+    drawn = clip.init(run.model, run.seed)
+    params = jax.tree.map_with_path(lambda path, p: given.get(sharding.keystr(path), p), drawn)
     ema = params if run.optim.ema is not None else None
     zero = jnp.zeros((), jnp.int32)
     in_row = zero if run.train.nonfinite == "skip" else None
@@ -42,7 +48,7 @@ def _fresh(run: config.Run, tx: optax.GradientTransformation, devices: int) -> T
 
 def state_shapes(run: config.Run, tx: optax.GradientTransformation, devices: int = 1) -> TrainState:
     """The shapes and dtypes of a run's state, without arrays. `devices`: over which the batch is sharded."""
-    return jax.eval_shape(lambda: _fresh(run, tx, devices))
+    return jax.eval_shape(lambda: _fresh(run, tx, devices, {}))
 
 
 def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -54,8 +60,16 @@ def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
     return sharding.shapes(state_shapes(run, tx, sharding.batch_devices(mesh)), mesh)
 
 
-def initial_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def initial_state(
+    run: config.Run, tx: optax.GradientTransformation, mesh: Mesh, given: Mapping[str, ArrayLike] = NOTHING
+) -> TrainState:
     """The state before the first step. It is made shard by shard on its devices: no host or device ever holds a full copy of a
-    sharded array."""
+    sharded array. `given`: parameters by their paths, in place of new ones; those that lie on the devices are used up."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, tx, mesh))
-    return jax.jit(lambda: _fresh(run, tx, sharding.batch_devices(mesh)), out_shardings=shardings)()
+
+    @functools.partial(jax.jit, out_shardings=shardings, donate_argnums=0)
+    def make(placed: dict[str, jax.Array], others: dict[str, jax.Array]) -> TrainState:
+        return _fresh(run, tx, sharding.batch_devices(mesh), placed | others)
+
+    placed = {name: x for name, x in given.items() if isinstance(x, jax.Array)}
+    return make(placed, {name: x for name, x in given.items() if name not in placed})

@@ -5,6 +5,7 @@ damaged checkpoints aside.
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from clipjax.train.optimizer import can_grow
 from clipjax.train.origin import Origin, changes_order, find_origin
 from clipjax.train.owner import CheckOwner, never_lost, owned
 from clipjax.train.state import TrainState
+from clipjax.train.weights import Weights, find_weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Workdir:
 
     path: Path
     saved: Saved | None = None  # None: there is no checkpoint
-    origin: Origin | None = None  # of a workdir without checkpoint: where its state comes from. None: the run starts at step 0
+    # Of a workdir without checkpoint: where its state or its weights come from. None: it starts with new weights.
+    origin: Origin | Weights | None = None
     check_owner: CheckOwner = never_lost  # raises LostError where another process owns the folder now; see `Owner.check`
     fingerprint: Mapping[str, Any] | None = None  # of the run's data, once they are open: `same_data.recognized`
 
@@ -63,12 +66,20 @@ def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Iterator[Workdir]:
     sharding.check_tensor(run.model, mesh)
     with owned(path) as check_owner:
         saved = _find_checkpoint(run, path)
-        origin = None if saved else find_origin(run)
-        if origin:
-            distributed.agree("the step of init.run", origin.step)
-            if not changes_order(origin.run, run):
-                _check_skip(run, origin.path, origin)
-        yield Workdir(path, saved, origin, check_owner)
+        yield Workdir(path, saved, None if saved else _find_start(run), check_owner)
+
+
+def _find_start(run: config.Run) -> Origin | Weights | None:
+    """What `run.init` names; None without init. Raises as `find_origin` and `find_weights`."""
+    if run.init is None:
+        return None
+    if run.init.state == "weights":
+        return find_weights(run)
+    origin = find_origin(run)
+    distributed.agree("the step of init.run", origin.step)
+    if not changes_order(origin.run, run):
+        _check_skip(run, origin.path, origin)
+    return origin
 
 
 def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
@@ -79,9 +90,10 @@ def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
         return None
     saved = Saved(*found)
     require_state(path, saved.step, "--workdir")
-    if run.init not in (None, saved.run.init):
-        remedy = f"{path} has checkpoints, from which it goes on; choose a new --workdir, or set init to {saved.run.init}"
-        raise config.ConfigError(f"init.run = {run.init.run!r}: {remedy}")
+    before = saved.run.init
+    if run.init and (before is None or before.state != run.init.state):  # what another run gave stands in the checkpoint
+        remedy = f"{path} has checkpoints, from which it goes on; choose a new --workdir, or set init to {before}"
+        raise config.ConfigError(f"{run.init}: {remedy}")
     if differences := config.identity_differences(saved.run, run):
         rows = "\n  ".join(differences)
         remedy = "change these back, or choose a new --workdir, which init starts from this one where its state fits"
@@ -125,6 +137,12 @@ def restore_newest(
             checkpoints.set_aside(saved.step, str(error))
             saved = _find_checkpoint(run, workdir.path)
             assert saved, "newest() raises where checkpoints were set aside and none is left"
+
+
+def with_start(run: config.Run, workdir: Workdir) -> config.Run:
+    """`run`; where it resumes and has no init, with that of the checkpoint: config.json goes on to say what it started from."""
+    init = None if workdir.saved is None else workdir.saved.run.init
+    return dataclasses.replace(run, init=init) if run.init is None and init is not None else run
 
 
 def evaluations(workdir: Path) -> Iterator[dict[str, Any]]:
