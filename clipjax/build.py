@@ -53,7 +53,7 @@ def _new_tokenizer(run: config.Run, origin: Origin | Weights | None, source: Sou
     text, how = run.model.text, run.tokenizer.clean
     if origin is not None and origin.tokenizer is not None:
         file = origin.tokenizer / TOKENIZER
-        config.require(file.exists(), "init", str(origin), f"{origin.tokenizer} has no {TOKENIZER}: put it back")
+        config.require(file.exists(), "init.run", str(origin), f"its workdir has no {TOKENIZER}: put it back, as {file}")
         return Tokenizer.load(file, text.length, how)
     if isinstance(run.tokenizer, config.TokenizerFile):
         return Tokenizer.load(run.tokenizer.path, text.length, how)

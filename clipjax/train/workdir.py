@@ -93,7 +93,7 @@ def _find_checkpoint(run: config.Run, path: Path) -> Saved | None:
     before = saved.run.init
     if run.init and (before is None or before.state != run.init.state):  # what another run gave stands in the checkpoint
         remedy = f"{path} has checkpoints, from which it goes on; choose a new --workdir, or set init to {before}"
-        raise config.ConfigError(f"{run.init}: {remedy}")
+        raise config.ConfigError(f"init.run = {run.init.run!r}: {remedy}")
     if differences := config.identity_differences(saved.run, run):
         rows = "\n  ".join(differences)
         remedy = "change these back, or choose a new --workdir, which init starts from this one where its state fits"

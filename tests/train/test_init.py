@@ -315,7 +315,7 @@ def test_a_run_evaluates_its_start_and_needs_it_no_more(runs, tmp_path, capsys):
         assert evaluated(workdir).keys() == {0, 2}
         shutil.rmtree(workdir / "checkpoints" / "2")
     assert "is not read: what came from it stands in the checkpoint" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"^Init\(run='a'.*state='all'\): .* has checkpoints"):
+    with pytest.raises(ConfigError, match=r"^init\.run = 'a': .* has checkpoints"):
         tiny.opened(dataclasses.replace(run, init=Init(run="a", state="all")), workdir)
 
 
