@@ -53,6 +53,9 @@ def read(source: Path, options: Options) -> Found:
         notes += unsaid + resized
     table, shapes = transformers.table(model), jax.eval_shape(lambda: init(model, 0))
     words = None if towers == "image" else _tokenizer(source, folder, config, model, options)
+    padding = "" if words is None else str(words.backend.id_to_token(words.pad_id))
+    if len(padding) == 1:  # as in Stable Diffusion's folders
+        notes.append(f"{padding!r} as the padding token in the midst of a text: there it is text, as for CLIP's own tokenizer")
     return Found(model, to_ours(table, tensors, shapes), words, resize, notes)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from clipjax.config import Run, require
+from clipjax.data.clean import clean
 from clipjax.data.images.image import fit
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import reference
@@ -83,6 +84,9 @@ def verify_import(
         if options.tokenizer is not None:
             theirs = theirs._replace(ids=_ids(words), clean=str)
             notes.append("strings: the tokenizer is that of --tokenizer, not the source's")
+        elif words.clean == "lower":
+            theirs = theirs._replace(ids=_lowered(theirs.ids))
+            notes.append("capitals: transformers' Gemma tokenizer leaves lower case, which SigLIP 2 was trained on, to its user")
     return compare(theirs, run.model, params, words, run.data.resize, images(), TEXTS), notes
 
 
@@ -113,6 +117,10 @@ def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     coarse = [Image.fromarray(rng.integers(0, 256, (h // 8 + 2, w // 8 + 2, 3), np.uint8)) for w, h in SHAPES]
     return [image.resize(shape, Image.Resampling.BICUBIC) for image, shape in zip(coarse, SHAPES, strict=True)]
+
+
+def _lowered(ids: Callable[[Sequence[str]], Any]) -> Callable[[Sequence[str]], Any]:
+    return lambda texts: ids([clean(text, "lower") for text in texts])
 
 
 def _ids(words: Tokenizer) -> Callable[[Sequence[str]], Any]:

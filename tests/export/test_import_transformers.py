@@ -221,6 +221,35 @@ def test_a_model_of_the_hub(tmp_path, tokenizer, monkeypatch):
         read(Path("nowhere"))
 
 
+LETTERS = [chr(c) for c in (*range(65, 91), *range(97, 123))]
+GEMMA = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", ".", ",", *LETTERS]
+MERGES = [("▁", "c"), ("▁c", "a"), ("▁ca", "t"), ("p", "h"), ("t", "o")]
+
+
+@pytest.mark.parametrize("name", ["Siglip2Tokenizer", "GemmaTokenizer"])
+def test_siglip_2(tmp_path, capsys, name):
+    """Its own tokenizer's ids, in lower case also where transformers' class does not do that; `--verify` finds no difference."""
+    vocabulary = {token: i for i, token in enumerate([*GEMMA, *map("".join, MERGES)])}
+    marks = dict(padding_side="right", add_bos_token=False, add_eos_token=True, model_max_length=LENGTH)
+    words = getattr(theirs, name)(vocab=vocabulary, merges=MERGES, **marks)
+    words.save_pretrained(tmp_path / "theirs")
+    written(tmp_path / "theirs", siglip(), None)
+    source = ["import", "--from", "transformers", str(tmp_path / "theirs"), "--out", str(tmp_path / "run")]
+    assert cli.main([*source, "--verify"]) == 0, capsys.readouterr()
+    run = clipjax.load(tmp_path / "run")
+    assert (run.run.tokenizer.clean, run.tokenizer.pad_id, run.tokenizer.start_id) == ("lower", 0, None)
+    texts = ["a photo of a cat.", "Two DOGS,  a café; 猫", "a cat " * 9, ""]
+    small = [text.lower() for text in texts]
+    ids = words(small, padding="max_length", truncation=True, return_tensors="np")["input_ids"]
+    np.testing.assert_array_equal(run.tokenizer.encode(texts)[0], ids)
+
+
+def test_an_image_tower_alone_is_verified(tmp_path, capsys):
+    folder = written(tmp_path / "theirs", made(theirs.CLIPVisionModelWithProjection, **VISION | dict(projection_dim=8)), None)
+    assert cli.main(["import", "--from", "transformers", str(folder), "--out", str(tmp_path / "run"), "--verify"]) == 0
+    assert "same pixels or ids: image" in capsys.readouterr().out
+
+
 REFUSED = {
     "naflex": (lambda f: change(f / "config.json", model_type="siglip2"), "model_type = 'siglip2': needs patches of any number"),
     "bert": (
