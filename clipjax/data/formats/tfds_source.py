@@ -107,7 +107,8 @@ class Tfds(Source):
     """One split of a prepared dataset with an image and a text or a label.
 
     Image: `data.image_field`, or the only one. Captions: `data.text_field`, else `caption`, else the only text that is not a
-    file's name or a key, else the class names of the only label. A field is named by its path, as `captions/text`."""
+    file's name or a key, else the class names of the only label. A field is named by its path, as `captions/text`, and one of
+    several captions by its place, as `captions.7`, counted from 0."""
 
     def __init__(self, data: config.Data, folder: Path) -> None:
         super().__init__()
@@ -122,7 +123,9 @@ class Tfds(Source):
 
         self._image = self._field("image_field", data.image_field, [images])
         captions = [[p for p in texts if p == "caption"], [p for p in texts if p.split("/")[-1] not in KEYS], labels]
-        self._text = self._field("text_field", data.text_field, captions, texts + labels)
+        of, _, place = (data.text_field or "").rpartition(".")
+        self._place = int(place) if place.isdecimal() and of in texts and leaves[of][1] else None
+        self._text = self._field("text_field", data.text_field if self._place is None else of, captions, texts + labels)
         single = [p for p in labels if not leaves[p][1]]
         self._label = self._text if self._text in single else single[0] if len(single) == 1 else None
         if naming := self._text if self._text in labels else self._label:
@@ -205,7 +208,8 @@ class Tfds(Source):
         if self._label_captions is not None:
             captions = tuple(self._label_captions[n] for n in values(self._text, "int64_list") if n >= 0)
         else:
-            captions = kept(text.decode() for text in values(self._text, "bytes_list"))
+            texts = values(self._text, "bytes_list")
+            captions = kept(text.decode() for text in (texts if self._place is None else texts[self._place :][:1]))
         label = (values(self._label, "int64_list") if self._label else []) or [-1]
         key = values(self._key, "bytes_list")[0].decode() if self._key else f"{self._split}-{i}"
         image = values(self._image, "bytes_list") or [b""]
