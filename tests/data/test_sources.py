@@ -136,6 +136,13 @@ def test_sequence_of_sequences(toy):
     assert source.record(0).captions == ("a", "b", "c")
 
 
+@pytest.mark.parametrize(("place", "expected"), [("1", ("b",)), ("0", ("a",)), ("7", ())])
+def test_one_of_several_captions_by_its_place(toy, place, expected):
+    several = FEATURES.Sequence(FEATURES.Text())
+    source = toy({"captions": (several, lambda i: ["a", "b", "c"]), "note": TEXT}, text_field=f"captions.{place}")
+    assert source.record(0).captions == source.text(0).captions == expected
+
+
 def test_texts_are_records_without_images(toy, monkeypatch):
     """Of every field that is asked for, also of several values; and no image is parsed."""
     several = FEATURES.Sequence({"text": FEATURES.Text(), "score": np.float32})
