@@ -15,7 +15,7 @@ from clipjax.data.tokenizer import Tokenizer
 from clipjax.export.folder import export
 from clipjax.export.reference import load
 from clipjax.export.unjudged import CLEANED
-from clipjax.export.verify import verify
+from clipjax.export.verify import encode, verify
 from clipjax.models.clip import init
 from tests import torch_reference
 from tests.export.models import CAPTIONS, LENGTH, TEXT, check, clip, parameters, siglip
@@ -132,6 +132,40 @@ def test_transformers_auto_processor(tmp_path, tokenizer, images):
         pixels = reference.pixels(images)
         assert (batch["pixel_values"] - pixels).abs().max() <= 1.01 / 255 / min(model.image.std)
         assert AutoModel.from_pretrained(out)(**batch).logits_per_image.shape == (5, 5)
+
+
+@pytest.mark.parametrize("to", ["open_clip", "transformers"])
+def test_half_precision(tmp_path, tokenizer, images, to):
+    """Compared with the rounded weights; how far the rounding moves a vector is told."""
+    model = clip(dict(positions="sincos2d"))
+    export(model, parameters(model), tokenizer, "squash", tmp_path / "out", to, "none", "bfloat16")
+    arguments = tmp_path / "out", to, model, parameters(model), tokenizer, "squash", images, CAPTIONS, "none", ()
+    report = verify(*arguments, "bfloat16")
+    assert report.failures == []
+    assert max(report.image, report.text) < 1e-5
+    assert 1e-4 < min(report.rounding) < max(report.rounding) < 0.1
+    assert sum(line.startswith("rounding of the weights: image ") for line in report.figures) == 1
+    assert {failure.split()[0] for failure in verify(*arguments).failures} > {"image", "text"}
+
+
+def test_sentence_transformers_pads_texts_that_see_padding(tmp_path, tokenizer):
+    """Its own processor with the arguments of the file, and the method that it names; by hand with 5.4.0 and 6.2.0."""
+    from transformers import AutoModel, AutoProcessor
+
+    for model in (clip(), siglip()):
+        out, params = tmp_path / model.image.pool, parameters(model)
+        export(model, params, tokenizer, "squash", out, "transformers")
+        modules, settings = (json.loads((out / name).read_text()) for name in ("modules.json", "sentence_bert_config.json"))
+        assert (len(modules), modules[0]["path"]) == (1, "")
+        processor = AutoProcessor.from_pretrained(out, **settings["processor_kwargs"])
+        assert type(processor.image_processor).__name__.endswith("Pil")
+        arguments = dict(padding=True, truncation="longest_first") | settings.get("processing_kwargs", {}).get("text", {})
+        batch = processor(text=["flag"], return_tensors="pt", **arguments)
+        method = settings["modality_config"]["text"]
+        vectors = getattr(AutoModel.from_pretrained(out), method["method"])(**batch)[method["method_output_name"]]
+        vector = vectors.detach().numpy() / np.linalg.norm(vectors.detach().numpy())
+        pixels, ids = np.zeros((1, 32, 32, 3), np.uint8), Tokenizer.load(tokenizer, LENGTH).encode(["flag"])[0]
+        assert np.linalg.norm(vector - encode(model, params, pixels, ids).text) < 1e-5
 
 
 def test_replaces_an_earlier_export_only(tmp_path, tokenizer):
