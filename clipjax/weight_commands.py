@@ -47,6 +47,7 @@ def import_run(args: argparse.Namespace) -> int:
     """`clipjax import`: makes a workdir from a model of another library; with --verify returns 1 if its results differ there."""
     from clipjax import distributed
     from clipjax.export import verify_import
+    from clipjax.export.finetune import FINETUNE
     from clipjax.export.found import Options
     from clipjax.export.imported import import_run
 
@@ -54,8 +55,10 @@ def import_run(args: argparse.Namespace) -> int:
     options = Options(args.tokenizer, args.image_size)
     if args.verify:
         verify_import.require_comparable(args.origin, options)
-    _, notes = import_run(args.source, args.out, args.origin, options)
+    run, notes = import_run(args.source, args.out, args.origin, options)
     print(f"{args.out}: step 0, from {args.source}")
+    if run.model.towers == "both":
+        print(f"  to fine-tune it: clipjax train {args.out / FINETUNE} --workdir RUN")
     for note in notes:
         print(f"  not imported: {note}")
     if not args.verify:

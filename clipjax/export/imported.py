@@ -9,6 +9,7 @@ from clipjax.checkpoint import TOKENIZER, save_weights
 from clipjax.config import Caption, Data, Run, Sigmoid, Softmax, TokenizerFile, require
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import big_vision_read, open_clip_read, transformers_read
+from clipjax.export.finetune import write_finetune
 from clipjax.export.found import Found, Options
 from clipjax.files import resolve
 from clipjax.models.clip import Params
@@ -26,7 +27,8 @@ AS_IT_IS = Options()
 
 
 def import_run(source: Path, out: Path, origin: str, options: Options = AS_IT_IS) -> tuple[Run, list[str]]:
-    """Writes the workdir `out` from the weights of another library, with a checkpoint of step 0. `origin`: one of READERS.
+    """Writes the workdir `out` from the weights of another library, with a checkpoint of step 0. Beside a model of both towers
+    lies a configuration that fine-tunes it. `origin`: one of READERS.
 
     Returns its run, and notes on what is not imported. Raises ConfigError for a model that clipjax has not, for weights that do
     not fit it, for a source without tokenizer, and unless `out` is new or empty.
@@ -42,6 +44,8 @@ def import_run(source: Path, out: Path, origin: str, options: Options = AS_IT_IS
     words = TokenizerFile(path=str(resolve(out) / TOKENIZER), clean=clean)
     run = Run(model=model, data=Data(spec="emoji", resize=found.resize), tokenizer=words, objective=terms)
     write_weights(run, found.params, found.tokenizer, out, f"clipjax import --from {origin}")
+    if model.towers == "both":
+        write_finetune(out)
     return run, found.notes
 
 

@@ -1,6 +1,7 @@
 """A new workdir that starts from another run's whole state."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -138,5 +139,17 @@ def test_it_is_an_option():
         with pytest.raises(ConfigError, match=rf"^{wrong}: there is no such field; the nearest is --init\.run"):
             overridden(wrong, "runs/a")
     assert overridden("--init.run", "runs/a").init == config.Init(run="runs/a", state="weights")
+    allowed = overridden("--init.image", "runs/a", "--init.text", "runs/b", "--init.allow", "text/.*", "decoder/.*").init
+    assert allowed == config.Init(image="runs/a", text="runs/b", allow=("text/.*", "decoder/.*"))
+    for wrong, message in (("--init.image", "must name a workdir"), ("--init.allow", "'all' is of init.run alone")):
+        with pytest.raises(ConfigError, match=message):
+            overridden("--init.state", "all", wrong, "runs/a", *(() if wrong == "--init.image" else ("--init.run", "a")))
+    with pytest.raises(ConfigError, match=r"^init\.allow\.0 = '\(': is not a regular expression"):
+        config.Init(run="a", allow=("(",))
+
+
+def test_a_configuration_of_before_has_the_whole_state():
+    tree = json.loads(config.to_json(EVERYTHING)) | dict(init=dict(run="runs/a@3", state="all"))
+    assert config.from_json(json.dumps(tree)).init == config.Init(run="runs/a@3", state="all")
     with pytest.raises(ConfigError, match=r"^init\.run = '': must name a workdir"):
         overridden("--init.run=", "--init.state", "all")
