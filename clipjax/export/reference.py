@@ -40,11 +40,14 @@ def load(out: Path, to: Format) -> Reference:
 
 def _load_open_clip(out: Path) -> Reference:
     import open_clip
+
+    return of_open_clip(open_clip.create_model_and_transforms(f"local-dir:{out}"), open_clip.get_tokenizer(f"local-dir:{out}"))
+
+
+def of_open_clip(loaded: Any, tokenizer: Any) -> Reference:
+    """For what open_clip's `create_model_and_transforms` and `get_tokenizer` return."""
     import torch
 
-    name = f"local-dir:{out}"
-    loaded: Any = open_clip.create_model_and_transforms(name)  # its types hold more than these arguments give
-    tokenizer: Any = open_clip.get_tokenizer(name)
     model, _, preprocess = loaded
 
     def pixels(images: Sequence[Image.Image]) -> torch.Tensor:

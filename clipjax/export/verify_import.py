@@ -1,8 +1,10 @@
 """Compares an imported run with its source, loaded in PyTorch by the library that it came from."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import jax
@@ -12,11 +14,13 @@ from PIL import Image
 
 from clipjax.config import Run, require
 from clipjax.data.clean import clean
+from clipjax.data.clean import clean
 from clipjax.data.images.image import fit
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import reference
+from clipjax.export import open_clip_read, reference, weights
 from clipjax.export.big_vision_reference import load_big_vision
 from clipjax.export.found import Options
+from clipjax.export.reference import Reference
 from clipjax.export.report import LIMIT
 from clipjax.export.verify import compare, normalised
 from clipjax.models.clip import Params, bind
@@ -28,9 +32,8 @@ SHAPES = ((136, 128), (50, 90), (21, 30), (300, 200))  # width and height
 def require_comparable(origin: str, options: Options) -> None:
     """Raises ConfigError if what loads the source in PyTorch is missing, or can't load it at `options.image_size`."""
     reference.require_packages("transformers" if origin == "transformers" else "open_clip")
-    remedy = "the original library has the source's own size only: leave it out to verify"
-    possible = options.image_size is None or origin == "big_vision"
-    require(possible, "--image-size", options.image_size, remedy)
+    remedy = "transformers has the source's own size only: leave it out to verify"
+    require(options.image_size is None or origin != "transformers", "--image-size", options.image_size, remedy)
 
 
 class Comparison(Protocol):
@@ -79,15 +82,49 @@ def verify_import(
     if origin == "big_vision":
         theirs = load_big_vision(source, run.model, params["image"].get("positions"), words, run.data.resize)
         notes.append("image files and strings: big_vision's own resizing and tokenizer are not in PyTorch")
+    elif origin == "open_clip":
+        theirs = _load_open_clip(source, options, run)
     else:
-        theirs = reference.load(source, "open_clip" if origin == "open_clip" else "transformers")
-        if options.tokenizer is not None:
-            theirs = theirs._replace(ids=_ids(words), clean=str)
-            notes.append("strings: the tokenizer is that of --tokenizer, not the source's")
-        elif words.clean == "lower":
-            theirs = theirs._replace(ids=_lowered(theirs.ids))
-            notes.append("capitals: transformers' Gemma tokenizer leaves lower case, which SigLIP 2 was trained on, to its user")
+        theirs = reference.load(source, "transformers")
+    if options.tokenizer is not None and origin != "big_vision":
+        theirs = theirs._replace(ids=_ids(words), clean=str)
+        notes.append("strings: the tokenizer is that of --tokenizer, not the source's")
+    elif origin == "transformers" and words.clean == "lower":
+        theirs = theirs._replace(ids=_lowered(theirs.ids))
+        notes.append("capitals: transformers' Gemma tokenizer leaves lower case, which SigLIP 2 was trained on, to its user")
     return compare(theirs, run.model, params, words, run.data.resize, images(), TEXTS), notes
+
+
+def _load_open_clip(source: Path, options: Options, run: Run) -> Reference:
+    """As open_clip loads a folder, but also from a file of weights, and of a training; it resizes the positions itself."""
+    import open_clip
+
+    folder, file = _files(source)
+    remedy = "timm's towers have their own size only: leave it out to verify"
+    require(options.image_size is None or run.model.image.pool != "map", "--image-size", options.image_size, remedy)
+    name = f"local-dir:{folder}"
+    logging.disable(logging.WARNING)  # open_clip's, that the weights are random: they are loaded next
+    try:
+        loaded: Any = open_clip.create_model_and_transforms(name, load_weights=False, force_image_size=options.image_size)
+    finally:
+        logging.disable(logging.NOTSET)
+    incompatible: Any = open_clip.load_checkpoint(loaded[0], str(file), strict=False)  # buffers of older releases are left
+    require(not incompatible.missing_keys, "--verify", str(file), f"open_clip misses {', '.join(incompatible.missing_keys[:3])}")
+    words: Any = open_clip.get_tokenizer(name) if options.tokenizer is None else SimpleNamespace(clean_fn=str)
+    return reference.of_open_clip(loaded, words)
+
+
+def _files(source: Path) -> tuple[Path, Path]:
+    """The folder of open_clip's configuration, and the file of the weights."""
+    if source.is_file():
+        return next(folder for folder in source.resolve().parents if (folder / open_clip_read.CONFIG).is_file()), source
+    file = weights.find(source, open_clip_read.NAMES)
+    pickled = sorted(path for path in source.iterdir() if path.suffix in weights.PICKLED)
+    file = pickled[0] if file is None and pickled else file
+    whole = file is not None and not file.name.endswith(weights.INDEX)
+    require(whole, "--verify", str(source), "open_clip reads whole files of weights only, no shards")
+    assert file is not None
+    return source, file
 
 
 def _compare_tower(source: Path, run: Run, params: Params, words: Tokenizer | None) -> TowerReport:
