@@ -34,7 +34,7 @@ def read(source: Path, options: Options) -> Found:
     """`source`: a folder with open_clip_config.json and weights, or the file of the weights in such a folder or one below.
 
     Raises ConfigError, with field, value and remedy, for a missing or broken file and for a model that clipjax has not."""
-    folder, file = _places(source)
+    folder, file = places(source)
     given, preprocess = _configuration(folder / CONFIG)
     pixels = preprocessing(preprocess)
     model = model_of(given, tuple(pixels["mean"]), tuple(pixels["std"]))
@@ -56,7 +56,7 @@ def read(source: Path, options: Options) -> Found:
     return Found(model, params, words, resize_of(pixels), notes)
 
 
-def _places(source: Path) -> tuple[Path, Path]:
+def places(source: Path) -> tuple[Path, Path]:
     """The folder of the configuration, and the file of the weights."""
     if source.is_file():
         require(source.suffix in OTHERS, "SRC", str(source), f"is no file of weights: name a folder with {CONFIG}")

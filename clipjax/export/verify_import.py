@@ -99,7 +99,8 @@ def _load_open_clip(source: Path, options: Options, run: Run) -> Reference:
     """As open_clip loads a folder, but also from a file of weights, and of a training; it resizes the positions itself."""
     import open_clip
 
-    folder, file = _files(source)
+    folder, file = open_clip_read.places(source)
+    require(not file.name.endswith(weights.INDEX), "--verify", str(file), "open_clip reads no shards: leave it out")
     remedy = "timm's towers have their own size only: leave it out to verify"
     require(options.image_size is None or run.model.image.pool != "map", "--image-size", options.image_size, remedy)
     name = f"local-dir:{folder}"
@@ -112,19 +113,6 @@ def _load_open_clip(source: Path, options: Options, run: Run) -> Reference:
     require(not incompatible.missing_keys, "--verify", str(file), f"open_clip misses {', '.join(incompatible.missing_keys[:3])}")
     words: Any = open_clip.get_tokenizer(name) if options.tokenizer is None else SimpleNamespace(clean_fn=str)
     return reference.of_open_clip(loaded, words)
-
-
-def _files(source: Path) -> tuple[Path, Path]:
-    """The folder of open_clip's configuration, and the file of the weights."""
-    if source.is_file():
-        return next(folder for folder in source.resolve().parents if (folder / open_clip_read.CONFIG).is_file()), source
-    file = weights.find(source, open_clip_read.NAMES)
-    pickled = sorted(path for path in source.iterdir() if path.suffix in weights.PICKLED)
-    file = pickled[0] if file is None and pickled else file
-    whole = file is not None and not file.name.endswith(weights.INDEX)
-    require(whole, "--verify", str(source), "open_clip reads whole files of weights only, no shards")
-    assert file is not None
-    return source, file
 
 
 def _compare_tower(source: Path, run: Run, params: Params, words: Tokenizer | None) -> TowerReport:

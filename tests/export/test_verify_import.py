@@ -1,5 +1,6 @@
 """`clipjax import --verify`: an imported run against its source, loaded by the library that wrote it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,10 +11,14 @@ from clipjax import cli
 from clipjax.export.folder import export
 from clipjax.export.found import Options
 from clipjax.export.verify_import import verify_import
+from tests import torch_reference
 from tests.export import standins_transformers as transformers
-from tests.export.models import clip, parameters
-from tests.export.standins_transformers import VISION, WORDS
+from tests.export.models import LENGTH, TEXT, clip, parameters
+from tests.export.standins_transformers import VISION, WORDS, torch
 from tests.export.standins_transformers import transformers as theirs
+
+torch_reference.load()
+import open_clip  # noqa: E402
 
 
 def test_open_clip(tmp_path, tokenizer, capsys):
@@ -54,3 +59,19 @@ def test_a_tower_of_transformers_alone(tmp_path, tokenizer, capsys, tower):
     folder = transformers.written(tmp_path / "src", model, tokenizer if tower == "text" else None)
     assert command("transformers", folder, tmp_path / "run") == 0
     assert re.search(rf"same pixels or ids: {tower} \d.\de-0[78]\n", capsys.readouterr().out)
+
+
+def test_a_training_checkpoint_of_open_clip(tmp_path, tokenizer, capsys):
+    """Of a distributed run, with a buffer, at another image size: open_clip resizes its positions itself."""
+    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8)
+    words = dict(context_length=LENGTH, vocab_size=TEXT["vocab_size"], width=32, heads=2, layers=1, hf_tokenizer_name="here")
+    cfg = dict(embed_dim=24, vision_cfg=vision, text_cfg=words)
+    state = {f"module.{name}": tensor for name, tensor in open_clip.CLIP(**cfg).state_dict().items()}
+    folder, file = tmp_path / "src", tmp_path / "src" / "checkpoints" / "epoch_1.pt"
+    file.parent.mkdir(parents=True)
+    torch.save(dict(epoch=1, state_dict=state | {"module.attn_mask": torch.zeros(3, 3)}), file)
+    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=cfg, preprocess_cfg=dict(resize_mode="squash"))))
+    assert command("open_clip", file, tmp_path / "run", "--image-size", "52", "--tokenizer", str(tokenizer)) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"same pixels and ids: image \S+e-0[678], text \S+e-0[678]; logits \S+e-0[678]\n", shown)
+    assert "not judged: strings: the tokenizer is that of --tokenizer" in shown
