@@ -14,7 +14,6 @@ from PIL import Image
 
 from clipjax.config import Run, require
 from clipjax.data.clean import clean
-from clipjax.data.clean import clean
 from clipjax.data.images.image import fit
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export import open_clip_read, reference, weights
