@@ -82,7 +82,8 @@ def test_open_clip(tmp_path, tokenizer, model, dtype):
     before, after = (json.loads((f / "open_clip_config.json").read_text()) for f in (folder, out))
     assert after == before
     ids = [open_clip.get_tokenizer(f"local-dir:{f}")(TEXTS) for f in (folder, out)]
-    assert torch.equal(*ids)
+    differ = [text for text, *pair in zip(TEXTS, *ids, strict=True) if not torch.equal(*pair)]
+    assert differ == ["a\x81b"]  # which `web` removes, and open_clip keeps: no character of Windows-1252
 
 
 def test_what_half_precision_cannot_hold_is_refused():
