@@ -71,6 +71,11 @@ def locked_layers(tower: "ImageTower | TextTower") -> int:
     return tower.depth - tower.unlock if tower.unlock else 0
 
 
+def held_layers(tower: "ImageTower | TextTower") -> int:
+    """How many layers' activations are in memory at once: of those with a backward pass, and of one where none has one."""
+    return tower.depth if tower.unlock is None else max(1, tower.unlock)
+
+
 KernelName = Literal["attention/qkv", "attention/out", "mlp/up", "mlp/down"]
 
 

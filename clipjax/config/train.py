@@ -72,9 +72,9 @@ class Rule(Strict, prefix="optim.rules"):
     layer_decay: float = 1.0
 
 
-# Kernels decay; gains, biases, positions, class token, scale and bias do not (2103.00020, section 2.5).
 # Below a tower's layers stand these parts.
 BELOW = ("patch", "tokens", "class_token", "positions", "pre_norm")
+# Kernels decay; gains, biases, positions, class token, scale and bias do not (2103.00020, section 2.5).
 RULES = (Rule(pattern=".*/kernel|text/tokens"), Rule(pattern=".*", decay=0.0))
 
 

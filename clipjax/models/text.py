@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from clipjax.config import TextTower
-from clipjax.config.towers import locked_layers
+from clipjax.config.towers import held_layers, locked_layers
 from clipjax.models import lora
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
@@ -112,7 +112,7 @@ def facts(cfg: TextTower) -> TowerFacts:
         depth=cfg.depth,
         tokens=layer.tokens,
         layer_weights=Block.weights(layer),
-        kept=functools.partial(_kept, cfg.depth - locked_layers(cfg), layer),
+        kept=functools.partial(_kept, held_layers(cfg), layer),
         tensor_sizes={"heads": cfg.heads, "mlp_dim": cfg.mlp_dim},
         adapters=cfg.depth * lora.flops(layer),
         after_blocks=frozenset({"norm", "projection"}),

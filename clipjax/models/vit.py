@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from clipjax.config import ImageTower
-from clipjax.config.towers import locked_layers
+from clipjax.config.towers import held_layers, locked_layers
 from clipjax.models import lora
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
@@ -160,4 +160,4 @@ def _kept(cfg: ImageTower, layer: BlockShape, policy: str, layout: Layout) -> in
         pooler = POOLERS[cfg.pool].kept(policy, layout, cfg, layer.tokens)
     elif cfg.attentional:
         pooler = AttentionalPooler.kept(policy, layout, layer.tokens, cfg.width)
-    return math.ceil((cfg.depth - locked_layers(cfg)) * Block.kept(policy, layout, layer) + pooler)
+    return math.ceil(held_layers(cfg) * Block.kept(policy, layout, layer) + pooler)

@@ -10,6 +10,8 @@ import pytest
 from clipjax import config, hlo
 from clipjax.config import ConfigError
 from clipjax.metrics.flops import model_flops
+from clipjax.plan.program import state_of
+from clipjax.train import remat
 from clipjax.train.optimizer import layer_factors, make_optimizer, trained_names
 from tests import torch_reference
 from tests.train import tiny
@@ -142,3 +144,11 @@ def test_no_decay_is_the_same_program():
 def test_what_can_not_be_unlocked_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(DEEP["image"], **changes)
+
+
+def test_the_estimate_of_memory_knows_what_is_locked():
+    mesh, needed = tiny.mesh_of(), []
+    for layers in (dict(image=4), dict(image=1), dict(image=0)):
+        run = unlocked(**layers)
+        needed.append(remat.needed(run, mesh, state_of(run, mesh), "none"))
+    assert needed[0] > needed[1] >= needed[2]
