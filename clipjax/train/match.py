@@ -133,7 +133,7 @@ def _decide(
         else:
             found.fresh[name] = shape
             is_adapter = name.endswith((f"/{lora.LORA_A}", f"/{lora.LORA_B}"))  # new by design: the start's are merged
-            wrong |= {} if is_adapter else {name: f"{list(shape)} here, {_there(name, wanted, theirs)}"}
+            wrong |= {} if is_adapter else {name: f"{list(shape)} here, {_counterpart(name, wanted, theirs)}"}
             found.left.update({} if other is None else {name: other})
     for name, shape in theirs.items():
         if name not in wanted:
@@ -141,7 +141,7 @@ def _decide(
             wrong[name] = f"{list(shape)} there, {_nearest(name, wanted, theirs)} here"
 
 
-def _there(name: str, wanted: Mapping[str, Shape], theirs: Mapping[str, Shape]) -> str:
+def _counterpart(name: str, wanted: Mapping[str, Shape], theirs: Mapping[str, Shape]) -> str:
     return f"{list(theirs[name])} there" if name in theirs else f"{_nearest(name, theirs, wanted)} there"
 
 

@@ -5,7 +5,12 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -340,3 +345,46 @@ def test_the_average_is_what_comes(tmp_path):
     same(flat(state.params), flat(trained.ema), flat(trained.ema))
     assert not np.array_equal(flat(trained.ema)["text/tokens"], flat(trained.params)["text/tokens"])
     assert f"the weights of {tmp_path}/start@2 are its moving average" in report
+
+
+PROGRAM = """
+import sys
+import jax
+import numpy as np
+from clipjax import config, sharding
+from clipjax.train.optimizer import optimizer_of
+from clipjax.train.weights import find_weights, started_state
+from clipjax.models import clip
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+run = config.from_json(open("run.json").read())
+mesh, found = sharding.make_mesh(run.mesh), find_weights(run)
+state = started_state(run, found, optimizer_of(run, jax.eval_shape(lambda: clip.init(run.model, 0))), mesh)
+want, parts = np.load("want.npz"), 0
+for path, leaf in jax.tree.leaves_with_path(state.params):
+    for shard in leaf.addressable_shards:
+        np.testing.assert_array_equal(shard.data, want[sharding.keystr(path)][shard.index])
+        parts += shard.data.shape != leaf.shape
+print("parts:", parts)
+"""
+
+
+def test_over_two_processes(runs, tmp_path):
+    """Each reads its shards; positions are resized from a sharded array."""
+    root, made = runs
+    model = towers(tiny.CLIP, dict(image_size=32))
+    run = from_weights(model, init=Init(run=f"{root}/clip"), mesh=config.Mesh(fsdp=2, data=2))
+    (tmp_path / "run.json").write_text(config.to_json(run))
+    positions = resized_image(made["clip"]["image/positions"], True, 4)
+    np.savez(tmp_path / "want.npz", **made["clip"] | {"image/positions": positions})
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [sys.executable, "-c", PROGRAM, address]
+    started = [subprocess.Popen([*words, str(i)], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for i in range(2)]
+    for process in started:
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 0
+        assert int(said.split("parts:")[1]) > 20
