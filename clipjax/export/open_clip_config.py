@@ -149,7 +149,7 @@ def preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
 def resize_of(pixels: Mapping[str, Any]) -> Resize:
     """Our `data.resize` for a `preprocess_cfg`. Its size says nothing: open_clip takes the tower's."""
     mode, kernel = pixels["resize_mode"], pixels["interpolation"]
-    require(kernel == "bicubic", "preprocess_cfg.interpolation", kernel, "clipjax resizes with bicubic only")
+    require(kernel in ("bicubic", "bilinear"), "preprocess_cfg.interpolation", kernel, "clipjax resizes bicubic only")
     known: dict[str, Resize] = {"squash": "squash", "shortest": "crop"}
     require(mode in known, "preprocess_cfg.resize_mode", mode, "clipjax has squash and shortest")
     return known[mode]

@@ -46,6 +46,8 @@ def read(source: Path, options: Options) -> Found:
         notes.append(
             f"preprocess_cfg.size = {pixels['size']}: open_clip takes the tower's {model.image.image_size}, and so does clipjax"
         )
+    if pixels["interpolation"] == "bilinear":  # CLIPA's
+        notes.append("preprocess_cfg.interpolation = 'bilinear': clipjax resizes bicubic, so embeddings of files differ a little")
     words = open_clip_words.read(folder, given["text_cfg"], model.text, options.tokenizer)
     check_tokenizer(words, model, source)
     tensors = weights.read(file)

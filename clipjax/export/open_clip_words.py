@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, normalizers, processors
+from tokenizers import Regex, normalizers
 
 from clipjax.config import Clean, ConfigError, TextTower, require
 from clipjax.data.clean import SIGMA
@@ -40,7 +40,7 @@ def read(folder: Path, given: Mapping[str, Any], text: TextTower, file: Path | N
         words = _own(folder, text, clean)
     if cleaning == "lower":
         _lower(words)
-    return _without_end(words) if strip else words
+    return vocabulary.without_end(words) if strip else words
 
 
 def _of_folder(folder: Path, length: int, clean: Clean, name: str) -> Tokenizer:
@@ -65,13 +65,3 @@ def _lower(words: Tokenizer) -> None:
     own = [] if words.backend.normalizer is None else [words.backend.normalizer]
     lower = [normalizers.Replace(Regex(SIGMA[0]), SIGMA[1]), normalizers.Lowercase()]
     words.backend.normalizer = normalizers.Sequence([*lower, *own])
-
-
-def _without_end(words: Tokenizer) -> Tokenizer:
-    """`strip_sep_token`, CLIPA's: the token 0 stands in the place of the end token."""
-    ids = [*words.prefix, PAD]
-    names = [str(words.backend.id_to_token(i)) for i in ids]
-    marks = list({name: (name, i) for name, i in zip(names, ids, strict=True)}.values())
-    single = " ".join([*names[:-1], "$A", names[-1]])
-    words.backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=marks)
-    return Tokenizer(words.backend, words.pad_id, words.length, words.clean)

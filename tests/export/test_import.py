@@ -169,7 +169,7 @@ REFUSED = {
     "padding": (lambda f: change(f, "text_cfg", embed_cls=True, pad_id=1), "text_cfg.pad_id = 1"),
     "activation": (lambda f: change(f, "text_cfg", act_kwargs=dict(inplace=True)), "text_cfg.act_kwargs = {'inplace': True}"),
     "longest": (lambda f: change(f, "preprocess_cfg", resize_mode="longest"), "resize_mode = 'longest'"),
-    "bilinear": (lambda f: change(f, "preprocess_cfg", interpolation="bilinear"), "interpolation = 'bilinear'"),
+    "nearest": (lambda f: change(f, "preprocess_cfg", interpolation="nearest"), "interpolation = 'nearest'"),
     "no model": (lambda f: (f / CONFIG).write_text("{}"), "is not a configuration of open_clip"),
     "no config": (lambda f: (f / CONFIG).unlink(), "has no open_clip_config.json"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer: .*says in-this-folder: .*--tokenizer"),
