@@ -19,6 +19,7 @@ import numpy as np
 from clipjax.config import ConfigError, require
 
 Tensors = dict[str, np.ndarray]
+NAMED = 8  # tensors in a message
 Precision = Literal["float32", "bfloat16", "float16"]  # of stored tensors
 
 
@@ -157,7 +158,7 @@ def _rounded(name: str, tensor: np.ndarray, dtype: Precision) -> np.ndarray:
 def to_ours(table: Table, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Our nested parameters, float32, from their tensors. `shapes`: anything with a shape, as `jax.eval_shape` of `init` gives.
 
-    Raises ConfigError with every tensor that is left out, missing, of another shape, or not zero although our model has nothing
+    Raises ConfigError with the tensors that are left out, missing, of another shape, or not zero although our model has nothing
     like it.
     """
     expected = {path: tuple(leaf.shape) for path, leaf in flatten(shapes)}
@@ -220,6 +221,11 @@ def _split(r: Row, pieces: list[np.ndarray], shapes: list[tuple[int, ...]]) -> l
 
 
 def _refuse(direction: str, problems: Mapping[str, set[str]]) -> None:
-    lists = [f"{len(names)} {what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    lists = [f"{len(names)} {what}: {_some(sorted(names))}" for what, names in problems.items() if names]
     if lists:
         raise ConfigError(f"{direction}: the table of names leaves tensors out: {'; '.join(lists)}")
+
+
+def _some(names: list[str]) -> str:
+    """The first names: a whole model's would fill the screen."""
+    return ", ".join(names[:NAMED]) + ", and so on" * (len(names) > NAMED)

@@ -121,7 +121,13 @@ def test_a_folder_that_open_clip_wrote(tmp_path, tokenizer, images, kind, cfg):
             np.testing.assert_allclose(ours.token_logits, words, rtol=0, atol=1e-5 * np.abs(words).max())
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-H-14", "coca_ViT-B-32", "coca_ViT-L-14", "ViT-B-16-SigLIP"])
+PUBLISHED = (
+    *("ViT-B-32-quickgelu", "ViT-H-14", "coca_ViT-B-32", "coca_ViT-L-14", "ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP-384"),
+    *("ViT-gopt-16-SigLIP2-256", "ViT-L-14-CLIPA-336", "ViT-L-14-worldwide"),
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations(name):
     """Every tensor of open_clip's has its place, in the same shape."""
     cfg = open_clip.get_model_config(name)
