@@ -371,7 +371,7 @@ WRONG_FIELDS = {
     "--evals none --evals.0.every 4": "--evals.0.every: there is no such field",
     "--evals none --train.best zeroshot_retrieval/image_retrieval_recall@1": "no evaluation of this run gives it",
     "--optim.lr -1": "optim.lr = -1.0: must be positive",
-    "--model.image.image_size 20": "model.image.image_size = 20: must be a multiple of model.image.patch_size = 8",
+    "--model.image.image_size 4": "model.image.image_size = 4: must be at least model.image.patch_size = 8",
     "--model.text.embed-dim 16": "model.text.embed_dim = 16: must equal the image tower's embedding width 32",
     "--train.batch_size 12": "train.batch_size = 12: must be a multiple of the 8 devices of mesh axes data x fsdp; try 8 or 16",
     "--mesh.fsdp 3": "mesh.data = -1, mesh.fsdp = 3, mesh.tensor = 1: must multiply to the number of devices, 8",
@@ -382,14 +382,14 @@ WRONG_FIELDS = {
 }
 
 
-@pytest.mark.parametrize("option", ["--optim.lr -1", "--model.image.image_size 20", "--train.steps 10", "--mesh.fsdp -1"])
+@pytest.mark.parametrize("option", ["--optim.lr -1", "--model.image.image_size 4", "--train.steps 10", "--mesh.fsdp -1"])
 def test_an_impossible_value_is_refused_in_one_line(option, capsys):
     assert run("train", CONFIG, *option.split(), "--workdir", "run") == 2
     line, rest = capsys.readouterr().err.split("\n")
     assert line.startswith("clipjax: ")
     assert line.partition(": ")[2] in {
         "optim.lr = -1.0: must be positive",
-        "model.image.image_size = 20: must be a multiple of model.image.patch_size = 8",
+        "model.image.image_size = 4: must be at least model.image.patch_size = 8",
         "optim.schedule.warmup = 10: must be less than train.steps = 10",
         "mesh = Mesh(data=-1, fsdp=-1, tensor=1): only one axis can be -1",
     }
@@ -416,7 +416,7 @@ def test_what_can_not_be_is_refused_before_anything_is_built(option, message, ca
         ("def config():\n    return {'seed': 1}\n", "= 'dict': must return a clipjax.config.Run"),
         (
             "from clipjax.config import ImageTower\ndef config():\n    return ImageTower(image_size=9)\n",
-            "mine.py, line 3: model.image.image_size = 9: must be a multiple of model.image.patch_size = 16",
+            "mine.py, line 3: model.image.image_size = 9: must be at least model.image.patch_size = 16",
         ),
         ("\ndef config(:\n", "mine.py, line 2: SyntaxError: invalid syntax"),
         ("import nothing\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nothing'"),

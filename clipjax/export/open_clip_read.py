@@ -12,6 +12,7 @@ import numpy as np
 from clipjax.config import ConfigError, Model, require
 from clipjax.export import open_clip_words, weights
 from clipjax.export.found import Found, Options, check_tokenizer
+from clipjax.export.hub import folder_of
 from clipjax.export.open_clip import WEIGHTS, custom, refuse, table
 from clipjax.export.open_clip_config import model_of, preprocessing, resize_of
 from clipjax.export.table import Tensors, to_ours
@@ -24,6 +25,7 @@ NAMES = (
     *(WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
     *("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"),
 )
+FILES = ("*.json", "*.txt", "*.model")  # of the hub's, beside weights
 OTHERS = (".safetensors", *weights.PICKLED)
 # Entries of a state_dict that are no weights: buffers, and sizes that OpenAI's files have.
 NO_WEIGHTS = {"attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size"}
@@ -31,7 +33,8 @@ TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.",
 
 
 def read(source: Path, options: Options) -> Found:
-    """`source`: a folder with open_clip_config.json and weights, or the file of the weights in such a folder or one below.
+    """`source`: a folder with open_clip_config.json and weights, the file of the weights in such a folder or one below, or a model
+    of the hub.
 
     Raises ConfigError, with field, value and remedy, for a missing or broken file and for a model that clipjax has not."""
     folder, file = places(source)
@@ -69,7 +72,7 @@ def places(source: Path) -> tuple[Path, Path]:
         require(folder is not None, "SRC", str(source), remedy)
         assert folder is not None
         return folder, source
-    require(source.is_dir(), "SRC", str(source), f"is not a folder; name one that holds {CONFIG} and its weights")
+    source = folder_of(source, FILES, NAMES)
     require((source / CONFIG).is_file(), "SRC", str(source), f"has no {CONFIG}, which open_clip writes beside weights")
     file = weights.find(source, NAMES)
     if file is None:
