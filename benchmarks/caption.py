@@ -29,7 +29,7 @@ def make():
     import numpy as np
 
     from clipjax import config
-    from clipjax.export.table import flatten, unflatten
+    from clipjax.export.formats.table import flatten, unflatten
     from clipjax.models import clip
 
     shape = dict(width=WIDTH, heads=HEADS, mlp_dim=4 * WIDTH, embed_dim=WIDTH)
@@ -76,9 +76,9 @@ def open_clip_captions():
     import open_clip
     import torch
 
-    from clipjax.export import open_clip as layout
-    from clipjax.export.open_clip_generate import greedy
-    from clipjax.export.table import to_theirs
+    from clipjax.export.compare.open_clip_generate import greedy
+    from clipjax.export.formats import open_clip as layout
+    from clipjax.export.formats.table import to_theirs
 
     ours, params, images = make()
     special = dict(bos=Tokens.start_id, eos=Tokens.end_id, pad=Tokens.pad_id)

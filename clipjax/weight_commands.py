@@ -10,17 +10,17 @@ from clipjax.commands import register
 from clipjax.config import require
 
 if TYPE_CHECKING:
-    from clipjax.export.verify_import import Comparison
+    from clipjax.export.compare.verify_import import Comparison
 
 
 def export(args: argparse.Namespace) -> int:
     """`clipjax export`: writes a run for open_clip or transformers; with --verify returns 1 if the results differ there."""
     from clipjax import distributed
     from clipjax.checkpoint import TOKENIZER
-    from clipjax.export import opening
+    from clipjax.export.compare import opening
+    from clipjax.export.compare.reference import require_packages
+    from clipjax.export.compare.verify import verify
     from clipjax.export.folder import export
-    from clipjax.export.reference import require_packages
-    from clipjax.export.verify import verify
 
     distributed.require_alone("clipjax export")
     if args.verify:
@@ -46,7 +46,7 @@ def export(args: argparse.Namespace) -> int:
 def import_run(args: argparse.Namespace) -> int:
     """`clipjax import`: makes a workdir from a model of another library; with --verify returns 1 if its results differ there."""
     from clipjax import distributed
-    from clipjax.export import verify_import
+    from clipjax.export.compare import verify_import
     from clipjax.export.finetune import FINETUNE
     from clipjax.export.found import Options
     from clipjax.export.imported import import_run

@@ -734,8 +734,8 @@ def test_verification_without_torch_is_refused_before_anything_is_written(workdi
 
 
 def test_a_verification_says_what_it_does_not_judge(workdir, tmp_path, capsys, monkeypatch):
-    from clipjax.export import reference, verify
-    from clipjax.export.report import Compared, Report
+    from clipjax.export.compare import reference, verify
+    from clipjax.export.compare.report import Compared, Report
 
     images = [
         Compared(0.25, None, "it crops otherwise"),

@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from clipjax.data.storage import ranges
 from clipjax.evals import caption_metrics
-from clipjax.export import reference
+from clipjax.export.compare import reference
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -16,7 +16,7 @@ from clipjax import cli, config
 from clipjax.checkpoint import Checkpoints
 from clipjax.config import ConfigError
 from clipjax.data.images.image import decode
-from clipjax.export.table import flatten, unflatten
+from clipjax.export.formats.table import flatten, unflatten
 from clipjax.generate import Beam, Captioner, Greedy, Sample
 from clipjax.losses import token_nll
 from clipjax.models import clip

@@ -14,8 +14,8 @@ import safetensors.numpy
 
 from clipjax.config import Clean, Model, require
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import open_clip, sentence_transformers, transformers
-from clipjax.export.table import Precision, to_theirs
+from clipjax.export.formats import open_clip, sentence_transformers, transformers
+from clipjax.export.formats.table import Precision, to_theirs
 from clipjax.models.vit import sincos2d
 
 Format = Literal["open_clip", "transformers"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from clipjax.checkpoint import TOKENIZER, save_weights
 from clipjax.config import Caption, Data, Run, Sigmoid, Softmax, TokenizerFile, require
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import big_vision_read, open_clip_read, transformers_read
 from clipjax.export.finetune import write_finetune
+from clipjax.export.formats import big_vision_read, open_clip_read, transformers_read
 from clipjax.export.found import Found, Options
 from clipjax.files import resolve
 from clipjax.models.clip import Params

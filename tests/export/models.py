@@ -5,8 +5,8 @@ import numpy as np
 
 from clipjax.config import Decoder, ImageTower, Model, TextTower
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export.table import flatten, unflatten
-from clipjax.export.verify import verify
+from clipjax.export.compare.verify import verify
+from clipjax.export.formats.table import flatten, unflatten
 from clipjax.models.clip import init
 
 WORDS = "woman man astronaut firefighter light dark medium skin tone waving hand red heart family: flag"

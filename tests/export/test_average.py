@@ -12,8 +12,8 @@ from clipjax import cli, sharding
 from clipjax.checkpoint import Checkpoints
 from clipjax.config import Data, Lora, Mesh, Optim, Run
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.export.formats.table import flatten, unflatten
 from clipjax.export.imported import write_weights
-from clipjax.export.table import flatten, unflatten
 from clipjax.models import lora
 from clipjax.train.optimizer import make_optimizer
 from clipjax.train.state import initial_state

@@ -5,9 +5,9 @@ import pytest
 
 from clipjax.data.clean import clean
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export.captions import MOST, agreement
+from clipjax.export.compare.captions import MOST, agreement
+from clipjax.export.compare.verify import verify
 from clipjax.export.folder import export
-from clipjax.export.verify import verify
 from tests import torch_reference
 from tests.export.models import CAPTIONS, TEXT, WORDS, clip, parameters
 from tests.web import RARE, WEB

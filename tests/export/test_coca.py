@@ -11,11 +11,11 @@ import pytest
 from clipjax import config, sharding
 from clipjax.config import ConfigError, ImageTower, Model
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import open_clip as layout
+from clipjax.export.compare.reference import load
+from clipjax.export.compare.verify import encode
 from clipjax.export.folder import export
-from clipjax.export.reference import load
-from clipjax.export.table import flatten, to_ours, to_theirs
-from clipjax.export.verify import encode
+from clipjax.export.formats import open_clip as layout
+from clipjax.export.formats.table import flatten, to_ours, to_theirs
 from clipjax.models.clip import init
 from clipjax.train.state import TrainState
 from clipjax.train.step import make_train_step

@@ -12,10 +12,10 @@ import safetensors.numpy
 
 from clipjax.config import ConfigError, ImageTower, Model, TextTower
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.export.compare.reference import load
+from clipjax.export.compare.unjudged import CLEANED
+from clipjax.export.compare.verify import encode, verify
 from clipjax.export.folder import export
-from clipjax.export.reference import load
-from clipjax.export.unjudged import CLEANED
-from clipjax.export.verify import encode, verify
 from clipjax.models.clip import init
 from tests import torch_reference
 from tests.export.models import CAPTIONS, LENGTH, TEXT, check, clip, parameters, siglip

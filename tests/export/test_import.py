@@ -14,14 +14,14 @@ import clipjax
 from clipjax import cli
 from clipjax.config import ConfigError, ImageTower
 from clipjax.data.images.image import fit
-from clipjax.export import open_clip as layout
+from clipjax.export.compare.verify import encode
 from clipjax.export.folder import export
+from clipjax.export.formats import open_clip as layout
+from clipjax.export.formats.open_clip import WEIGHTS
+from clipjax.export.formats.open_clip_config import model_of
+from clipjax.export.formats.open_clip_read import CONFIG
+from clipjax.export.formats.table import flatten
 from clipjax.export.imported import import_run
-from clipjax.export.open_clip import WEIGHTS
-from clipjax.export.open_clip_config import model_of
-from clipjax.export.open_clip_read import CONFIG
-from clipjax.export.table import flatten
-from clipjax.export.verify import encode
 from clipjax.models.clip import init
 from tests import torch_reference
 from tests.export.models import CAPTIONS, LENGTH, clip, coca, parameters

@@ -15,9 +15,9 @@ import clipjax
 from clipjax import cli
 from clipjax.config import SIZES, ConfigError, ImageTower, Model, TextTower
 from clipjax.data.images.image import fit
-from clipjax.export.big_vision_read import model_of, read
+from clipjax.export.compare.verify import encode
+from clipjax.export.formats.big_vision_read import model_of, read
 from clipjax.export.found import Options
-from clipjax.export.verify import encode
 from tests import torch_reference
 from tests.export.standins_big_vision import IMAGE, TEXT, TwoTowers, draw, gemma, save, shapes, stacked, unigram
 

@@ -11,10 +11,10 @@ from tokenizers import models, pre_tokenizers, processors
 
 import clipjax
 from clipjax.config import ConfigError
+from clipjax.export.compare.verify import compare, load
+from clipjax.export.formats.open_clip_read import CONFIG
 from clipjax.export.found import Options
 from clipjax.export.imported import import_run
-from clipjax.export.open_clip_read import CONFIG
-from clipjax.export.verify import compare, load
 from tests import torch_reference
 
 torch_reference.load()

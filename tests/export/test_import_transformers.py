@@ -12,7 +12,7 @@ import safetensors.torch
 import clipjax
 from clipjax import cli
 from clipjax.config import ConfigError, ImageTower, TextTower
-from clipjax.export import transformers_read
+from clipjax.export.formats import transformers_read
 from clipjax.export.found import Found, Options
 from clipjax.models.clip import bind
 from tests.export.models import CAPTIONS, LENGTH, TEXT

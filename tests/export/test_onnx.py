@@ -8,9 +8,9 @@ import pytest
 
 from clipjax.data.images.image import fit
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.export.compare.reference import load
+from clipjax.export.compare.verify import encode
 from clipjax.export.folder import export
-from clipjax.export.reference import load
-from clipjax.export.verify import encode
 from tests import torch_reference
 from tests.export.models import CAPTIONS, LENGTH, clip, parameters, siglip
 

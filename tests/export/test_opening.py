@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.export.opening import notes
+from clipjax.export.compare.opening import notes
 from tests.data.test_image import encoded
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)

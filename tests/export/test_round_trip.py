@@ -10,7 +10,7 @@ import safetensors.torch
 from clipjax import cli
 from clipjax.data.clean import clean
 from clipjax.export.folder import export
-from clipjax.export.table import to_theirs
+from clipjax.export.formats.table import to_theirs
 from tests.export import standins_transformers as standins
 from tests.export.models import clip as our_clip
 from tests.export.models import coca, parameters
@@ -88,7 +88,7 @@ def test_open_clip(tmp_path, tokenizer, model, dtype):
 
 def test_what_half_precision_cannot_hold_is_refused():
     from clipjax.config import ConfigError
-    from clipjax.export import open_clip
+    from clipjax.export.formats import open_clip
 
     model = our_clip()
     params = parameters(model)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from clipjax.config import SIZES, ConfigError, ImageTower, Model, TextTower
-from clipjax.export import open_clip, transformers
-from clipjax.export.table import Row, Table, flatten, row, to_ours, to_theirs, unflatten
+from clipjax.export.formats import open_clip, transformers
+from clipjax.export.formats.table import Row, Table, flatten, row, to_ours, to_theirs, unflatten
 from clipjax.models.clip import init
 from tests import torch_reference
 

@@ -8,9 +8,9 @@ import pytest
 
 import clipjax
 from clipjax import cli
+from clipjax.export.compare.verify_import import verify_import
 from clipjax.export.folder import export
 from clipjax.export.found import Options
-from clipjax.export.verify_import import verify_import
 from tests import torch_reference
 from tests.export import standins_transformers as transformers
 from tests.export.models import LENGTH, TEXT, clip, parameters

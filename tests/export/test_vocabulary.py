@@ -13,7 +13,7 @@ from clipjax.config import ConfigError
 from clipjax.data.clean import clean
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.export.folder import _tokenizer_configs
-from clipjax.export.vocabulary import cleaning, clip_bpe, from_file, from_folder, without_end
+from clipjax.export.formats.vocabulary import cleaning, clip_bpe, from_file, from_folder, without_end
 from tests import torch_reference  # noqa: F401
 
 HARD = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clipjax.config import ConfigError
-from clipjax.export import weights
+from clipjax.export.formats import weights
 from tests import torch_reference
 
 torch_reference.load()

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from clipjax.config import ImageTower, Model, TextTower
-from clipjax.export import open_clip as native
-from clipjax.export import transformers as hf
-from clipjax.export.table import to_ours, to_theirs
+from clipjax.export.formats import open_clip as native
+from clipjax.export.formats import transformers as hf
+from clipjax.export.formats.table import to_ours, to_theirs
 from clipjax.models.clip import bind, init
 from tests import torch_reference
 

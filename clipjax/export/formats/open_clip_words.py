@@ -9,7 +9,7 @@ from tokenizers import Regex, normalizers
 from clipjax.config import Clean, ConfigError, TextTower, require
 from clipjax.data.clean import SIGMA
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import vocabulary
+from clipjax.export.formats import vocabulary
 
 CLIP_WORDS = 49408  # of CLIP's own tokenizer
 # What open_clip does to a string before it is tokenized, as `tokenizer.clean`; by `tokenizer_kwargs.clean`. `lower` also lowers.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from clipjax.config import SIZES, Clean, Decoder, ImageTower, Model, TextTower, require
-from clipjax.export.table import BlockNames, Precision, Row, Table, blocks, joined, linear, norm, row
+from clipjax.export.formats.table import BlockNames, Precision, Row, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "open_clip_model.safetensors"
 EPS = 1e-5  # of the pooler's and the decoder's norms, which open_clip's configuration can't change

@@ -10,11 +10,11 @@ from tokenizers import models
 from clipjax.config import Clean, Model, require
 from clipjax.data.images.resize import Resize
 from clipjax.data.tokenizer import Tokenizer, files_beside
-from clipjax.export import transformers, vocabulary, weights
+from clipjax.export.formats import transformers, vocabulary, weights
+from clipjax.export.formats.hub import folder_of
+from clipjax.export.formats.table import Tensors, to_ours
+from clipjax.export.formats.transformers_config import CONFIG, Config, Towers, make_model, read_config, read_pixels
 from clipjax.export.found import Found, Options, check_tokenizer
-from clipjax.export.hub import folder_of
-from clipjax.export.table import Tensors, to_ours
-from clipjax.export.transformers_config import CONFIG, Config, Towers, make_model, read_config, read_pixels
 from clipjax.models.clip import init
 from clipjax.models.positions import resized_image
 

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from clipjax.config import ConfigError, Model, require
-from clipjax.export import open_clip_words, weights
+from clipjax.export.formats import open_clip_words, weights
+from clipjax.export.formats.hub import folder_of
+from clipjax.export.formats.open_clip import WEIGHTS, custom, refuse, table
+from clipjax.export.formats.open_clip_config import model_of, preprocessing, resize_of
+from clipjax.export.formats.table import Tensors, to_ours
 from clipjax.export.found import Found, Options, check_tokenizer
-from clipjax.export.hub import folder_of
-from clipjax.export.open_clip import WEIGHTS, custom, refuse, table
-from clipjax.export.open_clip_config import model_of, preprocessing, resize_of
-from clipjax.export.table import Tensors, to_ours
 from clipjax.models.clip import init
 from clipjax.models.positions import resized_image, resized_text
 
@@ -33,7 +33,7 @@ TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.",
 
 
 def read(source: Path, options: Options) -> Found:
-    """`source`: a folder with open_clip_config.json and weights, the file of the weights in such a folder or one below, or a model
+    """`source`: a folder with open_clip_config.json and weights, a file of weights in such a folder or one below it, or a model
     of the hub.
 
     Raises ConfigError, with field, value and remedy, for a missing or broken file and for a model that clipjax has not."""

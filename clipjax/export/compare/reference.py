@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipjax.config import ConfigError
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import open_clip_generate
+from clipjax.export.compare import open_clip_generate
 from clipjax.export.folder import Format
 
 PACKAGES = {

@@ -15,13 +15,13 @@ from clipjax.config import Clean, Mesh, Model
 from clipjax.data.captions import whole
 from clipjax.data.images.image import decode, fit
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import drawn
-from clipjax.export.captions import agreement
+from clipjax.export.compare import drawn
+from clipjax.export.compare.captions import agreement
+from clipjax.export.compare.reference import Reference, load
+from clipjax.export.compare.report import Report
+from clipjax.export.compare.unjudged import Strings, compared, image_reasons
 from clipjax.export.folder import Format, Resize, with_learned_positions
-from clipjax.export.reference import Reference, load
-from clipjax.export.report import Report
-from clipjax.export.table import Precision
-from clipjax.export.unjudged import Strings, compared, image_reasons
+from clipjax.export.formats.table import Precision
 from clipjax.generate import Captioner
 from clipjax.models.clip import Params, bind
 from clipjax.sharding import make_mesh

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from clipjax.config import ConfigError, require
-from clipjax.export.table import Tensors
+from clipjax.export.formats.table import Tensors
 
 BFLOAT16 = np.dtype(jnp.bfloat16)  # whose name numpy, and so safetensors, knows once JAX is imported
 PICKLED = (".bin", ".pt", ".pth")

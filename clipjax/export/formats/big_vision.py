@@ -4,7 +4,7 @@ The axes of its kernels are those of ours: inputs first, then heads and the widt
 """
 
 from clipjax.config import ImageTower, Model, TextTower
-from clipjax.export.table import Row, Table, row
+from clipjax.export.formats.table import Row, Table, row
 
 
 def table(model: Model) -> Table:

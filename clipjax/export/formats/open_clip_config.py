@@ -5,7 +5,7 @@ from typing import Any
 
 from clipjax.config import Activation, Decoder, ImageTower, Model, TextTower, require
 from clipjax.data.images.resize import Resize
-from clipjax.export.open_clip import EPS, TRUNKS
+from clipjax.export.formats.open_clip import EPS, TRUNKS
 
 # A field of a configuration is read, ignored or refused.
 #

@@ -8,10 +8,10 @@ from PIL import Image
 
 from clipjax.data.images.resize import Resize
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export.captions import may_differ
-from clipjax.export.drawn import Drawn
-from clipjax.export.reference import Reference
-from clipjax.export.report import Compared
+from clipjax.export.compare.captions import may_differ
+from clipjax.export.compare.drawn import Drawn
+from clipjax.export.compare.reference import Reference
+from clipjax.export.compare.report import Compared
 
 MARGIN = "transformers rounds the margins of a centre crop down, clipjax and open_clip to even"
 CLEANED = "open_clip cleans every string, and tokenizer.clean is none; the cleaned string is judged"

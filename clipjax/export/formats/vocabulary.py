@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from clipjax.config import Clean, require
 from clipjax.data.clean import SIGMA
 from clipjax.data.tokenizer import END, START, Tokenizer, files_beside, padding
-from clipjax.export import spiece
+from clipjax.export.formats import spiece
 
 MODELS = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")  # SentencePiece's, as they are named on the hub
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # CLIP's merges, as OpenAI published them

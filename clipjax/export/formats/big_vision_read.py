@@ -16,11 +16,11 @@ from tokenizers.models import Unigram
 
 from clipjax.config import Clean, ImageTower, Model, TextTower, require
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export.big_vision import table
-from clipjax.export.big_vision_file import PATCH, POSITIONS, load
+from clipjax.export.formats.big_vision import table
+from clipjax.export.formats.big_vision_file import PATCH, POSITIONS, load
+from clipjax.export.formats.table import to_ours
+from clipjax.export.formats.vocabulary import from_file
 from clipjax.export.found import Found, Options, check_tokenizer
-from clipjax.export.table import to_ours
-from clipjax.export.vocabulary import from_file
 from clipjax.models.clip import init
 from clipjax.models.positions import resized_image
 

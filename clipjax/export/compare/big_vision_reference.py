@@ -14,8 +14,8 @@ from clipjax.config import ImageTower, Model, TextTower
 from clipjax.data.images.image import fit
 from clipjax.data.images.resize import Resize
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export.big_vision_file import POSITIONS, load
-from clipjax.export.reference import Reference, require_packages
+from clipjax.export.compare.reference import Reference, require_packages
+from clipjax.export.formats.big_vision_file import POSITIONS, load
 from clipjax.models.vit import sincos2d
 
 POOLS = {"map": "map", "cls": "token", "mean": "avg"}  # timm's names

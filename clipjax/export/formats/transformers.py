@@ -3,7 +3,7 @@
 from typing import Any
 
 from clipjax.config import Clean, ImageTower, Model, TextTower, require
-from clipjax.export.table import BlockNames, Precision, Row, Table, blocks, joined, linear, norm, row
+from clipjax.export.formats.table import BlockNames, Precision, Row, Table, blocks, joined, linear, norm, row
 
 WEIGHTS = "model.safetensors"
 QKV = tuple(f"self_attn.{part}_proj.{{w}}" for part in "qkv")

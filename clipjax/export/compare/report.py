@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.export.captions import Agreement
+from clipjax.export.compare.captions import Agreement
 
 LIMIT = 1e-4  # of an embedding's norm
 

@@ -16,12 +16,13 @@ from clipjax.config import Run, require
 from clipjax.data.clean import clean
 from clipjax.data.images.image import fit
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.export import open_clip_read, reference, weights
-from clipjax.export.big_vision_reference import load_big_vision
+from clipjax.export.compare import reference
+from clipjax.export.compare.big_vision_reference import load_big_vision
+from clipjax.export.compare.reference import Reference
+from clipjax.export.compare.report import LIMIT
+from clipjax.export.compare.verify import compare, normalised
+from clipjax.export.formats import open_clip_read, weights
 from clipjax.export.found import Options
-from clipjax.export.reference import Reference
-from clipjax.export.report import LIMIT
-from clipjax.export.verify import compare, normalised
 from clipjax.models.clip import Params, bind
 
 TEXTS = ("a photo of a cat", "Two dogs!", "une tasse de café à Zürich, 3 euros", "猫")
