@@ -275,9 +275,9 @@ REFUSED = {
         lambda f: change(f / "config.json", projection_dim=99),
         r"of another shape than the model's: text_projection.weight",
     ),
-    "bilinear": (
-        lambda f: change(f / "preprocessor_config.json", resample=2),
-        "preprocessor_config.json: resample = 2: must be 3",
+    "nearest": (
+        lambda f: change(f / "preprocessor_config.json", resample=0),
+        "preprocessor_config.json: resample = 0: must be 3",
     ),
     "margin": (lambda f: change(f / "preprocessor_config.json", size=dict(shortest_edge=40)), "size = {'shortest_edge': 40}"),
     "no crop": (lambda f: change(f / "preprocessor_config.json", do_center_crop=False), "clipjax crops what it resizes"),

@@ -48,6 +48,11 @@ def test_transformers(tmp_path, tokenizer, capsys):
     other = run.params | dict(text=run.params["text"] | dict(positions=run.params["text"]["positions"][::-1]))
     report, _ = verify_import(folder, "transformers", Options(), run.run, other, run.tokenizer)
     assert [failure.split()[0] for failure in report.failures] == ["text", "logits", "string"]
+    transformers.change(folder / "preprocessor_config.json", resample=2)  # as SigLIP 2's
+    assert command("transformers", folder, tmp_path / "bilinear") == 0
+    said = capsys.readouterr().out
+    assert "not imported: its images are resized bilinearly" in said
+    assert "the original resizes images bilinearly, clipjax bicubically" in said
     assert command("transformers", folder, tmp_path / "larger", "--image-size", "64") == 2
     assert "--image-size = 64: transformers has the source's own size only: leave it out" in capsys.readouterr().err
 

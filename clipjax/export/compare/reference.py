@@ -30,6 +30,7 @@ class Reference(NamedTuple):
     clean: Callable[[str], str]  # what it does to a string before it tokenizes it
     other_crop: bool  # it rounds the margins of a centre crop differently from us
     generate: Callable[[Any, Tokenizer], np.ndarray] | None = None  # pixels, special tokens -> greedy captions, ids [n, t]
+    bilinear: bool = False  # it resizes images bilinearly, we bicubically
 
 
 def load(out: Path, to: Format) -> Reference:
@@ -63,7 +64,8 @@ def of_open_clip(loaded: Any, tokenizer: Any) -> Reference:
 
     model.eval()
     generate = functools.partial(open_clip_generate.greedy, model)
-    return Reference(pixels, lambda texts: tokenizer(list(texts)), run, tokenizer.clean_fn, other_crop=False, generate=generate)
+    bilinear = any("bilinear" in str(getattr(step, "interpolation", "")).lower() for step in preprocess.transforms)
+    return Reference(pixels, lambda texts: tokenizer(list(texts)), run, tokenizer.clean_fn, False, generate, bilinear)
 
 
 def _load_transformers(out: Path) -> Reference:
@@ -85,7 +87,8 @@ def _load_transformers(out: Path) -> Reference:
         output = model(input_ids=ids, pixel_values=pixels)
         return output.image_embeds, output.text_embeds, output.logits_per_image
 
-    return Reference(pixels, ids, run, lambda text: text, other_crop=bool(processor.do_center_crop))
+    bilinear = processor.resample == Image.Resampling.BILINEAR
+    return Reference(pixels, ids, run, lambda text: text, other_crop=bool(processor.do_center_crop), bilinear=bilinear)
 
 
 def require_packages(to: Format) -> None:

@@ -14,6 +14,7 @@ from clipjax.export.compare.reference import Reference
 from clipjax.export.compare.report import Compared
 
 MARGIN = "transformers rounds the margins of a centre crop down, clipjax and open_clip to even"
+FILTER = "the original resizes images bilinearly, clipjax bicubically"
 CLEANED = "open_clip cleans every string, and tokenizer.clean is none; the cleaned string is judged"
 SPECIAL = "the string of a special token is text to clipjax, and may end a caption elsewhere"
 ENTITY = "the exported tokenizer.json knows the entities of HTML 4 only"
@@ -50,6 +51,8 @@ def image_reasons(
 ) -> list[str | None]:
     """Why the other library's pixels differ; None: they equal ours, or should. The last images are the drawn ones. `side`: of the
     square that is cropped."""
+    if reference.bilinear:
+        return [FILTER] * len(images)
     crops = reference.other_crop and resize == "crop"
     reasons = [MARGIN if crops and _other_margin(image.size, side) else None for image in images]
     reasons[len(images) - len(drawn) :] = [

@@ -154,7 +154,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "Siglip": HALF | dict(resample=3, square=False),
     "ViT": HALF | dict(resample=2, square=True),
 }
-BICUBIC = 3  # of PIL's resampling filters
+BICUBIC, BILINEAR = 3, 2  # of PIL's resampling filters
+OTHER_FILTER = "its images are resized bilinearly (resample = 2): clipjax resizes bicubic, so embeddings of files differ a little"
 
 
 class Pixels(NamedTuple):
@@ -166,7 +167,7 @@ class Pixels(NamedTuple):
 
 
 def read_pixels(folder: Path, family: Family, side: int) -> tuple[Pixels, list[str]]:
-    """The preprocessing of a folder, for images of `side` pixels, and a note where it does not say it.
+    """The preprocessing of a folder, for images of `side` pixels, and notes on what it does not say, or clipjax does otherwise.
 
     processor_config.json, where it has an `image_processor`, goes before preprocessor_config.json, as in transformers. Raises
     ConfigError for a preprocessing that clipjax has not.
@@ -185,14 +186,15 @@ def read_pixels(folder: Path, family: Family, side: int) -> tuple[Pixels, list[s
     require(start is not None, f"{file}: image_processor_type", kind, f"clipjax has {known}")
     assert start is not None
     cfg = PROCESSORS[start] | {name: value for name, value in given.items() if value is not None}
-    for name, wanted in dict(do_resize=True, do_rescale=True, resample=BICUBIC).items():
-        value = cfg.get(name, wanted)
-        require(value == wanted, f"{file}: {name}", value, f"must be {wanted}: clipjax resizes by bicubic to [0, 1]")
+    for name, accepted in dict(do_resize=(True,), do_rescale=(True,), resample=(BICUBIC, BILINEAR)).items():
+        value = cfg.get(name, accepted[0])
+        require(value in accepted, f"{file}: {name}", value, f"must be {accepted[0]}: clipjax resizes by bicubic to [0, 1]")
+    notes = [OTHER_FILTER] if cfg.get("resample", BICUBIC) == BILINEAR else []
     factor = cfg.get("rescale_factor", 1 / 255)
     require(abs(255 * factor - 1) < 1e-6, f"{file}: rescale_factor", factor, "must be 1/255")
     colours = (cfg["image_mean"], cfg["image_std"]) if cfg.get("do_normalize", True) else ((0.0,) * 3, (1.0,) * 3)
     mean, std = map(_colour, colours)
-    return Pixels(mean, std, _resize(file, cfg, side)), []
+    return Pixels(mean, std, _resize(file, cfg, side)), notes
 
 
 def _colour(value: Any) -> tuple[float, float, float]:
