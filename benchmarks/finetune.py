@@ -1,4 +1,4 @@
-"""Fine-tuning on emoji: a run that knows their names in one language learns those of another, beside one from nothing.
+"""Fine-tuning on emoji: a run that knows names in one language learns those of another, beside one from nothing.
 
 Run:   python benchmarks/finetune.py [--from es] [--to pt] [--start RUN] [--out DIR]
 Cost:  about ten minutes on two CPU cores
