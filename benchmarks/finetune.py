@@ -4,7 +4,7 @@ Run:   python benchmarks/finetune.py [--from es] [--to pt] [--start RUN] [--out 
 Cost:  about ten minutes on two CPU cores
 
 Both have the same steps and learning rates. Prints R@1 of the 363 held-out combinations, text to image and image to text, in both
-languages: of the one from nothing, of the fine-tuned run, of its start, and along WiSE-FT's curve (2109.01903), the averages of the
+languages: of the one from nothing, of the fine-tuned run, of its start, and along WiSE-FT's curve (2109.01903), averages of the
 weights before and after.
 """
 
