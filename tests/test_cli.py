@@ -204,7 +204,10 @@ REFUSED = {
     "no SPEC": (["embed", "RUN", "--out", "a.npz"], "required: --data"),
     "no format": (["export", "RUN", "--to", "onnx", "--out", "a"], "invalid choice: 'onnx'"),
     "no library": (["import", "SRC", "--from", "timm", "--out", "a"], "invalid choice: 'timm'"),
-    "no SRC": (["import", "nothing", "--from", "open_clip", "--out", "a"], "SRC = 'nothing': is not a folder"),
+    "no SRC": (
+        ["import", "nothing", "--from", "open_clip", "--out", "a"],
+        "SRC = 'nothing': is neither a folder nor a model of the Hugging Face hub",
+    ),
     "stray option": (["eval", "retrieval", "RUN", "--data", "emoji", "--batch", "4"], "unrecognized arguments: --batch 4"),
     "misspelt option": (["embed", "RUN", "--data", "emoji", "--splt", "x", "--out", "a.npz"], "nearest of --splt is --split"),
     "no example": (["export", "RUN", "--to", "open_clip", "--out", "a", "--examples", "0"], "--examples: 0 must be positive"),
