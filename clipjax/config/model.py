@@ -46,6 +46,8 @@ class Model(Strict, prefix="model"):
     # What the backward pass recomputes: nothing (`none`), all but products (`dots`), all but the MLPs' first products (`mlp`), or
     # everything (`full`). `auto`: as little as the chips' memory allows, and nothing where that is not known.
     remat: Literal["auto", "none", "dots", "mlp", "full"] = free("auto")
+    # Tokens of a device that go through a layer at once, where `mlp` or `full` recomputes; None: what is known to be fast.
+    part: int | None = free(None)
     unroll: int = free(1)  # layers per iteration of the scan; more is faster on CPU and slower to compile
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class Model(Strict, prefix="model"):
         require(self.init_scale > 0, "model.init_scale", self.init_scale, "must be positive")
         clamped = self.max_scale is None or 1 <= self.init_scale <= self.max_scale
         require(clamped, "model.init_scale", self.init_scale, f"must lie in [1, max_scale = {self.max_scale}]")
+        require(self.part is None or self.part >= 1, "model.part", self.part, "must be a number of tokens, at least 1, or None")
         require(self.unroll >= 1, "model.unroll", self.unroll, "must be at least 1")
 
     @property

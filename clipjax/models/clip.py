@@ -15,7 +15,7 @@ from clipjax.models import decoder, text, vit
 from clipjax.models.decoder import Decoder
 from clipjax.models.facts import TowerFacts
 from clipjax.models.layers import Scope, unit
-from clipjax.models.runner import ONE_DEVICE, Placement, Runner
+from clipjax.models.runner import DEFAULT_PART, ONE_DEVICE, Placement, Runner
 from clipjax.models.steps import make_layer_step, unstack_layers
 from clipjax.models.text import TextTransformer
 from clipjax.models.vit import ViT
@@ -137,7 +137,7 @@ class CLIP(nnx.Module):
 
     def _runner(self, placement: Placement) -> Runner:
         remat = "none" if self.cfg.remat == "auto" else self.cfg.remat  # train.remat decides where there is a backward pass
-        return Runner(remat, self.cfg.unroll, placement)
+        return Runner(remat, self.cfg.unroll, self.cfg.part or DEFAULT_PART, placement)
 
 
 def facts(cfg: config.Model) -> dict[str, TowerFacts]:

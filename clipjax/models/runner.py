@@ -15,9 +15,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
-# Tokens of a device in one chunk: enough to fill a matrix unit. A layer's recomputed activations, many times the size of its
-# input, exist for one chunk at a time.
-CHUNK_TOKENS = 4096
+# Tokens of a device in one chunk, unless model.part says otherwise: enough to fill a matrix unit. A layer's recomputed
+# activations, many times the size of its input, exist for one chunk at a time.
+DEFAULT_PART = 4096
 FULL_WEIGHTS, HIDDEN = "full weights", "hidden"  # names of values: gathered weights are never kept, MLPs' hidden units by `mlp`
 REMAT_POLICIES = {  # config.Model.remat -> what the backward pass keeps; it recomputes the rest
     "none": jax.checkpoint_policies.save_anything_except_these_names(FULL_WEIGHTS),
@@ -66,17 +66,18 @@ class Runner:
 
     remat: str = "none"  # a key of REMAT_POLICIES
     unroll: int = 1  # layers per iteration of the scan
+    part: int = DEFAULT_PART  # the most tokens of a device in one chunk
     placement: Placement = ONE_DEVICE
 
     def to_chunks(self, x: Shaped[Array, "b ..."], tokens: int) -> Shaped[Array, "n p ..."]:
-        """A batch in chunks. On each device a chunk has at most CHUNK_TOKENS tokens; an example has `tokens`.
+        """A batch in chunks. On each device a chunk has at most `part` tokens; an example has `tokens`.
 
         Policies that keep much save little by chunks: with them the batch is one chunk. Where chunks do not divide a device's
         rows, copies of its last row fill the last chunk.
         """
         devices = self.placement.devices
         rows = len(x) // devices
-        n = chunk_count(rows, max(1, CHUNK_TOKENS // tokens)) if self.remat in CHUNKED_POLICIES else 1
+        n = chunk_count(rows, max(1, self.part // tokens)) if self.remat in CHUNKED_POLICIES else 1
         if missing := -rows % n:
             x = x.reshape(devices, rows, *x.shape[1:])
             last = jnp.broadcast_to(x[:, -1:], (devices, missing, *x.shape[2:]))

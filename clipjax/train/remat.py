@@ -15,7 +15,7 @@ from clipjax import config, sharding
 from clipjax.chips import chip_of
 from clipjax.models import clip
 from clipjax.models.facts import Layout
-from clipjax.models.runner import CHUNK_TOKENS
+from clipjax.models.runner import DEFAULT_PART
 from clipjax.train.report import say
 from clipjax.train.state import TrainState
 
@@ -57,4 +57,5 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str) -> int:
     # One layer at a time, here the largest: its gathered weights with their gradients, and the activations of a chunk.
     weights = max(t.layer_weights for t in towers) // layout.tensor * (layout.size + 4)
     token = max(t.kept("none", layout) / t.depth / t.tokens for t in towers)
-    return math.ceil(sharding.own_bytes(state) + gradients + rows * row + micro_batch * kept + weights + CHUNK_TOKENS * token)
+    part = (run.model.part or DEFAULT_PART) * token
+    return math.ceil(sharding.own_bytes(state) + gradients + rows * row + micro_batch * kept + weights + part)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.models import runner
 from clipjax.models.runner import Placement, Runner, chunk_count
 
 ROWS, TOKENS = 7, 16  # of a device; of an example
@@ -22,10 +21,9 @@ def test_few_chunks_whatever_the_number_of_rows(rows, most, count):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_rows_that_no_chunks_divide(devices, monkeypatch):
+def test_rows_that_no_chunks_divide(devices):
     """Values and gradients are those of the rows alone. A mask that is empty in the copies would give NaN."""
-    monkeypatch.setattr(runner, "CHUNK_TOKENS", 3 * TOKENS)
-    run, count = Runner("full", placement=Placement(devices)), devices * ROWS
+    run, count = Runner("full", part=3 * TOKENS, placement=Placement(devices)), devices * ROWS
     x, w = np.random.default_rng(0).standard_normal((count, 3)), np.float32([1, 2, 3])
     x, keys = jnp.float32(x), jax.random.split(jax.random.key(0), count)
 

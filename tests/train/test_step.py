@@ -80,13 +80,13 @@ CHUNKED = [pytest.param(shape, marks=SLOW) for shape in ((4, 1, 1), (1, 4, 1), (
 
 
 @pytest.mark.parametrize("shape", CHUNKED, ids=["data", "fsdp", "tensor"])
-def test_chunks_of_a_batch_give_the_same_losses(shape, monkeypatch):
+def test_chunks_of_a_batch_give_the_same_losses(shape):
     """With full rematerialisation each device runs its rows in chunks, in all three ways of clipjax/placement.py."""
     want = one_device(DROPOUT)[:4]
-    monkeypatch.setattr(runner, "CHUNK_TOKENS", 32)  # 16 patches an image: two of a device's four or eight at a time
-    assert runner.Runner("full").to_chunks(jnp.zeros((8, 3)), 16).shape == (4, 2, 3)
-    assert runner.Runner("dots").to_chunks(jnp.zeros((8, 3)), 16).shape == (1, 8, 3)
-    _, got, _ = tiny.train(tiny.run(dataclasses.replace(DROPOUT, remat="full")), tiny.mesh_of(*shape), 4)
+    part = 32  # 16 patches an image: two of a device's four or eight at a time
+    assert runner.Runner("full", part=part).to_chunks(jnp.zeros((8, 3)), 16).shape == (4, 2, 3)
+    assert runner.Runner("dots", part=part).to_chunks(jnp.zeros((8, 3)), 16).shape == (1, 8, 3)
+    _, got, _ = tiny.train(tiny.run(dataclasses.replace(DROPOUT, remat="full", part=part)), tiny.mesh_of(*shape), 4)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
