@@ -14,7 +14,7 @@ from clipjax.config.data import BPE, Augment, Clean, Data, Filter, Part, Tokeniz
 from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
-from clipjax.config.model import Decoder, Model
+from clipjax.config.model import Attention, Decoder, Model
 from clipjax.config.objective import (
     CUA,
     CUAXU,
@@ -43,7 +43,7 @@ from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsq
 from clipjax.config.unions import registered, require_registered
 
 __all__ = [
-    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Augment", "Caption", "Captioning", "Clean",
+    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Caption", "Captioning", "Clean",
     "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation",
     "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim",
     "Part", "Preserve", "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower",

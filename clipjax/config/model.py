@@ -6,6 +6,8 @@ from typing import Any, Literal
 from clipjax.config.fields import Strict, free, require
 from clipjax.config.towers import ImageTower, TextTower, size
 
+Attention = Literal["exact", "cudnn"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder(Strict, prefix="model.decoder"):
@@ -48,6 +50,9 @@ class Model(Strict, prefix="model"):
     remat: Literal["auto", "none", "dots", "mlp", "full"] = free("auto")
     # Tokens of a device that go through a layer at once, where `mlp` or `full` recomputes; None: what is known to be fast.
     part: int | None = free(None)
+    # How a training step computes attention. `exact`: scores are written to memory. `cudnn`: one kernel of NVIDIA's, on GPUs from
+    # Ampere on, with towers in bfloat16; it keeps no scores. An explicit mask, as of CoCa's class token, is always `exact`.
+    attention: Attention = free("exact")
     unroll: int = free(1)  # layers per iteration of the scan; more is faster on CPU and slower to compile
 
     def __post_init__(self) -> None:

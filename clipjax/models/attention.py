@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from clipjax.config import Attention
+from clipjax.models import cudnn
 from clipjax.models.facts import BlockShape, Layout
 from clipjax.models.layers import Layer, LayerNorm, Linear, Scope
 
@@ -15,11 +17,23 @@ AttentionMask = Bool[Array | np.ndarray, "..."]
 
 
 def attend(
-    q: Float[Array, "b h t k"], k: Float[Array, "b h s k"], v: Float[Array, "b h s k"], mask: AttentionMask | None = None
+    q: Float[Array, "b h t k"],
+    k: Float[Array, "b h s k"],
+    v: Float[Array, "b h s k"],
+    mask: AttentionMask | None = None,
+    *,
+    causal: bool = False,
+    kind: Attention = "exact",
 ) -> Float[Array, "b t h k"]:
     """Scaled dot-product attention. Scores and softmax are float32, whatever the dtype. `mask` broadcasts to [b, h, t, s]; it is
-    true where a query may attend to a key.
+    true where a query may attend to a key. Without a mask it may attend to all, or, if `causal`, to those up to its own place.
+
+    `kind`: how it is computed. With a mask always as `exact`: cuDNN would read it as numbers, and write their gradient.
     """
+    if kind == "cudnn" and mask is None:
+        return cudnn.attend(q, k, v, causal)
+    if causal and mask is None:
+        mask = np.tri(q.shape[2], dtype=bool)
     scores = jnp.einsum("bhtk,bhsk->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
@@ -42,7 +56,7 @@ class SelfAttention(Layer):
     TENSOR_AXES: ClassVar = {"qkv/kernel": -2, "qkv/bias": -2, "qkv/lora_b": -2, "out/kernel": -3, "out/lora_a": -3}
 
     def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
-        self.causal = causal
+        self.causal, self.kind = causal, scope.attention
         self.qkv = Linear(scope / "qkv", (width,), (3, heads, width // heads), std=std)
         self.out = Linear(scope / "out", (heads, width // heads), (width,), std=out_std)
 
@@ -50,12 +64,8 @@ class SelfAttention(Layer):
         """`mask` [b, t, t]: true where a token (axis 1) may attend to another (axis 2). None: all true, or lower-triangular if
         causal.
         """
-        if mask is not None:
-            mask = mask[:, None]
-        elif self.causal:
-            mask = np.tri(x.shape[1], dtype=bool)
-        q, k, v = self.heads(x)
-        return self.out(attend(q, k, v, mask))
+        mask = None if mask is None else mask[:, None]
+        return self.out(attend(*self.heads(x), mask, causal=self.causal, kind=self.kind))
 
     def heads(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b h t k"], ...]:
         """Queries, keys and values."""
@@ -107,7 +117,7 @@ class CrossAttention(Layer):
     TENSOR_AXES: ClassVar = {"query/kernel": -2, "query/bias": -2, "key_value/kernel": -2, "key_value/bias": -2, "out/kernel": -3}
 
     def __init__(self, scope: Scope, width: int, context: int, heads: int, *, std: float, out_std: float) -> None:
-        shape = heads, width // heads
+        shape, self.kind = (heads, width // heads), scope.attention
         self.query = Linear(scope / "query", (width,), shape, std=std)
         self.key_value = Linear(scope / "key_value", (context,), (2, *shape), std=context**-0.5)
         self.out = Linear(scope / "out", shape, (width,), std=out_std)
@@ -122,7 +132,7 @@ class CrossAttention(Layer):
 
     def attend(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
         """The same as a call, but with the other sequence's keys and values, which `keys` has computed."""
-        return self.out(attend(einops.rearrange(self.query(x), "b t h k -> b h t k"), key, value))
+        return self.out(attend(einops.rearrange(self.query(x), "b t h k -> b h t k"), key, value, kind=self.kind))
 
     @staticmethod
     def flops(tokens: int, width: int, context: tuple[int, int]) -> int:

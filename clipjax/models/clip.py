@@ -40,9 +40,9 @@ DecodeStep = Callable[[Array, Array, CaptionCache], tuple[Float[Array, "b n v"],
 class CLIP(nnx.Module):
     """Both towers, the captioning head where there is one, and the logit scale and bias."""
 
-    def __init__(self, cfg: config.Model, key: Key[Array, ""]) -> None:
+    def __init__(self, cfg: config.Model, key: Key[Array, ""], attention: config.Attention = "exact") -> None:
         self.cfg = cfg
-        scope = Scope(key, jnp.dtype(cfg.dtype))
+        scope = Scope(key, jnp.dtype(cfg.dtype), attention)
         self.image = None if cfg.towers == "text" else ViT(cfg.image, scope / "image")
         self.text = None if cfg.towers == "image" else TextTransformer(cfg.text, scope / "text")
         self.decoder = None if cfg.decoder is None else Decoder(cfg.decoder, cfg.text, cfg.image, scope / "decoder")
@@ -154,10 +154,12 @@ def init(cfg: config.Model, seed: int) -> Params:
 
 
 @functools.cache
-def _graph(cfg: config.Model) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: CLIP(cfg, jax.random.key(0))))[0]
+def _graph(cfg: config.Model, attention: config.Attention) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: CLIP(cfg, jax.random.key(0), attention)))[0]
 
 
-def bind(cfg: config.Model, params: Params) -> CLIP:
-    """The model with these parameters: arrays, tracers or shapes."""
-    return nnx.merge(_graph(cfg), nnx.State(jax.tree.map(nnx.Param, params)))
+def bind(cfg: config.Model, params: Params, attention: config.Attention = "exact") -> CLIP:
+    """The model with these parameters: arrays, tracers or shapes. `attention`: `cfg.attention` in a training step; all else, as
+    an evaluation, runs on any device.
+    """
+    return nnx.merge(_graph(cfg, attention), nnx.State(jax.tree.map(nnx.Param, params)))

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from clipjax.config import Activation, Lora
+from clipjax.config import Activation, Attention, Lora
 from clipjax.models import lora
 from clipjax.models.facts import BlockShape, Layout
 from clipjax.models.runner import HIDDEN
@@ -35,6 +35,7 @@ class Scope:
 
     key: Array
     dtype: jnp.dtype  # of the arithmetic; parameters are float32
+    attention: Attention = "exact"  # how layers compute it
     path: str = ""
     layers: int | None = None  # the number of stacked layers: a leading axis of every parameter; None: no such axis
     lora: Lora | None = None  # adapters of the kernels that it names, below this path

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from clipjax import aot, config, sharding
 from clipjax.config.objective import check_teacher
 from clipjax.files import local_path
-from clipjax.models import clip
+from clipjax.models import clip, cudnn
 from clipjax.train import remat
 from clipjax.train.optimizer import optimizer_of
 from clipjax.train.state import TrainState, abstract_state
@@ -32,9 +32,11 @@ def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> aot.Compiled:
 def lower_step(run: config.Run, mesh: Mesh, state: TrainState) -> jax.stages.Lowered:
     """The step for a `state` from `state_of`, traced but not compiled, which takes seconds. Raises ConfigError."""
     sharding.check_batch(run, mesh)
+    cudnn.check(run.model, mesh.devices.flat[0])
     run = remat.resolved(run, mesh, state)
     step = make_train_step(run, optimizer_of(run, state.params), mesh)
-    return jit_step(step, state, mesh).lower(state, abstract_batch(run, mesh))
+    with cudnn.assumed():
+        return jit_step(step, state, mesh).lower(state, abstract_batch(run, mesh))
 
 
 def state_of(run: config.Run, mesh: Mesh) -> TrainState:

@@ -83,7 +83,7 @@ def make_train_step(
 
 def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> tuple[jax.Array, ...]:
     """Embeddings of images [b, e], of texts [b, e] or [b, K, e]; with a captioning loss, -log p [b] of each image's captions."""
-    model = clip.bind(run.model, stop_frozen(run.optim_in_use.rules, trainable.params))
+    model = clip.bind(run.model, stop_frozen(run.optim_in_use.rules, trainable.params), run.model.attention)
     *captions, length = rows["text"].shape
     tokens = rows["text"].reshape(-1, length)
     if run.embedded == "image":

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from clipjax import config, distributed, sharding
 from clipjax.checkpoint import Checkpoints
 from clipjax.files import write_atomic
+from clipjax.models import cudnn
 from clipjax.restore import newest, require_state
 from clipjax.storage import DamagedError
 from clipjax.train.optimizer import can_grow
@@ -57,13 +58,15 @@ def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Iterator[Workdir]:
     Called once for a run, before any data is opened; later functions get the result. Writes nothing but owner.json.
 
     Raises ConfigError for several processes that are not joined or find different checkpoints, for a mesh that does not divide
-    the batch or the towers, for a model of one tower, and for a checkpoint of another run, or one that run.init names and that
-    does not fit. Raises OwnedError if another process trains there, and DamagedError if no checkpoint can be read.
+    the batch or the towers, for a model of one tower, for attention that these devices don't compute, and for a checkpoint of
+    another run, or one that run.init names and that does not fit. Raises OwnedError if another process trains there, and
+    DamagedError if no checkpoint can be read.
     """
     distributed.require_joined()
     run.model.require_towers("image", "text")
     sharding.check_batch(run, mesh)
     sharding.check_tensor(run.model, mesh)
+    cudnn.check(run.model, mesh.devices.flat[0])
     with owned(path) as check_owner:
         saved = _find_checkpoint(run, path)
         yield Workdir(path, saved, None if saved else _find_start(run), check_owner)
