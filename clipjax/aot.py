@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from clipjax import hlo
+from clipjax import chips, hlo
 from clipjax.config import ConfigError
 from clipjax.environment import COMPILE_ONLY
 
@@ -63,6 +63,7 @@ class Compiled:
     argument_bytes: int
     temp_bytes: int
     cost: hlo.Cost
+    cycles: hlo.Cycles | None  # by the TPU compiler's own estimates; None: not for a TPU
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
@@ -145,9 +146,10 @@ def compile(lowered: jax.stages.Lowered, *, dump: bool = False) -> Compiled:
     assert text is not None
     arguments, temps, peak = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes
     devices = jax.tree.leaves(program.input_shardings)[0].device_set
-    if next(iter(devices)).platform == "cpu":  # its compiler does not count temporaries in the peak
+    device = next(iter(devices))
+    if device.platform == "cpu":  # its compiler does not count temporaries in the peak
         peak = arguments + temps + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(program, seconds, peak, arguments, temps, hlo.cost(text))
+    return Compiled(program, seconds, peak, arguments, temps, hlo.cost(text), hlo.cycles(text, chips.chip_of(device.device_kind)))
 
 
 def _dumped_text(folder: Path) -> str:

@@ -17,11 +17,14 @@ class Chip:
     network: float | None  # bytes/s to other slices over the data-centre network: its share of its host's
     capacity: float  # bytes of its main memory
     devices: int = 1  # JAX devices in a chip
+    clock: float | None = None  # Hz, of TPUs
 
 
-def _tpu(tflops: float, memory: float, links: float, network: float | None, capacity: float, devices: int = 1) -> Chip:
+def _tpu(
+    tflops: float, memory: float, links: float, network: float | None, capacity: float, clock: float | None, devices: int = 1
+) -> Chip:
     network = None if network is None else network / 8 * GIGA
-    return Chip(tflops * TERA, memory * GIGA, links * GIGA, network, capacity * GIGA, devices)
+    return Chip(tflops * TERA, memory * GIGA, links * GIGA, network, capacity * GIGA, devices, clock and clock * GIGA)
 
 
 def _gpu(tflops: float, memory: float, links: float, capacity: float) -> Chip:
@@ -38,16 +41,16 @@ def _gpu(tflops: float, memory: float, links: float, capacity: float) -> Chip:
 # smaller memory if two products have the same name; NVLink one way (half of the figure in the sheet), or PCIe. The network
 # between hosts depends on the cluster.
 _CHIPS = {
-    "TPU v2": _tpu(46, 716, 248, None, 16, devices=2),
-    "TPU v3": _tpu(123, 900, 328, None, 32, devices=2),
-    "TPU v4": _tpu(275, 1200, 300, 50, 32),
-    "TPU v5 lite": _tpu(197, 819, 200, 25, 16),
-    "TPU v5e": _tpu(197, 819, 200, 25, 16),
-    "TPU v5": _tpu(459, 2765, 600, 50, 95),
-    "TPU v5p": _tpu(459, 2765, 600, 50, 95),
-    "TPU v6 lite": _tpu(918, 1638, 400, 100, 32),
-    "TPU v6e": _tpu(918, 1638, 400, 100, 32),
-    "TPU7x": _tpu(2307, 7380, 600, 100, 192, devices=2),
+    "TPU v2": _tpu(46, 716, 248, None, 16, 0.7, devices=2),
+    "TPU v3": _tpu(123, 900, 328, None, 32, 0.94, devices=2),
+    "TPU v4": _tpu(275, 1200, 300, 50, 32, 1.05),
+    "TPU v5 lite": _tpu(197, 819, 200, 25, 16, 1.5),
+    "TPU v5e": _tpu(197, 819, 200, 25, 16, 1.5),
+    "TPU v5": _tpu(459, 2765, 600, 50, 95, 1.75),
+    "TPU v5p": _tpu(459, 2765, 600, 50, 95, 1.75),
+    "TPU v6 lite": _tpu(918, 1638, 400, 100, 32, 1.75),
+    "TPU v6e": _tpu(918, 1638, 400, 100, 32, 1.75),
+    "TPU7x": _tpu(2307, 7380, 600, 100, 192, None, devices=2),
     "NVIDIA A10": _gpu(125, 600, 32, 24),
     "NVIDIA A100": _gpu(312, 1555, 300, 40),
     "NVIDIA A100-SXM4-80GB": _gpu(312, 2039, 300, 80),

@@ -53,6 +53,7 @@ def token_nll(
     return _token_nll(states, table, targets - first, axis, columns, sizes)
 
 
+@jax.named_scope("loss")
 def caption_nll(
     states: Float[Array, "n t-1 d"],
     table: Float[Array, "v d"],

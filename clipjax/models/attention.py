@@ -16,6 +16,7 @@ from clipjax.models.layers import Layer, LayerNorm, Linear, Scope
 AttentionMask = Bool[Array | np.ndarray, "..."]
 
 
+@jax.named_scope("attention")
 def attend(
     q: Float[Array, "b h t k"],
     k: Float[Array, "b h s k"],

@@ -102,6 +102,7 @@ class Decoder(Layer):
         self.output = None if cfg.tied else OutputProjection(scope / "output", text.vocab_size, d)
         self.masks = scope.param("masks", normal(0.01), text.length - 1, d) if cfg.parallel else None
 
+    @jax.named_scope("decoder")
     def __call__(
         self,
         states: Float[Array, "b t d"],

@@ -116,6 +116,7 @@ class LayerNorm(nnx.Module):
         """Bytes kept for the backward pass, of one example: three steps in float32."""
         return 3 * 4 * width * layout.rows(tokens) if policy == "none" else 0
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)

@@ -69,7 +69,9 @@ class AttentionPooling(Pooler):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         query = self.query(self.probe[...].astype(x.dtype)[None, None])  # once for all images
         key, value = jnp.moveaxis(self.key_value(x), 2, 0)
-        x = self.out(jax.nn.dot_product_attention(jnp.broadcast_to(query, (len(x), *query.shape[1:])), key, value))
+        with jax.named_scope("attention"):
+            x = jax.nn.dot_product_attention(jnp.broadcast_to(query, (len(x), *query.shape[1:])), key, value)
+        x = self.out(x)
         return (x + self.mlp(self.norm(x)))[:, 0]
 
     @staticmethod

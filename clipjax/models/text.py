@@ -41,6 +41,7 @@ class TextTransformer(nnx.Module):
         else:
             self.projection = Linear(scope / "projection", (d,), (cfg.embed_dim,), std=d**-0.5, bias=cfg.projection_bias)
 
+    @jax.named_scope("text")
     def __call__(
         self, tokens: Int[Array, "b t"], runner: Runner, states: bool = False
     ) -> tuple[Float[Array, "b e"], Float[Array, "b t d"] | None]:

@@ -48,6 +48,7 @@ class ViT(nnx.Module):
         project = functools.partial(Linear, scope / "projection", (pooled,), (e,), std=pooled**-0.5, bias=cfg.projection_bias)
         self.projection = None if cfg.embed_dim is None else project()
 
+    @jax.named_scope("image")
     def __call__(
         self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None, runner: Runner, tokens: bool = False
     ) -> tuple[Float[Array, "b e"], Array | None]:

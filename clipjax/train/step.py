@@ -101,6 +101,7 @@ def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, row
     return zimg, ztxt.reshape(*captions, -1), nll.reshape(len(zimg), -1).sum(1)
 
 
+@jax.named_scope("loss")
 def _loss(
     run: config.Run, mesh: Mesh, trainable: Trainable, z: tuple[jax.Array, ...], rows: StepInputs
 ) -> tuple[jax.Array, tuple[Metrics, Memory]]:
