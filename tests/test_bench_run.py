@@ -80,7 +80,7 @@ def test_noise_has_what_a_batch_has(everything):
 
 def test_a_known_chip_has_a_share(capsys):
     times = step.StepTimes(
-        **dict(device_kind="TPU v5 lite", devices=8, mesh={"data": 8}, batch_size=1024, micro_batches=1, remat="dots"),
+        **dict(device_kind="TPU v5 lite", devices=8, mesh={"data": 8}, batch_size=1024, micro_batches=1, remat="full", part=4096),
         **dict(compile_seconds=60.0, peak_bytes=3 * 2**30, flops_per_step=2e14, step_seconds=0.5, images_per_second=2048.0),
         **dict(mfu=0.25, seconds=(0.4, 0.5, 0.7)),
     )
@@ -89,6 +89,7 @@ def test_a_known_chip_has_a_share(capsys):
     assert "2,048 (256 a device)" in said
     assert "4e+14; MFU 25.0% of the bfloat16 peak" in said
     assert "3.00 GiB" in said
+    assert "model.remat: full in parts of 4,096 tokens" in said
 
 
 @pytest.mark.parametrize(

@@ -308,12 +308,13 @@ def test_a_plan_as_text_and_as_json(tmp_path, capsys):
     assert result["estimate"].keys() >= {"step_seconds", "images_per_second", "mfu"}
     assert all(figures.keys() == {"count", "bytes"} for figures in result["collectives"].values())
     assert (result["topology"], result["chips"], result["batch_size"], result["fits"]) == ("cpu:4", 4, 32, True)
-    assert (result["largest_batch"], result["remat"]) == (None, "none")
+    assert (result["largest_batch"], result["remat"], result["part"]) == (None, "none", None)
+    assert result["remat_reason"] == "as on every CPU"
     assert result["flops_per_step"] == sum(result["flops"].values())
     for part in (
         "4 chips",
         "data 2, fsdp 2",
-        "model.remat: none",
+        "model.remat: none, as on every CPU",
         "parameters",
         "temporaries",
         "fits",

@@ -38,7 +38,8 @@ class StepTimes:
     mesh: dict[str, int]
     batch_size: int  # global, in pairs
     micro_batches: int
-    remat: str
+    remat: str  # the policy that `auto` chose, or the configured one
+    part: int | None  # of the same, model.part
     compile_seconds: float
     peak_bytes: int  # of one device, from the compiler, with weights and optimizer state
     flops_per_step: float  # of the model, counted by hand without what is recomputed; of all devices
@@ -61,13 +62,15 @@ def measure(run: config.Run, turns: int) -> StepTimes:
         raise aot.DoesNotFit(compiled.peak_bytes, aot.capacity(list(mesh.devices.flat))) from error
     step = statistics.median(seconds)
     flops = run.train.batch_size * run_flops(run, placed.params)
+    chosen = remat.choice(run, mesh, placed)
     return StepTimes(
         device_kind=mesh.devices.flat[0].device_kind,
         devices=mesh.devices.size,
         mesh=dict(mesh.shape),
         batch_size=run.train.batch_size,
         micro_batches=run.train.micro_batches,
-        remat=remat.resolved(run, mesh, placed).model.remat,
+        remat=chosen.policy,
+        part=chosen.part,
         compile_seconds=compiled.seconds,
         peak_bytes=compiled.peak_bytes,
         flops_per_step=flops,
@@ -128,7 +131,7 @@ def _timed(run: config.Run, mesh: Mesh, program: jax.stages.Compiled, turns: int
 def lines(times: StepTimes) -> Iterator[str]:
     """The text of the figures."""
     yield f"{times.devices} x {times.device_kind}; mesh: {axes(times.mesh)}"
-    yield batch_line(times.batch_size, times.micro_batches, times.remat)
+    yield batch_line(times.batch_size, times.micro_batches, remat.Choice(times.remat, times.part))
     yield f"  compiled in      {times.compile_seconds:,.1f} s"
     yield f"  peak a device    {times.peak_bytes / 2**30:,.2f} GiB, as compiled"
     low, high = min(times.seconds), max(times.seconds)

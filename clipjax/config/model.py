@@ -46,9 +46,11 @@ class Model(Strict, prefix="model"):
     init_bias: float | None = None  # the logit bias at the start (SigLIP: -10); None: the model has none
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the towers' arithmetic; weights stay float32
     # What the backward pass recomputes: nothing (`none`), all but products (`dots`), all but the MLPs' first products (`mlp`), or
-    # everything (`full`). `auto`: as little as the chips' memory allows, and nothing where that is not known.
-    remat: Literal["auto", "none", "dots", "mlp", "full"] = free("auto")
-    # Tokens of a device that go through a layer at once, where `mlp` or `full` recomputes; None: what is known to be fast.
+    # everything (`full`). `auto-memory`: as little as the chips' memory allows, and nothing where that is not known. `auto`: on
+    # TPUs the fastest of what fits, by the TPU compiler's own estimates of time; elsewhere as `auto-memory`.
+    remat: Literal["auto", "auto-memory", "none", "dots", "mlp", "full"] = free("auto")
+    # Tokens of a device that go through a layer at once, where `mlp` or `full` recomputes. None: on TPUs what is fastest for the
+    # chip and the towers' shapes by the same estimates; elsewhere 4,096.
     part: int | None = free(None)
     # How a training step computes attention. `exact`: scores are written to memory. `cudnn`: one kernel of NVIDIA's, on GPUs from
     # Ampere on, with towers in bfloat16; it keeps no scores. An explicit mask, as of CoCa's class token, is always `exact`.

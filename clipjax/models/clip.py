@@ -136,7 +136,8 @@ class CLIP(nnx.Module):
         return self.decoder
 
     def _runner(self, placement: Placement) -> Runner:
-        remat = "none" if self.cfg.remat == "auto" else self.cfg.remat  # train.remat decides where there is a backward pass
+        # Where there is a backward pass, train.remat has decided.
+        remat = "none" if self.cfg.remat.startswith("auto") else self.cfg.remat
         return Runner(remat, self.cfg.unroll, self.cfg.part or DEFAULT_PART, placement)
 
 

@@ -145,6 +145,7 @@ def facts(cfg: config.Decoder, text: config.TextTower, image: config.ImageTower)
     return TowerFacts(
         flops=flops,
         depth=cfg.depth,
+        held=cfg.depth,
         tokens=tokens + context[0],
         layer_weights=Block.weights(layer) + CrossAttention.weights(d, context[1]),
         kept=functools.partial(_kept, cfg.depth, layer, context),

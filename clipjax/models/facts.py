@@ -51,6 +51,7 @@ class TowerFacts:
 
     flops: float  # of a forward pass, 2 for a multiply-add; dot products only
     depth: int  # layers
+    held: int  # layers with a backward pass, or 1 where none has one
     tokens: int  # of a layer's input, with those of the context that it attends to
     layer_weights: int  # numbers in the kernels of one layer, and in their adapters
     kept: Kept  # bytes kept for the backward pass on each device

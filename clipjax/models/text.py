@@ -111,6 +111,7 @@ def facts(cfg: TextTower) -> TowerFacts:
     return TowerFacts(
         flops=cfg.depth * Block.flops(layer) + 2 * cfg.width * (cfg.embed_dim or 0),
         depth=cfg.depth,
+        held=held_layers(cfg),
         tokens=layer.tokens,
         layer_weights=Block.weights(layer),
         kept=functools.partial(_kept, held_layers(cfg), layer),

@@ -132,6 +132,7 @@ def facts(cfg: ImageTower) -> TowerFacts:
     return TowerFacts(
         flops=patches + cfg.depth * Block.flops(layer) + _pool_flops(cfg, tokens) + projection,
         depth=cfg.depth,
+        held=held_layers(cfg),
         tokens=tokens,
         layer_weights=Block.weights(layer),
         kept=functools.partial(_kept, cfg, layer),

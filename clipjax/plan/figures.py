@@ -45,6 +45,8 @@ class Plan:
     batch_size: int
     micro_batches: int
     remat: str  # the policy that `auto` chose, or the configured one
+    part: int | None  # of the same, model.part
+    remat_reason: str | None  # why it was chosen; None: it is configured
     fits: bool
     peak_bytes_per_chip: int | None  # if it does not fit: what it needs
     argument_bytes: int  # state and batch
@@ -98,6 +100,7 @@ def _uncompiled(run: config.Run, target: Target, state: TrainState, arguments: M
     per_chip = len(target.devices) // chips
     placed = jax.tree.map(lambda x: x.sharding, state)
     replicated = sharding.unsharded(state, placed, *sharding.AXES)
+    chosen = remat.choice(run, target.mesh, state)
     flops = step_flops(run, trained_names(run.optim_in_use.rules, state.params), teacher_width(run))
     return Plan(
         topology=target.topology,
@@ -108,7 +111,9 @@ def _uncompiled(run: config.Run, target: Target, state: TrainState, arguments: M
         mesh=dict(target.mesh.shape),
         batch_size=run.train.batch_size,
         micro_batches=run.train.micro_batches,
-        remat=remat.resolved(run, target.mesh, state).model.remat,
+        remat=chosen.policy,
+        part=chosen.part,
+        remat_reason=chosen.reason,
         fits=False,
         peak_bytes_per_chip=None,
         argument_bytes=per_chip * sum(arguments.values()),

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from clipjax.plan.figures import Plan
 from clipjax.plan.search import Try
+from clipjax.train.remat import Choice
 
 LISTED = 10  # of the tensors that every device has in full, at most
 MEANING = {
@@ -29,7 +30,7 @@ def axes(mesh: Mapping[str, int]) -> str:
     return ", ".join(f"{axis} {n}" for axis, n in mesh.items() if n > 1) or "one device"
 
 
-def batch_line(size: int, micro_batches: int, remat: str, share: str = "") -> str:
+def batch_line(size: int, micro_batches: int, remat: Choice, share: str = "") -> str:
     """The batch in a line. `share`: goes after the number of pairs."""
     parts = f", in {micro_batches} micro-batches" if micro_batches > 1 else ""
     return f"batch: {size:,} pairs{share}{parts}; model.remat: {remat}"
@@ -40,7 +41,8 @@ def lines(plan: Plan) -> Iterator[str]:
     slices = f" in {plan.slices} slices" if plan.slices > 1 else ""
     halves = f", {plan.devices // plan.chips} devices each" if plan.devices > plan.chips else ""
     yield f"{plan.topology}: {plan.chips:,} chips{slices} ({plan.device_kind}{halves}); mesh: {axes(plan.mesh)}"
-    yield batch_line(plan.batch_size, plan.micro_batches, plan.remat, f", {plan.batch_size / plan.chips:,.6g} a chip")
+    chosen = Choice(plan.remat, plan.part, plan.remat_reason)
+    yield batch_line(plan.batch_size, plan.micro_batches, chosen, f", {plan.batch_size / plan.chips:,.6g} a chip")
     yield from _memory(plan)
     yield from _sharding(plan)
     yield from _work(plan)

@@ -15,7 +15,7 @@ from clipjax.models import clip, decoder, vit
 from clipjax.models.facts import Layout
 from clipjax.models.runner import REMAT_POLICIES
 from clipjax.plan.program import state_of
-from clipjax.train import remat
+from clipjax.train import remat, remat_time
 from tests.train import tiny
 
 
@@ -26,17 +26,19 @@ def recipe(name: str, pairs: int, policy: str = "auto", devices: int = 4, **trai
     return dataclasses.replace(run, train=train, model=dataclasses.replace(run.model, remat=policy))
 
 
-def chosen(run: config.Run, kind: str, devices: int = 4) -> str:
-    """On so many devices of a kind that isn't here."""
+def choice(run: config.Run, kind: str, devices: int = 4, limit: int | None = None) -> remat.Choice:
+    """On so many devices of a kind that isn't here, which say that a program gets `limit` bytes."""
     mesh = sharding.make_mesh(run.mesh, jax.devices()[:devices])
-    device = SimpleNamespace(device_kind=kind, platform="tpu" if kind.startswith("TPU") else "gpu")
+    platform = "tpu" if kind.startswith("TPU") else "gpu"
+    stats = None if limit is None else {"bytes_limit": limit}
+    device = SimpleNamespace(device_kind=kind, platform=platform, process_index=0, memory_stats=lambda: stats)
     elsewhere = SimpleNamespace(shape=mesh.shape, devices=np.array([device] * devices))
-    return remat.resolved(run, elsewhere, state_of(run, mesh)).model.remat
+    return remat.choice(run, elsewhere, state_of(run, mesh))
 
 
 def test_the_estimate_s_policies_are_the_model_s():
     assert set(remat.POLICIES_BY_MEMORY) == REMAT_POLICIES.keys()
-    assert list(config.Model.__annotations__["remat"].__args__) == ["auto", *remat.POLICIES_BY_MEMORY]
+    assert list(config.Model.__annotations__["remat"].__args__) == ["auto", "auto-memory", *remat.POLICIES_BY_MEMORY]
 
 
 @pytest.mark.parametrize(
@@ -50,17 +52,59 @@ def test_the_estimate_s_policies_are_the_model_s():
         ("TPU v6 lite", 320, "dots"),
         ("TPU v5p", 320, "none"),
         ("NVIDIA H100 80GB HBM3", 192, "none"),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 1024, "none"),  # nobody knows
-        ("Radeon", 1024, "none"),
     ],
 )
 def test_what_is_kept_follows_from_the_size(kind, pairs, policy):
-    assert chosen(recipe("siglip_b16", pairs), kind) == policy
+    assert choice(recipe("siglip_b16", pairs, "auto-memory"), kind).policy == policy
 
 
 @pytest.mark.parametrize(("pairs", "policy"), [(8, "none"), (192, "dots"), (352, "mlp"), (1024, "full")])
 def test_a_captioning_head_counts(pairs, policy):
-    assert chosen(recipe("coca_b32", pairs), "TPU v5 lite") == policy
+    assert choice(recipe("coca_b32", pairs, "auto-memory"), "TPU v5 lite").policy == policy
+
+
+@pytest.mark.parametrize("pairs", [32, 128, 320])
+def test_a_tpu_gets_what_is_fast_and_not_what_keeps_most(pairs):
+    found = choice(recipe("siglip_b16", pairs), "TPU v5 lite")
+    assert str(found) == "full in parts of 4,096 tokens, the fastest of what fits by the TPU compiler's estimates"
+
+
+def test_what_nothing_fits_gets_the_least():
+    found = choice(recipe("siglip_b16", 2**20), "TPU v5 lite")
+    assert str(found) == "full in parts of 2,048 tokens, the least memory: by the estimate, nothing fits"
+
+
+def test_what_is_left_open_of_the_two_is_chosen():
+    """A policy without a part size, and a part size without a policy."""
+    run = recipe("siglip_b16", 128)
+    model = dataclasses.replace(run.model, part=2048)
+    assert choice(dataclasses.replace(run, model=model), "TPU v5 lite").part == 2048
+    assert choice(recipe("siglip_b16", 128, "mlp"), "TPU v5 lite").part in remat_time.PARTS
+    asked = dataclasses.replace(run, model=dataclasses.replace(model, remat="mlp"))
+    assert choice(asked, "TPU v5 lite") == remat.Choice("mlp", 2048)
+    assert choice(recipe("siglip_b16", 128, "mlp"), "NVIDIA H100 80GB HBM3") == remat.Choice("mlp")
+
+
+UNKNOWN = ("NVIDIA RTX 6000 Ada Generation", "Tesla V100-SXM2-32GB", "AMD Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_card_is_judged_by_what_it_says_of_its_memory(kind):
+    run = recipe("siglip_b16", 64)
+    policies = [choice(run, kind, limit=gib * 2**30).policy for gib in (30, 10, 5, 2)]
+    assert policies == ["none", "dots", "mlp", "full"]
+
+
+def test_a_card_that_says_nothing_gets_no_recomputation(monkeypatch):
+    monkeypatch.setattr(remat.aot, "capacity", lambda devices: None)
+    found = choice(recipe("siglip_b16", 1024), "Radeon")
+    assert str(found) == "none, as nothing is known of the devices' memory"
+
+
+def test_all_processes_follow_what_the_first_one_s_device_says(monkeypatch):
+    monkeypatch.setattr(remat.distributed, "value_of_first", lambda name, value: str(5 * 2**30))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert choice(recipe("siglip_b16", 64), "Tesla T4", limit=30 * 2**30).policy == "mlp"
 
 
 @pytest.mark.parametrize(("policy", "pairs", "gib"), [("full", 352, 5.14), ("mlp", 352, 10.57), ("dots", 64, 6.627)])
@@ -72,13 +116,13 @@ def test_a_captioning_head_is_estimated_as_it_was_compiled(policy, pairs, gib):
 
 
 def test_micro_batches_make_room():
-    assert chosen(recipe("siglip_b16", 1024), "TPU v5 lite") == "full"
-    assert chosen(recipe("siglip_b16", 1024, micro_batches=8), "TPU v5 lite") == "dots"
+    assert choice(recipe("siglip_b16", 1024, "auto-memory"), "TPU v5 lite").policy == "full"
+    assert choice(recipe("siglip_b16", 1024, "auto-memory", micro_batches=8), "TPU v5 lite").policy == "dots"
 
 
 def test_what_was_asked_for_is_done():
     run = recipe("siglip_b16", 2**20, "dots")
-    assert chosen(run, "TPU v5 lite") == "dots"
+    assert choice(run, "TPU v5 lite") == remat.Choice("dots")
 
 
 def test_a_cpu_makes_nothing_again():
@@ -117,8 +161,10 @@ def test_every_caption_counts():
     run = tiny.run(dataclasses.replace(tiny.CLIP, remat="full"))
     mesh = sharding.make_mesh(run.mesh, jax.devices()[:1])
     three = dataclasses.replace(run, data=config.Data(spec="emoji", captions_per_image=3, ids="caption"))
-    one, more = (remat.needed(r, mesh, state_of(r, mesh), "full") for r in (run, three))
-    text = clip.facts(run.model)["text"].kept("full", Layout(jnp.dtype(run.model.dtype).itemsize))
+    facts = clip.facts(run.model)
+    part = 4 * max(t.tokens for t in facts.values())  # some of the rows at a time, in both
+    one, more = (remat.needed(r, mesh, state_of(r, mesh), "full", part) for r in (run, three))
+    text = facts["text"].kept("full", Layout(jnp.dtype(run.model.dtype).itemsize))
     assert more - one == 2 * run.train.batch_size * text
 
 

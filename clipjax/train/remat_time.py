@@ -1,0 +1,58 @@
+"""How long a tower's layers take on a TPU with each remat policy and part size, by a small model of what the TPU compiler says.
+
+`benchmarks/remat_fit.py` compiles steps, fits COSTS to the compiler's own estimates of cycles, and prints the error of the fit.
+"""
+
+from typing import NamedTuple
+
+from clipjax.chips import Chip
+from clipjax.models.facts import Layout, TowerFacts
+
+PARTS = (2048, 4096, 8192)  # part sizes to choose from, in tokens
+
+
+class Work(NamedTuple):
+    """What a device gives a tower's layers at a time."""
+
+    facts: TowerFacts
+    chunks: int  # run one after the other
+    examples: int  # of a chunk
+
+
+class Terms(NamedTuple):
+    """What a tower's layers do on one device, each in seconds at the chip's peak or at the rate of its memory."""
+
+    products: float  # forward, backward, recomputed
+    kept: float  # activations written for the backward pass, and read in it
+    spilled: float  # activations of a chunk that do not fit in the fast memory
+    chunks: float  # weights read, and their gradients summed, for every chunk
+
+
+COSTS = Terms(2.05, 5.6, 4.7, 7.6)  # seconds of the compiler for a second of each term
+RECOMPUTED = {"none": 0.0, "mlp": 2 / 3, "full": 1.0}  # share of the forward pass's products
+FAST_MEMORY = 384 * 2**20  # bytes of a chunk's activations, as `none` keeps them, up to which nothing goes to the main memory
+
+
+def terms(work: Work, policy: str, layout: Layout, chip: Chip) -> Terms:
+    facts, rows = work.facts, work.chunks * work.examples
+    weights = facts.layer_weights // layout.tensor * layout.size
+    if policy == "dots":
+        again = max(0.0, 1 - 2 * facts.layer_weights * facts.depth * facts.tokens / facts.flops)
+    else:
+        again = RECOMPUTED[policy]
+    trained = facts.held / facts.depth
+    flops = rows * facts.flops / layout.tensor * (1 + trained * (2 + again))
+    layer = facts.kept("none", layout) / facts.held
+    spill = max(0.0, 1 - FAST_MEMORY / (work.examples * layer))
+    peak, rate = chip.flops / chip.devices, chip.memory / chip.devices
+    return Terms(
+        flops / peak,
+        2 * rows * facts.kept(policy, layout) / rate,
+        spill * rows * layer * facts.held / rate,
+        work.chunks * facts.held * weights / rate,
+    )
+
+
+def seconds(works: list[Work], policy: str, layout: Layout, chip: Chip) -> float:
+    """Of all towers' layers in a step's micro-batch."""
+    return sum(c * t for work in works for c, t in zip(COSTS, terms(work, policy, layout, chip), strict=True))
