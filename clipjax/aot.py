@@ -154,7 +154,7 @@ def compile(lowered: jax.stages.Lowered, *, dump: bool = False) -> Compiled:
 
 def _dumped_text(folder: Path) -> str:
     """The text of the optimised program, from the compiler's files."""
-    found = [*folder.glob("*.after_optimizations.txt")]
+    found = [*folder.glob("*.after_codegen.txt")]  # as `as_text` gives it: earlier texts have no estimates of cycles
     if len(found) != 1:
         raise CompilerError(f"it wrote {len(found)} texts of the program instead of one (xla_dump_to)")
     return found[0].read_text()

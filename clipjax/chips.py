@@ -36,7 +36,10 @@ def _gpu(tflops: float, memory: float, links: float, capacity: float) -> Chip:
 # bandwidth per chip", and the network (Gbit/s) its "DCN bandwidth per chip" (tpu7x's page has v5p's and v6e's too; v5e:
 # 6.4 Tbit/s a pod of 256). v4: six links of 50 GB/s (2304.01433), 25 GB/s a host of four (jax-ml.github.io/scaling-book/tpus).
 # v2, v3: four links of 62 and 82 GB/s (Norrie et al., IEEE Micro 41:2, 2021), v2's memory as in tpu_info.py; they have
-# no multislice. Then GB of memory, from the same pages.
+# no multislice. Then GB of memory, from the same pages, and the clock in GHz: v2, v3 from Norrie et al., v4 from 2304.01433, v5e
+# from jax-ml.github.io/scaling-book/tpus; v5p and v6e follow from their peaks and the matrix units that Google gives (8 of
+# 128 x 128; 4 of 256 x 256 in the first version of v6e's page, with which the compiler's cycles agree: 2 could not do them).
+# Peak = matrix units x size^2 x 2 x clock, for all of them. tpu7x: no source.
 # GPU: NVIDIA's data sheet of each product, tensor cores without sparsity (half of a figure "with sparsity"), the slower or
 # smaller memory if two products have the same name; NVLink one way (half of the figure in the sheet), or PCIe. The network
 # between hosts depends on the cluster.

@@ -91,7 +91,6 @@ def test_loops_count_as_often_as_they_run_and_of_a_conditional_the_dearest_branc
     }
     assert found.total == pytest.approx(1355 + kernel)
     assert found.uncosted == {"add": 15, "copy-start": 1, "copy-done": 1}
-    assert found.unknown_loops == set()
 
 
 def test_a_kernel_takes_what_its_flops_or_its_bytes_take():
@@ -114,8 +113,22 @@ def test_a_kernel_for_a_chip_with_an_unknown_clock_is_listed():
 def test_a_loop_of_unknown_length_is_told():
     unknown = PROGRAM.replace("%seven = s32[] constant(7)", "%seven = s32[] custom-call()")
     found = cycles(unknown)
-    assert found.unknown_loops == {"loop"}
+    assert found.uncosted["while"] == 5
     assert found.parts["products"] == 5 * 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "units", "size"),
+    [
+        *(("TPU v2", 2, 128), ("TPU v3", 4, 128), ("TPU v4", 8, 128), ("TPU v5 lite", 4, 128), ("TPU v5p", 8, 128)),
+        ("TPU v6 lite", 4, 256),
+    ],
+)
+def test_clocks_are_those_of_the_peaks(kind, units, size):
+    chip = chip_of(kind)
+    assert chip is not None
+    assert chip.clock is not None
+    assert units * size**2 * 2 * chip.clock == pytest.approx(chip.flops, rel=0.01)
 
 
 def test_programs_for_others_have_no_cycles():

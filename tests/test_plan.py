@@ -419,6 +419,18 @@ def test_a_run_for_a_tpu():
     assert found.program_flops >= 0.9 * found.flops_per_step
     assert 0 < found.estimate.step_seconds < 0.1
     assert 0 < found.estimate.mfu < 1
+    own = found.estimate.compiler
+    assert (own.clock_hz, own.seconds) == (1.5e9, own.cycles / 1.5e9)
+    assert own.seconds > found.estimate.seconds["compute"]
+    parts = dict(own.parts)
+    assert parts.pop("collectives") == found.estimate.seconds["links"]
+    assert sum(parts.values()) == pytest.approx(own.seconds)
+    assert parts.keys() >= {"products", "attention scores", "norms", "text tower", "loss", "optimizer and norms"}
+    assert own.mfu * own.seconds == pytest.approx(found.estimate.mfu * found.estimate.step_seconds)
+    assert own.uncosted["all-reduce"] > 0
+    said = "\n".join(report.lines(found))
+    assert f"{own.seconds:.4f} s a step" in said
+    assert "without an estimate: copy-" in said
 
 
 # Three minutes. In CI: the search on this machine above, and in test_aot.py a TPU's refusal.

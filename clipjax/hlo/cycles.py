@@ -34,8 +34,9 @@ class Cycles:
     """Cycles of one device in one run of a program."""
 
     parts: dict[str, float] = field(default_factory=dict)  # by PARTS
-    uncosted: Counter[str] = field(default_factory=Counter)  # opcode -> how often one without an estimate runs
-    unknown_loops: set[str] = field(default_factory=set)  # their bodies are counted once
+    uncosted: Counter[str] = field(
+        default_factory=Counter
+    )  # opcode -> how often one without an estimate runs; `while`: the loops of unknown length
 
     @property
     def total(self) -> float:
@@ -48,7 +49,6 @@ class Cycles:
         for part, count in other.parts.items():
             self.add_to(part, times * count)
         self.uncosted.update({opcode: times * n for opcode, n in other.uncosted.items()})
-        self.unknown_loops |= other.unknown_loops
 
 
 def cycles(text: str, chip: Chip | None) -> Cycles | None:
@@ -94,8 +94,8 @@ class _Walk:
         elif i.opcode == "while":
             (body,) = i.attribute("body")
             trips = self.integers.trip_count(name, i, known)
-            if trips is None:
-                total.unknown_loops.add(i.name)
+            if trips is None:  # then its body counts once
+                total.uncosted[i.opcode] += 1
             total.add(self.of(body, self.integers.in_loop(name, i, known)), 1 if trips is None else trips)
 
     def own(self, computation: Computation, i: Instruction) -> float:

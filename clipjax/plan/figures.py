@@ -165,7 +165,7 @@ def _with_program(plan: Plan, target: Target, state: TrainState, compiled: aot.C
         memory=plan.memory | compiler_bytes,
         program_flops=cost.flops * len(target.devices),
         collectives={kind: dataclasses.asdict(c) for kind, c in cost.collectives.items()},
-        estimate=estimate(cost, target.devices, plan.batch_size, towers),
+        estimate=estimate(cost, target.devices, plan.batch_size, towers, compiled.cycles),
         compile_seconds=compiled.seconds,
     )
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 
+from clipjax.plan.estimate import COLLECTIVES, Compiler
 from clipjax.plan.figures import Plan
 from clipjax.plan.search import Try
 from clipjax.train.remat import Choice
 
 LISTED = 10  # of the tensors that every device has in full, at most
+BAR = 40  # characters of a bar for the whole step
 MEANING = {
     "compute": "matrix products at the bfloat16 peak",
     "memory": "reads and writes of the chip's memory",
@@ -102,6 +104,23 @@ def _estimate(plan: Plan) -> Iterator[str]:
         yield f"  at least {found.step_seconds:.4f} s a step; at most {rate}"
     for lack in found.lacks:
         yield f"  leaves out {lack}"
+    if found.compiler is not None:
+        yield from _by_compiler(found.compiler, plan.batch_size)
+
+
+def _by_compiler(found: Compiler, batch: int) -> Iterator[str]:
+    yield "\nEstimate of the TPU compiler, which leaves out waiting for data and for other chips"
+    if found.clock_hz is None or found.seconds is None:
+        yield f"  {found.cycles / 1e6:,.1f} million cycles a step, of a clock that is not published"
+    else:
+        clock = f"{found.cycles / 1e6:,.1f} million cycles at {found.clock_hz / 1e9:g} GHz"
+        yield f"  {found.seconds:.4f} s a step ({clock}): {batch / found.seconds:,.0f} images/s, MFU {found.mfu:.1%}"
+    for part, seconds in found.parts.items():
+        share = seconds / found.seconds if found.seconds and part != COLLECTIVES else 0
+        bar = f"{share:6.1%} {'#' * round(BAR * share)}" if share else "  beside these: their bytes over the links"
+        yield f"  {part:<22} {1000 * seconds:>10.3f} ms {bar}".rstrip()
+    counts = [f"{opcode} {n:,}" for opcode, n in found.uncosted.items() if not opcode.endswith("-done")]
+    yield f"  without an estimate: {', '.join(counts[:LISTED]) or 'nothing'}"
 
 
 def outcome(tried: Try) -> str:
