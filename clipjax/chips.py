@@ -18,13 +18,21 @@ class Chip:
     capacity: float  # bytes of its main memory
     devices: int = 1  # JAX devices in a chip
     clock: float | None = None  # Hz, of TPUs
+    vmem: float | None = None  # bytes of the fast memory beside the matrix units, of TPUs
 
 
 def _tpu(
-    tflops: float, memory: float, links: float, network: float | None, capacity: float, clock: float | None, devices: int = 1
+    tflops: float,
+    memory: float,
+    links: float,
+    network: float | None,
+    capacity: float,
+    clock: float | None,
+    vmem: int,
+    devices: int = 1,
 ) -> Chip:
-    network = None if network is None else network / 8 * GIGA
-    return Chip(tflops * TERA, memory * GIGA, links * GIGA, network, capacity * GIGA, devices, clock and clock * GIGA)
+    network, clock = network and network / 8 * GIGA, clock and clock * GIGA
+    return Chip(tflops * TERA, memory * GIGA, links * GIGA, network, capacity * GIGA, devices, clock, vmem * 2**20)
 
 
 def _gpu(tflops: float, memory: float, links: float, capacity: float) -> Chip:
@@ -39,21 +47,21 @@ def _gpu(tflops: float, memory: float, links: float, capacity: float) -> Chip:
 # no multislice. Then GB of memory, from the same pages, and the clock in GHz: v2, v3 from Norrie et al., v4 from 2304.01433, v5e
 # from jax-ml.github.io/scaling-book/tpus; v5p and v6e follow from their peaks and the matrix units that Google gives (8 of
 # 128 x 128; 4 of 256 x 256 in the first version of v6e's page, with which the compiler's cycles agree: 2 could not do them).
-# Peak = matrix units x size^2 x 2 x clock, for all of them. tpu7x: no source.
+# Peak = matrix units x size^2 x 2 x clock, for all of them. tpu7x: no source. Last, MiB of VMEM of all cores, from tpu_info.py.
 # GPU: NVIDIA's data sheet of each product, tensor cores without sparsity (half of a figure "with sparsity"), the slower or
 # smaller memory if two products have the same name; NVLink one way (half of the figure in the sheet), or PCIe. The network
 # between hosts depends on the cluster.
 _CHIPS = {
-    "TPU v2": _tpu(46, 716, 248, None, 16, 0.7, devices=2),
-    "TPU v3": _tpu(123, 900, 328, None, 32, 0.94, devices=2),
-    "TPU v4": _tpu(275, 1200, 300, 50, 32, 1.05),
-    "TPU v5 lite": _tpu(197, 819, 200, 25, 16, 1.5),
-    "TPU v5e": _tpu(197, 819, 200, 25, 16, 1.5),
-    "TPU v5": _tpu(459, 2765, 600, 50, 95, 1.75),
-    "TPU v5p": _tpu(459, 2765, 600, 50, 95, 1.75),
-    "TPU v6 lite": _tpu(918, 1638, 400, 100, 32, 1.75),
-    "TPU v6e": _tpu(918, 1638, 400, 100, 32, 1.75),
-    "TPU7x": _tpu(2307, 7380, 600, 100, 192, None, devices=2),
+    "TPU v2": _tpu(46, 716, 248, None, 16, 0.7, 32, devices=2),
+    "TPU v3": _tpu(123, 900, 328, None, 32, 0.94, 32, devices=2),
+    "TPU v4": _tpu(275, 1200, 300, 50, 32, 1.05, 32),
+    "TPU v5 lite": _tpu(197, 819, 200, 25, 16, 1.5, 128),
+    "TPU v5e": _tpu(197, 819, 200, 25, 16, 1.5, 128),
+    "TPU v5": _tpu(459, 2765, 600, 50, 95, 1.75, 128),
+    "TPU v5p": _tpu(459, 2765, 600, 50, 95, 1.75, 128),
+    "TPU v6 lite": _tpu(918, 1638, 400, 100, 32, 1.75, 128),
+    "TPU v6e": _tpu(918, 1638, 400, 100, 32, 1.75, 128),
+    "TPU7x": _tpu(2307, 7380, 600, 100, 192, None, 128, devices=2),
     "NVIDIA A10": _gpu(125, 600, 32, 24),
     "NVIDIA A100": _gpu(312, 1555, 300, 40),
     "NVIDIA A100-SXM4-80GB": _gpu(312, 2039, 300, 80),

@@ -113,7 +113,10 @@ def layout_of(run: config.Run, mesh: Mesh) -> Layout:
 def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: int | None = None) -> int:
     """Estimated bytes on one device: state, gradients, its rows of the batch, and what a micro-batch's backward pass keeps."""
     rows, layout = run.train.batch_size // sharding.batch_devices(mesh), layout_of(run, mesh)
-    gradients = sharding.own_bytes(state.params) * min(2, run.train.micro_batches)  # with a sum, where there are micro-batches
+    copies = min(2, run.train.micro_batches)  # of gradients: with a sum, where there are micro-batches
+    if mesh.devices.flat[0].platform == "gpu" and sharding.batch_devices(mesh) > 1:
+        copies += 3  # what is sent, and arrives: clip_b16 compiled for 8 H100s has 1.5 (`none`) to 1.7 GiB more than for one
+    gradients = sharding.own_bytes(state.params) * copies
     row = 3 * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings and their gradients, some copies
     kept, weights, layer = 0, 0, 0.0
     for facts, chunks, examples in work(run, mesh, policy, part):

@@ -30,7 +30,7 @@ class Terms(NamedTuple):
 
 COSTS = Terms(2.05, 5.6, 4.7, 7.6)  # seconds of the compiler for a second of each term
 RECOMPUTED = {"none": 0.0, "mlp": 2 / 3, "full": 1.0}  # share of the forward pass's products
-FAST_MEMORY = 384 * 2**20  # bytes of a chunk's activations, as `none` keeps them, up to which nothing goes to the main memory
+IN_VMEM = 3.0  # bytes of a chunk's activations, as `none` keeps them, for a byte of VMEM, up to which they stay there
 
 
 def terms(work: Work, policy: str, layout: Layout, chip: Chip) -> Terms:
@@ -43,7 +43,7 @@ def terms(work: Work, policy: str, layout: Layout, chip: Chip) -> Terms:
     trained = facts.held / facts.depth
     flops = rows * facts.flops / layout.tensor * (1 + trained * (2 + again))
     layer = facts.kept("none", layout) / facts.held
-    spill = max(0.0, 1 - FAST_MEMORY / (work.examples * layer))
+    spill = max(0.0, 1 - IN_VMEM * (chip.vmem or 0) / chip.devices / (work.examples * layer))
     peak, rate = chip.flops / chip.devices, chip.memory / chip.devices
     return Terms(
         flops / peak,
