@@ -29,7 +29,8 @@ def attend(
     """Scaled dot-product attention. Scores and softmax are float32, whatever the dtype. `mask` broadcasts to [b, h, t, s]; it is
     true where a query may attend to a key. Without a mask it may attend to all, or, if `causal`, to those up to its own place.
 
-    `kind`: how it is computed. With a mask always as `exact`: cuDNN would read it as numbers, and write their gradient.
+    `kind`: how it is computed. With a mask always as `exact`: cuDNN would read it as numbers, and write their gradient. Without
+    one it gives an odd t one row more. Cut that off after what follows: cut off here, the backward pass would keep both.
     """
     if kind == "cudnn" and mask is None:
         return cudnn.attend(q, k, v, causal)
@@ -50,6 +51,13 @@ def attention_flops(queries: int, keys: int, width: int) -> int:
     return 2 * 2 * queries * keys * width
 
 
+def _kept_scores(layout: Layout, shape: BlockShape, keys: int, masked: bool = False) -> int:
+    """Bytes of one example's scores and weights; cuDNN keeps a number of each query instead."""
+    if layout.attention == "cudnn" and not masked:
+        return 4 * shape.heads * shape.tokens
+    return shape.heads * layout.rows(shape.tokens) * layout.lanes(keys) * (4 + layout.size)
+
+
 class SelfAttention(Layer):
     """Attention of a sequence's tokens to each other."""
 
@@ -66,7 +74,7 @@ class SelfAttention(Layer):
         causal.
         """
         mask = None if mask is None else mask[:, None]
-        return self.out(attend(*self.heads(x), mask, causal=self.causal, kind=self.kind))
+        return self.out(attend(*self.heads(x), mask, causal=self.causal, kind=self.kind))[:, : x.shape[1]]
 
     def heads(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b h t k"], ...]:
         """Queries, keys and values."""
@@ -107,7 +115,7 @@ class SelfAttention(Layer):
             return x + 3 * x / layout.tensor  # its output; queries, keys and values
         if policy != "none":
             return 0
-        scores = shape.heads * layout.rows(shape.tokens) * layout.lanes(shape.tokens) * (4 + layout.size)  # and weights
+        scores = _kept_scores(layout, shape, shape.tokens, shape.masked)
         norm = LayerNorm.kept(policy, layout, shape.tokens, shape.width)
         return norm + x + (scores + 4 * x) / layout.tensor
 
@@ -133,7 +141,8 @@ class CrossAttention(Layer):
 
     def attend(self, x: Float[Array, "b t d"], key: Array, value: Array) -> Float[Array, "b t d"]:
         """The same as a call, but with the other sequence's keys and values, which `keys` has computed."""
-        return self.out(attend(einops.rearrange(self.query(x), "b t h k -> b h t k"), key, value, kind=self.kind))
+        query = einops.rearrange(self.query(x), "b t h k -> b h t k")
+        return self.out(attend(query, key, value, kind=self.kind))[:, : x.shape[1]]
 
     @staticmethod
     def flops(tokens: int, width: int, context: tuple[int, int]) -> int:
@@ -155,6 +164,6 @@ class CrossAttention(Layer):
             return x + (x + 2 * key) / layout.tensor  # its output; queries, keys and values
         if policy != "none":
             return 0
-        scores = shape.heads * layout.rows(tokens) * layout.lanes(others) * (4 + layout.size)  # and weights
+        scores = _kept_scores(layout, shape, others)
         norms = LayerNorm.kept(policy, layout, tokens, width) + LayerNorm.kept(policy, layout, others, other_width)
         return norms + x + layout.bytes(others, other_width) + (scores + 2 * x + 2 * key) / layout.tensor

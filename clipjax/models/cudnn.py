@@ -44,13 +44,12 @@ def attend(
     """`attention.attend` without a mask. Raises RuntimeError where JAX finds no cuDNN.
 
     JAX refuses odd numbers of tokens in training (0.10.2): they get one more, of zeros. No query sees it: where attention is
-    causal it comes after all of them, and else the number of keys tells.
+    causal it comes after all of them, and else the number of keys tells. What it gets is of no use.
     """
-    queries, keys = q.shape[2], k.shape[2]
+    keys = k.shape[2]
     q, k, v = (_even(einops.rearrange(x, "b h t k -> b t h k")) for x in (q, k, v))
     real = jnp.full(len(k), keys, jnp.int32) if keys % 2 and not causal else None
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=real, implementation=implementation)
-    return out[:, :queries]
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=real, implementation=implementation)
 
 
 def _even(x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:

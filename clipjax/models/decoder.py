@@ -140,7 +140,8 @@ class Decoder(Layer):
 def facts(cfg: config.Decoder, text: config.TextTower, image: config.ImageTower) -> TowerFacts:
     """The facts of the captioning head, with its output projection, for one caption."""
     d, context, tokens = text.width, image.context, text.length - 1
-    layer = BlockShape(tokens, d, cfg.heads, cfg.mlps * cfg.mlp_dim, text.activation)  # its MLPs as one
+    mlps = cfg.mlps * cfg.mlp_dim  # as one
+    layer = BlockShape(tokens, d, cfg.heads, mlps, text.activation, masked=cfg.parallel > 0)
     flops = cfg.depth * (Block.flops(layer) + CrossAttention.flops(tokens, d, context)) + 2 * tokens * d * text.vocab_size
     return TowerFacts(
         flops=flops,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from clipjax.config import Activation, Lora
+from clipjax.config import Activation, Attention, Lora
 
 
 class BlockShape(NamedTuple):
@@ -20,6 +20,7 @@ class BlockShape(NamedTuple):
     mlp_dim: int
     activation: Activation
     lora: Lora | None = None  # adapters of its kernels
+    masked: bool = False  # by a mask of each example
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Layout:
 
     size: int  # bytes of a number of the towers' dtype
     tensor: int = 1  # devices over which heads and MLPs are sharded
+    attention: Attention = "exact"  # how it is computed
 
     def rows(self, tokens: int) -> int:
         """The padded number of tokens, where they are the axis before the last."""

@@ -107,7 +107,7 @@ def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:
 
 def facts(cfg: TextTower) -> TowerFacts:
     """The facts of the text tower, for one text."""
-    layer = BlockShape(cfg.positions, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation, cfg.lora)
+    layer = BlockShape(cfg.positions, cfg.width, cfg.heads, cfg.mlp_dim, cfg.activation, cfg.lora, cfg.pool == "cls")
     return TowerFacts(
         flops=cfg.depth * Block.flops(layer) + 2 * cfg.width * (cfg.embed_dim or 0),
         depth=cfg.depth,

@@ -107,7 +107,7 @@ def work(run: config.Run, mesh: Mesh, policy: str, part: int | None = None) -> l
 
 
 def layout_of(run: config.Run, mesh: Mesh) -> Layout:
-    return Layout(jnp.dtype(run.model.dtype).itemsize, mesh.shape["tensor"])
+    return Layout(jnp.dtype(run.model.dtype).itemsize, mesh.shape["tensor"], run.model.attention)
 
 
 def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: int | None = None) -> int:
