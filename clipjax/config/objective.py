@@ -14,6 +14,8 @@ from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSI
 from clipjax.config.model import Model
 from clipjax.config.unions import OpenUnion
 
+# bfloat16x3: float32 operands in three passes of bfloat16 (TPUs) or TF32 (GPUs); on CPUs it is float32.
+Products = Literal["float32", "bfloat16x3", "bfloat16"]
 Prefixes = tuple[int, ...] | None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
 
@@ -72,7 +74,7 @@ class Softmax(Nested):
     image_weight: float = bounded(SHARE, 0.5)  # share of the direction image -> text (ConVIRT, 2010.00747: 0.75)
     label_smoothing: float = bounded(BELOW_ONE, 0.0)  # share of the target that is spread evenly over a row
     reduction: Literal["mean", "sum"] = "mean"  # of the two directions; ALIGN (2102.05918) takes the sum, and smooths by 0.1
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the operands of its products, whose sums are float32
+    dtype: Products = "float32"  # of the operands of its products, whose sums are float32
     prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
 
@@ -81,7 +83,7 @@ class Sigmoid(Nested):
     """SigLIP's pairwise sigmoid loss over the global batch (2303.15343)."""
 
     kind: Literal["sigmoid"] = "sigmoid"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the operands of its products, whose sums are float32
+    dtype: Products = "float32"  # of the operands of its products, whose sums are float32
     prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
     def check(self, name: str, model: Model, data: Data) -> None:

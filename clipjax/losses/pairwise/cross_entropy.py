@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from clipjax.losses.pairwise.axes import Axis, vary
 from clipjax.losses.pairwise.geometry import TilePairs
-from clipjax.losses.pairwise.operands import TILE, PairwiseOptions, Scalar, both, dot, make_options, only
+from clipjax.losses.pairwise.operands import PairwiseOptions, Scalar, both, dot, make_options, only
 from clipjax.losses.pairwise.partials import Partial, finite, log_sum_exp
 from clipjax.losses.pairwise.tiles import Travel, sweep
 
@@ -47,7 +47,7 @@ def pairwise_cross_entropy(
     teacher_scale: Scalar,
     *,
     axis: Axis = None,
-    tile: int = TILE,
+    tile: int | None = None,
     travel: Travel | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> RowsAndColumns:
@@ -77,10 +77,10 @@ def _cross_entropy_fwd(
     options: PairwiseOptions, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
 ) -> tuple[RowsAndColumns, tuple[Any, ...]]:
     def tile(r: DistillationSide, c: DistillationSide, pairs: TilePairs) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), options.dtype)
+        cos = dot(r.z, c.z, (1, 1), options)
         others = both(~pairs.own, pairs.real)
         logits = only(others, scale * cos, -jnp.inf)
-        teacher = only(pairs.real, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options.dtype), -jnp.inf)
+        teacher = only(pairs.real, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options), -jnp.inf)
 
         def along(axis: int, own: Array) -> Partial:
             positive_gap = only(others, own - cos, 0)  # 0 for the own pair, whatever the rounding
@@ -109,8 +109,8 @@ def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct:
     x, y, scale, tx, ty, teacher_scale, row_lse, row_teacher_lse, col_lse, col_teacher_lse = residuals
 
     def tile(r: DistillationGradientSide, c: DistillationGradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), options.dtype)
-        logits, teacher = scale * cos, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options.dtype)
+        cos = dot(r.z, c.z, (1, 1), options)
+        logits, teacher = scale * cos, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options)
 
         def softmax(logits: Array, lse: Lse) -> Array:
             return jnp.exp(logits - lse[0] - lse[1])
@@ -121,7 +121,7 @@ def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct:
         of_rows = jax.tree.map(lambda v: v[:, None], r[3:])
         of_cols = jax.tree.map(lambda v: v[None], c[3:])
         g = only(pairs.real, of_side(*of_rows) + of_side(*of_cols), 0)  # the gradient for scale * cos
-        return Partial((dot(g, c.z, (1, 0), options.dtype), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), options.dtype),))
+        return Partial((dot(g, c.z, (1, 0), options), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), options),))
 
     rows, cols = _sides(options, x, y, tx, ty)
     rows = DistillationGradientSide(rows.z, rows.teacher, rows.own, row_lse, row_teacher_lse, ct[0])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from clipjax.losses.pairwise.axes import Axis, vary
 from clipjax.losses.pairwise.geometry import TilePairs
-from clipjax.losses.pairwise.operands import TILE, Ids, KeptPairs, PairwiseOptions, dot, make_options, masks, only
+from clipjax.losses.pairwise.operands import Ids, KeptPairs, PairwiseOptions, dot, make_options, masks, only
 from clipjax.losses.pairwise.partials import Partial, finite, log_sum_exp
 from clipjax.losses.pairwise.tiles import Travel, sweep
 
@@ -74,7 +74,7 @@ def pairwise_logsumexp(
     ids: Ids | None = None,
     columns: bool = True,
     y_gradient: bool = True,
-    tile: int = TILE,
+    tile: int | None = None,
     travel: Travel | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Reduced:
@@ -112,7 +112,7 @@ def _logsumexp_fwd(
     options: PairwiseOptions, x: Array, y: Array, row_scale: Array, col_scale: Array, ids: Ids | None
 ) -> tuple[Reduced, tuple]:
     def tile(r: ScaledSide, c: ScaledSide, pairs: TilePairs) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), options.dtype)
+        cos = dot(r.z, c.z, (1, 1), options)
         kept, positive = masks(options.keep, r.ids, c.ids, pairs)
         positives = None if positive is None else jnp.where(positive, cos, 0)
 
@@ -142,7 +142,7 @@ def _logsumexp_bwd(options: PairwiseOptions, residuals: tuple, ct: Reduced) -> t
     x, y, row_scale, col_scale, ids, row_lse, col_lse = residuals
 
     def tile(r: GradientSide, c: ScaledSide | GradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), options.dtype)
+        cos = dot(r.z, c.z, (1, 1), options)
         kept, positive = masks(options.keep, r.ids, c.ids, pairs)
 
         def weights(scale: Array, lse: Array, ct: Array) -> Array:  # the softmax of each row (column), times its cotangent
@@ -157,9 +157,9 @@ def _logsumexp_bwd(options: PairwiseOptions, residuals: tuple, ct: Reduced) -> t
         if positive is not None:
             positive_ct = r.positive_ct[:, None] + (c.positive_ct[None] if isinstance(c, GradientSide) else 0)
             g += jnp.where(positive, positive_ct, 0)
-        to_y = (dot(g, r.z, (0, 0), options.dtype),) if options.y_gradient else ()
+        to_y = (dot(g, r.z, (0, 0), options),) if options.y_gradient else ()
         to_col_scale = () if col_weights is None else ((col_weights * cos).sum(0),)
-        return Partial((dot(g, c.z, (1, 0), options.dtype), (row_weights * cos).sum(1))), Partial((*to_y, *to_col_scale))
+        return Partial((dot(g, c.z, (1, 0), options), (row_weights * cos).sum(1))), Partial((*to_y, *to_col_scale))
 
     rows, cols = _sides(options, x, y, row_scale, col_scale, ids)
     rows = GradientSide(*rows, finite(row_lse), ct.rows, ct.row_positive)

@@ -15,7 +15,9 @@ KeptPairs = Literal["all", "off_diagonal", "distinct"]
 Scalar = Float[Array, ""] | float
 Mask = Bool[Array, "r c"] | None  # None: every entry
 Ids = tuple[Int[Array, " b"], Int[Array, " c"]]
-TILE = 512  # rows and columns of a tile
+X3 = "bfloat16x3"  # a dtype of operands by name: float32, multiplied in three passes
+# Rows and columns of a tile. A GPU starts kernels anew for each tile, so there a tile has more work.
+TILE, GPU_TILE = 512, 2048
 
 
 @dataclass(frozen=True)
@@ -26,26 +28,40 @@ class PairwiseOptions:
     tile: int
     travel: Travel
     dtype: jnp.dtype  # of the products' operands
+    precision: jax.lax.Precision | jax.lax.DotAlgorithmPreset | None  # of the products
     keep: KeptPairs = "all"
     columns: bool = True  # whether columns are reduced too
     y_gradient: bool = True  # whether y has a gradient
 
 
 def make_options(
-    x: Array, y: Array, axis: Axis, tile: int, travel: Travel | None, dtype: jax.typing.DTypeLike, **kw: Any
+    x: Array, y: Array, axis: Axis, tile: int | None, travel: Travel | None, dtype: jax.typing.DTypeLike, **kw: Any
 ) -> PairwiseOptions:
-    """Raises ValueError for shapes that do not fit."""
+    """Raises ValueError for shapes that do not fit. `tile` None: as this platform likes it."""
     if x.shape[1] != y.shape[1] or len(y) % len(x):
         raise ValueError(f"x {x.shape} and y {y.shape}: widths must be equal, and len(y) a multiple of len(x)")
-    return PairwiseOptions(axis, tile, choose(travel, len(y), y.shape[1], axis), jnp.dtype(dtype), **kw)
+    operands, gpu = jnp.dtype(jnp.float32 if dtype == X3 else dtype), _platform() == "gpu"
+    tile = tile or (GPU_TILE if gpu else TILE)
+    return PairwiseOptions(axis, tile, choose(travel, len(y), y.shape[1], axis), operands, _precision(dtype, gpu), **kw)
 
 
-def dot(a: Array, b: Array, contract: tuple[int, int], dtype: jnp.dtype) -> Float[Array, "m n"]:
-    """A product with float32 sums. `contract`: the axis of each operand that is summed over."""
+def _platform() -> str:
+    """Of the devices that the program is traced for: those of shard_map's mesh, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _precision(dtype: jax.typing.DTypeLike, gpu: bool) -> jax.lax.Precision | jax.lax.DotAlgorithmPreset | None:
+    if dtype == X3:  # HIGH: three bfloat16 passes on a TPU, float32 on a CPU
+        return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if gpu else jax.lax.Precision.HIGH
     # Full precision for float32. The default on a TPU is one bfloat16 pass, with which CLIP's loss is wrong in the 4th digit.
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a.astype(dtype), b.astype(dtype), dims, precision, jnp.float32)
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int], options: PairwiseOptions) -> Float[Array, "m n"]:
+    """A product with float32 sums. `contract`: the axis of each operand that is summed over."""
+    a, b, dims = a.astype(options.dtype), b.astype(options.dtype), (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, options.precision, jnp.float32)
 
 
 def masks(keep: KeptPairs, row_ids: Array | None, col_ids: Array | None, pairs: TilePairs) -> tuple[Mask, Mask]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from clipjax.losses.pairwise.axes import Axis, vary
 from clipjax.losses.pairwise.geometry import TilePairs
-from clipjax.losses.pairwise.operands import TILE, Ids, PairwiseOptions, Scalar, dot, make_options, masks, only
+from clipjax.losses.pairwise.operands import Ids, PairwiseOptions, Scalar, dot, make_options, masks, only
 from clipjax.losses.pairwise.partials import Partial
 from clipjax.losses.pairwise.tiles import Travel, sweep
 
@@ -31,7 +31,7 @@ def pairwise_softplus(
     *,
     axis: Axis = None,
     ids: Ids | None = None,
-    tile: int = TILE,
+    tile: int | None = None,
     travel: Travel | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Outputs:
@@ -57,7 +57,7 @@ def _softplus_pass(
     """The sum over this device's rows; with `gradient`, also its gradient for x, y, scale and bias."""
 
     def tile(r: Side, c: Side, pairs: TilePairs) -> tuple[Partial, Partial]:
-        cos = dot(r.z, c.z, (1, 1), options.dtype)
+        cos = dot(r.z, c.z, (1, 1), options)
         sign = jnp.where(pairs.own, -1, 1)
         logits = sign * (scale * cos + bias)
         rule, _ = masks("all" if ids is None else "distinct", r.ids, c.ids, pairs)
@@ -69,8 +69,8 @@ def _softplus_pass(
         sums, to_y = (values.sum(1),), ()
         if gradient:
             g = only(kept, sign * jnp.where(logits >= 0, 1, e) / (1 + e), 0)
-            sums += (dot(g, c.z, (1, 0), options.dtype), (g * cos).sum(1), g.sum(1))
-            to_y = (dot(g, r.z, (0, 0), options.dtype),)
+            sums += (dot(g, c.z, (1, 0), options), (g * cos).sum(1), g.sum(1))
+            to_y = (dot(g, r.z, (0, 0), options),)
         return Partial(sums, (others.max(1),)), Partial(to_y, (others.max(0),))
 
     x_ids, y_ids = ids or (None, None)
