@@ -1,22 +1,28 @@
 """How many digits the contrastive losses keep by the dtype of their products: value and gradients against float64 NumPy.
 
     python benchmarks/loss_digits.py  # a minute
+    python benchmarks/loss_digits.py --topology v5e:2x4 --batch 65536  # not the digits: time by the TPU compiler's estimates
 
 On a CPU. bfloat16x3 is float32 there, so it is multiplied here as a TPU does: both operands are split into two bfloat16 parts,
 and three of the four products are summed in float32. A GPU's three TF32 passes keep more.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipjax import losses
+from clipjax import aot, config, losses, sharding
+from clipjax.bench.loss_forms import lower
+from clipjax.chips import chip_of
+from clipjax.hlo.cycles import cycles
 from clipjax.losses.pairwise import logsumexp, operands, softplus
 
 BIAS = -20.0  # of the sigmoid
+DTYPES = ("float32", "bfloat16x3", "bfloat16")
 
 
 def three_passes(a: jax.Array, b: jax.Array, contract: tuple[int, int], options: operands.PairwiseOptions) -> jax.Array:
@@ -72,12 +78,34 @@ def errors(found: tuple, exact: tuple) -> tuple[float, float]:
     return abs(float(value) - wanted) / wanted, max(difference)
 
 
+def milliseconds(name: str, dtype: str, topology: str, batch: int, width: int) -> float:
+    """Of the value and the gradients on TPUs that need not be here, without transfers: see clipjax.hlo.cycles."""
+    devices, axis = aot.tpu_devices(topology), sharding.BATCH
+    forms: dict[str, Callable] = {
+        "softmax": lambda x, y, scale: losses.clip_loss(x, y, scale, axis=axis, dtype=dtype),
+        "sigmoid": lambda x, y, scale, bias: losses.siglip_loss(x, y, scale, bias, axis=axis, dtype=dtype),
+    }
+    mesh, chip = sharding.make_mesh(config.Mesh(), devices), chip_of(devices[0].device_kind)
+    program = lower(sharding.on_shards(forms[name], mesh), name, batch, width, mesh).compile()
+    found = cycles(program.as_text(), chip)
+    assert found is not None
+    assert chip is not None
+    assert chip.clock is not None
+    return found.total / chip.clock * 1000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--scale", type=float, default=100.0)
+    parser.add_argument("--topology")
     args = parser.parse_args()
+    if args.topology:
+        for name, dtype in itertools.product(("softmax", "sigmoid"), DTYPES):
+            took = milliseconds(name, dtype, args.topology, args.batch, args.width)
+            print(f"{name} {dtype:10}  {took:.1f} ms", flush=True)
+        return
     logsumexp.dot = softplus.dot = three_passes
     x, y = pairs(args.batch, args.width)
     forms: dict[str, tuple[Callable, Callable]] = {
@@ -87,7 +115,7 @@ def main() -> None:
     print(f"{args.batch} pairs of width {args.width}, scale {args.scale:g}: relative errors against float64")
     for name, (exact, streamed) in forms.items():
         wanted = exact(x, y, args.scale)
-        for dtype in ("float32", "bfloat16x3", "bfloat16"):
+        for dtype in DTYPES:
             fn = jax.jit(jax.value_and_grad(lambda x, y, dtype=dtype, streamed=streamed: streamed(x, y, dtype), argnums=(0, 1)))
             value, gradient = errors(fn(jnp.float32(x), jnp.float32(y)), wanted)
             print(f"{name} {dtype:10}  value ({wanted[0]:.4f}) {value:.1e}  gradients {gradient:.1e}", flush=True)

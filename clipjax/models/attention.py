@@ -65,7 +65,8 @@ class SelfAttention(Layer):
     TENSOR_AXES: ClassVar = {"qkv/kernel": -2, "qkv/bias": -2, "qkv/lora_b": -2, "out/kernel": -3, "out/lora_a": -3}
 
     def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
-        self.causal, self.kind = causal, scope.attention
+        self.causal = causal
+        self.kind: Attention = scope.attention
         self.qkv = Linear(scope / "qkv", (width,), (3, heads, width // heads), std=std)
         self.out = Linear(scope / "out", (heads, width // heads), (width,), std=out_std)
 
@@ -74,7 +75,8 @@ class SelfAttention(Layer):
         causal.
         """
         mask = None if mask is None else mask[:, None]
-        return self.out(attend(*self.heads(x), mask, causal=self.causal, kind=self.kind))[:, : x.shape[1]]
+        q, k, v = self.heads(x)
+        return self.out(attend(q, k, v, mask, causal=self.causal, kind=self.kind))[:, : x.shape[1]]
 
     def heads(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b h t k"], ...]:
         """Queries, keys and values."""
@@ -126,7 +128,8 @@ class CrossAttention(Layer):
     TENSOR_AXES: ClassVar = {"query/kernel": -2, "query/bias": -2, "key_value/kernel": -2, "key_value/bias": -2, "out/kernel": -3}
 
     def __init__(self, scope: Scope, width: int, context: int, heads: int, *, std: float, out_std: float) -> None:
-        shape, self.kind = (heads, width // heads), scope.attention
+        shape = heads, width // heads
+        self.kind: Attention = scope.attention
         self.query = Linear(scope / "query", (width,), shape, std=std)
         self.key_value = Linear(scope / "key_value", (context,), (2, *shape), std=context**-0.5)
         self.out = Linear(scope / "out", shape, (width,), std=out_std)
