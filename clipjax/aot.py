@@ -1,6 +1,6 @@
 """Ahead-of-time compilation, also for TPUs that this machine does not have: the memory and the cost of a compiled program.
 
-The TPU compiler is part of libtpu, which runs on any Linux machine (`pip install libtpu`).
+The TPU compiler is part of libtpu, which runs on any Linux machine (`pip install libtpu`). Of GPUs: clipjax.gpus.
 """
 
 import contextlib
@@ -14,13 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from clipjax import chips, hlo
+from clipjax import chips, gpus, hlo
 from clipjax.config import ConfigError
 from clipjax.environment import COMPILE_ONLY
 
@@ -37,6 +38,8 @@ TOPOLOGIES = {
 NAMED_BY_CORES = ("v2", "v3", "v4", "v5p", "tpu7x")  # their short names, as v5p-128, count cores, two in each chip
 OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v6": "v6e", "trillium": "v6e"}
 OTHER_NAMES |= dict.fromkeys(("v7x", "7x", "v7", "ironwood"), "tpu7x")
+# Of JAX 0.10, for GPUs: what its tiles don't fit has to be left to cuBLAS.
+UNTILED, LIBRARY_PRODUCTS = "Couldn't find output tile sizes", {"xla_gpu_enable_triton_gemm": False}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 
@@ -77,7 +80,8 @@ def tpu_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         near = nearest_topology(topology)
         kind = near.partition(":")[0]
         shapes = ", ".join(TOPOLOGIES[kind].split())
-        remedy = f"the nearest is {near}; {kind} comes as {shapes}; the kinds are {', '.join(TOPOLOGIES)}"
+        kinds = f"the kinds are {', '.join(TOPOLOGIES)}; of GPUs {', '.join(gpus.GPUS)}"
+        remedy = f"the nearest is {near}; {kind} comes as {shapes}; {kinds}"
         raise ConfigError(f"--topology = {topology!r}: there is no such topology; {remedy}")
     for name, value in COMPILE_ONLY.items():
         os.environ.setdefault(name, value)
@@ -131,7 +135,7 @@ def compile(lowered: jax.stages.Lowered, *, dump: bool = False) -> Compiled:
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="clipjax-") as folder:
-            program = lowered.compile({"xla_dump_to": folder}) if dump else lowered.compile()
+            program = _program(lowered, {"xla_dump_to": folder} if dump else {})
             seconds = time.perf_counter() - start
             text = _dumped_text(Path(folder)) if dump else program.as_text()
     except jax.errors.JaxRuntimeError as error:
@@ -150,6 +154,15 @@ def compile(lowered: jax.stages.Lowered, *, dump: bool = False) -> Compiled:
     if device.platform == "cpu":  # its compiler does not count temporaries in the peak
         peak = arguments + temps + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(program, seconds, peak, arguments, temps, hlo.cost(text), hlo.cycles(text, chips.chip_of(device.device_kind)))
+
+
+def _program(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
+    try:
+        return lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        if UNTILED not in str(error):
+            raise
+        return lowered.compile(options | LIBRARY_PRODUCTS)
 
 
 def _dumped_text(folder: Path) -> str:

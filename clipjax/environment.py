@@ -22,21 +22,26 @@ COMPILE_ONLY = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+# For JAX's plugin for CUDA on a machine without such a GPU, where it only compiles: it needs none of CUDA's libraries.
+NO_CUDA = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
 
 
 def wanted() -> dict[str, str]:
     """Environment variables to set for programs on this machine, unless they are set already."""
-    return MALLOC if _has_tpu() else MALLOC | COMPILE_ONLY
+    return MALLOC | _compile_only()
 
 
 def quiet() -> None:
-    """For a program that is not clipjax's own: keeps libtpu, where it is installed and there is no TPU, from printing warnings.
+    """For a program that is not clipjax's own: keeps the compilers for chips that this machine lacks from printing warnings.
 
-    Does nothing where it is loaded already.
+    Does nothing where they are loaded already.
     """
-    if not _has_tpu():
-        os.environ |= COMPILE_ONLY | os.environ
+    os.environ |= _compile_only() | os.environ
+
+
+def _compile_only() -> dict[str, str]:
+    return ({} if _has_tpu() else COMPILE_ONLY) | ({} if _has_nvidia() else NO_CUDA)
 
 
 def leave_out_libtpu() -> None:
@@ -89,3 +94,7 @@ def keep_programs() -> None:
 
 def _has_tpu() -> bool:
     return GOOGLE in (Path(path).read_text().strip() for path in glob("/sys/bus/pci/devices/*/vendor"))
+
+
+def _has_nvidia() -> bool:
+    return any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"))  # as JAX asks

@@ -100,7 +100,11 @@ COMMANDS = (
         "plan",
         commands.plan,
         "compile a run's train step for devices that need not be present: memory, sharding, collectives, FLOPs, estimated time",
-        _argument("--topology", "T", "TPUs, as v5e:16x16, v5p:4x4x8 or v6e:8x8; cpu:N, simulated; else this machine's devices"),
+        _argument(
+            "--topology",
+            "T",
+            "TPUs, as v5e:16x16; GPUs, as h100:8, or h100:2x8 on 2 hosts; cpu:N, simulated; else this machine's devices",
+        ),
         _argument("--slices", "N", "number of such slices, joined by the data-centre network", positive, default=1),
         _argument(
             "--find-batch",
@@ -267,7 +271,7 @@ COMMANDS = (
         ),
         (
             _argument("--devices", "N", f"use N devices; else all, or {CPU_DEVICES} simulated on a CPU", positive),
-            _argument("--topology", "T", "compile for TPUs that need not be present, as v5e:16x16; measures no time"),
+            _argument("--topology", "T", "compile for chips that need not be present, as v5e:16x16 or h100:8; measures no time"),
         ),
         _argument("--turns", None, "timed runs of each form, in alternation", positive, default=7),
         _argument("--patience", "SECONDS", "a batch whose turns take longer is not timed", positive, default=15),

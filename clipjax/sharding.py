@@ -34,9 +34,11 @@ VECTOR = 2**14  # most numbers of a bias or another vector, in one layer, that i
 keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")  # a path as text/blocks/mlp/up/kernel
 
 
-def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None, hosts: int = 1) -> Mesh:
     """The mesh over all devices (or these). Raises ConfigError where the axis sizes do not multiply to their number, or
     mesh.data is no multiple of the number of TPU slices.
+
+    `hosts`: of GPUs that are compiled for. They don't say their slice, which is a host; each host is a process.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
@@ -47,7 +49,7 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
         shape = ", ".join(f"mesh.{axis} = {n}" for axis, n in sizes.items())
         raise config.ConfigError(f"{shape}: must multiply to the number of devices, {len(devices)}; -1 takes all that are left")
     data, fsdp, tensor = sizes.values()
-    slices = slice_count(devices)
+    slices = max(hosts, slice_count(devices))
     if slices == 1:
         return jax.make_mesh((1, data, fsdp, tensor), AXES, devices=devices, axis_types=AUTO)
     if data % slices:
@@ -55,7 +57,8 @@ def make_mesh(cfg: config.Mesh, devices: Sequence[jax.Device] | None = None) -> 
         config.require(devices[0].platform != "tpu", "mesh.data", data, remedy)
         # A slice of GPUs is a host, or what NVLink joins, and all may talk to all.
         return Mesh(np.asarray(devices).reshape(1, data, fsdp, tensor), AXES, axis_types=AUTO)
-    placed = mesh_utils.create_hybrid_device_mesh((1, data // slices, fsdp, tensor), (slices, 1, 1, 1), devices)
+    within = (1, data // slices, fsdp, tensor)
+    placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, process_is_granule=hosts > 1)
     return Mesh(placed, AXES, axis_types=AUTO)
 
 

@@ -17,7 +17,7 @@ class Failing:
     def __init__(self, message):
         self.message = message
 
-    def compile(self):
+    def compile(self, options):
         raise jax.errors.JaxRuntimeError(self.message)
 
 

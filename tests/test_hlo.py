@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from clipjax import hlo
 from clipjax.hlo import Collective
+from tests import gpu_program
 
 
 def cost(fn, *shapes):
@@ -308,7 +309,75 @@ ENTRY %main (x: bf16[3,8,4], y: bf16[3,16,8]) -> bf16[3,4,16] {{
 }}
 """
     assert hlo.cost(text).flops == 2 * 3 * 4 * 16 * 8
+    assert hlo.cost(text).memory_bytes == 2 * 3 * (8 * 4 + 16 * 8 + 4 * 16)  # s8[64] is room for the library
     assert hlo.cost(text.replace(target, "Sharding")).flops == 0
+
+
+def test_a_gpu_program():
+    """What the compiler wrote for four H100s: products of cuBLAS in loops, sums of gradients that are started and awaited."""
+    found = hlo.cost(gpu_program.TEXT.read_text())
+    assert found.flops == gpu_program.PRODUCTS
+    assert found.collectives == {"all-reduce": Collective(5, gpu_program.SUMMED)}  # two arrays, one layer by layer; and the loss
+    assert (found.started, found.overlapped, found.uncounted) == (3, 1, ())
+    assert found.memory_bytes < 27 * 2**22  # the room of as many products
+
+
+# Of clip_b16's step for an H100, shortened: the place of the largest token, and a mask of the tokens; and a product of Triton.
+FUSIONS = """HloModule m
+
+%larger (a: s32[], b: s32[], c: s32[], d: s32[]) -> (s32[], s32[]) {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  %c = s32[] parameter(2)
+  %d = s32[] parameter(3)
+  ROOT %both = (s32[], s32[]) tuple(%a, %b)
+}
+
+%fused_and_reduce (p: s32[256,77]) -> ((s32[256], s32[256]), pred[256,77]) {
+  %p = s32[256,77]{1,0} parameter(0)
+  %place = s32[256,77]{1,0} iota(), iota_dimension=1
+  %least = s32[] constant(-2147483648)
+  %nought = s32[] constant(0)
+  %reduce.138.1 = (s32[256]{0}, s32[256]{0}) reduce(%p, %place, %least, %nought), dimensions={1}, to_apply=%larger
+  %noughts = s32[256,77]{1,0} broadcast(%nought), dimensions={}
+  %mask = pred[256,77]{1,0} compare(%p, %noughts), direction=GE
+  ROOT %out = ((s32[256]{0}, s32[256]{0}), pred[256,77]{1,0}) tuple(%reduce.138.1, %mask)
+}
+
+%gemm_fusion_dot_computation (q: bf16[128,512], r: bf16[128,512]) -> bf16[512,512] {
+  %q = bf16[128,512]{1,0} parameter(0)
+  %r = bf16[128,512]{1,0} parameter(1)
+  ROOT %dot.2 = bf16[512,512]{1,0} dot(%q, %r), lhs_contracting_dims={0}, rhs_contracting_dims={0}, backend_config={"sizes":["16"]}
+}
+
+ENTRY %main (tokens: s32[256,77], x: bf16[128,512]) -> bf16[512,512] {
+  %tokens = s32[256,77]{1,0} parameter(0)
+  %x = bf16[128,512]{1,0} parameter(1)
+  %pooled = ((s32[256]{0}, s32[256]{0}), pred[256,77]{1,0}) fusion(%tokens), kind=kInput, calls=%fused_and_reduce
+  ROOT %gemm_fusion_dot = bf16[512,512]{1,0} fusion(%x, %x), kind=kCustom, calls=%gemm_fusion_dot_computation, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+}
+"""  # noqa: E501
+
+
+def test_fusions_of_a_gpu():
+    found = hlo.cost(FUSIONS)
+    assert found.flops == 2 * 512 * 512 * 128
+    assert found.memory_bytes == (4 * 256 * 77 + 2 * 4 * 256 + 256 * 77) + 2 * (2 * 128 * 512 + 512 * 512)
+
+
+@pytest.mark.parametrize(("backward", "products"), [("", 2), ("Backward", 5)])
+def test_attention_of_cudnn(backward, products):
+    """Scores and values; backward the scores again, and the gradients of weights, values, queries and keys."""
+    shape = 'fmha_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["4", "8", "64", "80"]'
+    text = f"""HloModule m
+ENTRY %main (q: bf16[4,64,8,32], k: bf16[4,80,8,32]) -> bf16[4,8,64,32] {{
+  %q = bf16[4,64,8,32]{{3,2,1,0}} parameter(0)
+  %k = bf16[4,80,8,32]{{3,2,1,0}} parameter(1)
+  %z = (bf16[4,8,64,32]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax{backward}", backend_config={{"{shape}, "tuple_shapes": []}}, "is_dynamic_dimension": [false], "bmm1_dot": {{"lhs_contracting_dimensions": ["3"]}}}}}}
+  ROOT %out = bf16[4,8,64,32]{{3,1,2,0}} get-tuple-element(%z), index=0
+}}
+"""  # noqa: E501
+    assert hlo.cost(text).flops == products * 2 * 4 * 8 * 64 * 80 * 32
 
 
 def test_bytes():

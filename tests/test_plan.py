@@ -181,8 +181,8 @@ def test_flops_by_part():
 class Device:
     platform = "tpu"
 
-    def __init__(self, kind="TPU v5 lite"):
-        self.device_kind = kind
+    def __init__(self, kind="TPU v5 lite", process_index=0):
+        self.device_kind, self.process_index = kind, process_index
         self.platform = "tpu" if kind.startswith("TPU") else "gpu"
 
 
@@ -219,7 +219,9 @@ def test_a_device_that_is_half_a_chip_has_half_of_everything():
 
 def test_what_is_not_known_is_listed():
     assert estimate(cost(), jax.devices(), 10, 1e12) == Estimate(lacks=("the peaks of cpu",))
-    gpu = estimate(cost(sent_between_slices=5, uncounted=("loop",)), [Device("NVIDIA H100 80GB HBM3")] * 8, 10, 1e12)
+    gpus = [Device("NVIDIA H100 80GB HBM3", process) for process in (0, 0, 1, 1)]
+    gpu = estimate(cost(sent_between_slices=5, uncounted=("loop",)), gpus, 10, 1e12)
+    assert "hosts" not in " ".join(estimate(cost(), gpus[:2], 10, 1e12).lacks)
     assert gpu.bound == "compute"
     assert [word for lack in gpu.lacks for word in ("network", "float32", "hosts", "1 loops") if word in lack] == [
         *("network", "float32", "hosts", "1 loops")
@@ -379,7 +381,7 @@ def test_wrong_use(args, message, capsys, monkeypatch):
 def test_help(capsys):
     assert command("--help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    for part in ("--topology T", "--slices N", "--find-batch", "--json OUT", "v5e:16x16"):
+    for part in ("--topology T", "--slices N", "--find-batch", "--json OUT", "v5e:16x16", "h100:8"):
         assert part in said
     assert command(CONFIG, "--help") == 0
     said = capsys.readouterr().out

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (  # a module may import from its own group and from those before it
     {"config", "files", "status"},
     {
-        *("environment", "process", "swap", "s3", "storage", "hlo", "aot", "chips", "distributed", "preemption"),
+        *("environment", "process", "swap", "s3", "storage", "hlo", "aot", "gpus", "chips", "distributed", "preemption"),
         *("sharding", "placement", "data", "models", "losses"),
     },
     {"build", "train", "checkpoint", "restore", "preservation", "metrics"},

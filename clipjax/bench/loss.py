@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from clipjax import aot, config, sharding
+from clipjax import aot, config, gpus, sharding
 from clipjax.bench import CPU_DEVICES
 from clipjax.bench.loss_forms import HIGHEST, columns_travel, dense, inputs, lower, streamed
 from clipjax.files import write_json
@@ -64,7 +64,7 @@ class LossCosts:
 def devices(count: int | None, topology: str | None) -> Sequence[jax.Device]:
     """The devices of the topology, or `count` (None: all) of this machine's. CPU devices are simulated. Raises ConfigError."""
     if topology:
-        return aot.tpu_devices(topology)
+        return gpus.gpu_devices(topology) if gpus.named(topology) else aot.tpu_devices(topology)
     simulated = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # JAX adds it at run time
     aot.simulate_cpus(max(count or CPU_DEVICES, simulated))
     found = jax.devices()

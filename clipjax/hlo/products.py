@@ -6,11 +6,16 @@ import re
 from clipjax.hlo.text import Computation, Instruction, arrays
 
 LIBRARY_PRODUCT = re.compile(r'custom_call_target="__(onednn\$matmul|cublas\$(lt\$)?(gemm|matmul))')
+FUSED_ATTENTION = re.compile(r'custom_call_target="__cudnn\$fmhaSoftmax(Backward)?".*intermediate_tensor_shape.*?"(\d+)"\]')
 PASSES = {"high": 3, "highest": 6}  # bfloat16 passes of a TPU for float32 operands; XLA's default is one
 
 
 def product_flops(computation: Computation, i: Instruction) -> int:
-    """2 m n k of a product; of a convolution, see `convolution_flops`; 0 of any other instruction."""
+    """2 m n k of a product, and of those in an attention of cuDNN; of a convolution, see `convolution_flops`; else 0."""
+    if i.opcode == "custom-call" and (found := FUSED_ATTENTION.search(i.attributes)):
+        backward, keys = found.groups()  # the scores' last axis
+        queries = arrays(computation.body[i.operands[0]].shape)[0][1]
+        return 2 * (5 if backward else 2) * math.prod(queries) * int(keys)  # the backward pass computes the scores again
     if i.opcode not in ("dot", "convolution") and not (i.opcode == "custom-call" and LIBRARY_PRODUCT.search(i.attributes)):
         return 0
     x, y = (arrays(computation.body[name].shape)[0][1] for name in i.operands[:2])

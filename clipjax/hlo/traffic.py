@@ -5,6 +5,7 @@ Memory is the main memory, a TPU's HBM. Arrays in another memory space, as S(1),
 
 import re
 
+from clipjax.hlo.products import LIBRARY_PRODUCT
 from clipjax.hlo.text import Computation, Instruction, byte_count
 
 # These neither read nor write memory, or another instruction is counted for them.
@@ -30,7 +31,10 @@ def traffic(computation: Computation, i: Instruction, computations: dict[str, Co
         return 2 * _main(operands[1].shape)
     if i.opcode.endswith("-start"):  # of a copy, the first of the tuple is its destination
         return sum(_main(x.shape) for x in operands) + (_main(_elements(i.shape)[0]) if i.opcode == "copy-start" else 0)
-    return _main(i.shape) + sum(_main(x.shape) for x in operands)
+    written = _elements(i.shape)
+    if LIBRARY_PRODUCT.search(i.attributes) and len(written) > 1:
+        written = written[:-1]  # the last is room for the library, which need not use it
+    return sum(_main(x) for x in [*written, *(x.shape for x in operands)])
 
 
 def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[str, Computation]) -> int:
@@ -69,10 +73,16 @@ def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[s
 
     parameters = {int(p.inside): p.name for p in inner.body.values() if p.opcode == "parameter"}
     total = sum(bytes_read(parameters[n], size) for n, x in enumerate(operands) if n in parameters and (size := _main(x.shape)))
-    root = inner.body[inner.root]
-    if root.opcode != "tuple":
-        return total + bytes_written(root.name, i.shape)
-    return total + sum(bytes_written(name, shape) for name, shape in zip(root.operands, _elements(i.shape), strict=True))
+    outputs = zip(_leaves(inner, inner.root), _elements(i.shape), strict=True)
+    return total + sum(bytes_written(name, shape) for name, shape in outputs)
+
+
+def _leaves(computation: Computation, name: str) -> list[str]:
+    """For each array of a tuple, which may be of tuples: the instruction that gives it."""
+    i = computation.body[name]
+    if i.opcode != "tuple":
+        return [name] * len(_elements(i.shape))
+    return [leaf for operand in i.operands for leaf in _leaves(computation, operand)]
 
 
 def _main(shape: str) -> int:

@@ -59,7 +59,9 @@ def estimate(
     seconds = {name: n * chip.devices / rate for name, (n, rate) in demands.items() if rate}
     lacks = [f"the {name}, whose speed is not known" for name, (n, rate) in demands.items() if n and not rate]
     if not tpu:
-        lacks += ["the time of float32 products beyond the bfloat16 peak", "transfers between hosts"]
+        lacks.append("the time of float32 products beyond the bfloat16 peak")
+        hosts = len({device.process_index for device in devices})
+        lacks += ["how much slower the links between hosts are"] if hosts > 1 else []
     if cost.uncounted:
         lacks.append(f"all iterations but one of {len(cost.uncounted)} loops with an unknown trip count")
     bound = max(seconds, key=lambda name: seconds[name])

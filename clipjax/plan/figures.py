@@ -53,6 +53,7 @@ class Plan:
     temp_bytes: int | None
     capacity_bytes: int | None
     memory: dict[str, int]  # by kind; the sum is the peak
+    memory_lacks: tuple[str, ...]  # what the compiler does not count in it
     state_bytes: int  # of the state, each tensor counted once
     sharded_fraction: float  # of `state_bytes`: what no device ever has in full
     # The large tensors that every device has in full: name, bytes in the state, and `when`: always, or in the step.
@@ -120,6 +121,7 @@ def _uncompiled(run: config.Run, target: Target, state: TrainState, arguments: M
         temp_bytes=None,
         capacity_bytes=target.capacity and per_chip * target.capacity,
         memory={kind: per_chip * size for kind, size in arguments.items()},
+        memory_lacks=target.lacks,
         state_bytes=sharding.byte_count(state),
         sharded_fraction=sharding.sharded_fraction(state, placed, *sharding.AXES),
         unsharded=_listed(replicated, "always"),

@@ -58,10 +58,12 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield "\nMemory a chip"
     for kind, count in plan.memory.items():
         yield f"  {kind:<18} {size(count):>12}"
-    if not plan.fits:
+    if plan.fits:
+        yield f"  {'peak':<18} {size(plan.peak_bytes_per_chip):>12} of {size(plan.capacity_bytes)}: fits"
+    else:
         yield f"  out of memory: needs {size(plan.peak_bytes_per_chip)}, has {size(plan.capacity_bytes)}"
-        return
-    yield f"  {'peak':<18} {size(plan.peak_bytes_per_chip):>12} of {size(plan.capacity_bytes)}: fits"
+    for lack in plan.memory_lacks:
+        yield f"  leaves out {lack}"
 
 
 def _sharding(plan: Plan) -> Iterator[str]:
