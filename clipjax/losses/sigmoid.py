@@ -23,7 +23,7 @@ def siglip_terms(
     """Sum over all pairs of softplus(-z_ij (t cos_ij + bias)), z = 1 on the diagonal and -1 off it, divided by the batch.
 
     Pairs of equal `ids` other than the own one are left out. Under `shard_map` over `axis`, b is the local batch and the loss
-    is the same on every device; outside, axis is None. `dtype`: of the operands of the products; sums are float32.
+    is the same on every device; outside, axis is None. `dtype`: as of `clip_loss`; sums are float32.
     """
     both = None if ids is None else (ids, ids)
     total, row_max, col_max = pairwise_softplus(zimg, ztxt, scale, bias, axis=axis, ids=both, dtype=dtype)

@@ -47,8 +47,8 @@ def clip_terms(
 
     `image_weight`: the weight of the direction image -> text; both weights add up to 1 (ConVIRT's lambda, 2010.00747).
     `label_smoothing`: the part of the target that is spread evenly over a row's own pair and its negatives. `reduction="sum"` is
-    twice the mean (ALIGN, 2102.05918). `dtype`: of the operands of the products, float32 (six passes on a TPU), bfloat16x3 (three)
-    or bfloat16; docs/losses.md has their errors.
+    twice the mean (ALIGN, 2102.05918). `dtype`: of the operands of the products, float32 (six passes on a TPU), bfloat16x3
+    (three) or bfloat16; docs/losses.md has their errors.
     """
     own = (zimg * ztxt).sum(1)
     found = reduce_negatives(zimg, ztxt, scale, axis, ids, dtype)
