@@ -2,8 +2,8 @@
 
 Each takes this device's shards of two sets of unit vectors, inside `shard_map` over `axis`, or all vectors where axis is None.
 Values and gradients are those of the dense matrix of cosines. That matrix is never in memory: its tiles are computed, reduced and
-dropped (clipjax.losses.pairwise.tiles), and computed again in the backward pass. Sums are float32. So are operands, at the highest
-precision, unless `dtype` says bfloat16x3 (float32 in three passes) or bfloat16.
+dropped (clipjax.losses.pairwise.tiles), and computed again in the backward pass. Sums are float32. So are operands, at the
+highest precision, unless `dtype` says bfloat16x3 (float32 in three passes) or bfloat16.
 
 Differentiate outside `shard_map` in either mode, or inside it with check_vma=True. Inside it with check_vma=False the gradient is
 wrong, as it is for every function whose result is replicated: the cotangent of such a result is then 1 / n of the true one on n
