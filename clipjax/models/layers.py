@@ -3,6 +3,7 @@
 Letters: b batch, t tokens, d width, h heads, k width of a head, f width of the MLP, e embedding, n patches, L layers.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -11,7 +12,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -104,7 +104,11 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation. Its statistics are computed in float32, whatever the dtype."""
+    """Layer normalisation. Its statistics are computed in float32, whatever the dtype.
+
+    Those of bfloat16 take one pass: the variance is mean(x^2) - mean(x)^2. That errs by some 2^-24 mean(x)^2; the rounding of x
+    to bfloat16 before has added noise of a variance of 2^-20 mean(x)^2, so nothing is lost.
+    """
 
     def __init__(self, scope: Scope, width: int, eps: float) -> None:
         self.eps = eps
@@ -119,8 +123,14 @@ class LayerNorm(nnx.Module):
     @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        mean = y.mean(-1, keepdims=True)
+        if x.dtype == jnp.bfloat16:
+            variance = jnp.maximum(jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean), 0)
+            y = y - mean
+        else:
+            y = y - mean
+            variance = jnp.square(y).mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(variance + self.eps)
         scale, bias = (jnp.expand_dims(p[...], range(x.ndim - 1)) for p in (self.scale, self.bias))
         return (y * scale + bias).astype(x.dtype)
 
@@ -131,19 +141,32 @@ def activate(x: Array, name: Activation) -> Array:
         return x * jax.nn.sigmoid(1.702 * x)
     if name == "gelu_tanh":
         return jax.nn.gelu(x, approximate=True)
-    return 0.5 * x * erfc(-x * np.sqrt(0.5).astype(x.dtype))
+    y = x.astype(jnp.float32)
+    return (y * (normal_cdf if x.dtype == jnp.float32 else coarse_normal_cdf)(y)).astype(x.dtype)
 
 
 @jax.custom_jvp
-def erfc(x: Array) -> Array:
-    """`jax.lax.erfc` with its derivative, -2 / sqrt(pi) exp(-x^2). JAX 0.12.0 refuses to differentiate its own in a shard_map."""
-    return jax.lax.erfc(x)
+def normal_cdf(x: Array) -> Array:
+    """The distribution function of the standard normal, with all digits also where it is small.
+
+    Its derivative is written here because JAX 0.12.0 refuses to differentiate erfc in a shard_map.
+    """
+    return 0.5 * jax.lax.erfc(-math.sqrt(0.5) * x)
 
 
-@erfc.defjvp
-def _erfc_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+@jax.custom_jvp
+def coarse_normal_cdf(x: Array) -> Array:
+    """The same to an absolute error of 1e-7: enough for bfloat16. On a TPU erf costs less than half of erfc."""
+    return 0.5 + 0.5 * jax.lax.erf(math.sqrt(0.5) * x)
+
+
+def _cdf_jvp(cdf: Callable[[Array], Array], primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     [x], [dx] = primals, tangents
-    return erfc(x), -2 / math.sqrt(math.pi) * (dx * jnp.exp(-jnp.square(x)))
+    return cdf(x), dx * (math.sqrt(0.5 / math.pi) * jnp.exp(-0.5 * jnp.square(x)))
+
+
+normal_cdf.defjvp(functools.partial(_cdf_jvp, normal_cdf))
+coarse_normal_cdf.defjvp(functools.partial(_cdf_jvp, coarse_normal_cdf))
 
 
 class MLP(Layer):

@@ -15,6 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
+from clipjax.models.recompute import run_layers
+
 # Tokens of a device in one chunk, unless model.part says otherwise: enough to fill a matrix unit. A layer's recomputed
 # activations, many times the size of its input, exist for one chunk at a time.
 DEFAULT_PART = 4096
@@ -25,7 +27,7 @@ REMAT_POLICIES = {  # config.Model.remat -> what the backward pass keeps; it rec
     "mlp": jax.checkpoint_policies.save_only_these_names(HIDDEN),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-CHUNKED_POLICIES = ("mlp", "full")  # those that recompute so much that a batch is run in chunks
+CHUNKED_POLICIES = ("dots", "mlp", "full")  # those that recompute: a batch is run in chunks
 
 LAYERS, TABLE = "blocks", "tokens"  # attributes of a tower: its layers, its table of token embeddings
 Gather = Callable[[nnx.State], nnx.State] | None  # sharded weights, of one layer -> full weights; None: they are full already
@@ -72,8 +74,8 @@ class Runner:
     def to_chunks(self, x: Shaped[Array, "b ..."], tokens: int) -> Shaped[Array, "n p ..."]:
         """A batch in chunks. On each device a chunk has at most `part` tokens; an example has `tokens`.
 
-        Policies that keep much save little by chunks: with them the batch is one chunk. Where chunks do not divide a device's
-        rows, copies of its last row fill the last chunk.
+        Where nothing is recomputed, chunks would save nothing: the batch is one. Where chunks do not divide a device's rows,
+        copies of its last row fill the last chunk.
         """
         devices = self.placement.devices
         rows = len(x) // devices
@@ -100,7 +102,7 @@ class Runner:
         """`fn` on one chunk after the other: from trees of arrays [n, p, ...] to a tree of arrays [n, p, ...]."""
         n = len(jax.tree.leaves(x)[0])
         if self.remat in CHUNKED_POLICIES:
-            fn = jax.checkpoint(fn, prevent_cse=n == 1, policy=REMAT_POLICIES[self.remat])
+            fn = jax.checkpoint(fn, prevent_cse=n == 1)  # what is around the layers costs little to make again
         if n == 1:
             return jax.tree.map(lambda y: y[None], fn(*jax.tree.map(lambda x: x[0], x)))
         return jax.lax.map(lambda chunk: fn(*chunk), x)
@@ -127,17 +129,28 @@ class Runner:
         graphdef, stacked = nnx.split(blocks)
 
         def body(gather: Gather, constrain: Constrain, stacked: nnx.State, x: Array, *context: Array | None) -> Array:
-            def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
-                full = checkpoint_name(gather(weights), FULL_WEIGHTS) if gather else weights
-                return self.map_chunks(_block(graphdef, full, constrain), x, *context), None
-
             if locked:
                 first = jax.tree.map(lambda w: jax.lax.stop_gradient(w[:locked]), stacked)
-                x = jax.lax.stop_gradient(self._scan(layer, jax.lax.stop_gradient(x), first, checkpoint=False))
+                x = jax.lax.stop_gradient(self._run(graphdef, gather, constrain, first, jax.lax.stop_gradient(x), context))
                 stacked = jax.tree.map(lambda w: w[locked:], stacked)
-            return self._scan(layer, x, stacked, checkpoint=self.remat != "none" or gather is not None)
+            return self._run(graphdef, gather, constrain, stacked, x, context)
 
         return self.placement.run(body, LAYERS, stacked, x, *context)
+
+    def _run(
+        self, graphdef: nnx.GraphDef, gather: Gather, constrain: Constrain, stacked: nnx.State, x: Array, context: tuple
+    ) -> Array:
+        """x through all layers of `stacked`."""
+        block = functools.partial(_run_block, graphdef, constrain)
+        if self.remat in CHUNKED_POLICIES:
+            policy = REMAT_POLICIES[self.remat]
+            return run_layers(block, gather or (lambda weights: weights), policy, self.unroll, stacked, x, context)
+
+        def layer(x: Array, weights: nnx.State) -> tuple[Array, None]:
+            full = checkpoint_name(gather(weights), FULL_WEIGHTS) if gather else weights
+            return block(full, x[0], *jax.tree.map(lambda c: c[0], context))[None], None
+
+        return self._scan(layer, x, stacked, checkpoint=gather is not None)
 
     def _scan(self, layer: Callable[..., tuple[Array, None]], x: Array, stacked: nnx.State, checkpoint: bool) -> Array:
         """x through `layer`, once with each layer's weights."""
@@ -158,6 +171,6 @@ def chunk_count(rows: int, most: int) -> int:
     return next((n for n in range(fewest, 2 * fewest + 1) if rows % n == 0), fewest)
 
 
-def _block(graphdef: nnx.GraphDef, weights: nnx.State, constrain: Constrain) -> Callable[..., Array]:
-    """One layer as a function of x and its context."""
-    return lambda x, *context: constrain(nnx.merge(graphdef, weights)(x, *context))
+def _run_block(graphdef: nnx.GraphDef, constrain: Constrain, weights: nnx.State, x: Array, *context: Array | None) -> Array:
+    """x through one layer."""
+    return constrain(nnx.merge(graphdef, weights)(x, *context))

@@ -133,7 +133,7 @@ def test_micro_batches_make_room():
 
 def test_what_was_asked_for_is_done():
     run = recipe("siglip_b16", 2**20, "dots")
-    assert choice(run, "TPU v5 lite") == remat.Choice("dots")
+    assert choice(run, "TPU v5 lite").policy == "dots"
 
 
 def test_a_cpu_makes_nothing_again():
