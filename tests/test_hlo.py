@@ -278,6 +278,39 @@ def test_transfers_between_slices_count_separately():
     assert (found.sent_bytes, found.memory_bytes) == (alone.sent_bytes, alone.memory_bytes)
 
 
+NESTED = """
+HloModule nested
+
+%inner (all: bf16[13,16,64], at: s32[]) -> f32[16,64] {
+  %all = bf16[13,16,64]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,16,64]{2,1,0} dynamic-slice(%all, %at, %zero, %zero), dynamic_slice_sizes={1,16,64}
+  %row = bf16[16,64]{1,0} bitcast(%slice)
+  ROOT %wide = f32[16,64]{1,0} convert(%row)
+}
+
+%outer (every: bf16[13,16,64], which: s32[], y: f32[64,8]) -> f32[16,8] {
+  %every = bf16[13,16,64]{2,1,0} parameter(0)
+  %which = s32[] parameter(1)
+  %y = f32[64,8]{1,0} parameter(2)
+  %taken = f32[16,64]{1,0} fusion(%every, %which), kind=kLoop, calls=%inner
+  ROOT %dot = f32[16,8]{1,0} dot(%taken, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (stack: bf16[13,16,64], n: s32[], w: f32[64,8]) -> f32[16,8] {
+  %stack = bf16[13,16,64]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %w = f32[64,8]{1,0} parameter(2)
+  ROOT %product = f32[16,8]{1,0} fusion(%stack, %n, %w), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_a_fusion_in_a_fusion_reads_its_slice_alone():
+    assert hlo.cost(NESTED).memory_bytes == 2 * 16 * 64 + 4 + 4 * 64 * 8 + 4 * 16 * 8
+
+
 def test_float32_products_take_a_tpu_six_passes():
     found = hlo.cost(PIECES)
     assert found.flops == 5 * 2 * 8**3

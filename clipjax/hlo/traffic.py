@@ -43,22 +43,6 @@ def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[s
     inner = next((computations[name] for name in i.attribute("calls") if name in computations), None)
     if inner is None:
         return _main(i.shape) + sum(_main(x.shape) for x in operands)
-    users: dict[str, list[Instruction]] = {}
-    for user in inner.body.values():
-        for name in user.operands:
-            users.setdefault(name, []).append(user)
-
-    def bytes_read(name: str, size: int) -> int:
-        """Bytes read of a value in main memory, by the instructions that use it."""
-        parts = []
-        for user in users.get(name, []):
-            if user.opcode in SLICES and user.operands[0] == name:
-                parts.append(byte_count(user.shape))
-            elif user.opcode in VIEWS and user.name != inner.root:
-                parts.append(bytes_read(user.name, size))
-            elif not (user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)):
-                return size
-        return min(size, sum(parts))
 
     def bytes_written(name: str, shape: str) -> int:
         """Bytes written for an output of the fusion."""
@@ -71,10 +55,34 @@ def _of_fusion(i: Instruction, operands: list[Instruction], computations: dict[s
             return _main(shape) and byte_count(inner.body[source.operands[1]].shape)
         return _main(shape)
 
-    parameters = {int(p.inside): p.name for p in inner.body.values() if p.opcode == "parameter"}
-    total = sum(bytes_read(parameters[n], size) for n, x in enumerate(operands) if n in parameters and (size := _main(x.shape)))
+    total = sum(_read(computations, inner, n, size) for n, x in enumerate(operands) if (size := _main(x.shape)))
     outputs = zip(_leaves(inner, inner.root), _elements(i.shape), strict=True)
     return total + sum(bytes_written(name, shape) for name, shape in outputs)
+
+
+def _read(computations: dict[str, Computation], fused: Computation, number: int, size: int) -> int:
+    """Bytes that a fusion reads of its n-th operand, whose `size` is in main memory, by the instructions that use it."""
+    users: dict[str, list[Instruction]] = {}
+    for user in fused.body.values():
+        for name in user.operands:
+            users.setdefault(name, []).append(user)
+
+    def of_value(name: str) -> int:
+        parts = []
+        for user in users.get(name, []):
+            inner = [x for x in user.attribute("calls") if x in computations] if user.opcode == "fusion" else []
+            if user.opcode in SLICES and user.operands[0] == name:
+                parts.append(byte_count(user.shape))
+            elif user.opcode in VIEWS and user.name != fused.root:
+                parts.append(of_value(user.name))
+            elif inner:  # a fusion in a fusion
+                parts.append(_read(computations, computations[inner[0]], user.operands.index(name), size))
+            elif not (user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and user.operands[0] == name)):
+                return size
+        return min(size, sum(parts))
+
+    named = next((p.name for p in fused.body.values() if p.opcode == "parameter" and int(p.inside) == number), None)
+    return 0 if named is None else of_value(named)
 
 
 def _leaves(computation: Computation, name: str) -> list[str]:
