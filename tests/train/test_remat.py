@@ -107,7 +107,7 @@ def test_all_processes_follow_what_the_first_one_s_device_says(monkeypatch):
     assert choice(recipe("siglip_b16", 64), "Tesla T4", limit=30 * 2**30).policy == "mlp"
 
 
-@pytest.mark.parametrize(("policy", "pairs", "gib"), [("full", 352, 5.14), ("mlp", 352, 10.57), ("dots", 64, 6.627)])
+@pytest.mark.parametrize(("policy", "pairs", "gib"), [("full", 352, 5.14), ("mlp", 352, 10.57), ("dots", 64, 6.430)])
 def test_a_captioning_head_is_estimated_as_it_was_compiled(policy, pairs, gib):
     """For v5e:16x16 and, the last, 2x2, by hand: minutes each. test_configs.py compiles the second again."""
     run = recipe("coca_b32", pairs, policy)
