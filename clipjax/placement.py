@@ -14,6 +14,9 @@ There are three ways. A mesh takes the first row of this table whose axis has mo
 | data   | a device's rows, in a shard_map   | as on one device          | on every device           | once, in float32, after   |
 |        | around both towers                |                           |                           | the last micro-batch      |
 
+With mesh.shard_optimizer the state shards its weights over `data`, too. In the way `data` a step first gathers them, and of the
+summed gradients each device gets its share, which it updates alone.
+
 These are the reasons; the first two were measured.
 
 - `data`, left to the compiler, summed gradients in the products' dtype, and after every micro-batch.
@@ -37,7 +40,7 @@ from jax.sharding import PartitionSpec as P
 from clipjax.losses import token_nll
 from clipjax.losses.pairwise.axes import vary
 from clipjax.models.runner import LAYERS, ONE_DEVICE, Body, Gather, LookUp, Placement, RunPart, look_up, run_on_one_device
-from clipjax.sharding import AUTO, AXES, BATCH, batch_devices, keystr, over_rows, spec
+from clipjax.sharding import AUTO, AXES, BATCH, REPLICATED, batch_devices, keystr, over_rows, spec
 
 
 class Way(NamedTuple):
@@ -64,14 +67,45 @@ class Towers(NamedTuple):
 
     placement: Placement
     axes: tuple[str, ...]  # Way.step_axes
+    specs: Any  # PartitionSpecs of what the shard_map over `axes` gets of the parameters
+    full: Callable[[Any], Any]  # these, in it -> a device's own full weights, whose gradients are summed in float32
     # -log p of targets [n], from states [n, d] and words [v, d]: a device's own arrays, or global ones if axes = ().
     token_nll: Callable[..., jax.Array]
 
 
-def towers(mesh: Mesh, dtype: str) -> Towers:
-    """How a training step runs the towers on a mesh. `dtype`: of the towers' arithmetic."""
+def towers(mesh: Mesh, dtype: str, specs: Any = REPLICATED) -> Towers:
+    """How a training step runs the towers on a mesh. `dtype`: of the towers' arithmetic. `specs`: of the parameters, a tree or a
+    prefix of one, with `data` where that shards them.
+    """
     axes = way(mesh).step_axes
-    return Towers(ONE_DEVICE, axes, token_nll) if axes else Towers(make_placement(mesh, dtype), axes, token_nll_on(mesh))
+    if not axes:
+        return Towers(make_placement(mesh, dtype), axes, specs, lambda params: params, token_nll_on(mesh))
+    return Towers(ONE_DEVICE, axes, specs, functools.partial(_full, specs, dtype), token_nll)
+
+
+def _full(specs: Any, dtype: str, params: Any) -> Any:
+    """A device's full weights, gathered from its shards over `data`. Kernels travel in `dtype`, in which they are multiplied.
+    Gradients are summed in float32, and each device gets its shard.
+    """
+
+    def full(path: tuple, axes: P, below: Any) -> Any:
+        if "data" not in axes:
+            return vary(below, BATCH)
+        travels = jnp.dtype(dtype) if keystr(path).endswith("kernel") else below.dtype
+        return _gathered_over_data(tuple(axes).index("data"), travels, vary(below, BATCH))
+
+    return jax.tree_util.tree_map_with_path(full, specs, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered_over_data(axis: int, dtype: jnp.dtype, shard: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(shard.astype(dtype), "data", axis=axis, tiled=True).astype(shard.dtype)
+
+
+_gathered_over_data.defvjp(
+    lambda axis, dtype, shard: (_gathered_over_data(axis, dtype, shard), None),
+    lambda axis, dtype, _, gradient: (jax.lax.psum_scatter(gradient, "data", scatter_dimension=axis, tiled=True),),
+)
 
 
 def make_placement(mesh: Mesh, dtype: str) -> Placement:

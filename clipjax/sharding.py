@@ -9,7 +9,7 @@ that a slower network joins, the outer part of `data` is the mesh axis `slice`. 
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -142,8 +142,23 @@ def on_shards(fn: Callable[..., Any], mesh: Mesh, rows: int = 2, out: Any = REPL
     return mapped
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The sharding of one array of a train state, by its path: a parameter, its moments, or values stored for every example."""
+def shards_optimizer(cfg: config.Mesh, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether a state's weights, moments and moving average are sharded over `data`, too: mesh.shard_optimizer. An abstract mesh
+    counts as one of CPUs.
+    """
+    chosen = cfg.shard_optimizer
+    if chosen is None:
+        on_cpu = not isinstance(mesh, Mesh) or mesh.devices.flat[0].platform == "cpu"
+        chosen = not on_cpu and mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+    return chosen and mesh.shape["data"] > 1
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, over_data: bool = False) -> P:
+    """The sharding of one array of a train state, by its path: a parameter, its moments, or values stored for every example.
+
+    `over_data`: the first axis that is left, and that `data` divides, is sharded over `data`. It may be that of the layers, as
+    the towers get gathered weights. Of those that would do it is the one whose shards are least padded on a TPU.
+    """
     if path.startswith("memory/"):  # a row for each training example
         return P(BATCH)
     axes: list[str | None] = [None] * len(shape)
@@ -154,6 +169,9 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     fits = [i for i in range(first, len(shape)) if axes[i] is None and shape[i] % mesh.shape["fsdp"] == 0]
     if mesh.shape["fsdp"] > 1 and fits and not _is_small_vector(path, shape):
         axes[max(fits, key=lambda i: shape[i])] = "fsdp"
+    left = [i for i, n in enumerate(shape) if axes[i] is None and n % mesh.shape["data"] == 0]
+    if over_data and mesh.shape["data"] > 1 and left and not _is_small_vector(path, shape):
+        axes[left[0]] = "data"
     return P(*axes)
 
 
@@ -163,13 +181,14 @@ def _is_small_vector(path: str, shape: tuple[int, ...]) -> bool:
     return (path.endswith("/bias") or len(of_layer) <= 1) and math.prod(of_layer) <= VECTOR
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf (array or shape) of a tree of parameters, or of a train state.
+def shardings(tree: Any, mesh: Mesh, over_data: Collection[str] = ()) -> Any:
+    """A NamedSharding for every leaf (array or shape) of a tree of parameters, or of a train state. `over_data`: the names of the
+    parameters that are sharded over `data`, too, in a train state, with its moments.
 
     Raises ConfigError where less than 95 % of the bytes can be sharded over `fsdp`, small vectors aside. It names the largest
     parameters that cannot, and the sizes of `fsdp` that would work.
     """
-    placed = _place(tree, mesh)
+    placed = _place(tree, mesh, over_data)
     fsdp = mesh.shape["fsdp"]
     left = _not_over_fsdp(tree, placed) if fsdp > 1 else {}
     share = 1 - sum(left.values()) / byte_count(tree)
@@ -180,6 +199,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         message = f"only {share:.0%} of the bytes can be sharded so; use {use}. Replicated: {replicated}"
         raise config.ConfigError(f"mesh.fsdp = {fsdp}: {message}")
     return placed
+
+
+def without_data(params: Any, mesh: Mesh) -> Any:
+    """Parameters of a state as evaluations expect them: gathered over `data` where they are sharded over it."""
+    return jax.device_put(params, shardings(params, mesh))
 
 
 def _fsdp_sizes(tree: Any, mesh: Mesh) -> Iterator[int]:
@@ -201,9 +225,11 @@ def _not_over_fsdp(tree: Any, placed: Any) -> dict[str, int]:
     return {path: size for path, size in unsharded(tree, placed, "fsdp").items() if path not in small}
 
 
-def _place(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def _place(tree: Any, mesh: Mesh | AbstractMesh, over_data: Collection[str] = ()) -> Any:
     def place(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, spec(keystr(path), leaf.shape, mesh))
+        field, _, name = (whole := keystr(path)).partition("/")
+        # Parameters that are not trained have no moments.
+        return NamedSharding(mesh, spec(whole, leaf.shape, mesh, name in over_data or (field == "opt_state" and bool(over_data))))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -213,9 +239,14 @@ def byte_count(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def own_bytes(tree: Any) -> int:
-    """Bytes of one device's shards of all leaves (arrays or shapes with their shardings)."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def own_bytes(tree: Any, gathered: str | None = None) -> int:
+    """Bytes of one device's shards of all leaves (arrays or shapes with their shardings), once gathered over a mesh axis."""
+
+    def numbers(x: Any) -> int:
+        times = x.sharding.mesh.shape[gathered] if gathered and gathered in x.sharding.spec else 1
+        return math.prod(x.sharding.shard_shape(x.shape)) * times
+
+    return sum(numbers(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def sharded_fraction(tree: Any, placed: Any, *axes: str) -> float:
@@ -234,9 +265,9 @@ def _is_sharded(sharding: NamedSharding, axes: Sequence[str]) -> bool:
     return any(axis in named and sharding.mesh.shape[axis] > 1 for axis in axes)
 
 
-def shapes(tree: Any, mesh: Mesh, part: bool = False) -> Any:
+def shapes(tree: Any, mesh: Mesh, part: bool = False, over_data: Collection[str] = ()) -> Any:
     """ShapeDtypeStructs with `shardings`: what Orbax restores into, and what ahead-of-time compilation takes. `part`: the tree is
     a part of one, and may be what can't be sharded.
     """
-    placed = _place(tree, mesh) if part else shardings(tree, mesh)
+    placed = _place(tree, mesh) if part else shardings(tree, mesh, over_data)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed)

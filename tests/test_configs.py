@@ -259,9 +259,10 @@ def test_remat_is_chosen_by_an_estimate_near_what_is_compiled(name):
     run, state = dataclasses.replace(run, model=memory), state_of(run, mesh)
     chip = SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
     policy, low, high = CHOSEN[name]
-    assert remat.resolved(run, SimpleNamespace(shape=mesh.shape, devices=np.array([chip])), state).model.remat == policy
+    chips = SimpleNamespace(shape=mesh.shape, devices=np.array([chip]))
+    assert remat.resolved(run, chips, state).model.remat == policy
     stated = float(re.match(r"([\d.]+) GiB a chip as compiled", said(name)["Memory"])[1])
-    assert low <= remat.needed(run, mesh, state, policy) / 2**30 / stated <= high
+    assert low <= remat.needed(run, chips, state, policy) / 2**30 / stated <= high
 
 
 if __name__ == "__main__":

@@ -111,6 +111,26 @@ def test_how_a_parameter_and_its_moments_are_sharded(path, prefix):
     assert sharding.spec(prefix + path, shape, abstract(2, 4, 4)) == want
 
 
+OVER_DATA = {
+    "text/blocks/mlp/up/kernel": ((12, 768, 3072), P("data", "fsdp", "tensor")),
+    "text/blocks/attention/out/kernel": ((27, 12, 64, 768), P(None, "tensor", "data", "fsdp")),
+    "text/blocks/mlp/down/bias": ((12, 768), P(None, None)),  # a small vector
+    "text/tokens": ((32000, 768), P("fsdp", "data")),
+    "log_scale": ((), P()),
+}
+
+
+@pytest.mark.parametrize("path", OVER_DATA)
+def test_what_an_optimizer_over_data_shards(path):
+    """In a state; the parameters alone, as the towers get them, are not."""
+    shape, want = OVER_DATA[path]
+    x, mesh = jax.ShapeDtypeStruct(shape, "float32"), abstract(4, 2, 4)
+    state = {"params": {path: x}, "opt_state": {"mu": {path: x}}}
+    assert [s.spec for s in jax.tree.leaves(sharding.shardings(state, mesh, {path}))] == [want, want]
+    assert "data" not in sharding.shardings({path: x}, mesh)[path].spec
+    assert "data" not in sharding.spec(path, shape, abstract(1, 2, 4), over_data=True)
+
+
 @pytest.mark.parametrize("path", CASES)
 def test_axes_of_one_device_are_not_named(path):
     shape, want = CASES[path]

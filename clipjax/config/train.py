@@ -129,6 +129,9 @@ class Mesh(Strict, prefix="mesh"):
     data: int = free(-1)  # shards the batch; -1: all devices that are left
     fsdp: int = free(1)  # shards the batch and the weights
     tensor: int = free(1)  # shards heads, MLP widths and the words of the vocabulary
+    # Whether `data` also shards the weights in float32 and the optimizer's state, and each device updates its share; a step
+    # gathers what the towers use. None: on TPUs and GPUs, where neither fsdp nor tensor shards them.
+    shard_optimizer: bool | None = free(None)
 
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):

@@ -125,6 +125,8 @@ class _Program:
             if not fused:
                 total.memory_bytes += traffic(computation, i, self.computations)
             kind = i.opcode.removesuffix("-done")
+            if name.startswith("all-reduce-scatter"):  # a TPU's fusion of a sum and of the part of it that the device needs
+                kind = kind.replace("all-reduce", "reduce-scatter")
             if kind in COLLECTIVES:
                 channel = (fused and "".join(i.attribute("channel_id"))) or i.name
                 total.add_transfer((kind, channel, i.name), self.bytes(computation, i))

@@ -142,7 +142,7 @@ def _gathered(state: TrainState, gathered: Collection[int]) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         axes, mesh = leaf.sharding.spec, leaf.sharding.mesh
         full = leaf.size // (mesh.shape["tensor"] if "tensor" in axes else 1)
-        if "fsdp" in axes and full in gathered:
+        if {"fsdp", "data"} & {*axes} and full in gathered:
             found[f"params/{sharding.keystr(path)}"] = sharding.byte_count(leaf)
     return found
 

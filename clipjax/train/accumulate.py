@@ -36,17 +36,13 @@ def value_and_grad(encode: Encode, loss: Loss, mesh: Mesh, towers: Towers, micro
     if micro_batches > 1:
         return TwoPasses(encode, loss, mesh, towers, jnp.arange(micro_batches))
     encode_batch = over_devices(
-        lambda params, rows: encode(jax.lax.pcast(params, towers.axes, to="varying"), rows),
-        mesh,
-        towers,
-        (P(), P(BATCH)),
-        P(BATCH),
+        lambda params, rows: encode(towers.full(params), rows), mesh, towers, (towers.specs, P(BATCH)), P(BATCH)
     )
     return jax.value_and_grad(lambda params, rows: loss(params, encode_batch(params, rows), rows), has_aux=True)
 
 
 def over_devices(
-    fn: Callable[..., Tree], mesh: Mesh, towers: Towers, in_specs: tuple[P, ...], out_specs: P
+    fn: Callable[..., Tree], mesh: Mesh, towers: Towers, in_specs: tuple[Any, ...], out_specs: Any
 ) -> Callable[..., Tree]:
     """`fn` in a shard_map, on each device's own rows, if `towers.axes` names mesh axes; else `fn` itself, on the global rows."""
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs) if towers.axes else fn
@@ -63,27 +59,29 @@ class TwoPasses:
     indices: jax.Array  # of the micro-batches: 0, 1, ...
 
     def __call__(self, params: Tree, rows: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
-        z = over_devices(self.forward, self.mesh, self.towers, (P(), P(BATCH)), P(BATCH))(params, rows)
+        specs = self.towers.specs
+        z = over_devices(self.forward, self.mesh, self.towers, (specs, P(BATCH)), P(BATCH))(params, rows)
         # The loss reads scale and bias directly, so `grads` is their full gradient. The towers add none to it.
         value, (grads, dz) = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)(params, z, rows)
-        backward = over_devices(self.backward, self.mesh, self.towers, (P(), P(BATCH), P(BATCH)), P())
+        backward = over_devices(self.backward, self.mesh, self.towers, (specs, P(BATCH), P(BATCH)), specs)
         return value, jax.tree.map(jnp.add, grads, backward(params, rows, dz))
 
     def forward(self, params: Tree, rows: Tree) -> Tree:
         """Embeddings of all rows [b, ...], micro-batch by micro-batch."""
-        stacked = jax.lax.map(lambda j: self.encode(params, self.take(rows, j)), self.indices)
+        full = self.towers.full(params)
+        stacked = jax.lax.map(lambda j: self.encode(full, self.take(rows, j)), self.indices)
         return jax.tree.map(self.join, stacked)
 
     def backward(self, params: Tree, rows: Tree, dz: Tree) -> Tree:
         """The gradient of params from that of the embeddings [b, ...], summed over micro-batches and then over devices."""
-        varying = jax.lax.pcast(params, self.towers.axes, to="varying")
+        full, sum_over_devices = jax.vjp(self.towers.full, params)
 
         def add(grads: Tree, j: jax.Array) -> tuple[Tree, None]:
-            _, pullback = jax.vjp(lambda p: self.encode(p, self.take(rows, j)), varying)
+            _, pullback = jax.vjp(lambda p: self.encode(p, self.take(rows, j)), full)
             return jax.tree.map(jnp.add, grads, pullback(self.take(dz, j))[0]), None
 
-        grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, varying), self.indices)
-        return jax.lax.psum(grads, self.towers.axes)
+        grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, full), self.indices)
+        return sum_over_devices(grads)[0]
 
     def take(self, rows: Tree, j: jax.Array) -> Tree:
         """The j-th micro-batch: arrays [b, ...] -> [b / micro_batches, ...]."""

@@ -87,7 +87,7 @@ def train(
             return state
         say_start(run, workdir.path, begin, source)
         devices = _Devices(remat.chosen(run, mesh, abstract), tx, mesh, state)
-        check(state.params)
+        check(devices.evaluated)
         data = stack.enter_context(batches(schedule.start))
         save_config(run, workdir.path)
         if origin:  # from here on, the workdir needs nothing of the runs that it started from
@@ -151,6 +151,11 @@ class _Devices:
     def newest_loss(self) -> jax.Array | None:
         """The loss of the newest step, which may still be running; None before the first step."""
         return self._losses[-1] if self._losses else None
+
+    @property
+    def evaluated(self) -> clip.Params:
+        """The weights that evaluations use."""
+        return sharding.without_data(self.state.evaluated, self._mesh)
 
     def wait(self) -> None:
         """Waits until the devices have fewer than STEPS_AHEAD steps to do."""
@@ -238,7 +243,7 @@ class _Loop:
         """Runs evaluations and reports them."""
         for evaluator in due:
             with self._report.clock.spending("eval_seconds"):
-                results = evaluator.run(self._devices.state.evaluated, step)
+                results = evaluator.run(self._devices.evaluated, step)
             metrics = self._report.evaluation(step, evaluator.task, evaluator.dataset, results)
             self._checkpoints.note(step, qualified(evaluator.task, evaluator.dataset, metrics))
 

@@ -116,7 +116,8 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: in
     copies = min(2, run.train.micro_batches)  # of gradients: with a sum, where there are micro-batches
     if mesh.devices.flat[0].platform == "gpu" and sharding.batch_devices(mesh) > 1:
         copies += 3  # what is sent, and arrives: clip_b16 compiled for 8 H100s has 1.5 (`none`) to 1.7 GiB more than for one
-    gradients = sharding.own_bytes(state.params) * copies
+    params = sharding.own_bytes(state.params, gathered="data")  # as the towers get them
+    copies += params > sharding.own_bytes(state.params)
     row = 3 * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings and their gradients, some copies
     kept, weights, layer = 0, 0, 0.0
     for facts, chunks, examples in work(run, mesh, policy, part):
@@ -126,4 +127,4 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: in
         weights = max(weights, facts.layer_weights // layout.tensor * (layout.size + 4))
         at_once = examples if policy in CHUNKED_POLICIES else DEFAULT_PART / facts.tokens
         layer = max(layer, at_once * facts.kept("none", layout) / facts.held)
-    return math.ceil(sharding.own_bytes(state) + gradients + rows * row + kept + weights + layer)
+    return math.ceil(sharding.own_bytes(state) + copies * params + rows * row + kept + weights + layer)

@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from clipjax import config, sharding
 from clipjax.models import clip
 from clipjax.train import memory
 from clipjax.train.memory import Memory
+from clipjax.train.optimizer import trained_names
 
 NOTHING: Mapping[str, ArrayLike] = {}
 
@@ -57,7 +60,20 @@ def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
     Raises ConfigError where the mesh would replicate what it should shard.
     """
     sharding.check_tensor(run.model, mesh)
-    return sharding.shapes(state_shapes(run, tx, sharding.batch_devices(mesh)), mesh)
+    state = state_shapes(run, tx, sharding.batch_devices(mesh))
+    return sharding.shapes(state, mesh, over_data=over_data(run, mesh, state.params))
+
+
+def over_data(run: config.Run, mesh: Mesh, params: clip.Params) -> set[str]:
+    """The names of the parameters that are sharded over `data`, too: with mesh.shard_optimizer those that are trained."""
+    return trained_names(run.optim_in_use.rules, params) if sharding.shards_optimizer(run.mesh, mesh) else set()
+
+
+def weight_specs(run: config.Run, mesh: Mesh) -> Any:
+    """The PartitionSpecs of the parameters in the state. P() for all if mesh.shard_optimizer does not shard them."""
+    params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
+    names = over_data(run, mesh, params)
+    return jax.tree.map(lambda x: x.spec, sharding.shardings({"params": params}, mesh, names)["params"]) if names else P()
 
 
 def initial_state(

@@ -17,7 +17,7 @@ from clipjax.models.text import lengths
 from clipjax.train import accumulate, memory, nonfinite
 from clipjax.train.memory import Memory
 from clipjax.train.optimizer import clamp_scale, ema_update, next_rate, stop_frozen
-from clipjax.train.state import TrainState
+from clipjax.train.state import TrainState, weight_specs
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -49,7 +49,8 @@ def make_train_step(
     clipped, of the update (both over the trained parameters), and of all parameters. With train.nonfinite = skip,
     `nonfinite.count` adds two, and a step that is not finite changes nothing of the state but its two counts.
     """
-    towers = placement.towers(mesh, run.model.dtype)
+    replicated: Any = P()
+    towers = placement.towers(mesh, run.model.dtype, Trainable(weight_specs(run, mesh), replicated))
     encode, compute_loss = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh)
     value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, towers, run.train.micro_batches)
 

@@ -94,6 +94,7 @@ def assert_close(got, want, rtol=1e-5):
         np.testing.assert_allclose(got[name], w, rtol=0, atol=rtol * np.abs(w).max(), err_msg=name)
 
 
+OVER_DATA = config.Mesh(shard_optimizer=True)
 TERMS = (config.Softmax(), config.MultiPositive(), config.Distillation())
 SEVERAL = config.Data(spec="emoji", captions_per_image=2, ids="caption", teacher="teacher.npz")
 CASES = {
@@ -105,6 +106,8 @@ CASES = {
     "8, sigmoid": (run_of(8, SIGLIP), EIGHT),
     "4, CUAXU": (run_of(4, objective=config.CUAXU), EIGHT),
     "4, captions, ids and a teacher": (run_of(4, objective=TERMS, data=SEVERAL), EIGHT),
+    "1, optimizer over data": (run_of(1, mesh=OVER_DATA), EIGHT),
+    "4, optimizer over data": (run_of(4, SIGLIP, mesh=OVER_DATA), EIGHT),
     "4, captioning": (run_of(4, COCA), EIGHT),
     "2, captioning, words sharded": (run_of(2, COCA, data=config.Data(spec="emoji", captions_per_image=2)), MIXED),
 }

@@ -12,6 +12,7 @@ from tests import hosts
 IMAGES = 41
 PROGRAM = ["tests/train/recorded.py"]  # the command line, with a record of each global batch's examples
 CONFIG = "tests/train/tiny_hosts.py"
+OVER_DATA = ("--mesh.shard_optimizer", "True")
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # half the time goes into compiling
 EVALS = """
 import json, sys
@@ -106,9 +107,9 @@ def test_a_run_goes_on_with_other_processes_as_if_nothing_had_happened(data, tmp
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """The workdir of 12 steps by two processes."""
+    """The workdir of 12 steps by two processes, each of which has half of the optimizer's state."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    train(2, 1, data, workdir, "--train.steps", "12")
+    train(2, 1, data, workdir, "--train.steps", "12", *OVER_DATA)
     return workdir
 
 
@@ -117,13 +118,14 @@ def trained(data, tmp_path_factory):
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(who, data, trained, tmp_path):
     broken = tmp_path / "broken"
     env = QUICK | {"RECORD": str(tmp_path / "record"), "CLIPJAX_HEARTBEAT_SECONDS": "5"}
-    options = ("--train.steps", "12", "--train.checkpoint_every", "3", "--data.worker_kind", "processes", "--data.workers", "1")
-    with hosts.started(2, command(data, broken, *options), tmp_path / "first", **env) as both:
+    options = ("--train.steps", "12", "--train.checkpoint_every", "3", *OVER_DATA)
+    workers = ("--data.worker_kind", "processes", "--data.workers", "1")
+    with hosts.started(2, command(data, broken, *options, *workers), tmp_path / "first", **env) as both:
         hosts.until(both, both[0].err, "step 5/12")
         both[who].signal(signal.SIGKILL)
         assert hosts.ended([both[1 - who]]) == [75], hosts.report(both)
         assert f"clipjax: process {who} (" in both[1 - who].complained
-    made = train(2, 1, data, broken, "--train.steps", "12", "--train.checkpoint_every", "3")
+    made = train(2, 1, data, broken, *options)
     assert "resuming at step" in made[0].complained
     assert hosts.losses(broken) == hosts.losses(trained)
 
@@ -163,7 +165,7 @@ def test_captions_of_two_processes_are_those_of_one(data, tmp_path, monkeypatch)
     config, run, spec = tmp_path / "coca.py", tmp_path / "run", f"tsv:{data}/pairs.tsv"
     config.write_text("from tests.train.tiny_hosts import coca as config  # noqa: F401\n")
     monkeypatch.setattr("tests.train.test_hosts.CONFIG", str(config))
-    made = train(2, 1, data, run, "--train.steps", "5", "--evals.0.data", spec)
+    made = train(2, 1, data, run, "--train.steps", "5", "--evals.0.data", spec, *OVER_DATA)
     assert made[0].complained.count(f"step 5  {spec}  ") == 2
     assert spec not in made[1].complained
     assert len(list((run / "captioning").iterdir())) == 1

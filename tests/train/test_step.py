@@ -115,6 +115,25 @@ def test_parameters_are_sharded_over_fsdp_and_tensor():
     assert all(m.sharding.spec == kernel.sharding.spec for m in moments)
 
 
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("adafactor", marks=SLOW)])
+def test_an_optimizer_over_data_trains_as_on_one_device(kind):
+    """Each device updates its share of what is trained, with moments and moving average; the frozen tower is replicated."""
+    rules = (config.Rule(pattern="text/(?!projection).*", lr=0.0), config.Rule(pattern=".*", layer_decay=0.8))
+    optim = dataclasses.replace(tiny.OPTIM, kind=kind, ema=0.9, rules=rules)
+    run = tiny.run(optim=optim, train=dataclasses.replace(tiny.TRAIN, nonfinite="skip"))
+    one, want, _ = tiny.train(run, tiny.mesh_of(), 6)
+    state, got, _ = tiny.train(dataclasses.replace(run, mesh=config.Mesh(shard_optimizer=True)), tiny.mesh_of(8), 6)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert abs(want[-1] - want[0]) > 1e-2  # it moves
+    for name, x in named(one.ema).items():
+        if not name.endswith("qkv/bias"):  # a bias of keys has no gradient but rounding errors, of which Adam makes full steps
+            np.testing.assert_allclose(np.asarray(named(state.ema)[name]), x, rtol=0, atol=1e-5, err_msg=name)
+    for name, x in named(state).items():
+        if name.startswith(("params/", "ema/")) or "/mu/" in name:
+            trained = "text/" not in name or "text/projection" in name
+            assert ("data" in x.sharding.spec) == (trained and name.endswith(("kernel", "image/positions"))), name
+
+
 def test_the_scale_is_clamped_after_the_update():
     model = dataclasses.replace(tiny.CLIP, init_scale=100.0, max_scale=100.0)
     optim = config.Optim(lr=0.1, schedule=config.Constant(warmup=0), rules=(config.Rule(pattern=".*", decay=0.0),))
