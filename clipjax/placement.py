@@ -99,7 +99,10 @@ def _full(specs: Any, dtype: str, params: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered_over_data(axis: int, dtype: jnp.dtype, shard: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(shard.astype(dtype), "data", axis=axis, tiled=True).astype(shard.dtype)
+    # Not all_gather(axis=axis): on TPUs its result has the axis outermost, before the layers', and each turn of the scan over
+    # layers then collects its weights from all over the memory.
+    shards = jnp.moveaxis(jax.lax.all_gather(shard.astype(dtype), "data"), 0, axis)
+    return shards.reshape(*shard.shape[:axis], -1, *shard.shape[axis + 1 :]).astype(shard.dtype)
 
 
 _gathered_over_data.defvjp(

@@ -157,7 +157,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, over_data
     """The sharding of one array of a train state, by its path: a parameter, its moments, or values stored for every example.
 
     `over_data`: the first axis that is left, and that `data` divides, is sharded over `data`. It may be that of the layers, as
-    the towers get gathered weights. Of those that would do it is the one whose shards are least padded on a TPU.
+    the towers get gathered weights.
     """
     if path.startswith("memory/"):  # a row for each training example
         return P(BATCH)
