@@ -113,11 +113,12 @@ def layout_of(run: config.Run, mesh: Mesh) -> Layout:
 def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: int | None = None) -> int:
     """Estimated bytes on one device: state, gradients, its rows of the batch, and what a micro-batch's backward pass keeps."""
     rows, layout = run.train.batch_size // sharding.batch_devices(mesh), layout_of(run, mesh)
-    copies = min(2, run.train.micro_batches)  # of gradients: with a sum, where there are micro-batches
+    copies: float = min(2, run.train.micro_batches)  # of gradients: with a sum, where there are micro-batches
     if mesh.devices.flat[0].platform == "gpu" and sharding.batch_devices(mesh) > 1:
         copies += 3  # what is sent, and arrives: clip_b16 compiled for 8 H100s has 1.5 (`none`) to 1.7 GiB more than for one
     params = sharding.own_bytes(state.params, gathered="data")  # as the towers get them
-    copies += params > sharding.own_bytes(state.params)
+    if params > sharding.own_bytes(state.params):  # gathered in the towers' dtype; B/16 at 128 pairs: 2.5 GiB, compiled 2.0
+        copies += layout.size / 4
     row = 3 * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings and their gradients, some copies
     kept, weights, layer = 0, 0, 0.0
     for facts, chunks, examples in work(run, mesh, policy, part):
