@@ -6,7 +6,7 @@ from typing import Any, Literal
 from clipjax.config.fields import Strict, free, require
 from clipjax.config.towers import ImageTower, TextTower, size
 
-Attention = Literal["exact", "cudnn"]
+Attention = Literal["exact", "cudnn", "pallas"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Model(Strict, prefix="model"):
     # chip and the towers' shapes by the same estimates; elsewhere 4,096.
     part: int | None = free(None)
     # How a training step computes attention. `exact`: scores are written to memory. `cudnn`: one kernel of NVIDIA's, on GPUs from
-    # Ampere on, with towers in bfloat16; it keeps no scores. An explicit mask, as of CoCa's class token, is always `exact`.
+    # Ampere on, with towers in bfloat16; it keeps no scores. `pallas`: likewise, kernels for TPUs, where an example's scores fit
+    # in vector memory (docs/performance.md). An explicit mask, as of CoCa's class token, is always `exact`.
     attention: Attention = free("exact")
     unroll: int = free(1)  # layers per iteration of the scan; more is faster on CPU and slower to compile
 

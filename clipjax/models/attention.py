@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from clipjax.config import Attention
-from clipjax.models import cudnn
+from clipjax.models import cudnn, tpu_attention
 from clipjax.models.facts import BlockShape, Layout
 from clipjax.models.layers import Layer, LayerNorm, Linear, Scope
 
@@ -65,7 +65,7 @@ class SelfAttention(Layer):
     TENSOR_AXES: ClassVar = {"qkv/kernel": -2, "qkv/bias": -2, "qkv/lora_b": -2, "out/kernel": -3, "out/lora_a": -3}
 
     def __init__(self, scope: Scope, width: int, heads: int, *, causal: bool, std: float, out_std: float) -> None:
-        self.causal = causal
+        self.causal, self.count = causal, heads
         self.kind: Attention = scope.attention
         self.qkv = Linear(scope / "qkv", (width,), (3, heads, width // heads), std=std)
         self.out = Linear(scope / "out", (heads, width // heads), (width,), std=out_std)
@@ -74,9 +74,20 @@ class SelfAttention(Layer):
         """`mask` [b, t, t]: true where a token (axis 1) may attend to another (axis 2). None: all true, or lower-triangular if
         causal.
         """
+        by_kernel = self.kind == "pallas" and mask is None and self.qkv.lora_a is None
+        if by_kernel and tpu_attention.lanes(x.shape[1], x.shape[2], self.count):
+            return self._by_kernel(x)
         mask = None if mask is None else mask[:, None]
         q, k, v = self.heads(x)
         return self.out(attend(q, k, v, mask, causal=self.causal, kind=self.kind))[:, : x.shape[1]]
+
+    def _by_kernel(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """The same by a kernel for TPUs, which takes queries, keys and values as one product makes them."""
+        assert self.qkv.bias is not None
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
+        qkv = jnp.einsum("btd,dse->sbte", x, einops.rearrange(kernel, "d s h k -> d s (h k)"))
+        y: Array = tpu_attention.attend(qkv, einops.rearrange(bias, "s h k -> s (h k)"), self.count, self.causal)
+        return self.out(einops.rearrange(y, "b t (h k) -> b t h k", h=self.count))
 
     def heads(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b h t k"], ...]:
         """Queries, keys and values."""
@@ -117,7 +128,8 @@ class SelfAttention(Layer):
             return x + 3 * x / layout.tensor  # its output; queries, keys and values
         if policy != "none":
             return 0
-        scores = _kept_scores(layout, shape, shape.tokens, shape.masked)
+        by_kernel = layout.attention == "pallas" and tpu_attention.lanes(shape.tokens, shape.width, shape.heads)
+        scores = 0 if by_kernel and not shape.masked else _kept_scores(layout, shape, shape.tokens, shape.masked)
         norm = LayerNorm.kept(policy, layout, shape.tokens, shape.width)
         return norm + x + (scores + 4 * x) / layout.tensor
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from clipjax import aot, config, sharding
 from clipjax.config.objective import check_teacher
 from clipjax.files import local_path
-from clipjax.models import clip, cudnn
+from clipjax.models import clip, cudnn, tpu_attention
 from clipjax.train import remat
 from clipjax.train.optimizer import optimizer_of
 from clipjax.train.state import TrainState, abstract_state
@@ -33,6 +33,7 @@ def lower_step(run: config.Run, mesh: Mesh, state: TrainState) -> jax.stages.Low
     """The step for a `state` from `state_of`, traced but not compiled, which takes seconds. Raises ConfigError."""
     sharding.check_batch(run, mesh)
     cudnn.check(run.model, mesh.devices.flat[0])
+    tpu_attention.check(run.model, mesh.devices.flat[0], mesh.shape["tensor"])
     run = remat.resolved(run, mesh, state)
     step = make_train_step(run, optimizer_of(run, state.params), mesh)
     with cudnn.assumed():

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from clipjax import config, distributed, sharding
 from clipjax.checkpoint import Checkpoints
 from clipjax.files import write_atomic
-from clipjax.models import cudnn
+from clipjax.models import cudnn, tpu_attention
 from clipjax.restore import newest, require_state
 from clipjax.storage import DamagedError
 from clipjax.train.optimizer import can_grow
@@ -67,6 +67,7 @@ def open_workdir(run: config.Run, path: Path, mesh: Mesh) -> Iterator[Workdir]:
     sharding.check_batch(run, mesh)
     sharding.check_tensor(run.model, mesh)
     cudnn.check(run.model, mesh.devices.flat[0])
+    tpu_attention.check(run.model, mesh.devices.flat[0], mesh.shape["tensor"])
     with owned(path) as check_owner:
         saved = _find_checkpoint(run, path)
         yield Workdir(path, saved, None if saved else _find_start(run), check_owner)
