@@ -49,7 +49,7 @@ def test_the_step_is_the_same(side, axes):
             state, metrics = step(state, sharding.to_global(batch, mesh))
         ends.append((float(metrics["loss"]), np.asarray(state.params["log_scale"]), np.asarray(state.params["text"]["tokens"])))
     for one, other in zip(*ends, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)  # Adam makes full steps of small gradients, too
 
 
 def test_it_costs_what_the_other_tower_does():
