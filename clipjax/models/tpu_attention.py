@@ -83,6 +83,7 @@ def _gradients(heads: int, causal: bool, qkv: Array, dy: Array) -> tuple[Array, 
 attend.defvjp(_attend, _gradients)
 
 
+@jax.named_scope("attention")
 def _run(kernel: Callable[..., None], heads: int, causal: bool, outs: list[tuple[Any, Any]], *args: Array) -> list[Array]:
     """Runs a kernel. Its grid: examples, parts of the width."""
     _, b, t, e = args[0].shape
