@@ -26,7 +26,7 @@ def config() -> Run:
             init_scale=10.0,
             max_scale=None,
             init_bias=-10.0,
-            remat="full",  # the least memory; auto keeps as much as fits, and recomputes less
+            remat="full",  # the least memory; auto takes what is fastest of what fits
         ),
         objective=(Sigmoid(),),
         optim=Optim(

@@ -23,31 +23,34 @@ class Terms(NamedTuple):
     """What a tower's layers do on one device, each in seconds at the chip's peak or at the rate of its memory."""
 
     products: float  # forward, backward, recomputed
-    kept: float  # activations written for the backward pass, and read in it
-    spilled: float  # activations of a chunk that do not fit in the fast memory
+    kept: float  # layers' inputs and hidden units, written for the backward pass and read in it
+    more: float  # what `dots` and `none` keep besides: much of it is laid out by heads, and is copied
+    spilled: float  # activations of a chunk that do not stay in the fast memory
     chunks: float  # weights read, and their gradients summed, for every chunk
 
 
-COSTS = Terms(2.05, 5.6, 4.7, 7.6)  # seconds of the compiler for a second of each term
+COSTS = Terms(1.49, 1.22, 10.56, 3.97, 4.27)  # seconds of the compiler for a second of each term
 RECOMPUTED = {"none": 0.0, "mlp": 2 / 3, "full": 1.0}  # share of the forward pass's products
-IN_VMEM = 3.0  # bytes of a chunk's activations, as `none` keeps them, for a byte of VMEM, up to which they stay there
+IN_VMEM = 2.3  # bytes of a chunk's activations, as `none` keeps them, for a byte of VMEM, up to which they stay there
 
 
 def terms(work: Work, policy: str, layout: Layout, chip: Chip) -> Terms:
     facts, rows = work.facts, work.chunks * work.examples
     weights = facts.layer_weights // layout.tensor * layout.size
-    if policy == "dots":
+    if policy == "dots":  # all but the layers' own kernels
         again = max(0.0, 1 - 2 * facts.layer_weights * facts.depth * facts.tokens / facts.flops)
     else:
         again = RECOMPUTED[policy]
     trained = facts.held / facts.depth
     flops = rows * facts.flops / layout.tensor * (1 + trained * (2 + again))
+    kept = facts.kept("full" if policy == "full" else "mlp", layout)
     layer = facts.kept("none", layout) / facts.held
     spill = max(0.0, 1 - IN_VMEM * (chip.vmem or 0) / chip.devices / (work.examples * layer))
     peak, rate = chip.flops / chip.devices, chip.memory / chip.devices
     return Terms(
         flops / peak,
-        2 * rows * facts.kept(policy, layout) / rate,
+        2 * rows * kept / rate,
+        2 * rows * (facts.kept(policy, layout) - kept) / rate,
         spill * rows * layer * facts.held / rate,
         work.chunks * facts.held * weights / rate,
     )
