@@ -49,7 +49,7 @@ class Model(Strict, prefix="model"):
     # everything (`full`). `auto-memory`: as little as the chips' memory allows, and nothing where that is not known. `auto`: on
     # TPUs the fastest of what fits, by the TPU compiler's own estimates of time; elsewhere as `auto-memory`.
     remat: Literal["auto", "auto-memory", "none", "dots", "mlp", "full"] = free("auto")
-    # Tokens of a device that go through a layer at once, where `mlp` or `full` recomputes. None: on TPUs what is fastest for the
+    # Tokens of a device that go through a layer at once, with all policies but `none`. None: on TPUs what is fastest for the
     # chip and the towers' shapes by the same estimates; elsewhere 4,096.
     part: int | None = free(None)
     # How a training step computes attention. `exact`: scores are written to memory. `cudnn`: one kernel of NVIDIA's, on GPUs from
