@@ -29,7 +29,7 @@ class Terms(NamedTuple):
     chunks: float  # weights read, and their gradients summed, for every chunk
 
 
-COSTS = Terms(1.49, 1.22, 10.56, 3.97, 4.27)  # seconds of the compiler for a second of each term
+COSTS = Terms(1.51, 1.49, 9.43, 3.77, 3.18)  # seconds of the compiler for a second of each term
 RECOMPUTED = {"none": 0.0, "mlp": 2 / 3, "full": 1.0}  # share of the forward pass's products
 IN_VMEM = 2.3  # bytes of a chunk's activations, as `none` keeps them, for a byte of VMEM, up to which they stay there
 
