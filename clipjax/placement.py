@@ -105,10 +105,12 @@ def _gathered_over_data(axis: int, dtype: jnp.dtype, shard: jax.Array) -> jax.Ar
     return shards.reshape(*shard.shape[:axis], -1, *shard.shape[axis + 1 :]).astype(shard.dtype)
 
 
-_gathered_over_data.defvjp(
-    lambda axis, dtype, shard: (_gathered_over_data(axis, dtype, shard), None),
-    lambda axis, dtype, _, gradient: (jax.lax.psum_scatter(gradient, "data", scatter_dimension=axis, tiled=True),),
-)
+def _scattered_over_data(axis: int, dtype: jnp.dtype, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    shards = gradient.reshape(*gradient.shape[:axis], jax.lax.axis_size("data"), -1, *gradient.shape[axis + 1 :])
+    return (jax.lax.psum_scatter(jnp.moveaxis(shards, axis, 0), "data"),)
+
+
+_gathered_over_data.defvjp(lambda axis, dtype, shard: (_gathered_over_data(axis, dtype, shard), None), _scattered_over_data)
 
 
 def make_placement(mesh: Mesh, dtype: str) -> Placement:

@@ -18,7 +18,7 @@ from clipjax.chips import chip_of
 from clipjax.models import clip
 from clipjax.models.facts import Layout
 from clipjax.models.runner import CHUNKED_POLICIES, DEFAULT_PART, chunk_count
-from clipjax.train.remat_time import PARTS, Work, seconds
+from clipjax.train.remat_time import MADE, PARTS, Work, seconds
 from clipjax.train.report import say
 from clipjax.train.state import TrainState
 
@@ -127,5 +127,5 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: in
         # batch in one chunk those of as many tokens, as compilers do not hold them all.
         weights = max(weights, facts.layer_weights // layout.tensor * (layout.size + 4))
         at_once = examples if policy in CHUNKED_POLICIES else DEFAULT_PART / facts.tokens
-        layer = max(layer, at_once * facts.kept("none", layout) / facts.held)
+        layer = max(layer, at_once * MADE * facts.kept("none", layout) / facts.held)
     return math.ceil(sharding.own_bytes(state) + copies * params + rows * row + kept + weights + layer)

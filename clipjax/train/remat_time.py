@@ -31,7 +31,8 @@ class Terms(NamedTuple):
 
 COSTS = Terms(1.51, 1.49, 9.43, 3.77, 3.18)  # seconds of the compiler for a second of each term
 RECOMPUTED = {"none": 0.0, "mlp": 2 / 3, "full": 1.0}  # share of the forward pass's products
-IN_VMEM = 2.3  # bytes of a chunk's activations, as `none` keeps them, for a byte of VMEM, up to which they stay there
+MADE = 1.65  # bytes that a layer makes of a chunk for a byte that `none` keeps: float32 steps of norms and of GELU are not kept
+IN_VMEM = 2.3  # bytes that a layer makes of a chunk for a byte of VMEM, up to which they stay there
 
 
 def terms(work: Work, policy: str, layout: Layout, chip: Chip) -> Terms:
@@ -44,7 +45,7 @@ def terms(work: Work, policy: str, layout: Layout, chip: Chip) -> Terms:
     trained = facts.held / facts.depth
     flops = rows * facts.flops / layout.tensor * (1 + trained * (2 + again))
     kept = facts.kept("full" if policy == "full" else "mlp", layout)
-    layer = facts.kept("none", layout) / facts.held
+    layer = MADE * facts.kept("none", layout) / facts.held
     spill = max(0.0, 1 - IN_VMEM * (chip.vmem or 0) / chip.devices / (work.examples * layer))
     peak, rate = chip.flops / chip.devices, chip.memory / chip.devices
     return Terms(
