@@ -4,7 +4,7 @@ Run:      clipjax train clip_b32 --workdir RUN --tokenizer.path FILE
 Needs:    a tokenizer.json of at most 49,408 tokens (CLIP's own: openai/clip-vit-base-patch32 on Hugging Face), and LAION-400M,
           prepared by `tfds build laion400m/images --file_format=array_record`; for other pairs --data.spec
 Topology: v5e:8x8
-Memory:   11.46 GiB a chip as compiled
+Memory:   5.34 GiB a chip as compiled
 Cost:     not yet run; 1.3 days at 40 % of the chips' bf16 peak
 Expected: zero-shot ImageNet 63.2 % on OpenAI's data (2103.00020), 62.96 % on LAION-400M (open_clip, docs/PRETRAINED.md), by
           `clipjax eval zeroshot RUN --data tfds:imagenet2012 --split validation --templates imagenet`

@@ -4,7 +4,7 @@ Run:      clipjax train clipa_h14 --workdir RUN --tokenizer.path FILE
 Needs:    a tokenizer.json of at most 32,000 tokens (CLIPA's own: bert-base-uncased on Hugging Face), and LAION-400M, prepared by
           `tfds build laion400m/images --file_format=array_record`; for other pairs --data.spec
 Topology: v5e:16x16
-Memory:   8.17 GiB a chip as compiled; 2.15 with --model.remat full
+Memory:   5.44 GiB a chip as compiled
 Cost:     not yet run; 1.1 days at 40 % of the chips' bf16 peak
 Expected: zero-shot ImageNet, before fine-tuning at 224 px, 72.1 % on LAION-2B, 75.6 % on DataComp-1B (clipa_jax/README.MD), by
           `clipjax eval zeroshot RUN --data tfds:imagenet2012 --split validation --templates imagenet`

@@ -5,7 +5,7 @@ Needs:    a tokenizer.json of at most 49,408 tokens with a start token and an en
           openai/clip-vit-base-patch32 on Hugging Face), and pairs: open_clip's, LAION-2B, are not public any more; LAION-400M is
           prepared by `tfds build laion400m/images --file_format=array_record`; for others --data.spec
 Topology: v5e:16x16
-Memory:   10.57 GiB a chip as compiled
+Memory:   7.25 GiB a chip as compiled
 Cost:     not yet run; 0.74 days at 40 % of the chips' bf16 peak
 Expected: zero-shot ImageNet 63.31 % on LAION-2B, as open_clip measured its own (docs/openclip_results.csv), by
           `clipjax eval zeroshot RUN --data tfds:imagenet2012 --split validation --templates imagenet`

@@ -5,7 +5,7 @@ Needs:    a tokenizer.json of at most 32,000 tokens (SigLIP's own is of C4: timm
           SigLIP's, WebLI, are not public; LAION-400M is prepared by `tfds build laion400m/images --file_format=array_record`; for
           others --data.spec
 Topology: v5e:16x16
-Memory:   3.37 GiB a chip as compiled
+Memory:   1.49 GiB a chip as compiled
 Cost:     not yet run; 3.2 days at 40 % of the chips' bf16 peak
 Expected: zero-shot ImageNet on WebLI 76.2 % (2303.15343), 76.04 % where open_clip measured it (docs/openclip_results.csv), by
           `clipjax eval zeroshot RUN --data tfds:imagenet2012 --split validation --templates imagenet`

@@ -5,7 +5,7 @@ Needs:    a tokenizer.json of at most 32,000 tokens (SigLIP's own is of C4: timm
           SigLIP's, WebLI, are not public; LAION-400M is prepared by `tfds build laion400m/images --file_format=array_record`; for
           others --data.spec
 Topology: v5e:16x16
-Memory:   10.45 GiB a chip as compiled; 2.95 with --model.remat full
+Memory:   10.42 GiB a chip as compiled
 Cost:     not yet run; 13.9 days at 40 % of the chips' bf16 peak
 Expected: zero-shot ImageNet 80.45 % on WebLI, as open_clip measured the published model (docs/openclip_results.csv), by
           `clipjax eval zeroshot RUN --data tfds:imagenet2012 --split validation --templates imagenet`

@@ -238,31 +238,33 @@ def test_it_compiles_for_its_topology_in_the_memory_it_names(name):
     assert true, f"{FILES[name].name} shall say:\nMemory:   {peak:.2f} GiB a chip as compiled"
 
 
-# What model.remat = auto-memory comes to, and the least and most that its estimate may be of what is compiled. H/14's is 1.44,
-# which errs on the side that fits and is not understood; with fsdp, as for So400m, more is replicated for a while than counted.
+# What model.remat comes to, and the least and most that the estimate of its memory may be of what is compiled. Without fsdp the
+# optimizer is sharded over data, and the estimate 0.6 to 1.7 GiB high: it errs on the side that fits, and it is not understood.
 CHOSEN = {
-    "clip_b32": ("dots", 1.0, 1.1),
-    "clip_b16": ("dots", 1.0, 1.1),
-    "siglip_b16": ("full", 1.0, 1.1),
+    "clip_b32": ("mlp", 1.0, 1.25),
+    "clip_b16": ("mlp", 1.0, 1.25),
+    "siglip_b16": ("full", 1.0, 1.4),
     "siglip_l16": ("mlp", 0.95, 1.1),
     "siglip_so400m": ("full", 0.95, 1.1),
-    "clipa_h14": ("dots", 1.0, 1.45),
-    "coca_b32": ("mlp", 1.0, 1.1),
-    "coca_l14": ("full", 1.0, 1.1),
+    "clipa_h14": ("mlp", 1.0, 1.45),
+    "coca_b32": ("mlp", 1.0, 1.25),
+    "coca_l14": ("full", 1.0, 1.25),
 }
 
 
 @pytest.mark.parametrize("name", PODS)
 def test_remat_is_chosen_by_an_estimate_near_what_is_compiled(name):
-    run, mesh = load(name), mesh_of(load(name), said(name)["Topology"])
-    memory = dataclasses.replace(run.model, remat=run.model.remat.replace("auto", "auto-memory"))
-    run, state = dataclasses.replace(run, model=memory), state_of(run, mesh)
-    chip = SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
-    policy, low, high = CHOSEN[name]
+    run = load(name)
+    if run.mesh.fsdp == run.mesh.tensor == 1:  # the default on a TPU
+        run = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, shard_optimizer=True))
+    mesh = mesh_of(run, said(name)["Topology"])
+    state, chip = state_of(run, mesh), SimpleNamespace(device_kind="TPU v5 lite", platform="tpu")
     chips = SimpleNamespace(shape=mesh.shape, devices=np.array([chip]))
-    assert remat.resolved(run, chips, state).model.remat == policy
+    policy, low, high = CHOSEN[name]
+    found = remat.choice(run, chips, state)
+    assert found.policy == policy
     stated = float(re.match(r"([\d.]+) GiB a chip as compiled", said(name)["Memory"])[1])
-    assert low <= remat.needed(run, chips, state, policy) / 2**30 / stated <= high
+    assert low <= remat.needed(run, chips, state, policy, found.part) / 2**30 / stated <= high
 
 
 if __name__ == "__main__":
