@@ -394,7 +394,7 @@ def test_an_impossible_value_is_refused_in_one_line(option, capsys):
         "optim.lr = -1.0: must be positive",
         "model.image.image_size = 4: must be at least model.image.patch_size = 8",
         "optim.schedule.warmup = 10: must be less than train.steps = 10",
-        "mesh = Mesh(data=-1, fsdp=-1, tensor=1): only one axis can be -1",
+        "mesh = {'data': -1, 'fsdp': -1, 'tensor': 1}: only one axis can be -1",
     }
     assert rest == ""
 

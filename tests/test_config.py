@@ -231,7 +231,7 @@ REFUSED = {
     ),
     "rule decay": (optim(rules=(config.Rule(pattern=".*", decay=-1.0),)), r"optim\.rules\.0\.decay = -1\.0: .*must not be neg"),
     "axis": (lambda: config.Mesh(fsdp=0), r"mesh\.fsdp = 0: must be positive, or -1"),
-    "two axes left": (lambda: config.Mesh(fsdp=-1), r"mesh = Mesh\(data=-1, fsdp=-1, tensor=1\): only one axis can be -1"),
+    "two axes left": (lambda: config.Mesh(fsdp=-1), r"mesh = \{'data': -1, 'fsdp': -1, 'tensor': 1\}: only one axis can be -1"),
     "zeroshot": (lambda: config.Zeroshot(every=0), r"evals\.Zeroshot\.every = 0: must be positive"),
     "retrieval": (lambda: config.Retrieval(every=-5), r"evals\.Retrieval\.every = -5: must be positive"),
     "geometry": (lambda: config.Geometry(every=0), r"evals\.Geometry\.every = 0: must be positive"),
@@ -339,7 +339,7 @@ def test_nonsense_is_refused_with_field_value_and_remedy(make, message):
 
 
 FREE = {
-    *(f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")),
+    *(f"mesh.{name}" for name in ("data", "fsdp", "tensor", "shard_optimizer")),
     *(
         "data.workers",
         "data.worker_kind",
@@ -360,7 +360,7 @@ FREE = {
 OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.image_size": 240, "model.image.patch_size": 14, "model.image.width": 780, "model.image.heads": 6,
     "model.image.embed_dim": None, "model.text.heads": 16, "model.text.embed_dim": None, "mesh.data": 4,
-    "objective.0.dtype": "bfloat16", "evals.0.data": "emoji", "data.spec": "tfds:coco_captions",
+    "objective.0.dtype": "bfloat16", "evals.0.data": "emoji", "data.spec": "tfds:coco_captions", "mesh.shard_optimizer": True,
     "data.image_field": "picture", "data.text_field": "title", "data.ids": "caption", "data.teacher": "teacher.npz",
     "optim.clip_norm": 1.0, "optim.ema": 0.5, "optim.b1": 0.5, "train.keep_every": 1000, "train.wandb": "team/project",
     "optim.b2": 0.5, "train.best": "zeroshot_retrieval/emoji/test/text_retrieval_recall@1", "model.init_bias": -10.0,

@@ -137,8 +137,8 @@ class Mesh(Strict, prefix="mesh"):
         for name in ("data", "fsdp", "tensor"):
             n = getattr(self, name)
             require(n == -1 or n > 0, f"mesh.{name}", n, "must be positive, or -1 for all devices that are left")
-        rest = sum(n == -1 for n in (self.data, self.fsdp, self.tensor))
-        require(rest <= 1, "mesh", self, "only one axis can be -1")
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        require([*sizes.values()].count(-1) <= 1, "mesh", sizes, "only one axis can be -1")
 
 
 @dataclass(frozen=True, kw_only=True)
