@@ -7,7 +7,8 @@ No TPU is needed. `compile` adds to FILE, a line of JSON each, the steps that FI
 process of its own (`--under nice`: a command that starts it). Layers are scanned, so that a few take as long to compile as all of
 them: `--depths 0` is the model's own depth. `fit` prints the COSTS of train/remat_time.py and their error, what depths 2 and 4
 say of the model's own, and for each model, depth and batch how much slower than the fastest the choice is.
-benchmarks/results/remat_v5e.jsonl has the steps that the package's costs were fitted to.
+benchmarks/results/remat_v5e.jsonl has the steps that the package's costs were fitted to, of several states of the step;
+remat_v5e_check.jsonl has steps of one later state, which judge the choice.
 """
 
 import argparse
