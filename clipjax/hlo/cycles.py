@@ -34,9 +34,8 @@ class Cycles:
     """Cycles of one device in one run of a program."""
 
     parts: dict[str, float] = field(default_factory=dict)  # by PARTS
-    uncosted: Counter[str] = field(
-        default_factory=Counter
-    )  # opcode -> how often one without an estimate runs; `while`: the loops of unknown length
+    # Opcode -> how often one without an estimate runs; `while`: the loops of unknown length.
+    uncosted: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> float:
