@@ -20,7 +20,8 @@ from clipjax import commands, config, environment, preemption
 from clipjax.arguments import Help
 from clipjax.config.fields import nearest
 from clipjax.config.packaged import packaged_configs
-from clipjax.options import COMMANDS, GROUPS, Argument, Command
+from clipjax.declared import Argument, Command
+from clipjax.options import COMMANDS, GROUPS
 from clipjax.status import BROKEN_PIPE_STATUS, CERTAIN_STATUS, INTERRUPTED_STATUS, WRONG_USE_STATUS, CertainFailure
 
 # What the user can mend, as a file's name shows. Any other error of a file (EIO, ESTALE of a network disk) may pass.

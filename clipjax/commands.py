@@ -4,14 +4,11 @@ Each command imports the heavy modules that it needs: `clipjax --help` loads no 
 """
 
 import argparse
-import json
-import sys
 import zlib
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import clipjax
 from clipjax import config
-from clipjax.arguments import writable_file
 from clipjax.config.load import load_config
 from clipjax.config.override import override
 from clipjax.config.packaged import packaged_config, packaged_configs, summary
@@ -89,7 +86,7 @@ def train(args: argparse.Namespace) -> None:
         loop.train(run, workdir, batches, evaluators, mesh, source, range(profile.start, min(profile.stop, steps)), **check)
 
 
-def _load(args: argparse.Namespace) -> "LoadedRun":
+def load(args: argparse.Namespace) -> "LoadedRun":
     """The run to evaluate, on the devices of all processes."""
     from clipjax import distributed, environment
 
@@ -107,61 +104,21 @@ def register(args: argparse.Namespace) -> None:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints, in the first process only."""
-    if _first():
+    if first():
         print(text, file=file)
 
 
-def _first() -> bool:
+def first() -> bool:
     """Whether this is the first process."""
     import jax
 
     return jax.process_index() == 0
 
 
-def eval_zeroshot(args: argparse.Namespace) -> None:
-    """`clipjax eval zeroshot`: accuracies of a run as a classifier."""
-    _evaluate(args, config.Zeroshot(**_dataset(args), templates=args.templates, classnames=args.classnames))
-
-
-def eval_retrieval(args: argparse.Namespace) -> None:
-    """`clipjax eval retrieval`: recalls of a run in both directions."""
-    _evaluate(args, config.Retrieval(**_dataset(args)))
-
-
-def eval_geometry(args: argparse.Namespace) -> None:
-    """`clipjax eval geometry`: the gap between a run's images and texts, as metrics and as a plot."""
-    _evaluate(args, config.Geometry(**_dataset(args)))
-
-
-def eval_captioning(args: argparse.Namespace) -> None:
-    """`clipjax eval captioning`: the captions that a run generates, as metrics and with some of the images."""
-    _evaluate(args, config.Captioning(**_dataset(args), samples=args.samples))
-
-
-def _dataset(args: argparse.Namespace) -> dict[str, Any]:
+def dataset(args: argparse.Namespace) -> dict[str, Any]:
     """What to evaluate on, as the fields of a TrainingEvaluation."""
     fields = dict(image_field=args.image_field, text_field=args.text_field, label_field=args.label_field)
     return dict(data=args.data, split=args.split, clean=args.clean, **fields)
-
-
-def _evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
-    """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png."""
-    from clipjax.evals.report import png_name, report, save_png, write_json
-    from clipjax.evals.training import prepare
-
-    default = args.json.with_suffix(".png") if args.json else f"{wanted.task}-" + png_name(f"{args.data}-{args.split}")
-    png = (args.png or writable_file(str(default))) if "png" in args else None
-    model = _load(args)
-    evaluation = prepare(wanted, model.encoder, model.tokenizer, model.run)
-    results = evaluation.run(model.params)
-    result = report(evaluation.dataset, model.name, f"step {model.step}", wanted.task, results.metrics)
-    numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves
-    say(json.dumps(result | {"metrics": numbers}, indent=2, ensure_ascii=False))
-    if args.json:
-        write_json(args.json, result)
-    if png and _first() and (image := results.draw(f"{model.name}, step {model.step}, on {evaluation.dataset}")):
-        save_png(png, image)
-        print(f"image: {png}", file=sys.stderr)
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -169,11 +126,11 @@ def embed(args: argparse.Namespace) -> None:
     from clipjax.evals.embed import embed, write_npz
     from clipjax.evals.inputs import eval_data
 
-    model = _load(args)
-    dataset = _dataset(args)
-    clean = dataset.pop("clean")
+    model = load(args)
+    fields = dataset(args)
+    clean = fields.pop("clean")
     tokenizer = None if model.run.model.towers == "image" else model.tokenizer.cleaning(clean)
-    data = eval_data(model.run, dataset.pop("data"), **dataset)
+    data = eval_data(model.run, fields.pop("data"), **fields)
     arrays = embed(model.encoder, model.params, tokenizer, data)
     write_npz(args.out, arrays)
     say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
@@ -193,7 +150,7 @@ def caption(args: argparse.Namespace) -> None:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sampling)
         wrong_use(args, f"{names}: only for sampled captions; --beams and --alpha are for beam search")
     decoding = Sample(**sampling) if sampling else Beam(**search) if search else GREEDY
-    model = _load(args)
+    model = load(args)
     names, images = pictures(model.run, args.images, args.split, args.image_field)
     pairs = zip(names, model.captions(images, decoding), strict=True)
     rows = [dict(image=image, caption=text, logprob=logprob) for image, (text, logprob) in pairs]

@@ -151,7 +151,7 @@ PROGRAM = """
 import os, sys, time
 import jax
 import numpy as np
-from clipjax import commands, config, distributed, status
+from clipjax import config, distributed, eval_commands, status
 
 does, who = os.environ["DOES"], 1
 
@@ -187,7 +187,7 @@ def work(args):
         time.sleep(5)
     print('{"result": 1}')
 
-commands.eval_retrieval = work
+eval_commands.eval_retrieval = work
 from clipjax import cli  # only now: its table of commands takes the functions as they are
 
 sys.exit(cli.main(["eval", "retrieval", "RUN", "--data", "emoji"]))

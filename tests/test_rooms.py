@@ -17,7 +17,7 @@ ROOMS = (  # a module may import from its own group and from those before it
     },
     {"build", "train", "checkpoint", "restore", "preservation", "metrics"},
     {"evals", "generate", "export", "plan", "bench"},
-    {"arguments", "commands", "data_commands", "weight_commands", "options", "cli"},
+    {"arguments", "declared", "commands", "data_commands", "eval_commands", "weight_commands", "eval_options", "options", "cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "misc", "tools", "base", "core"}

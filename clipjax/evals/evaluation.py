@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from clipjax import config
@@ -16,10 +18,20 @@ Metrics = dict[str, float | list[float] | None]  # None: the metric is not defin
 
 
 @dataclass(frozen=True)
+class Examples:
+    """What each of n queries (an image, a caption) gave to the metrics: what comparisons of two runs draw from."""
+
+    keys: Sequence[str]  # one a query; two runs' queries are matched by them
+    values: Mapping[str, Float[np.ndarray, " n"]]  # by the name of the metric: of the same query order. NaN: it does not count
+    groups: Sequence[str] | None = None  # queries of one group are drawn together, as the captions of an image; None: alone
+
+
+@dataclass(frozen=True)
 class Results:
     """What an evaluation found with one set of weights. A subclass may also have lines to print and an image to draw."""
 
     metrics: Metrics
+    examples: Sequence[Examples] = field(default=(), kw_only=True)  # one for each kind of query: captions, images
     image_name: ClassVar[str | None] = None  # under which TensorBoard shows the image; None: it is only written as a PNG
 
     def lines(self) -> Sequence[str]:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from sphinx.application import Sphinx
 
-from clipjax.options import COMMANDS, Argument, Command
+from clipjax.declared import Argument, Command
+from clipjax.options import COMMANDS
 
 PAGE = "command-line"
 MARK = "<!-- command-line -->"

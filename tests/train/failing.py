@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clipjax import commands, config, distributed, sharding
+from clipjax import config, distributed, eval_commands, sharding
 from clipjax.metrics.writer import MetricsWriter
 from tests.train import tiny
 
@@ -69,7 +69,7 @@ def work(args):
 
 
 if __name__ == "__main__":
-    commands.eval_retrieval = work
+    eval_commands.eval_retrieval = work
     from clipjax import cli  # only now: its table of commands takes the functions as they are
 
     sys.exit(cli.main(["eval", "retrieval", "RUN", "--data", "emoji"]))

@@ -1,0 +1,49 @@
+"""What each command of `clipjax eval` does, given its parsed arguments."""
+
+import argparse
+import json
+import sys
+
+from clipjax import config
+from clipjax.arguments import writable_file
+from clipjax.commands import dataset, first, load, say
+
+
+def eval_zeroshot(args: argparse.Namespace) -> None:
+    """`clipjax eval zeroshot`: accuracies of a run as a classifier."""
+    evaluate(args, config.Zeroshot(**dataset(args), templates=args.templates, classnames=args.classnames))
+
+
+def eval_retrieval(args: argparse.Namespace) -> None:
+    """`clipjax eval retrieval`: recalls of a run in both directions."""
+    evaluate(args, config.Retrieval(**dataset(args)))
+
+
+def eval_geometry(args: argparse.Namespace) -> None:
+    """`clipjax eval geometry`: the gap between a run's images and texts, as metrics and as a plot."""
+    evaluate(args, config.Geometry(**dataset(args)))
+
+
+def eval_captioning(args: argparse.Namespace) -> None:
+    """`clipjax eval captioning`: the captions that a run generates, as metrics and with some of the images."""
+    evaluate(args, config.Captioning(**dataset(args), samples=args.samples))
+
+
+def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
+    """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png."""
+    from clipjax.evals.report import png_name, report, save_png, write_json
+    from clipjax.evals.training import prepare
+
+    default = args.json.with_suffix(".png") if args.json else f"{wanted.task}-" + png_name(f"{args.data}-{args.split}")
+    png = (args.png or writable_file(str(default))) if "png" in args else None
+    model = load(args)
+    evaluation = prepare(wanted, model.encoder, model.tokenizer, model.run)
+    results = evaluation.run(model.params)
+    result = report(evaluation.dataset, model.name, f"step {model.step}", wanted.task, results.metrics)
+    numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves
+    say(json.dumps(result | {"metrics": numbers}, indent=2, ensure_ascii=False))
+    if args.json:
+        write_json(args.json, result)
+    if png and first() and (image := results.draw(f"{model.name}, step {model.step}, on {evaluation.dataset}")):
+        save_png(png, image)
+        print(f"image: {png}", file=sys.stderr)

@@ -1,0 +1,56 @@
+"""The commands of `clipjax eval` and their options, as data. eval_commands.py holds what they do."""
+
+from clipjax import eval_commands
+from clipjax.arguments import positive, writable_file
+from clipjax.declared import DATA, argument, command, json_out
+
+EVAL_COMMANDS = (
+    command(
+        "eval zeroshot",
+        eval_commands.eval_zeroshot,
+        "zero-shot classification: acc1, acc5, mean-per-class recall",
+        *DATA,
+        argument("--classnames", "FILE", "one name a line, in the order of the labels; else the dataset's own names"),
+        argument(
+            "--templates",
+            "NAME|FILE",
+            "simple (7 prompts a class), imagenet (80), plain (the name alone), or a file with one {c} a line",
+            default="simple",
+        ),
+        json_out("the result"),
+    ),
+    command(
+        "eval retrieval",
+        eval_commands.eval_retrieval,
+        "image-text retrieval: recall at 1, 5 and 10 in both directions",
+        *DATA,
+        json_out("the result"),
+    ),
+    command(
+        "eval geometry",
+        eval_commands.eval_geometry,
+        "the contrastive gap: distances, separability, uniformity, alignment, RankMe",
+        *DATA,
+        json_out("the result, with curves of explained variance,"),
+        argument(
+            "--png",
+            "OUT",
+            "plot of the embeddings and their spectra; else beside --json, or geometry-SPEC-SPLIT.png in this folder",
+            writable_file,
+        ),
+    ),
+    command(
+        "eval captioning",
+        eval_commands.eval_captioning,
+        "greedy captions against those of the dataset: exact match, perplexity, BLEU, chrF, CIDEr",
+        *DATA,
+        json_out("the result"),
+        argument(
+            "--png",
+            "OUT",
+            "some images with their captions; else beside --json, or captioning-SPEC-SPLIT.png in this folder",
+            writable_file,
+        ),
+        argument("--samples", "N", "number of images in --png", positive, default=32),
+    ),
+)
