@@ -1,9 +1,9 @@
 """Bootstrap intervals of means over queries, and of the difference of two runs on the same queries.
 
-Queries are drawn with replacement, those of one group together: the captions of an image are no independent evidence. An interval
-is between the 2.5 % and 97.5 % quantiles of the mean over the draws (Efron and Tibshirani 1993, chapter 13). Two runs are drawn
-together, query by query: what is hard for both cancels, so the interval of their difference is several times shorter than one of
-independent draws.
+Groups of queries are drawn with replacement: the captions of an image are no independent evidence, nor are an image's hits in
+both directions of retrieval. An interval is between the 2.5 % and 97.5 % quantiles of a figure over the draws (Efron and
+Tibshirani 1993, chapter 13). Two runs are drawn together, query by query: what is hard for both cancels, so the interval of their
+difference is several times shorter than one of independent draws.
 """
 
 import zlib
@@ -17,8 +17,7 @@ DRAWS = 10_000
 LEVEL = 0.95
 CHUNK = 2**22  # counts that are held at a time
 
-Values = Float[np.ndarray, " n"]  # of n queries; NaN: the query does not count
-Draws = Float[np.ndarray, " d"]  # the mean, in each of d draws
+Draws = Float[np.ndarray, " d"]  # a figure, in each of d draws
 
 
 class Interval(NamedTuple):
@@ -26,49 +25,50 @@ class Interval(NamedTuple):
     high: float
 
 
+class Column(NamedTuple):
+    """What a metric is the mean of."""
+
+    values: Float[np.ndarray, " n"]  # NaN: the query does not count
+    groups: Sequence[str]  # of each query; queries of one group are drawn together
+
+
 def seed_of(name: str) -> int:
     """A seed for the draws of a dataset: the same on every machine, another for each dataset."""
     return zlib.crc32(name.encode())
 
 
-def draw_means(
-    columns: Sequence[Values], groups: Sequence[str] | None = None, *, draws: int = DRAWS, seed: int = 0
-) -> list[Draws]:
-    """The mean of each column in each draw. All columns are of the same queries, and are drawn together.
+def draw_means(columns: Sequence[Column], *, draws: int = DRAWS, seed: int = 0) -> list[Draws]:
+    """The mean of each column in each draw. Groups of the same name are drawn together over all columns.
 
-    A draw takes as many groups as there are. Its mean is over the queries of these groups, so large groups weigh more.
-    Raises ValueError where a column has no query that counts.
+    A draw takes as many groups as there are. Its mean is over the queries of these groups, so large groups weigh more. It is NaN
+    where none of them counts. Raises ValueError where a column has no query that counts.
     """
-    values = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
-    counted = ~np.isnan(values)
-    if not counted.any(axis=0).all():
-        raise ValueError("none of the queries counts")
-    rows = np.concatenate([np.where(counted, values, 0.0), counted], axis=1)
-    if groups is not None:
-        _, of = np.unique(np.asarray(groups), return_inverse=True)
-        rows = np.stack([np.bincount(of, weights=column) for column in rows.T], axis=1)
-    # Groups with equal rows are interchangeable: only how many of each kind are drawn matters. Hits have few kinds.
-    kinds, times = np.unique(rows, axis=0, return_counts=True)
-    rng = np.random.default_rng(seed)
-    step = max(1, CHUNK // len(kinds))
-    sums = []
-    for start in range(0, draws, step):
-        taken = rng.multinomial(len(rows), times / len(rows), size=min(step, draws - start))
-        sums.append(taken @ kinds)
-    total, queries = np.split(np.concatenate(sums), 2, axis=1)
-    with np.errstate(invalid="ignore"):  # a draw without a query that counts has no mean, and no place in the quantiles
+    names, of = np.unique(np.concatenate([np.asarray(column.groups, str) for column in columns]), return_inverse=True)
+    sums, counts = [], []
+    for column, group in zip(columns, np.split(of, np.cumsum([len(c.values) for c in columns])[:-1]), strict=True):
+        values = np.asarray(column.values, np.float64)
+        counted = ~np.isnan(values)
+        if not counted.any():
+            raise ValueError("none of the queries counts")
+        sums.append(np.bincount(group, np.where(counted, values, 0.0), len(names)))
+        counts.append(np.bincount(group, counted, len(names)))
+    total, queries = np.split(_draw_sums(np.stack([*sums, *counts], axis=1), draws, seed), 2, axis=1)
+    with np.errstate(invalid="ignore"):
         return list((total / queries).T)
 
 
+def _draw_sums(rows: Float[np.ndarray, "g m"], draws: int, seed: int) -> Float[np.ndarray, "d m"]:
+    """The sum of g rows that are drawn with replacement. Equal rows are interchangeable: only how often each kind is drawn
+    matters, and hits have few kinds."""
+    kinds, times = np.unique(rows, axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    step = max(1, CHUNK // len(kinds))
+    sizes = [min(step, draws - start) for start in range(0, draws, step)]
+    return np.concatenate([rng.multinomial(len(rows), times / len(rows), size) @ kinds for size in sizes])
+
+
 def interval(draws: Draws) -> Interval:
-    """The middle 95 % of the draws."""
+    """The middle 95 % of the draws. Those without a mean have no place in it."""
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(draws, [tail, 100 - tail])
     return Interval(float(low), float(high))
-
-
-def ci95(values: Values, groups: Sequence[str] | None = None, *, seed: int = 0) -> Interval | None:
-    """The interval of the mean of a metric over its queries; None where no query counts."""
-    if np.isnan(values).all():
-        return None
-    return interval(draw_means([values], groups, seed=seed)[0])
