@@ -30,6 +30,8 @@ class Record:
     label: int = -1  # index of its class name; -1: none
     chances: tuple[float, ...] | None = None  # with which each caption is chosen; None: all alike
     number: float | None = None  # the value of data.filter.number, where that is asked for and there
+    labels: tuple[int, ...] = ()  # of a source that is `multilabel`: the indices of all its classes
+    group: int | None = None  # what metrics of the worst group divide examples by, as a region; None: nothing
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Source(ABC):
 
     name: str  # SPEC/SPLIT, or the SPEC alone where there are no splits
     classnames: tuple[str, ...] | None = None  # by label
+    templates: tuple[str, ...] | None = None  # of prompts, with {c} for a class name, that come with the dataset
+    multilabel: bool = False  # an example may be of several classes: `Record.labels`, and no `Record.label`
     fields: dict[str, str]  # every field that is stored, and its kind
     version: str = ""  # names what is stored now, as far as the storage knows: part of the fingerprint
     captioned: bool = True  # False: images alone

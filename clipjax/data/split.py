@@ -34,7 +34,8 @@ class Share(Source):
 
     def __init__(self, source: Source, first: int, last: int, name: str) -> None:
         super().__init__()
-        self.name, self.classnames, self.fields, self.captioned = name, source.classnames, source.fields, source.captioned
+        self.name, self.fields, self.captioned = name, source.fields, source.captioned
+        self.classnames, self.templates, self.multilabel = source.classnames, source.templates, source.multilabel
         self.version = f"{source.version}#{first}-{last}"
         self._source, self._range = source, (first, last)
         buckets = source.buckets()
