@@ -1,0 +1,153 @@
+"""The results of a suite as files of one folder, which `eval compare` and `report` read.
+
+    results.jsonl      a line for every set, and one for every mean over sets: a `Row`
+    results.csv        the same as a table, with a column for every metric
+    examples/NAME.npz  what each query of the set NAME gave: `Examples`
+
+The first six keys of a line are CLIP_benchmark's.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipjax.config import require
+from clipjax.evals.evaluation import Examples
+from clipjax.files import as_path, write_atomic
+
+LINES, TABLE, EXAMPLES = "results.jsonl", "results.csv", "examples"
+SUITES = "suites"  # the folder of a workdir that holds a folder for each suite
+MEAN = "mean"  # the task of a row that is a mean over sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What is known of one set of a suite, or of a mean over sets. JSON has None for what is not defined."""
+
+    dataset: str  # SPEC/SPLIT; of a mean, its name
+    model: str  # the run's name
+    pretrained: str  # `step N`
+    task: str  # MEAN, or the evaluation's
+    metrics: Mapping[str, float | None]
+    language: str = "en"
+    name: str  # of the set in its suite: also that of its file of examples
+    main_metric: str  # what `main` is
+    main: float | None = None  # the figure that means are made of; None: there is none
+    main_of: tuple[str, ...] = ()  # the metrics of which `main` is the mean; of a mean, the names of the sets
+    ci95: tuple[float, float] | None = None  # of `main`; None: it is no mean over queries
+    n: int = 0  # queries that count; of a mean, sets that have a figure
+    unreadable: int = 0  # images that can't be used and are left out
+    protocol: str = ""  # where the definition is from, and what of it is not confirmed
+    absent: str = ""  # why there is no result; empty: there is one
+
+
+def write(folder: Path, rows: Sequence[Row]) -> None:
+    """Writes results.jsonl and results.csv anew, from the first process. Each appears complete or not at all."""
+    if jax.process_index() > 0:
+        return
+    with write_atomic(folder / LINES) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(_strict(dataclasses.asdict(row)), allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    first = ["name", "dataset", "task", "main_metric", "main", "low", "high", "n", "unreadable", "absent", "protocol"]
+    with write_atomic(folder / TABLE) as part, part.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*first, *metrics])
+        for row in rows:
+            known = dataclasses.asdict(row) | dict(zip(("low", "high"), row.ci95 or ("", ""), strict=True))
+            table.writerow([*(known[name] for name in first), *(row.metrics.get(name) for name in metrics)])
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of a folder that `write` wrote. Raises ConfigError for a file that is none of ours."""
+    path, rows = folder / LINES, []
+    require(path.is_file(), "results", str(path), "there is no such file: `clipjax eval suite` writes it")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = json.loads(line)
+            pair = values["ci95"]
+            rows.append(Row(**values | {"ci95": pair and tuple(pair), "main_of": tuple(values["main_of"])}))
+        except (ValueError, TypeError, KeyError):
+            require(False, "results", str(path), f"line {number} is none that `clipjax eval suite` writes")
+    return rows
+
+
+def folders(place: str | Path) -> list[Path]:
+    """The folders of results that RUN, a folder of results or its results.jsonl stands for: of a RUN one for each suite."""
+    path = as_path(place)
+    if path.name == LINES:
+        return [path.parent]
+    if (path / LINES).is_file():
+        return [path]
+    within = path / SUITES
+    found = sorted(p for p in within.iterdir() if (p / LINES).is_file()) if within.is_dir() else []
+    require(bool(found), "results", str(place), f"holds no {LINES}: run `clipjax eval suite` first")
+    return found
+
+
+def write_examples(folder: Path, name: str, examples: Sequence[Examples]) -> None:
+    """Writes examples/NAME.npz, from the first process. Its arrays, with k = 0, 1, ... for each kind of query (images, captions):
+    `k/keys` str [n], `k/groups` str [n] if they have groups, and `k/values/METRIC` [n]."""
+    if jax.process_index() > 0 or not examples:
+        return
+    arrays: dict[str, np.ndarray] = {}
+    for k, kind in enumerate(examples):
+        arrays[f"{k}/keys"] = np.array(kind.keys, str)
+        arrays |= {} if kind.groups is None else {f"{k}/groups": np.array(kind.groups, str)}
+        arrays |= {f"{k}/values/{metric}": np.asarray(values) for metric, values in kind.values.items()}
+    with write_atomic(folder / EXAMPLES / f"{name}.npz") as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)
+
+
+def read_examples(folder: Path, name: str) -> list[Examples]:
+    """The examples of the set `name`; none where its metrics are no means over queries."""
+    path = folder / EXAMPLES / f"{name}.npz"
+    if not path.is_file():
+        return []
+    with path.open("rb") as file, np.load(file) as arrays:
+        stored = {key: arrays[key] for key in arrays}
+    kinds = []
+    while f"{len(kinds)}/keys" in stored:
+        k = f"{len(kinds)}/"
+        values = {key.removeprefix(f"{k}values/"): v for key, v in stored.items() if key.startswith(f"{k}values/")}
+        groups = stored[f"{k}groups"].tolist() if f"{k}groups" in stored else None
+        kinds.append(Examples(stored[f"{k}keys"].tolist(), values, groups))
+    return kinds
+
+
+def interval(examples: Sequence[Examples], metrics: Sequence[str]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean of some metrics, each a mean over queries: 1.96 standard errors to both sides. What is of one
+    group, as the captions of an image and the image itself, is one draw. None where a metric is no mean over queries."""
+    shares: dict[str, float] = {}  # by group: what it adds to the figure's distance from its mean
+    middle = 0.0
+    for metric in metrics:
+        kind = next((kind for kind in examples if metric in kind.values), None)
+        if kind is None:
+            return None
+        values = np.asarray(kind.values[metric], np.float64)
+        counted = ~np.isnan(values)
+        if not counted.any():
+            return None
+        mean, weight = values[counted].mean(), 1 / (counted.sum() * len(metrics))
+        middle += float(mean) / len(metrics)
+        names, group = np.unique(np.asarray(kind.groups or kind.keys, str)[counted], return_inverse=True)
+        sums = np.bincount(group, (values[counted] - mean) * weight)
+        for name, value in zip(names.tolist(), sums.tolist(), strict=True):
+            shares[name] = shares.get(name, 0.0) + value
+    draws = len(shares)
+    half = 1.96 * math.sqrt(draws / max(draws - 1, 1) * sum(value * value for value in shares.values()))
+    return middle - half, middle + half
+
+
+def _strict(value: Any) -> Any:
+    """The value with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _strict(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
