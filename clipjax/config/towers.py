@@ -165,6 +165,11 @@ class ImageTower(Strict, prefix="model.image"):
         return self.pool in ("cascade", "parallel", "single")
 
     @property
+    def pooled_width(self) -> int:
+        """The width of an image's vector before the projection."""
+        return self.embed_dim or self.width if self.attentional else self.width
+
+    @property
     def context(self) -> tuple[int, int]:
         """The number of an image's tokens that a decoder attends to, without patch dropout, and their width."""
         if not self.attentional:

@@ -54,10 +54,11 @@ class MainPairs:
 
 def by_index(encoder: Encoder, params: Params, batches: CachedBatches, n: int) -> tuple[Vectors, Bool[np.ndarray, " n"]]:
     """The vector of each of n examples, and whether it has one, on every process."""
-    z, found = np.zeros((n, encoder.model.embed_dim), np.float32), np.zeros(n, bool)
+    z, found = np.zeros((n, 0), np.float32), np.zeros(n, bool)
     for rows, rest in encoder.stream(params, batches):
         index = to_host(rest["index"])
         real = index >= 0
+        z = z if z.size else np.zeros((n, rows.shape[-1]), np.float32)  # of the width that the encoder's features have
         z[index[real]] = to_host(rows)[real]
         found[index[real]] = True
     return z, found

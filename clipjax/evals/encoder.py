@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from clipjax.models.clip import Params, bind
 from clipjax.placement import make_placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
+Features = Literal["embedding", "tower"]
 Batch = dict[str, np.ndarray]  # this process's rows
 CACHE_BYTES = 256 * 2**20  # if a dataset's batches need at most so much, they stay in host memory between evaluations
 IN_FLIGHT = 2  # batches that the devices may compute at a time: bounds memory, and keeps the devices busy
@@ -114,11 +115,18 @@ class BatchedModel:
 class Encoder(BatchedModel):
     """Both towers, compiled for global batches on a mesh. The weights are an argument, so that training compiles them once."""
 
-    def __init__(self, model: config.Model, mesh: Mesh, batch_size: int) -> None:
+    def __init__(self, model: config.Model, mesh: Mesh, batch_size: int, features: Features = "embedding") -> None:
+        """`features` of images: the embedding, or what the tower gives before its projection."""
         super().__init__(model, mesh, batch_size)
+        self.features: Features = features
         rows, placement = over_rows(mesh), make_placement(mesh, model.dtype)
+
+        def image(params: Params, x: Array) -> Array:
+            clip = bind(model, params)
+            return clip.encode_image(x, placement=placement) if features == "embedding" else clip.image_features(x, placement)
+
         self._towers = {
-            "image": jax.jit(lambda params, x: bind(model, params).encode_image(x, placement=placement), out_shardings=rows),
+            "image": jax.jit(image, out_shardings=rows),
             "text": jax.jit(lambda params, x: bind(model, params).encode_text(x, placement), out_shardings=rows),
         }
         stacked = NamedSharding(mesh, P(None, BATCH))

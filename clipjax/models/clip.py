@@ -57,6 +57,10 @@ class CLIP(nnx.Module):
         """Unit vectors, float32. `keys`, one an example, turn on what is random in training. Raises ConfigError without tower."""
         return unit(self._image_tower(images, keys, self._runner(placement))[0])
 
+    def image_features(self, images: UInt8[Array, "b s s 3"], placement: Placement = ONE_DEVICE) -> Float[Array, "b d"]:
+        """Unit vectors, float32, of the image tower before its projection. Raises ConfigError without tower."""
+        return unit(self._image_tower(images, None, self._runner(placement), project=False)[0])
+
     def encode_text(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Float[Array, "b e"]:
         """Unit vectors, float32. Raises ConfigError without tower."""
         return unit(self._text_tower(tokens, self._runner(placement))[0])

@@ -44,16 +44,21 @@ class ViT(nnx.Module):
         self.pooler = pooler(scope / "pooler", queries=cfg.queries, context=d) if cfg.attentional else None
         own, context = cfg.pool in ("cascade", "parallel"), e if cfg.pool == "cascade" else d
         self.contrastive = pooler(scope / "contrastive", queries=1, context=context) if own else None
-        pooled = e if cfg.attentional else d
+        pooled = cfg.pooled_width
         project = functools.partial(Linear, scope / "projection", (pooled,), (e,), std=pooled**-0.5, bias=cfg.projection_bias)
         self.projection = None if cfg.embed_dim is None else project()
 
     @jax.named_scope("image")
     def __call__(
-        self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None, runner: Runner, tokens: bool = False
+        self,
+        images: UInt8[Array, "b s s 3"],
+        keys: Key[Array, " b"] | None,
+        runner: Runner,
+        tokens: bool = False,
+        project: bool = True,
     ) -> tuple[Float[Array, "b e"], Array | None]:
         """Images [b, s, s, 3] in 0..255 -> embeddings, not normalised. With `tokens`, also the tokens [b, m, c] that a decoder
-        attends to. `keys`, one an example, turn patch dropout on.
+        attends to. `keys`, one an example, turn patch dropout on. Without `project`, vectors [b, d] before the projection.
         """
         # Split into patches as bytes, so that the fewest bytes move. All numbers of a patch are one axis: no padding on a TPU.
         # What fills no patch is left out at the right and at the bottom, as a convolution with this stride does.
@@ -61,7 +66,7 @@ class ViT(nnx.Module):
         patches = einops.rearrange(images[:, :whole, :whole], "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
         chunks = jax.tree.map(lambda x: runner.to_chunks(x, self.cfg.patches), (patches, keys))
         x = runner.layers(self.blocks, runner.around_layers(ViT.embed, self, *chunks), locked=locked_layers(self.cfg))
-        pooled = runner.around_layers(functools.partial(ViT.pool, with_tokens=tokens), self, x)
+        pooled = runner.around_layers(functools.partial(ViT.pool, with_tokens=tokens, project=project), self, x)
         return runner.from_chunks(pooled, len(images))
 
     def embed(self, patches: UInt8[Array, "b n f"], keys: Key[Array, " b"] | None) -> Float[Array, "b t d"]:
@@ -80,7 +85,7 @@ class ViT(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, cfg.width)), x], axis=1)
         return x if self.pre_norm is None else self.pre_norm(x)
 
-    def pool(self, x: Float[Array, "b t d"], with_tokens: bool) -> tuple[Float[Array, "b e"], Array | None]:
+    def pool(self, x: Float[Array, "b t d"], with_tokens: bool, project: bool = True) -> tuple[Float[Array, "b e"], Array | None]:
         if self.cfg.pool == "cls":
             z, tokens = self.norm(x[:, 0]), self.norm(x[:, 1:]) if with_tokens else None
         elif self.pooler is not None and self.contrastive is None:  # "single"
@@ -97,7 +102,8 @@ class ViT(nnx.Module):
                 z = self.contrastive(tokens if self.cfg.pool == "cascade" else x)[:, 0]
             else:
                 z = getattr(self, self.cfg.pool)(x)
-        return z if self.projection is None else self.projection(z), tokens if with_tokens else None
+        z = self.projection(z) if project and self.projection is not None else z
+        return z, tokens if with_tokens else None
 
 
 def drop_patches(x: Float[Array, "b n d"], keys: Key[Array, " b"], rate: float) -> Float[Array, "b m d"]:

@@ -5,7 +5,9 @@ import pytest
 
 from clipjax.data import bar
 from clipjax.evals import encoder as module
+from clipjax.evals.embed import by_index
 from clipjax.evals.encoder import CachedBatches, Encoder
+from clipjax.models import clip
 from clipjax.sharding import batch_devices
 from tests.evals.tiny import MODEL, image_batches, mesh_of, tokenize
 
@@ -104,3 +106,14 @@ def test_progress_names_rate_and_time_left(capsys, monkeypatch):
 def test_short_work_is_quiet(capsys):
     list(module.progress(CachedBatches(lambda: [{}] * 3, 3, "emoji/test", "images"), 256))
     assert capsys.readouterr().err == ""
+
+
+def test_features_are_what_the_projection_is_given(params, images):
+    encoder = Encoder(MODEL, mesh_of("2x2x2"), 13, features="tower")
+    z, found = by_index(encoder, params, image_batches(images, encoder, index=np.arange(37, dtype=np.int32)), 37)
+    assert z.shape == (37, MODEL.image.width)
+    assert found.all()
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-6)
+    projected = z @ np.asarray(params["image"]["projection"]["kernel"])
+    want = clip.bind(MODEL, params).encode_image(jnp.asarray(images))
+    np.testing.assert_allclose(projected / np.linalg.norm(projected, axis=1, keepdims=True), want, atol=1e-5)
