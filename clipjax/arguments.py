@@ -16,6 +16,14 @@ def positive(text: str) -> int:
     return number
 
 
+def nonnegative(text: str) -> float:
+    """A number of 0 or more."""
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"{number:g} must not be negative")
+    return number
+
+
 def step_range(text: str) -> range:
     """`FROM:TO`, two numbers of finished steps."""
     first, _, end = text.partition(":")

@@ -47,3 +47,19 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Non
     if png and first() and (image := results.draw(f"{model.name}, step {model.step}, on {evaluation.dataset}")):
         save_png(png, image)
         print(f"image: {png}", file=sys.stderr)
+
+
+def eval_compare(args: argparse.Namespace) -> int:
+    """`clipjax eval compare`: a run against another on the same queries. The status is 1 where the second is worse."""
+    import dataclasses
+
+    from clipjax.evals.comparison import compare, table
+    from clipjax.files import write_json
+
+    found = compare(args.a, args.b, args.metric)
+    print(table(found, args.margin))
+    worse = [difference for difference in found if difference.worse(args.margin)]
+    if args.json:
+        rows = [dataclasses.asdict(difference) | {"worse": difference in worse} for difference in found]
+        write_json(args.json, dict(a=args.a, b=args.b, margin=args.margin, differences=rows))
+    return int(bool(worse))

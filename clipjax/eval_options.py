@@ -1,7 +1,7 @@
 """The commands of `clipjax eval` and their options, as data. eval_commands.py holds what they do."""
 
 from clipjax import eval_commands
-from clipjax.arguments import positive, writable_file
+from clipjax.arguments import nonnegative, positive, writable_file
 from clipjax.declared import DATA, argument, command, json_out
 
 EVAL_COMMANDS = (
@@ -52,5 +52,15 @@ EVAL_COMMANDS = (
             writable_file,
         ),
         argument("--samples", "N", "number of images in --png", positive, default=32),
+    ),
+    command(
+        "eval compare",
+        eval_commands.eval_compare,
+        "a run against another on the same queries: paired bootstrap intervals; status 1 where B is worse than A",
+        argument("a", "A", "a workdir that `clipjax eval suite` has evaluated, or a folder of its results"),
+        argument("b", "B", "another one"),
+        argument("--metric", "NAME", "compare this metric on every set that has it; else each set's main one"),
+        argument("--margin", "X", "how much worse B may be", nonnegative, default=0.0),
+        json_out("all figures"),
     ),
 )
