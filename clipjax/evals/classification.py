@@ -19,7 +19,7 @@ def hits(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], k: int
     """Whether the class of each example is among its k best."""
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     greater, equal = nearer(scores, own)
-    return expected_hits(greater.sum(1), equal.sum(1) - 1, 1, k)
+    return np.asarray(expected_hits(greater.sum(1), equal.sum(1) - 1, 1, k))
 
 
 def votes(scores: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:

@@ -44,3 +44,19 @@ def write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def benchmark(root: Path, samples: Iterable[tuple[bytes, int | str | np.ndarray]], *, split: str = "test", **files: str) -> Path:
+    """A set as CLIP_benchmark's webdataset_builder.py exports it, without the packages that it needs: samples of an image in
+    webp and a class, captions or labels, ten a shard. `files`: beside the folder of the split, as `classnames`."""
+    for name, text in files.items():
+        (root / f"{name}.txt").parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{name}.txt").write_text(text)
+    (root / split).mkdir(parents=True)
+    with webdataset.ShardWriter(str(root / split / "%d.tar"), maxcount=10, verbose=0) as sink:
+        for i, (image, about) in enumerate(samples):
+            kind = {int: "cls", str: "txt", np.ndarray: "npy"}[type(about)]
+            sink.write({"__key__": f"s{i:07}", "webp": image, kind: about})
+        shards = sink.shard
+    (root / split / "nshards.txt").write_text(f"{shards}\n")
+    return root

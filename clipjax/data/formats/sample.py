@@ -1,7 +1,10 @@
 """A sample of a tar: which of its members are the image, the captions and the label, and what stands in them."""
 
+import io
 from collections.abc import Collection
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from clipjax import config
 from clipjax.config import ConfigError
@@ -18,6 +21,9 @@ IMAGES = {
 }
 TEXTS = ("txt", "text", "caption", "captions", "cap")  # suffixes of captions, the likeliest first
 LABEL = "cls"
+ROW = "npy"  # numbers
+CAPTIONS = "retrieval"  # CLIP_benchmark's kind of set whose .txt has a caption a line
+MULTILABEL = "multilabel"  # that whose .npy has a 1 for each class of an image, and a 0 for each other
 LONGEST = 4 << 20  # bytes of a member that is no image
 
 
@@ -33,12 +39,16 @@ class Fields:
     texts: tuple[Field, ...]  # none: images alone
     label: Field | None
     number: Field | None
+    labels: Field | None = None  # a 1 for each class, of an example that may have several
+    group: Field | None = None
+    lines: bool = False  # each line of a text is a caption
     classes: dict[str, int] = field(default_factory=dict)  # number of each class name; without any, a name is no label
     guessed: bool = False  # whether .json has captions is not known
 
 
-def choose_fields(data: config.Data, suffixes: Collection[str]) -> Fields:
-    """The fields that the settings name, else the usual ones. `suffixes`: that the set has, the most frequent first.
+def choose_fields(data: config.Data, suffixes: Collection[str], kind: str | None = None) -> Fields:
+    """The fields that the settings name, else the usual ones. `suffixes`: that the set has, the most frequent first; `kind`: of
+    the set, as CLIP_benchmark calls it.
 
     Raises ConfigError, which names the suffixes, where a field is unknown, there is no image, or several could be meant."""
     what = f"suffixes of {data.spec}"
@@ -64,7 +74,11 @@ def choose_fields(data: config.Data, suffixes: Collection[str]) -> Fields:
         guessed = "json" in suffixes
         texts = (Field("json", ("caption",)),) if guessed else ()
     label = find(data.label_field or (LABEL if LABEL in suffixes else None), "data.label_field")
-    return Fields(images, texts, label, find(data.filter.number, "data.filter.number"), guessed=guessed)
+    number = find(data.filter.number, "data.filter.number")
+    rows = Field(ROW) if ROW in suffixes else None
+    several = rows if kind == MULTILABEL and label is None else None
+    group = rows if kind is not None and LABEL in suffixes else None
+    return Fields(images, texts, label, number, several, group, lines=kind == CAPTIONS, guessed=guessed)
 
 
 def parse(window: Window, span: tuple[int, int], stored_bucket: int, fields: Fields, *, with_image: bool = True) -> Record:
@@ -81,15 +95,25 @@ def parse(window: Window, span: tuple[int, int], stored_bucket: int, fields: Fie
         if member.size > LONGEST:
             raise ValueError(f".{wanted.column} has {member.size:,} bytes; at most {LONGEST:,} are read")
         content = window(member.data, member.size)
+        if wanted.column == ROW:
+            return columns.value_at(np.load(io.BytesIO(content), allow_pickle=False).tolist(), wanted.path)
         if wanted.path:
             return columns.value_at(content, wanted.path)
         return content.decode("utf-8-sig").rstrip("\r\n")  # with which text files end
 
     image = next((found[suffix] for suffix in fields.images if suffix in found), None) if with_image else None
-    captions, chances = columns.gather((kept(columns.texts(value(text))), text.chance) for text in fields.texts)
+
+    def texts(wanted: Field) -> tuple[str, ...]:
+        found = columns.texts(value(wanted))
+        return tuple(line.replace(r"\n", "\n") for text in found for line in text.split("\n")) if fields.lines else found
+
+    captions, chances = columns.gather((kept(texts(text)), text.chance) for text in fields.texts)
     number = None if fields.number is None else columns.number(value(fields.number))
     label = -1 if fields.label is None else _label(value(fields.label), fields.classes)
-    return Record(b"" if image is None else window(image.data, image.size), captions, key, label, chances, number)
+    labels = () if fields.labels is None else _labels(value(fields.labels))
+    group = None if fields.group is None else _group(value(fields.group))
+    content = b"" if image is None else window(image.data, image.size)
+    return Record(content, captions, key, label, chances, number, labels, group)
 
 
 def _members(window: Window, span: tuple[int, int]) -> tuple[str, dict[str, Member]]:
@@ -116,6 +140,17 @@ def _usual(suffixes: Collection[str], usual: Collection[str], name: str, what: s
     if len(ending) > 1:
         raise ConfigError(f"{name} = None: several of the {what} could be meant: {', '.join(ending[: columns.SHOWN])}; name one")
     return ending
+
+
+def _labels(value: object) -> tuple[int, ...]:
+    """The classes that have a 1 in a row of 0 and 1; none: there is no row."""
+    return tuple(i for i, holds in enumerate(value) if holds) if isinstance(value, list) else ()
+
+
+def _group(value: object) -> int | None:
+    """The first of some integers."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) else None
 
 
 def _label(value: object, classes: dict[str, int]) -> int:

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import posixpath
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,9 +12,8 @@ from itertools import pairwise
 import numpy as np
 
 from clipjax import config
-from clipjax.data.formats import columns
-from clipjax.data.formats.index import ABSENT, open_index
-from clipjax.data.formats.locations import SPLITS
+from clipjax.data.formats import clip_benchmark, columns
+from clipjax.data.formats.index import open_index
 from clipjax.data.formats.sample import IMAGES, LABEL, TEXTS, Stale, choose_fields, parse
 from clipjax.data.formats.spans import HOP, last_suffix
 from clipjax.data.formats.tar import BLOCK, Window
@@ -23,7 +21,6 @@ from clipjax.data.reading import texts
 from clipjax.data.source import Fetched, Record, Source
 from clipjax.data.storage.ranges import read, scheme_of
 
-CLASSNAMES = "classnames.txt"  # beside the shards or one folder above, as in the sets of CLIP_benchmark
 # What a chunk is decides the order by windows: another rule, and runs go on with other batches.
 CHUNK = 256  # samples of a chunk at most, and half of that at least where the shard has as many
 CHUNK_BYTES = 16 << 20  # bytes of a chunk on average, where samples are large
@@ -34,31 +31,37 @@ AHEAD = 16  # chunks whose captions are read ahead
 
 
 class Wds(Source):
-    """The samples of `wds:SHARDS`. There are no splits: `train` and `test`, the defaults of training and evaluation, are all of
-    them.
+    """The samples of `wds:SHARDS`. A folder in CLIP_benchmark's layout (clip_benchmark.py) has splits. Else there are none:
+    `train` and `test`, the defaults of training and evaluation, are all of them.
 
     The image is the member that `data.image_field` names, else the one with a suffix of images. Captions are those of
     `data.text_field`, else of .txt, else `caption` in .json. The label is that of `data.label_field`, else of .cls: a number, or
-    a name in classnames.txt beside the shards; without that file, the names in `data.label_field`, sorted, are the classes."""
+    a name in classnames.txt beside the shards; without that file, the names in `data.label_field`, sorted, are the classes.
+    CLIP_benchmark's sets of several labels have them in .npy; beside .cls it holds numbers, of which the first is the group."""
 
     def __init__(self, data: config.Data, patterns: str) -> None:
         super().__init__()
         self.name = data.name
-        whole = data.split.partition("#")[0] in ("train", "test")
+        of_split = clip_benchmark.shards_of_split(patterns, data.split)
+        whole = of_split is not None or data.split in ("train", "test")
         config.require(whole, "data.split", data.split, f"{data.spec} has no splits; leave it out, or take a share: train#0-95")
-        self.index = open_index(data.spec, patterns, data.index)
+        patterns = of_split or patterns
+        self.index = open_index(f"wds:{patterns}", patterns, data.index)
         self.version = self.index.version
         lost = ", ".join(f"{count:,} {reason}" for reason, count in self.index.dropped.items())
         config.require(len(self.index) > 0, "data.spec", data.spec, f"has no sample with an image (left out: {lost or 'none'})")
         self.fields = {suffix: _kind(suffix) for suffix in self.index.suffixes}
-        self._fields = choose_fields(data, self.index.suffixes)
+        facts = clip_benchmark.facts_of(self.index.urls[0], data.split)
+        self._fields = choose_fields(data, self.index.suffixes, facts.kind)
+        self.multilabel = self._fields.labels is not None
         self._starts: list[int] = self.index.starts.tolist()
         counts = np.diff(self.index.starts)
         least = np.maximum(-(-counts // CHUNK), -(-self.index.sizes // CHUNK_BYTES))
         self._chunks_of = np.minimum(least, counts)  # int64 [shards]: the number of chunks of each
         self._first_chunk: list[int] = [0, *np.cumsum(self._chunks_of).tolist()]
-        if self._fields.label is not None:
-            self.classnames = _classnames(self.index.urls[0]) or (self._names_of_labels() if data.label_field else None)
+        if self.multilabel or self._fields.label is not None:
+            self.templates = facts.templates
+            self.classnames = facts.classnames or (self._names_of_labels() if data.label_field else None)
             self._fields = replace(self._fields, classes={name: i for i, name in enumerate(self.classnames or ())})
         if self._fields.guessed and not any(self.text(i).captions for i in range(min(len(self), PROBED))):
             self._fields = replace(self._fields, texts=())
@@ -186,16 +189,3 @@ def _kind(suffix: str) -> str:
     last = last_suffix(suffix)
     kinds = {"image": IMAGES, "text": TEXTS, "label": (LABEL,), "json": ("json",)}
     return next((kind for kind, suffixes in kinds.items() if last in suffixes), "other")
-
-
-def _classnames(shard: str) -> tuple[str, ...] | None:
-    """The names in classnames.txt beside a shard, or above a folder that is called as a split is. None: there is none."""
-    folder = posixpath.dirname(shard)
-    above = [posixpath.dirname(folder)] if posixpath.basename(folder) in SPLITS else []
-    for place in (folder, *above):
-        try:
-            text = read(posixpath.join(place, CLASSNAMES)).decode("utf-8-sig")
-        except ABSENT:
-            continue
-        return tuple(name for line in text.splitlines() if (name := line.strip()))
-    return None
