@@ -29,6 +29,11 @@ def eval_captioning(args: argparse.Namespace) -> None:
     evaluate(args, config.Captioning(**dataset(args), samples=args.samples))
 
 
+def eval_choice(args: argparse.Namespace) -> None:
+    """`clipjax eval choice`: how often a run gives pictures their own captions, and captions their own pictures."""
+    evaluate(args, config.Choice(**dataset(args), questions=args.questions))
+
+
 def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
     """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png."""
     from clipjax.evals.report import png_name, report, save_png, write_json

@@ -54,6 +54,19 @@ EVAL_COMMANDS = (
         argument("--samples", "N", "number of images in --png", positive, default=32),
     ),
     command(
+        "eval choice",
+        eval_commands.eval_choice,
+        "which caption is whose picture's: Winoground, SugarCrepe, ARO, or captions against disrupted copies",
+        *DATA,
+        argument(
+            "--questions",
+            "FILE",
+            "questions on pictures of --data: Winoground's examples.jsonl, a JSON of SugarCrepe or ARO, or your own; else the "
+            "dataset's main captions against copies with shuffled and replaced words",
+        ),
+        json_out("the result"),
+    ),
+    command(
         "eval compare",
         eval_commands.eval_compare,
         "a run against another on the same queries: paired bootstrap intervals; status 1 where B is worse than A",

@@ -32,6 +32,10 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
         """The SPEC of its dataset, in a run whose data is `own`."""
         return own.spec if self.data is None else self.data
 
+    def dataset(self, own: Data) -> str:
+        """What its dataset is called in results, in a run whose data is `own`."""
+        return dataset_name(self.spec(own), self.split)
+
     @classmethod
     def register(cls, config: type[Self], implementation: Any, source: str) -> None:
         """As `OpenUnion.register`. Raises ConfigError also for a class without a task, and for one that is no evaluation."""
@@ -109,8 +113,7 @@ def check_best(best: str | None, evals: tuple[TrainingEvaluation, ...], data: Da
     """
     given = Counter()
     for e in evals:
-        dataset = dataset_name(e.spec(data), e.split)
-        given.update(f"{prefix}/{metric}" for prefix in (e.task, f"{e.task}/{dataset}") for metric in e.metrics)
+        given.update(f"{prefix}/{metric}" for prefix in (e.task, f"{e.task}/{e.dataset(data)}") for metric in e.metrics)
     if best is None or given[best] == 1:
         return
     wrong = "several evaluations give it" if given[best] else "no evaluation of this run gives it"

@@ -1,8 +1,10 @@
 """The evaluations beyond zero-shot classification, retrieval, geometry and captions. Each is a task of configs and of suites."""
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import ClassVar, Literal, get_args
 
+from clipjax.config.data import Data
 from clipjax.config.evals import TrainingEvaluation
 from clipjax.config.fields import free, require
 
@@ -27,4 +29,36 @@ class Probe(TrainingEvaluation):
         require(bool(known), self.named("methods"), self.methods, f"name some of {', '.join(get_args(ProbeMethod))}")
 
 
-TrainingEvaluation.include()  # a class that evals/table.py has no row for is not named here yet
+@dataclass(frozen=True, kw_only=True)
+class Choice(TrainingEvaluation):
+    """Which caption is whose picture's: Winoground, SugarCrepe, ARO, or a dataset's captions against disrupted copies."""
+
+    task: ClassVar = "choice"
+    metrics: ClassVar = ("text_score", "image_score", "group_score")
+    kind: Literal["choice"] = "choice"
+    questions: str | None = free(None)  # a file of questions on pictures of `data`; None: main captions against disrupted copies
+
+    def dataset(self, own: Data) -> str:
+        return asked(super().dataset(own), self.questions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed(TrainingEvaluation):
+    """Retrieval of a picture by another picture and a text that says what changes."""
+
+    task: ClassVar = "composed"
+    metrics: ClassVar = tuple(f"recall@{k}" for k in (1, 2, 3, 5, 10))
+    kind: Literal["composed"] = "composed"
+    questions: str | None = free(None)  # a file of questions on pictures of `data`; None, for emoji: pictures without skin tone
+    weight: float = free(0.5)  # of the text, whose vector is added to the picture's
+
+    def dataset(self, own: Data) -> str:
+        return asked(super().dataset(own), self.questions)
+
+
+def asked(dataset: str, questions: str | None) -> str:
+    """The name of a dataset in results, with that of the file of questions on it: there may be several on one dataset."""
+    return dataset if questions is None else f"{dataset}+{PurePath(questions).stem}"
+
+
+TrainingEvaluation.include(Choice)  # a class that evals/table.py has no row for is not named here yet

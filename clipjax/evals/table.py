@@ -2,6 +2,7 @@
 
 from clipjax import config
 from clipjax.evals.captioning import CaptioningEvaluation
+from clipjax.evals.choice import ChoiceEvaluation
 from clipjax.evals.evaluation import Evaluation
 from clipjax.evals.geometry import GeometryEvaluation
 from clipjax.evals.retrieval import RetrievalEvaluation
@@ -12,6 +13,7 @@ EVALUATIONS: dict[type[config.TrainingEvaluation], type[Evaluation]] = {
     config.Retrieval: RetrievalEvaluation,
     config.Geometry: GeometryEvaluation,
     config.Captioning: CaptioningEvaluation,
+    config.Choice: ChoiceEvaluation,
 }
 
 config.TrainingEvaluation.bind(EVALUATIONS)  # fails here, at import, where a class of clipjax's own has no row

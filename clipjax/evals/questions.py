@@ -1,0 +1,90 @@
+"""Questions about which caption is whose picture's, from the files of Winoground, SugarCrepe and ARO, or in a form of our own."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from clipjax.config import ConfigError
+from clipjax.evals.aro import LEFT_OUT
+from clipjax.evals.named import Picture, entries
+
+FEWEST = 25  # questions that a pair of attributes of ARO must have to count in the mean over kinds, as in ARO's own code
+FORMS = (
+    'one of ours has {"images": [NAME, ...], "captions": [TEXT, ...]}, one of SugarCrepe filename, caption and negative_caption, '
+    "one of ARO image_path, true_caption and false_caption, and one of Winoground image_0, image_1, caption_0 and caption_1"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures and captions, of which each is one picture's or wrong."""
+
+    key: str
+    pictures: tuple[Picture, ...]
+    captions: tuple[str, ...]
+    owner: tuple[int, ...]  # of each caption: the place of its picture; -1: it is wrong
+    kind: str | None = None  # what it is about; None: it is in no mean over kinds
+
+
+def read_questions(file: str) -> list[Question]:
+    """The questions of a file, whose form is seen in its first object.
+
+    Winoground's examples.jsonl (2204.03162) has two pictures, each with a caption; SugarCrepe's seven files (2306.14610) and
+    ARO's two (2210.01936) have a picture with a right and a wrong caption, ARO's of a part of it. In our own form, `images` has
+    names of pictures, or [NAME, [left, top, width, height]], and `captions` texts: `owner` says which picture each is of, -1 for
+    none; without it, caption i is of picture i, and the others are wrong. `key` and `kind` are optional.
+
+    Raises ConfigError as `entries` does, and for an object of no known form."""
+    found = entries(file)
+    form = next((read for mark, read in READERS.items() if mark in found[0][1]), None)
+    if form is None:
+        raise ConfigError(f"questions = {file!r}: {', '.join(found[0][1])} are the fields of no question known: {FORMS}")
+    questions = []
+    for key, entry in found:
+        try:
+            questions.append(_checked(form(key, entry)))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ConfigError(f"questions = {file!r}: question {key} {what}; {FORMS}") from error
+    if "attributes" in found[0][1]:
+        few = {kind for kind, n in Counter(q.kind for q in questions).items() if n < FEWEST}
+        return [replace(q, kind=None) if q.kind in few else q for q in questions]
+    return questions
+
+
+def _own(key: str, entry: dict[str, Any]) -> Question:
+    pictures = tuple(Picture(x) if isinstance(x, str) else Picture(x[0], tuple(map(float, x[1]))) for x in entry["images"])
+    captions = tuple(map(str, entry["captions"]))
+    owner = entry.get("owner") or [i if i < len(pictures) else -1 for i in range(len(captions))]
+    return Question(str(entry.get("key", key)), pictures, captions, tuple(map(int, owner)), entry.get("kind"))
+
+
+def _winoground(key: str, entry: dict[str, Any]) -> Question:
+    pictures, captions = ((entry[f"{what}_0"], entry[f"{what}_1"]) for what in ("image", "caption"))
+    return Question(str(entry.get("id", key)), tuple(map(Picture, pictures)), captions, (0, 1), entry.get("collapsed_tag"))
+
+
+def _sugarcrepe(key: str, entry: dict[str, Any]) -> Question:
+    return Question(key, (Picture(entry["filename"]),), (entry["caption"], entry["negative_caption"]), (0, -1))
+
+
+def _aro(key: str, entry: dict[str, Any]) -> Question:
+    box = tuple(float(entry[f"bbox_{side}"]) for side in "xywh")
+    kind = entry["relation_name"] if "relation_name" in entry else " and ".join(entry["attributes"])
+    captions = entry["true_caption"], entry["false_caption"]
+    return Question(key, (Picture(entry["image_path"], box),), captions, (0, -1), None if kind in LEFT_OUT else kind)
+
+
+READERS = {"images": _own, "image_0": _winoground, "negative_caption": _sugarcrepe, "false_caption": _aro}  # by a field of each
+
+
+def _checked(question: Question) -> Question:
+    """The question. Raises ValueError for one that can't be asked."""
+    pictures, captions, owner = len(question.pictures), len(question.captions), question.owner
+    if len(owner) != captions or not all(-1 <= i < pictures for i in owner) or max(owner, default=-1) < 0:
+        raise ValueError(f"has {captions} captions, whose pictures can't be {list(owner)} of {pictures}")
+    if pictures * captions < 2 or (pictures == 1 and -1 not in owner):
+        raise ValueError("leaves nothing to choose from")
+    if any(len(box) != 4 for _, box in question.pictures if box is not None):
+        raise ValueError("names a part of a picture that is not [left, top, width, height]")
+    return question
