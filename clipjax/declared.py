@@ -47,7 +47,7 @@ def json_out(what: str) -> Argument:
     return argument("--json", "OUT", f"also write {what} to this file", writable_file)
 
 
-SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES or folder:DIR"
+SPEC = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES, folder:DIR or karpathy:FILE"
 
 
 CLEAN = get_args(config.Clean)

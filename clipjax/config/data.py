@@ -32,6 +32,7 @@ KINDS = {  # of SPECs, with the form of each
     "parquet": "parquet:FILES",
     "csv": "csv:FILES",
     "tsv": "tsv:FILES",
+    "karpathy": "karpathy:FILE.json[::IMAGES]",
     "folder": "folder:DIR",
 }
 ENDINGS = {".tsv": "tsv", ".csv": "csv", ".parquet": "parquet", ".tar": "wds"}  # of files, and the kinds that read them
@@ -103,8 +104,9 @@ class Part(Strict, prefix="data.sources"):
 class Data(Strict, prefix="data"):
     """Where images and captions come from, and how they are read."""
 
-    # `emoji`, `tfds:NAME[/CONFIG][:VERSION]`, `wds:SHARDS`, `parquet:FILES`, `csv:FILES`, `tsv:FILES` or `folder:DIR`: on disks,
-    # gs://, s3://, https:// or hf://; several joined by `::`. Needed, unless `sources` are given.
+    # `emoji`, `tfds:NAME[/CONFIG][:VERSION]`, `wds:SHARDS`, `parquet:FILES`, `csv:FILES`, `tsv:FILES`, `folder:DIR` or
+    # `karpathy:FILE.json[::IMAGES]`: on disks, gs://, s3://, https:// or hf://; several, but of the last, joined by `::`. Needed,
+    # unless `sources` are given.
     spec: str = ""
     split: str = "train"  # part of the dataset, where it has parts; `train#0-95`: its examples with crc32(key) mod 100 in [0, 95)
     sources: tuple[Part, ...] = ()  # several datasets that are mixed, with exact counts in every batch

@@ -42,6 +42,10 @@ def open_source(data: config.Data) -> Source:
             from clipjax.data.formats.parquet import Parquet
 
             return Parquet(data, rest)
+        case "karpathy":
+            from clipjax.data.formats.karpathy import Karpathy
+
+            return Karpathy(data, rest)
         case _:  # folder: `config.Data` takes no others
             from clipjax.data.formats.folder import Folder
 
