@@ -81,7 +81,8 @@ def test_every_class_names_the_nearest_of_a_misspelt_field(cls):
         made(cls, **{f"{name}s": 1})
 
 
-SPECS = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES, karpathy:FILE.json[::IMAGES] or folder:DIR"
+SPECS = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES, "
+SPECS += "karpathy:FILE.json[::IMAGES] or folder:DIR"
 REFUSED = {
     "data.resize = 'sqaush': must be 'squash' or 'crop'; the nearest is 'squash'": lambda: Data(spec="emoji", resize="sqaush"),
     "model.image.activation = 'relu': must be 'gelu', 'gelu_tanh' or 'quick_gelu'; the nearest is 'gelu'": (
