@@ -160,6 +160,24 @@ def caption(args: argparse.Namespace) -> None:
         write_json(args.json, rows)
 
 
+def report(args: argparse.Namespace) -> None:
+    """`clipjax report`: runs side by side, on one page that opens offline."""
+    from clipjax.files import write_atomic
+    from clipjax.report.page import make_page
+
+    register(args)
+    if args.pictures:
+        from clipjax import distributed, environment
+
+        distributed.start()
+        environment.keep_programs()
+    page = make_page(args.folders, args.data, args.split, args.reference, load=args.pictures)
+    if first():
+        with write_atomic(args.out) as part:
+            part.write_text(page, encoding="utf-8")
+        print(f"{args.out}: {len(page.encode()) / 1e6:.1f} MB")
+
+
 def plan(args: argparse.Namespace) -> int:
     """`clipjax plan`: memory, traffic and estimated time of a run on chips that need not be present."""
     if (run := _configured(args, "--topology T")) is None:

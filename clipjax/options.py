@@ -79,6 +79,18 @@ COMMANDS = (
         argument("--seed", "N", "seed of the sampling (default: 0)", int),
     ),
     command(
+        "report",
+        commands.report,
+        "put runs side by side on one page that opens offline: figures with intervals, curves, galleries, configurations",
+        argument("folders", "DIR", "workdirs; the others are compared with the first", nargs="+"),
+        argument("--out", "FILE.html", "file to write", writable_file, required=True),
+        argument("--data", "SPEC", "dataset of the galleries; else those that the first run evaluates on during training"),
+        argument("--split", None, "split of --data", default="test"),
+        argument("--reference", "FILE", "figures of published models: a csv or parquet file as LAION's tables of scaling laws"),
+        argument("--no-pictures", None, "load no run: no galleries and no geometry", action="store_false", dest="pictures"),
+        RUN[1],
+    ),
+    command(
         "export",
         weight_commands.export,
         "write a folder that open_clip or transformers loads as it is",

@@ -79,7 +79,7 @@ class CaptioningEvaluation(Evaluation):
         require_captions(source, "captioning")
         self.references = [record.captions for record in reading.texts(source, quiet=jax.process_index() > 0)]
         require_captions(source, "captioning", any(self.references))
-        self._accepted = _with_round_trips(self.references, tokenizer)
+        self._accepted = with_round_trips(self.references, tokenizer)
         main = [several[0] if several else "" for several in self.references]
         self._pairs = _pair_batches(encoder, tokenizer, source, data, main)
         self.dataset = source.name
@@ -158,7 +158,7 @@ def _texts(sample: CaptionSample) -> list[tuple[str, str]]:
     return [(sample.caption or "(nothing)", WRONG), (f"({sample.reference})", REFERENCE)]
 
 
-def _with_round_trips(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> list[list[str]]:
+def with_round_trips(references: Sequence[Sequence[str]], tokenizer: Tokenizer) -> list[list[str]]:
     """Each image's references, and the text that the tokenizer decodes from the tokens of each that it does not truncate."""
     flat = [text for several in references for text in several]
     ids, truncated = tokenizer.encode(flat)

@@ -24,6 +24,7 @@ class Examples:
     keys: Sequence[str]  # one a query; two runs' queries are matched by them
     values: Mapping[str, Float[np.ndarray, " n"]]  # by the name of the metric: of the same query order. NaN: it does not count
     groups: Sequence[str] | None = None  # queries of one group are drawn together, as the captions of an image; None: alone
+    facts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what else is known of each, as `class` and `predicted`
 
 
 @dataclass(frozen=True)

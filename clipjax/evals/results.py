@@ -94,7 +94,7 @@ def folders(place: str | Path) -> list[Path]:
 
 def write_examples(folder: Path, name: str, examples: Sequence[Examples]) -> None:
     """Writes examples/NAME.npz, from the first process. Its arrays, with k = 0, 1, ... for each kind of query (images, captions):
-    `k/keys` str [n], `k/groups` str [n] if they have groups, and `k/values/METRIC` [n]."""
+    `k/keys` str [n], `k/groups` str [n] if they have groups, `k/values/METRIC` [n] and `k/facts/NAME` str [n]."""
     if jax.process_index() > 0 or not examples:
         return
     arrays: dict[str, np.ndarray] = {}
@@ -102,6 +102,7 @@ def write_examples(folder: Path, name: str, examples: Sequence[Examples]) -> Non
         arrays[f"{k}/keys"] = np.array(kind.keys, str)
         arrays |= {} if kind.groups is None else {f"{k}/groups": np.array(kind.groups, str)}
         arrays |= {f"{k}/values/{metric}": np.asarray(values) for metric, values in kind.values.items()}
+        arrays |= {f"{k}/facts/{fact}": np.array(values, str) for fact, values in kind.facts.items()}
     with write_atomic(folder / EXAMPLES / f"{name}.npz") as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)
 
@@ -117,8 +118,9 @@ def read_examples(folder: Path, name: str) -> list[Examples]:
     while f"{len(kinds)}/keys" in stored:
         k = f"{len(kinds)}/"
         values = {key.removeprefix(f"{k}values/"): v for key, v in stored.items() if key.startswith(f"{k}values/")}
+        facts = {key.removeprefix(f"{k}facts/"): v.tolist() for key, v in stored.items() if key.startswith(f"{k}facts/")}
         groups = stored[f"{k}groups"].tolist() if f"{k}groups" in stored else None
-        kinds.append(Examples(stored[f"{k}keys"].tolist(), values, groups))
+        kinds.append(Examples(stored[f"{k}keys"].tolist(), values, groups, facts))
     return kinds
 
 

@@ -1,0 +1,1 @@
+"""`clipjax report`: runs side by side, on one page that opens offline."""
