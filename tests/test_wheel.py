@@ -57,10 +57,12 @@ def clipjax(wheel, tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_the_package_its_types_and_its_configs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {f"clipjax/{path.relative_to(ROOT / 'clipjax')}" for path in (ROOT / "clipjax").rglob("*.py")}
+    tree = [path for path in (ROOT / "clipjax").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    sources = {f"clipjax/{path.relative_to(ROOT / 'clipjax')}" for path in tree}  # and their data, as the page of a report
     configs = {f"clipjax/_configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     files = {name for name in names if not name.partition("/")[0].endswith(".dist-info")}
-    assert files == sources | configs | {"clipjax/py.typed"}
+    assert files == sources | configs
+    assert {"clipjax/py.typed", "clipjax/report/template.html"} <= sources
     about = f"clipjax-{__version__}.dist-info"
     with zipfile.ZipFile(wheel) as opened:
         assert opened.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
