@@ -12,6 +12,7 @@ from PIL import Image
 from clipjax import config
 from clipjax.data.faults import shown
 from clipjax.data.source import Source
+from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import caption_metrics
 from clipjax.evals.captioning import with_round_trips
 from clipjax.evals.embed import MainPairs
@@ -67,8 +68,8 @@ class Writing:
     captions: list[tuple[str, bool]]  # of each run with a decoder, and whether it is right
 
 
-def embed(model: LoadedRun, data: config.Data, source: Source) -> Vectors:
-    pairs = MainPairs(model.encoder, model.tokenizer, data, source)
+def embed(model: LoadedRun, tokenizer: Tokenizer, data: config.Data, source: Source) -> Vectors:
+    pairs = MainPairs(model.encoder, tokenizer, data, source)
     return Vectors(*pairs.embed(model.params))
 
 

@@ -40,6 +40,7 @@ class _Seen:
     """What runs gave so far on one dataset."""
 
     data: config.Data  # as the first run reads it
+    clean: config.Clean | None  # what is done to the captions; None: as each run was trained
     source: Source
     pictures: SetPictures
     vectors: list[Vectors] = field(default_factory=list)
@@ -78,7 +79,7 @@ def _open(model: LoadedRun, spec: str | None, split: str) -> list[_Seen]:
         name = dataset_name(data.spec, data.split)
         source = open_source(data)
         if name not in found and source.captioned:
-            found[name] = _Seen(data, source, SetPictures(name))
+            found[name] = _Seen(data, wanted.clean, source, SetPictures(name))
     return list(found.values())
 
 
@@ -87,8 +88,9 @@ def _look(seen: _Seen, name: str, model: LoadedRun) -> None:
     own = eval_data(model.run, seen.data.spec, seen.data.split)
     fields = {name: getattr(seen.data, name) for name in ("image_field", "text_field", "label_field")}
     data = dataclasses.replace(own, **fields)
-    vectors = gallery.embed(model, data, seen.source)
-    geometry = GeometryEvaluation.prepare(model.encoder, model.tokenizer, data, config.Geometry())
+    tokenizer = model.tokenizer.cleaning(seen.clean)
+    vectors = gallery.embed(model, tokenizer, data, seen.source)
+    geometry = GeometryEvaluation.prepare(model.encoder, tokenizer, data, config.Geometry())
     drawn = geometry.run(model.params).draw(f"{name}, step {model.step}, on {seen.pictures.name}")
     if model.run.model.decoder is not None:
         seen.captions.append(gallery.write_captions(model, seen.source, gallery.captioned(seen.source)))
