@@ -31,6 +31,7 @@ EXTRAS = {  # room -> the extras that it may need besides `dependencies`
     "evals": ("captions",),
     "aot": ("tpu",),
     "metrics": ("wandb",),
+    "interop": ("interop", "torch"),
 }
 
 

@@ -16,7 +16,7 @@ ROOMS = (  # a module may import from its own group and from those before it
         *("sharding", "placement", "data", "models", "losses"),
     },
     {"build", "train", "checkpoint", "restore", "preservation", "metrics"},
-    {"evals", "generate", "export", "plan", "bench", "report"},
+    {"evals", "generate", "export", "plan", "bench", "report", "interop"},
     {"arguments", "declared", "commands", "data_commands", "eval_commands", "weight_commands", "eval_options", "options", "cli"},
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from clipjax import config, sharding
 from clipjax.checkpoint import TOKENIZER
@@ -60,7 +60,11 @@ class LoadedRun:
 
         Raises TypeError or ValueError, with its place in the list, for what is no text.
         """
-        return self._encode("text", self.tokenizer.encode(given.texts(texts))[0])
+        return self.encode_tokens(self.tokenizer.encode(given.texts(texts))[0])
+
+    def encode_tokens(self, tokens: Int[np.ndarray, "n t"]) -> Float[np.ndarray, "n e"]:
+        """Unit vectors, float32, of texts as `self.tokenizer.encode` gives them."""
+        return self._encode("text", tokens)
 
     def caption(self, images: Sequence[ImageLike], decoding: Decoding = GREEDY) -> list[str]:
         """Generated captions of images of any size. Raises ConfigError for a model without a captioning head."""
