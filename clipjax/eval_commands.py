@@ -34,6 +34,11 @@ def eval_choice(args: argparse.Namespace) -> None:
     evaluate(args, config.Choice(**dataset(args), questions=args.questions))
 
 
+def eval_composed(args: argparse.Namespace) -> None:
+    """`clipjax eval composed`: how often a run finds the picture that a picture and a text ask for together."""
+    evaluate(args, config.Composed(**dataset(args), questions=args.questions, weight=args.weight))
+
+
 def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
     """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png."""
     from clipjax.evals.report import png_name, report, save_png, write_json

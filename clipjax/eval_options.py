@@ -67,6 +67,15 @@ EVAL_COMMANDS = (
         json_out("the result"),
     ),
     command(
+        "eval composed",
+        eval_commands.eval_composed,
+        "retrieval of pictures by a picture and a text that says what changes: SIMAT, GeneCIS, emoji's skin tones",
+        *DATA,
+        argument("--questions", "FILE", "questions on pictures of --data, as JSON; needed unless --data is emoji"),
+        argument("--weight", "X", "of the text's vector, which is added to the picture's", nonnegative, default=0.5),
+        json_out("the result, with the recalls at other weights,"),
+    ),
+    command(
         "eval compare",
         eval_commands.eval_compare,
         "a run against another on the same queries: paired bootstrap intervals; status 1 where B is worse than A",

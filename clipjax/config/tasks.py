@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 from clipjax.config.data import Data
 from clipjax.config.evals import TrainingEvaluation
-from clipjax.config.fields import free, require
+from clipjax.config.fields import NOT_NEGATIVE, free, require
 
 ProbeMethod = Literal["linear", "knn", "fewshot"]
 
@@ -39,7 +39,7 @@ class Choice(TrainingEvaluation):
     questions: str | None = free(None)  # a file of questions on pictures of `data`; None: main captions against disrupted copies
 
     def dataset(self, own: Data) -> str:
-        return asked(super().dataset(own), self.questions)
+        return with_questions(super().dataset(own), self.questions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,17 @@ class Composed(TrainingEvaluation):
     questions: str | None = free(None)  # a file of questions on pictures of `data`; None, for emoji: pictures without skin tone
     weight: float = free(0.5)  # of the text, whose vector is added to the picture's
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        NOT_NEGATIVE.require(self.named("weight"), self.weight)
+
     def dataset(self, own: Data) -> str:
-        return asked(super().dataset(own), self.questions)
+        return with_questions(super().dataset(own), self.questions)
 
 
-def asked(dataset: str, questions: str | None) -> str:
+def with_questions(dataset: str, questions: str | None) -> str:
     """The name of a dataset in results, with that of the file of questions on it: there may be several on one dataset."""
     return dataset if questions is None else f"{dataset}+{PurePath(questions).stem}"
 
 
-TrainingEvaluation.include(Choice)  # a class that evals/table.py has no row for is not named here yet
+TrainingEvaluation.include(Choice, Composed)  # a class that evals/table.py has no row for is not named here yet

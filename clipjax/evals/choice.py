@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clipjax import config
-from clipjax.config.tasks import asked
+from clipjax.config.tasks import with_questions
 from clipjax.data import reading
 from clipjax.data.source import Source
 from clipjax.data.sources import open_source
@@ -61,7 +61,7 @@ class ChoiceEvaluation(Evaluation):
         _tell_of_equal_captions(source.name, questions)
         shown, numbers = located(source, keys, [picture for question in questions for picture in question.pictures])
         texts = {text: i for i, text in enumerate(dict.fromkeys(text for q in questions for text in q.captions))}
-        name = asked(source.name, cfg.questions)
+        name = with_questions(source.name, cfg.questions)
         captions = caption_batches(encoder, tokenizer, list(texts), range(len(texts)), name)
         images = image_batches(encoder, shown, data, captioned=False)
         embed_images = partial(by_index, encoder, batches=images, n=len(shown))

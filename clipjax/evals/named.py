@@ -23,6 +23,16 @@ class Picture(NamedTuple):
     box: Box | None = None
 
 
+def picture(value: Any) -> Picture:
+    """That of NAME or [NAME, [left, top, width, height]]. Raises ValueError for what is neither."""
+    match value:
+        case str() | int():
+            return Picture(str(value))
+        case [str() | int() as name, [_, _, _, _] as box]:
+            return Picture(str(name), tuple(map(float, box)))
+    raise ValueError(f"has {value!r}, which must be the name of a picture or [NAME, [left, top, width, height]]")
+
+
 def entries(file: str) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a JSON file, by their keys or by their places in its list, or of a .jsonl file, by their lines from 0.
 

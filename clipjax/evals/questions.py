@@ -6,7 +6,7 @@ from typing import Any
 
 from clipjax.config import ConfigError
 from clipjax.evals.aro import LEFT_OUT
-from clipjax.evals.named import Picture, entries
+from clipjax.evals.named import Picture, entries, picture
 
 FEWEST = 25  # questions that a pair of attributes of ARO must have to count in the mean over kinds, as in ARO's own code
 FORMS = (
@@ -53,7 +53,7 @@ def read_questions(file: str) -> list[Question]:
 
 
 def _own(key: str, entry: dict[str, Any]) -> Question:
-    pictures = tuple(Picture(x) if isinstance(x, str) else Picture(x[0], tuple(map(float, x[1]))) for x in entry["images"])
+    pictures = tuple(map(picture, entry["images"]))
     captions = tuple(map(str, entry["captions"]))
     owner = entry.get("owner") or [i if i < len(pictures) else -1 for i in range(len(captions))]
     return Question(str(entry.get("key", key)), pictures, captions, tuple(map(int, owner)), entry.get("kind"))
@@ -85,6 +85,4 @@ def _checked(question: Question) -> Question:
         raise ValueError(f"has {captions} captions, whose pictures can't be {list(owner)} of {pictures}")
     if pictures * captions < 2 or (pictures == 1 and -1 not in owner):
         raise ValueError("leaves nothing to choose from")
-    if any(len(box) != 4 for _, box in question.pictures if box is not None):
-        raise ValueError("names a part of a picture that is not [left, top, width, height]")
     return question

@@ -3,6 +3,7 @@
 from clipjax import config
 from clipjax.evals.captioning import CaptioningEvaluation
 from clipjax.evals.choice import ChoiceEvaluation
+from clipjax.evals.composed import ComposedEvaluation
 from clipjax.evals.evaluation import Evaluation
 from clipjax.evals.geometry import GeometryEvaluation
 from clipjax.evals.retrieval import RetrievalEvaluation
@@ -14,6 +15,7 @@ EVALUATIONS: dict[type[config.TrainingEvaluation], type[Evaluation]] = {
     config.Geometry: GeometryEvaluation,
     config.Captioning: CaptioningEvaluation,
     config.Choice: ChoiceEvaluation,
+    config.Composed: ComposedEvaluation,
 }
 
 config.TrainingEvaluation.bind(EVALUATIONS)  # fails here, at import, where a class of clipjax's own has no row
