@@ -159,6 +159,36 @@ def test_bytes_class_names_and_own_keys(tmp_path):
     assert (alone.captioned, alone.read(0).key, alone.read(0).image) == (False, "7", png(1))
 
 
+def test_a_list_of_classes_is_several_labels(tmp_path):
+    note = {"feature": NOTES["label"], "_type": "Sequence"}
+    for notes in ({"objects": note}, {"objects": [NOTES["label"]]}, {}):
+        rows = [[1, 0, 1], [], None] if notes else [["dog", "cat", "dog"], [], None]
+        columns = {"image": images(range(3)), "objects": rows, "caption": ["a", "b", "c"]}
+        source = opened(write(tmp_path / "a.parquet", columns, notes=notes), label_field="objects")
+        assert source.multilabel
+        assert source.classnames == (("tabby cat", "dog") if notes else ("cat", "dog"))
+        assert [(record.label, record.labels) for record in source.texts()] == [(-1, (0, 1)), (-1, ()), (-1, ())]
+    boxes = pa.array([[{"kind": 2}, {"kind": 1}], []], pa.list_(pa.struct({"kind": pa.int64()})))
+    path = write(tmp_path / "b.parquet", {"image": images(range(2)), "boxes": boxes})
+    assert [record.labels for record in opened(path, label_field="boxes.kind").texts()] == [(1, 2), ()]
+
+
+def test_a_retrieval_set_with_a_list_of_captions(tmp_path):
+    """The columns of the hub's sets of Flickr and COCO for retrieval."""
+    captions = [["one", "a one"], ["two", "", "a two"]]
+    facts = {
+        "split": ["test"] * 2,
+        "filename": ["1.jpg", "2.jpg"],
+        "img_id": ["1", "2"],
+        "sentids": [["0", "1"], ["2", "3", "4"]],
+    }
+    path = write(tmp_path / "TEST" / "0000.parquet", {"image": images(range(2)), "caption": captions} | facts)
+    for split in ("train", "test"):  # the default of both is all there is
+        source = opened(path, split=split)
+        assert [record.captions for record in source.texts()] == [("one", "a one"), ("two", "a two")]
+        assert [record.key for record in source.texts()] == ["1.jpg", "2.jpg"]
+
+
 def test_only_classes_are_captions(tmp_path):
     columns = {"img": images(range(3)), "label": [1, 0, -1]}
     source = opened(write(tmp_path / "a.parquet", columns, notes={"label": NOTES["label"]}))

@@ -93,6 +93,30 @@ def test_label_only(toy):
     assert source.record(0).key == "train-0"
 
 
+def test_a_label_is_chosen(toy):
+    coarse = (FEATURES.ClassLabel(names=["cold", "warm"]), lambda i: i // 5)
+    source = toy({"label": LABEL, "coarse_label": coarse}, label_field="coarse_label")
+    assert (source.classnames, source.multilabel) == (("cold", "warm"), False)
+    assert by_red(source) == {i: (("cold", "warm")[i // 5],) for i in range(10)}
+    both = open_source(config.Data(spec="tfds:toy", label_field="label", text_field="coarse_label"))
+    assert both.classnames == ("tabby cat", "dog")
+    found = {int(np.asarray(x.image)[0, 0, 0]) // 20: x.record for x in shown(both, range(10))}
+    assert {i: (r.label, r.captions) for i, r in found.items()} == {i: (i % 2, (("cold", "warm")[i // 5],)) for i in range(10)}
+    with pytest.raises(
+        ConfigError, match=r"data.label_field = 'fine': choose one label field of tfds:toy/train; there are coarse"
+    ):
+        open_source(config.Data(spec="tfds:toy", label_field="fine"))
+
+
+def test_several_labels(toy):
+    of = {0: [], 1: [1, 0, 1], 2: [1]}
+    source = toy({"labels": (FEATURES.Sequence(LABEL[0]), lambda i: of[i % 3]), "caption": TEXT})
+    assert (source.multilabel, source.classnames) == (True, ("tabby cat", "dog"))
+    assert {record.captions[0]: (record.label, record.labels) for record in source.texts()} == {
+        f"image {i}": (-1, tuple(sorted(set(of[i % 3])))) for i in range(10)
+    }
+
+
 def test_text_that_is_only_a_file_name_is_the_key(toy):
     source = toy({"label": LABEL, "file_name": (FEATURES.Text(), lambda i: f"{i}.jpg")})
     example = source.record(3)

@@ -157,11 +157,18 @@ def label(value: Any, classes: dict[str, int] | None = None) -> int:
     return int(found)
 
 
+def labels(value: Any, classes: dict[str, int] | None = None) -> tuple[int, ...]:
+    """The classes that the items of a list name, as `label`, in order and each once."""
+    found = {label(item, classes) for item in value or ()}
+    return tuple(sorted(found - {-1}))
+
+
 def class_names(values: Iterable[Any]) -> tuple[str, ...] | None:
-    """The classes that the values of a label field name, sorted. None: all values are integers, or absent.
+    """The classes that the values of a label field name, or the items of its lists, sorted. None: all are integers, or absent.
 
     pandas writes integers as 3.0 where some are absent."""
-    names = {str(value) for value in values if value is not None and value != ""}
+    items = (item for value in values for item in (value if isinstance(value, list) else [value]))
+    names = {str(item) for item in items if item is not None and item != ""}
     return None if all(INTEGER.fullmatch(name) for name in names) else tuple(sorted(names))
 
 

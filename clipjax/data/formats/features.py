@@ -26,6 +26,7 @@ class Features:
     image_is_path: bool
     texts: tuple[Field, ...]  # empty: images alone
     label: Field | None
+    label_is_list: bool  # an example has several classes
     number: Field | None
     key: str | None
     label_names: tuple[str, ...] | None  # of classes, by number
@@ -62,9 +63,10 @@ def choose_features(schema: Any, data: config.Data, what: str) -> Features:
     assert place is not None
     return Features(
         image=place,
-        image_is_path=_kind(_type_at(schema, place), None) == "text",
+        image_is_path=_kind(_types_to(schema, place)[-1], None) == "text",
         texts=captions,
         label=label,
+        label_is_list=label is not None and any(map(_is_list, _types_to(schema, label))),
         number=known.place(data.filter.number, "filter.number"),
         key=next((name for name in KEYS if known.kinds.get(name) in ("text", "integer")), None),
         label_names=known.names(label),
@@ -118,7 +120,15 @@ def _notes(schema: Any) -> dict[str, Any]:
         noted = columns.value_at((schema.metadata or {}).get(b"huggingface"), ("info", "features"))
     except ValueError:
         return {}
-    return noted if isinstance(noted, dict) else {}
+    return {name: _of_item(note) for name, note in noted.items()} if isinstance(noted, dict) else {}
+
+
+def _of_item(note: Any) -> Any:
+    """What is noted of the items, where it is noted of a list, as `datasets` of several versions writes it."""
+    while isinstance(note, list) and note:
+        note = note[0]
+    inner = note.get("feature") if isinstance(note, dict) else None
+    return _of_item(inner) if isinstance(inner, dict | list) else note
 
 
 def _kind(kind: Any, note: Any) -> str:
@@ -137,11 +147,17 @@ def _kind(kind: Any, note: Any) -> str:
     return "integer" if types.is_integer(kind) else str(kind)
 
 
+def _is_list(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
 def _item(kind: Any) -> Any:
     """The type of the items of a list, or of a dictionary's values."""
     from pyarrow import types
 
-    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_dictionary(kind):
+    while _is_list(kind) or types.is_dictionary(kind):
         kind = kind.value_type
     return kind
 
@@ -177,9 +193,9 @@ def _member(schema: Any, field: Field) -> str:
     return ".".join(path)
 
 
-def _type_at(schema: Any, field: Field) -> Any:
-    """The type of a field; of one in JSON, that of the JSON."""
-    kind = schema.field(field.column).type
+def _types_to(schema: Any, field: Field) -> list[Any]:
+    """The types of a field's column, and of every step of its path; of one in JSON, that of the JSON."""
+    kinds = [schema.field(field.column).type]
     for step in field.path:
-        kind = _members(kind).get(step, kind)
-    return kind
+        kinds.append(_members(kinds[-1]).get(step, kinds[-1]))
+    return kinds

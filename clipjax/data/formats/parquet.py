@@ -24,10 +24,11 @@ Row = Mapping[str, Any]  # values by column
 class Parquet(Source):
     """Files with an image and text or a class. Where their names tell splits, `data.split` takes its own; else all are taken.
 
-    The image is bytes, a struct of `bytes` and `path`, or a path relative to the file's folder. A chunk is a row group, the least
-    that can be read: a single row costs its group, so `data.order = windows` suits all that does not fit in memory. Of a group,
-    only the columns that are used are read. Keys: a column `__key__`, `key`, `file_name`, `filename`, `image_id` or `id`; else
-    the path, where images are paths; else the file's name and the number of the row in it."""
+    A column of lists of classes gives an example several labels. The image is bytes, a struct of `bytes` and `path`, or a
+    path relative to the file's folder. A chunk is a row group, the least that can be read: a single row costs its group, so
+    `data.order = windows` suits all that does not fit in memory. Of a group, only the columns that are used are read. Keys: a
+    column `__key__`, `key`, `file_name`, `filename`, `image_id` or `id`; else the path, where images are paths; else the
+    file's name and the number of the row in it."""
 
     def __init__(self, data: config.Data, patterns: str) -> None:
         super().__init__()
@@ -45,6 +46,7 @@ class Parquet(Source):
         self.captioned = bool(self._features.texts)
         self.classnames = self._features.label_names or self._features.text_names or self._class_names()
         self._classes = {name: i for i, name in enumerate(self.classnames)} if self.classnames else None
+        self.multilabel = self._features.label_is_list
 
     def _check_columns(self) -> None:
         """Raises ConfigError for a file that lacks a column that is used."""
@@ -126,10 +128,13 @@ class Parquet(Source):
         """`image`: with it. May raise anything."""
         features = self._features
         captions, chances = columns.gather((self._captions(_at(row, field)), field.chance) for field in features.texts)
-        label = -1 if features.label is None else columns.label(_at(row, features.label), self._classes)
+        stored = None if features.label is None else _at(row, features.label)
+        label, labels = (
+            (-1, columns.labels(stored, self._classes)) if self.multilabel else (columns.label(stored, self._classes), ())
+        )
         number = None if features.number is None else columns.number(_at(row, features.number))
-        stored = self._image(_at(row, features.image), group) if image else b""
-        return Record(stored, captions, self._key(row, group, j), label, chances, number)
+        content = self._image(_at(row, features.image), group) if image else b""
+        return Record(content, captions, self._key(row, group, j), label, chances, number, labels)
 
     def _captions(self, value: Any) -> tuple[str, ...]:
         if (names := self._features.text_names) is None:

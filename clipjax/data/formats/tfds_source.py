@@ -106,7 +106,8 @@ def _leaves(feature: Any, path: str = "", many: bool = False) -> Iterator[tuple[
 class Tfds(Source):
     """One split of a prepared dataset with an image and a text or a label.
 
-    Image: `data.image_field`, or the only one. Captions: `data.text_field`, else `caption`, else the only text that is not a
+    Image: `data.image_field`, or the only one. Label: `data.label_field`, or the only one; of a sequence of labels an example has
+    several. Captions: `data.text_field`, else `caption`, else the only text that is not a
     file's name or a key, else the class names of the only label. A field is named by its path, as `captions/text`, and one of
     several captions by its place, as `captions.7`, counted from 0."""
 
@@ -122,15 +123,21 @@ class Tfds(Source):
         labels = [p for p, (f, _) in leaves.items() if isinstance(f, tfds.features.ClassLabel)]
 
         self._image = self._field("image_field", data.image_field, [images])
-        captions = [[p for p in texts if p == "caption"], [p for p in texts if p.split("/")[-1] not in KEYS], labels]
+        chosen = self._field("label_field", data.label_field, [labels]) if data.label_field else None
+        classes = [chosen] if chosen else labels
+        captions = [[p for p in texts if p == "caption"], [p for p in texts if p.split("/")[-1] not in KEYS], classes]
         of, _, place = (data.text_field or "").rpartition(".")
         self._place = int(place) if place.isdecimal() and of in texts and leaves[of][1] else None
         self._text = self._field("text_field", data.text_field if self._place is None else of, captions, texts + labels)
         single = [p for p in labels if not leaves[p][1]]
-        self._label = self._text if self._text in single else single[0] if len(single) == 1 else None
-        if naming := self._text if self._text in labels else self._label:
-            self.classnames = tuple(name.replace("_", " ") for name in leaves[naming][0].names)
-        self._label_captions = self.classnames if self._text in labels else None  # None: captions are texts
+        likely = [self._text] if self._text in labels else single if len(single) == 1 else labels
+        self._label = chosen or (likely[0] if len(likely) == 1 else None)
+        self.multilabel = self._label is not None and leaves[self._label][1]
+        names = {
+            p: tuple(name.replace("_", " ") for name in leaves[p][0].names) for p in (self._label, self._text) if p in labels
+        }
+        self.classnames = names.get(self._label)
+        self._label_captions = names.get(self._text)  # None: captions are texts
         self._key = next((p for k in KEYS for p in texts if p.split("/")[-1] == k and not leaves[p][1]), None)
         numbers = [p for p, (f, many) in leaves.items() if not many and f.shape == () and np.dtype(f.np_dtype).kind in "fiu"]
         self._number = data.filter.number
@@ -151,7 +158,7 @@ class Tfds(Source):
             paths = next((default for default in defaults if default), [])
         if len(paths) == 1:
             return paths[0]
-        kind = "image" if name == "image_field" else "text or label"
+        kind = {"image_field": "image", "label_field": "label"}.get(name, "text or label")
         choices = ", ".join(f"{p} ({self.fields[p]})" for p in known) or f"none; its fields are {', '.join(self.fields)}"
         raise ConfigError(f"data.{name} = {chosen!r}: choose one {kind} field of {self.name}; there are {choices}")
 
@@ -210,11 +217,12 @@ class Tfds(Source):
         else:
             texts = values(self._text, "bytes_list")
             captions = kept(text.decode() for text in (texts if self._place is None else texts[self._place :][:1]))
-        label = (values(self._label, "int64_list") if self._label else []) or [-1]
+        found = [n for n in values(self._label, "int64_list") if n >= 0] if self._label else []
+        label, labels = (-1, tuple(sorted(set(found)))) if self.multilabel else (next(iter(found), -1), ())
         key = values(self._key, "bytes_list")[0].decode() if self._key else f"{self._split}-{i}"
         image = values(self._image, "bytes_list") or [b""]
         number = (values(self._number, "float_list") or values(self._number, "int64_list")) if self._number else []
-        return Record(image[0], captions, key, label[0], number=float(number[0]) if number else None)
+        return Record(image[0], captions, key, label, number=float(number[0]) if number else None, labels=labels)
 
     def buckets(self) -> np.ndarray:
         """Reads nothing where the records have no keys of their own."""
