@@ -21,6 +21,12 @@ def test_the_published_templates(name, count, digest):
     assert set(found) <= set(templates("imagenet"))
 
 
+def test_the_field_s_sets_have_templates():
+    assert templates("imagenet1k") == templates("imagenet")
+    assert templates("eurosat")[1] == "a centered satellite photo of a {c}."
+    assert templates("mnist") == ('a photo of the number: "{c}".',)
+
+
 def test_plain_is_the_name_alone():
     assert [fill(t, "red {fox}") for t in templates("plain")] == ["red {fox}"]
 
