@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from typing import Any
 
 from clipjax import config
 from clipjax.arguments import writable_file
@@ -11,7 +12,9 @@ from clipjax.commands import dataset, first, load, say
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
     """`clipjax eval zeroshot`: accuracies of a run as a classifier."""
-    evaluate(args, config.Zeroshot(**dataset(args), templates=args.templates, classnames=args.classnames))
+    results = evaluate(args, config.Zeroshot(**dataset(args), templates=args.templates, classnames=args.classnames))
+    if args.predictions:
+        results.predictions.write(args.predictions)
 
 
 def eval_retrieval(args: argparse.Namespace) -> None:
@@ -39,8 +42,10 @@ def eval_composed(args: argparse.Namespace) -> None:
     evaluate(args, config.Composed(**dataset(args), questions=args.questions, weight=args.weight))
 
 
-def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
-    """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png."""
+def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any:
+    """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png.
+
+    Returns the evaluation's Results."""
     from clipjax.evals.report import png_name, report, save_png, write_json
     from clipjax.evals.training import prepare
 
@@ -57,6 +62,7 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Non
     if png and first() and (image := results.draw(f"{model.name}, step {model.step}, on {evaluation.dataset}")):
         save_png(png, image)
         print(f"image: {png}", file=sys.stderr)
+    return results
 
 
 def eval_compare(args: argparse.Namespace) -> int:

@@ -10,12 +10,21 @@ EVAL_COMMANDS = (
         eval_commands.eval_zeroshot,
         "zero-shot classification: acc1, acc5, mean-per-class recall",
         *DATA,
-        argument("--classnames", "FILE", "one name a line, in the order of the labels; else the dataset's own names"),
+        argument(
+            "--classnames",
+            "NAME|FILE",
+            "a test set's names (imagenet1k, imagenet-a, eurosat, ...), or one name a line, in the order of the labels; "
+            "else the dataset's own, with words for wnids",
+        ),
         argument(
             "--templates",
             "NAME|FILE",
-            "simple (7 prompts a class), imagenet (80), plain (the name alone), or a file with one {c} a line",
+            "simple (7 prompts a class), imagenet (80), plain (the name alone), a test set's (cifar10, eurosat, ...), or a file "
+            "with one {c} a line",
             default="simple",
+        ),
+        argument(
+            "--predictions", "FILE", "also write a csv of the five nearest classes of each image, with cosines", writable_file
         ),
         json_out("the result"),
     ),

@@ -1,6 +1,7 @@
 """The command line in process: help, overrides, refusals, and every command on a run of seconds."""
 
 import ast
+import csv
 import dataclasses
 import errno
 import json
@@ -41,7 +42,15 @@ COMMANDS = {
     "train": ["--workdir RUN", "--profile FROM:TO", "CONFIG.py|NAME"],
     f"train {CONFIG}": ["--train.steps INT", "--model.image.patch-dropout", "--evals.0.every", "(default: 0.25)", "steps"],
     "eval": ["zeroshot", "retrieval", "geometry", "captioning"],
-    "eval zeroshot": ["--data SPEC", "--split", "--classnames FILE", "--templates NAME|FILE", "--json OUT", "default: simple"],
+    "eval zeroshot": [
+        "--data SPEC",
+        "--split",
+        "--classnames NAME|FILE",
+        "--predictions FILE",
+        "--templates NAME|FILE",
+        "--json OUT",
+        "default: simple",
+    ],
     "eval retrieval": ["--data SPEC", "--split", "--json OUT", "(default: test)"],
     "eval geometry": ["--data SPEC", "--split", "--json OUT", "--png OUT", "geometry-SPEC-SPLIT.png"],
     "eval captioning": ["--data SPEC", "--split", "--json OUT", "--png OUT", "captioning-SPEC-SPLIT.png", "(default: 32)"],
@@ -515,7 +524,8 @@ def test_a_batch_larger_than_the_dataset_is_refused(tmp_path, capsys):
 
 
 def test_zeroshot(workdir, tmp_path, capsys, caplog):
-    assert run("eval", "zeroshot", workdir, "--data", "emoji", "--templates", "plain", "--json", tmp_path / "new" / "z.json") == 0
+    out = ("--json", tmp_path / "new" / "z.json", "--predictions", tmp_path / "p.csv")
+    assert run("eval", "zeroshot", workdir, "--data", "emoji", "--templates", "plain", *out) == 0
     said = capsys.readouterr()
     result = json.loads((tmp_path / "new" / "z.json").read_text())
     assert json.loads(said.out) == result
@@ -528,7 +538,11 @@ def test_zeroshot(workdir, tmp_path, capsys, caplog):
         "language": "en",
     }
     assert metrics.keys() == {"acc1", "acc5", "mean_per_class_recall"}
-    assert all(round(363 * metrics[name], 6) % 1 == 0 for name in ("acc1", "acc5"))
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
+        right = [row["label"] == row["class1"] for row in csv.DictReader(file)]
+    assert len(right) == 363
+    assert np.mean(right) == pytest.approx(metrics["acc1"], abs=1 / 363)  # but for prompts that are equal, truncated to 8 tokens
+    assert "emoji/test: 3,789 classes, named by emoji/test, in 1 templates; the first prompt is" in said.err
     assert 0 <= metrics["acc1"] <= metrics["acc5"] < 1
     assert metrics["mean_per_class_recall"] == pytest.approx(metrics["acc1"])  # one image a name
     assert any("of 3789 prompts were truncated to 8 tokens" in record.getMessage() for record in caplog.records)
@@ -544,7 +558,10 @@ def test_zeroshot_with_files(workdir, tmp_path, capsys):
     assert run(*args, "--classnames", tmp_path / "names.txt") == 2
     assert "names 2 classes, but emoji/test has 3789" in capsys.readouterr().err
     assert run(*args, "--templates", "fancy") == 2
-    assert "templates = 'fancy': No such file or directory: use imagenet, simple, plain" in capsys.readouterr().err
+    assert (
+        "templates = 'fancy': No such file or directory: use imagenet, simple, plain, a set's (caltech101,"
+        in capsys.readouterr().err
+    )
     assert run(*args, "--split", "tset") == 2
     assert "data.split = 'tset'" in capsys.readouterr().err
 

@@ -54,8 +54,8 @@ class Zeroshot(TrainingEvaluation):
     task: ClassVar = "zeroshot_classification"
     metrics: ClassVar = ("acc1", "acc5", "mean_per_class_recall")
     kind: Literal["zeroshot"] = "zeroshot"
-    templates: str = free("simple")  # `simple`, `imagenet`, `plain` ({c} alone) or a file with one template a line
-    classnames: str | None = free(None)  # a file with one name a line; None: the dataset's own
+    templates: str = free("simple")  # `simple`, `imagenet`, `plain` ({c} alone), a set's as `eurosat`, or a file, one a line
+    classnames: str | None = free(None)  # a set's as `imagenet-a`, or a file, one a line; None: the dataset's own, wnids as words
 
 
 @dataclass(frozen=True, kw_only=True)

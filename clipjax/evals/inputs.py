@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -11,12 +10,11 @@ from jaxtyping import Int
 
 from clipjax import config, distributed
 from clipjax.config import ConfigError
-from clipjax.data import reading
 from clipjax.data.pipeline import eval_batches
 from clipjax.data.source import Source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Batch, CachedBatches, Encoder
-from clipjax.evals.prompts import classnames, fill
+from clipjax.evals.prompts import fill
 from clipjax.status import CertainFailure
 
 log = logging.getLogger(__name__)
@@ -119,47 +117,3 @@ def _text_batches(
             log.warning("%s: %d of %d %s were truncated to %d tokens", name, count, len(texts), unit, tokenizer.length)
 
     return CachedBatches(read, encoder.batch_count(len(texts)), name, unit)
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The names of a dataset's classes, and which of them each example is of."""
-
-    names: tuple[str, ...]
-    labels: Int[np.ndarray, " n"] | None = None  # int32, -1: none; None: the source's own
-
-
-def classes_of(source: Source, file: str | None) -> Classes:
-    """The classes that the lines of `file` name, else the dataset's own.
-
-    In a dataset without labels (a tsv), an example's class is the one whose name is its main caption. Raises ConfigError where
-    there are no names, where a file names fewer classes than the dataset has, and where a caption is no class name.
-    """
-    own = source.classnames
-    if file is None:
-        if own is None:
-            raise ConfigError(f"classnames = None: {source.name} has none of its own: give a file with one name a line")
-        return Classes(own)
-    names = classnames(file)
-    if own is not None:
-        remedy = f"names {len(names)} classes, but {source.name} has {len(own)}: write one name a line, in the dataset's order"
-        config.require(len(names) == len(own), "classnames", file, remedy)
-        return Classes(names)
-    stored = [(r.label, r.captions[:1]) for r in reading.texts(source, quiet=jax.process_index() > 0)]
-    if (highest := max(label for label, _ in stored)) >= 0:
-        remedy = f"names {len(names)} classes, but {source.name} has labels up to {highest}: write one name a line"
-        config.require(highest < len(names), "classnames", file, remedy)
-        return Classes(names)
-    return Classes(names, _by_caption(source, names, file, [main[0] if main else None for _, main in stored]))
-
-
-def _by_caption(source: Source, names: tuple[str, ...], file: str, captions: Sequence[str | None]) -> Int[np.ndarray, " n"]:
-    """The class of each main caption. Raises ConfigError for a caption that is no class name, and where there is none."""
-    if not any(captions):
-        remedy = "has neither labels nor captions: name the field of the labels (label_field; --label-field)"
-        raise ConfigError(f"data.spec = {source.name!r}: {remedy}; there are {', '.join(source.fields) or 'no fields'}")
-    labels = {name: i for i, name in enumerate(names)}
-    unknown = sorted({caption for caption in captions if caption is not None and caption not in labels})
-    remedy = f"{len(unknown)} captions of {source.name} are no class name: add {', '.join(map(repr, unknown[:5]))}"
-    config.require(not unknown, "classnames", file, remedy + (", ..." if len(unknown) > 5 else ""))
-    return np.array([-1 if caption is None else labels[caption] for caption in captions], np.int32)

@@ -1,94 +1,135 @@
 """Zero-shot classification: class embeddings from ensembled prompts; acc1, acc5 and mean-per-class recall."""
 
+import logging
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import CachedBatches, Encoder
-from clipjax.evals.evaluation import Evaluation, Results
-from clipjax.evals.inputs import classes_of, image_batches, prompt_batches
-from clipjax.evals.prompts import templates
-from clipjax.evals.retrieval import half_ranks
+from clipjax.evals.classes import Classes, classes_of
+from clipjax.evals.encoder import CachedBatches, Encoder, to_host
+from clipjax.evals.evaluation import Evaluation, Examples, Results
+from clipjax.evals.inputs import image_batches, prompt_batches
+from clipjax.evals.predictions import Predictions
+from clipjax.evals.prompts import fill, templates
+from clipjax.evals.ties import nearer
 from clipjax.models.clip import Params
 from clipjax.models.layers import unit
-from clipjax.sharding import replicated
+from clipjax.sharding import BATCH, replicated
+from clipjax.train.report import say
+
+NEAREST = 5  # classes of an image that are kept
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ZeroshotResults(Results):
+    """The metrics, and what each image was taken for."""
+
+    predictions: Predictions = field(kw_only=True)
 
 
 class ZeroshotEvaluation(Evaluation):
     """The images of a dataset, each assigned to the class with the nearest embedding."""
 
-    def __init__(self, encoder: Encoder, images: CachedBatches, prompts: CachedBatches, classes: int) -> None:
-        """`prompts` has the same number of prompts for each class, see `prompt_batches`."""
+    def __init__(self, encoder: Encoder, images: CachedBatches, prompts: CachedBatches, classes: Classes) -> None:
+        """`images` have `index` and `label`. `prompts` has the same number of prompts for each class, see `prompt_batches`."""
         self.encoder, self.images, self.prompts, self.classes = encoder, images, prompts, classes
         self.dataset = images.name
-        full = replicated(encoder.mesh)
-        self._add = jax.jit(_add, out_shardings=full, donate_argnums=0)
+        self._add = jax.jit(_add, out_shardings=replicated(encoder.mesh), donate_argnums=0)
         self._unit = jax.jit(unit)
-        self._count = jax.jit(_count, out_shardings=full, donate_argnums=0)
+        rows = P(BATCH)  # by shard_map, because XLA gathers all rows of a top_k
+        self._compare = jax.jit(jax.shard_map(_compare, mesh=encoder.mesh, in_specs=(P(), rows, rows), out_specs=rows))
 
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Zeroshot) -> Self:
-        """Templates are as in `prompts.templates`, classes as in `inputs.classes_of`. Needs no captions."""
+        """Templates are as in `prompts.templates`, classes as in `classes.classes_of`. Needs no captions.
+
+        Prints the first prompt, and warns of classes whose prompts are equal: no model can tell them apart."""
         source = open_source(data)
-        classes = classes_of(source, cfg.classnames)
-        prompts = prompt_batches(encoder, tokenizer, classes.names, templates(cfg.templates))
+        classes, wordings = classes_of(source, cfg.classnames), templates(cfg.templates)
+        first = [fill(wordings[0], name) for name in classes.names]
+        what = f"{len(classes.names):,} classes, named by {classes.source}, in {len(wordings)} templates"
+        say(f"{source.name}: {what}; the first prompt is {first[0]!r}")
+        _tell_equal(source.name, classes.names, tokenizer.encode(first)[0])
+        prompts = prompt_batches(encoder, tokenizer, classes.names, wordings)
         images = image_batches(encoder, source, data, labels=classes.labels, captioned=False)
-        return cls(encoder, images, prompts, len(classes.names))
+        return cls(encoder, images, prompts, classes)
 
     def class_embeddings(self, params: Params) -> Float[Array, "c e"]:
         """unit(mean over templates of unit(text)) of every class (2103.00020, section 3.1.4), float32, replicated."""
-        total = self._zeros(self.encoder.model.embed_dim, jnp.float32)
+        shape = len(self.classes.names), self.encoder.model.embed_dim
+        total = jnp.zeros(shape, jnp.float32, device=replicated(self.encoder.mesh))
         for z, rest in self.encoder.stream(params, self.prompts):
             total = self._add(total, z, rest["label"])
         return self._unit(total)  # a sum and not a mean: its length does not matter
 
-    def run(self, params: Params) -> Results:
+    def predictions(self, params: Params) -> Predictions:
+        """The nearest classes of every image that can be read, on every process."""
+        weights = self.class_embeddings(params)
+        streamed = self.encoder.stream(params, self.images)
+        batches = [(rest["index"], rest["label"], *self._compare(weights, z, rest["label"])) for z, rest in streamed]
+        index, *arrays = (np.concatenate([to_host(x) for x in column]) for column in zip(*batches, strict=True))
+        real = index >= 0
+        keys = tuple(self.classes.keys[i] for i in index[real])
+        return Predictions(self.classes.names, keys, *(x[real] for x in arrays))
+
+    def run(self, params: Params) -> ZeroshotResults:
         """`acc1`, `acc5` (None with fewer than 5 classes) and `mean_per_class_recall` (over the classes that occur), in [0, 1].
 
-        An image is correct at k when the rank of its class is at most k: 1 + #{greater} + #{equal} / 2, as in retrieval.
+        An image counts the chance that its class is among the k nearest when ties are in random order (`ties.expected_hits`).
         """
-        weights = self.class_embeddings(params)
-        counts = self._zeros(3, jnp.int32)
-        for z, rest in self.encoder.stream(params, self.images):
-            counts = self._count(counts, weights, z, rest["label"])
-        top1, top5, seen = np.asarray(counts).T
-        if not seen.any():
-            raise ConfigError(f"data.spec: {self.images.name}: none has a label; use a split with labels")
-        recalls = top1[seen > 0] / seen[seen > 0]
+        predictions = self.predictions(params)
+        rated = predictions.labelled()
+        if not rated.keys:
+            raise ConfigError(f"data.spec: {self.images.name}: no image that can be read has a label; use a split with labels")
+        seen = np.bincount(rated.labels, minlength=len(rated.names))
+        right = np.bincount(rated.labels, rated.hits(1), len(rated.names))
+        share = len(rated.labels) / (seen[rated.labels] * np.count_nonzero(seen))  # a mean over images becomes one over classes
+        values = {"acc1": rated.hits(1), "acc5": rated.hits(5), "mean_per_class_recall": rated.hits(1) * share}
         metrics = {
-            "acc1": float(top1.sum() / seen.sum()),
-            "acc5": float(top5.sum() / seen.sum()) if self.classes >= 5 else None,
-            "mean_per_class_recall": float(recalls.mean()),
+            "acc1": float(values["acc1"].sum() / seen.sum()),
+            "acc5": float(values["acc5"].sum() / seen.sum()) if len(rated.names) >= 5 else None,
+            "mean_per_class_recall": float((right[seen > 0] / seen[seen > 0]).mean()),
         }
-        return Results(metrics)
+        values = {name: value for name, value in values.items() if metrics[name] is not None}
+        facts = {"class": rated.called(rated.labels), "predicted": rated.called(rated.nearest[:, 0])}
+        return ZeroshotResults(metrics, examples=[Examples(rated.keys, values, facts=facts)], predictions=predictions)
 
-    def _zeros(self, columns: int, dtype: jnp.dtype) -> Array:
-        return jnp.zeros((self.classes, columns), dtype, device=replicated(self.encoder.mesh))
+
+def _tell_equal(dataset: str, names: tuple[str, ...], tokens: Int[np.ndarray, "c t"]) -> None:
+    """Warns, in the first process, of classes whose first prompts have the same tokens."""
+    alike: dict[bytes, list[int]] = defaultdict(list)
+    for i, row in enumerate(tokens):
+        alike[row.tobytes()].append(i)
+    groups = [group for group in alike.values() if len(group) > 1]
+    if groups and jax.process_index() == 0:
+        shown = "; ".join(" = ".join(f"{names[i]} ({i})" for i in group) for group in groups[:3]) + "; ..." * (len(groups) > 3)
+        what = "%s: the prompts of %d of %d classes are equal to another's, so that each gets its share by chance: %s"
+        log.warning(what, dataset, sum(map(len, groups)), len(names), shown)
 
 
 def _add(total: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]) -> Float[Array, "c e"]:
-    return total.at[_drop_padding(labels, len(total))].add(z, mode="drop")
+    padding = jnp.where(labels < 0, len(total), labels)  # a scatter drops it; a negative index would count from the end
+    return total.at[padding].add(z, mode="drop")
 
 
-def _count(
-    counts: Int[Array, "c 3"], weights: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]
-) -> Int[Array, "c 3"]:
-    """Adds a batch to each class's counts: images that are correct at 1, that are correct at 5, and all images."""
+def _compare(
+    weights: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]
+) -> tuple[Int[Array, "b k"], Float[Array, "b k"], Int[Array, " b"], Int[Array, " b"]]:
+    """The nearest classes of each image and their cosines; how many classes are nearer than its own, and as near."""
     cosines = jnp.matmul(z, weights.T, precision=jax.lax.Precision.HIGHEST)
     own = labels[:, None] == jnp.arange(len(weights))[None, :]
-    own_cosine = jnp.where(own, cosines, 0).sum(1, keepdims=True)
-    halves = jnp.where(own, 0, half_ranks(cosines, own_cosine)).sum(1)
-    hits = jnp.stack([*(halves <= 2 * (k - 1) for k in (1, 5)), jnp.ones_like(own[:, 0])], axis=1)
-    return counts.at[_drop_padding(labels, len(counts))].add(hits.astype(jnp.int32), mode="drop")
-
-
-def _drop_padding(labels: Int[Array, " b"], classes: int) -> Int[Array, " b"]:
-    """Padding, -1, becomes an index that a scatter drops. A negative index would count from the end."""
-    return jnp.where(labels < 0, classes, labels)
+    greater, equal = nearer(cosines, jnp.where(own, cosines, 0).sum(1, keepdims=True))
+    best, nearest = jax.lax.top_k(cosines, min(NEAREST, len(weights)))
+    return nearest, best, (greater & ~own).sum(1), (equal & ~own).sum(1)

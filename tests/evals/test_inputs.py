@@ -11,15 +11,13 @@ from clipjax.data.source import Record
 from clipjax.data.sources import open_source
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.inputs import (
-    Classes,
     caption_batches,
-    classes_of,
     eval_data,
     image_batches,
     prompt_batches,
     require_captions,
 )
-from tests.evals.tiny import LENGTH, MODEL, TOKENIZER, WORDS, mesh_of, stored
+from tests.evals.tiny import LENGTH, MODEL, TOKENIZER, mesh_of, stored
 
 
 @pytest.fixture(scope="module")
@@ -80,38 +78,6 @@ def test_prompts_class_by_class(encoder):
 def test_truncation_is_counted(encoder, caplog):
     list(prompt_batches(encoder, TOKENIZER, ["fox", "x" * 100], ("{c}", "my {c}")))
     assert f"classes: 2 of 4 prompts were truncated to {LENGTH} tokens" in caplog.text
-
-
-def test_classes_of_a_dataset_without_labels(tsv, data, encoder):
-    source = open_source(data)
-    classes = classes_of(source, str(tsv / "names.txt"))
-    assert classes.names == tuple(WORDS)
-    labels = np.concatenate([b["label"] for b in image_batches(encoder, source, data, labels=classes.labels)])
-    assert labels.tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 0, -1, -1]
-    with pytest.raises(ConfigError, match=r"classnames = None: tsv:.* has none of its own: give a file"):
-        classes_of(source, None)
-    (tsv / "few.txt").write_text("\n".join(WORDS[2:]) + "\n")
-    with pytest.raises(ConfigError, match=r"2 captions of tsv:.* are no class name: add 'fox number 0', 'fox number 1'"):
-        classes_of(source, str(tsv / "few.txt"))
-
-
-def test_classes_of_a_dataset_with_labels(tsv, data):
-    source = open_source(data)
-    source.classnames = ("a", "b", "c")
-    assert classes_of(source, None) == Classes(("a", "b", "c"))
-    (tsv / "three.txt").write_text("fox\nhen\nowl\n")
-    assert classes_of(source, str(tsv / "three.txt")) == Classes(("fox", "hen", "owl"))
-    with pytest.raises(ConfigError, match=r"classnames = '.*names.txt': names 11 classes, but tsv:.* has 3: write"):
-        classes_of(source, str(tsv / "names.txt"))
-
-
-def test_numbers_as_labels_are_named_by_a_file(tsv):
-    (tsv / "three.txt").write_text("fox\nhen\nowl\n")
-    assert classes_of(stored(tsv, [0, 2, -1] * 3 + [1]), str(tsv / "three.txt")) == Classes(("fox", "hen", "owl"))
-    with pytest.raises(ConfigError, match=r"three.txt': names 3 classes, but stored has labels up to 3: write one name a line"):
-        classes_of(stored(tsv, [0, 3] * 5), str(tsv / "three.txt"))
-    with pytest.raises(ConfigError, match=r"data.spec = 'stored': has neither labels nor captions.*--label-field.*there are png"):
-        classes_of(stored(tsv, [-1] * 10, captions=False), str(tsv / "three.txt"))
 
 
 def test_an_image_without_a_caption_counts_where_none_is_needed(tsv, encoder, data):

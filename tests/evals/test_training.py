@@ -119,7 +119,7 @@ def test_geometry_in_training_has_metrics_and_a_plot_a_step(run, params, tmp_pat
 
 def test_what_can_not_be_read_is_refused_before_training(run):
     for evals, match in (
-        (config.Zeroshot(data=run.data.spec), "has none of its own: give a file"),
+        (config.Zeroshot(data=run.data.spec), "has none of its own: give a set's name or a file"),
         (config.Zeroshot(data=run.data.spec, classnames="nowhere"), "classnames = 'nowhere'"),
         (config.Zeroshot(data=run.data.spec, templates="fancy", classnames=run.evals[1].classnames), "templates = 'fancy'"),
         (config.Retrieval(data="tsv:nowhere"), "nowhere"),
@@ -153,15 +153,6 @@ def test_an_evaluation_does_not_see_what_the_run_trains_on(tmp_path):
         make_evaluators(run, mesh_of("1"), TOKENIZER)
     named = dataclasses.replace(run, evals=(config.Retrieval(data=f"folder:{tmp_path}"),))
     assert make_evaluators(named, mesh_of("1"), TOKENIZER)[0].dataset == f"folder:{tmp_path}/test"
-
-
-def test_no_labels_at_all(run, params, tsv):
-    encoder = Encoder(MODEL, mesh_of("1"), 4)
-    zeroshot = ZeroshotEvaluation.prepare(encoder, TOKENIZER, run.data, plain(str(tsv / "names.txt")))
-    without_labels = RetrievalEvaluation.prepare(encoder, TOKENIZER, run.data, config.Retrieval())
-    zeroshot.images = without_labels.images
-    with pytest.raises(ConfigError, match="none has a label"):
-        zeroshot.run(params)
 
 
 def test_embed_writes_what_the_towers_say(run, model, params, images, tmp_path):

@@ -1,15 +1,21 @@
+import csv
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from clipjax.evals import zeroshot
+from clipjax.evals.classes import Classes
 from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.evals.inputs import prompt_batches
+from clipjax.evals.predictions import Predictions
 from clipjax.evals.prompts import fill, templates
 from clipjax.evals.zeroshot import ZeroshotEvaluation
 from clipjax.sharding import over_rows, replicated
 from tests.evals.tiny import MODEL, TOKENIZER, WORDS, image_batches, mesh_of, tokenize
+
+NONE = CachedBatches(list, 0, "", "")
 
 
 def dense_weights(model, names, prompts):
@@ -25,18 +31,26 @@ def dense_weights(model, names, prompts):
 def dense_metrics(images, weights, labels):
     s = np.float64(images) @ weights.T
     right = s[np.arange(len(s)), labels][:, None]
-    other = np.arange(len(weights))[None, :] != labels[:, None]
-    rank = 1 + ((s > right + 1e-6) & other).sum(1) + 0.5 * ((np.abs(s - right) <= 1e-6) & other).sum(1)
-    top5 = np.mean(rank <= 5) if len(weights) >= 5 else None
-    recall = np.mean([np.mean(rank[labels == c] <= 1) for c in np.unique(labels)])
-    return {"acc1": np.mean(rank <= 1), "acc5": top5, "mean_per_class_recall": recall}
+    greater, tied = (s > right + 1e-6).sum(1), (np.abs(s - right) <= 1e-6).sum(1)  # with the right class itself
+    top1, top5 = (np.clip((k - greater) / tied, 0, 1) for k in (1, 5))
+    recall = np.mean([np.mean(top1[labels == c]) for c in np.unique(labels)])
+    return {"acc1": np.mean(top1), "acc5": np.mean(top5) if len(weights) >= 5 else None, "mean_per_class_recall": recall}
+
+
+def evaluation_of(encoder, images, names, labels, prompts="simple"):
+    """Of an array of images."""
+    labels = np.asarray(labels, np.int32)
+    images = image_batches(images, encoder, label=labels, index=np.arange(len(images), dtype=np.int32))
+    texts = prompt_batches(encoder, TOKENIZER, names, templates(prompts))
+    keys = tuple(f"{i}.png" for i in range(len(labels)))
+    return ZeroshotEvaluation(encoder, images, texts, Classes(tuple(names), labels, keys))
 
 
 @pytest.mark.parametrize("prompts", ["plain", "simple"])
 def test_class_embeddings_are_ensembled(encoder, model, params, prompts):
     prompts = templates(prompts)
     texts = prompt_batches(encoder, TOKENIZER, WORDS, prompts)
-    evaluation = ZeroshotEvaluation(encoder, CachedBatches(list, 0, "", ""), texts, len(WORDS))
+    evaluation = ZeroshotEvaluation(encoder, NONE, texts, Classes(tuple(WORDS), np.zeros(0, np.int32), ()))
     got = evaluation.class_embeddings(params)
     assert got.sharding.is_fully_replicated
     np.testing.assert_allclose(got, dense_weights(model, WORDS, prompts), atol=1e-6)
@@ -51,67 +65,106 @@ def test_equals_the_dense_reference(encoder, model, params, images, names):
     want = dense_metrics(z, weights, labels)
     assert 0 < want["acc1"] < 1
     assert want["mean_per_class_recall"] != pytest.approx(want["acc1"])
-    images = image_batches(images, encoder, label=labels)
-    texts = prompt_batches(encoder, TOKENIZER, names, prompts)
-    found = ZeroshotEvaluation(encoder, images, texts, len(names)).run(params).metrics
+    results = evaluation_of(encoder, images, names, labels).run(params)
+    found = results.metrics
     assert found == pytest.approx(want, abs=1e-12)
     assert (found["acc5"] is None) == (len(names) < 5)
+    (examples,) = results.examples
+    assert list(examples.keys) == [f"{i}.png" for i in range(37)]
+    means = {name: values.mean() for name, values in examples.values.items()}
+    assert means == pytest.approx({name: value for name, value in want.items() if value is not None})
+    assert list(examples.facts["class"]) == [names[i] for i in labels]
+    assert list(examples.facts["predicted"]) == [names[i] for i in (z @ weights.T).argmax(1)]
 
 
-def count(cosines, labels):
-    """The counting alone, on chosen cosines: image i is the i-th unit vector, so that `weights` are the cosines."""
+def compare(cosines, labels):
+    """The comparison alone, on chosen cosines: image i is the i-th unit vector, so that `weights` are the cosines."""
     cosines = np.asarray(cosines, np.float32)
-    empty = jnp.zeros((cosines.shape[1], 3), jnp.int32)
-    rows = jnp.eye(len(cosines))
-    return np.asarray(jax.jit(zeroshot._count)(empty, jnp.asarray(cosines.T), rows, jnp.asarray(labels, jnp.int32)))
+    found = jax.jit(zeroshot._compare)(jnp.asarray(cosines.T), jnp.eye(len(cosines)), jnp.asarray(labels, jnp.int32))
+    return Predictions(tuple(WORDS), tuple(map(str, labels)), np.asarray(labels), *map(np.asarray, found))
 
 
-def test_counts_by_class():
-    found = count([[0.9, 0.1, 0], [0.9, 0.1, 0], [0.1, 0.9, 0]], [0, 1, 1])
-    np.testing.assert_array_equal(found, [[1, 1, 1], [1, 2, 2], [0, 0, 0]])  # class 2 does not occur
+def test_a_tie_counts_its_chance():
+    six = compare([[0.5] * 6], [3])
+    assert six.hits(1) == pytest.approx(1 / 6)
+    assert six.hits(5) == pytest.approx(5 / 6)
+    assert compare([[0.5, 0.9, 0.5, 0.5]], [3]).hits(1) == 0
+    assert compare([[0.5, 0.9, 0.5, 0.5]], [3]).hits(2) == pytest.approx(1 / 3)
+    assert compare([[0.5, 0.5 + 1e-7, 0]], [0]).hits(1) == 0.5  # rounding is no difference
+    assert compare([[0.5, 0.5 + 1e-5, 0]], [1]).hits(1) == 1
+    found = compare([[0.1, 0.9, 0.3]], [2])
+    assert (found.nearest.tolist(), found.hits(1), found.hits(2)) == ([[1, 2, 0]], 0, 1)
 
 
-def test_padding_is_not_counted():
-    assert count([[0.9, 0.1], [0.9, 0.1]], [-1, 0]).tolist() == [[1, 1, 1], [0, 0, 0]]
+def test_two_equal_names_cost_nothing(params, images):
+    """Within one image of argmax, which takes the first of equal ones."""
+    encoder = Encoder(MODEL, mesh_of("1"), 13)
+    names, labels = [*WORDS[:4], WORDS[1]], np.arange(37) % 5
+    evaluation = evaluation_of(encoder, images, names, labels)
+    z = np.concatenate([np.asarray(z) for z, _ in encoder.stream(params, evaluation.images)])[:37]
+    nearest = (z @ np.asarray(evaluation.class_embeddings(params)[:4]).T).argmax(1)
+    hits = np.where(np.isin(labels, (1, 4)), (nearest == 1) / 2, nearest == labels)
+    assert 0.5 in hits
+    found = evaluation.run(params).metrics["acc1"]
+    assert found == pytest.approx(hits.mean())
+    assert abs(found - np.mean(nearest == labels)) * 37 <= 1
 
 
-def test_ties_are_no_hits():
-    six = [[0.5] * 6]
-    assert count(six, [3])[3].tolist() == [0, 1, 1]  # rank 1 + 5/2
-    assert count([[0.5] * 11], [3])[3].tolist() == [0, 0, 1]  # rank 1 + 10/2
-    assert count([[0.5, 0.5 + 1e-7, 0]], [0])[0].tolist() == [0, 1, 1]  # rounding is no difference
-    assert count([[0.5, 0.5 + 1e-5, 0]], [1])[1].tolist() == [1, 1, 1]
+def test_a_collapsed_model_gets_what_chance_does(params, images):
+    encoder = Encoder(MODEL, mesh_of("1"), 13)
+    evaluation = evaluation_of(encoder, images, WORDS, np.arange(37) % 11)
+    evaluation.class_embeddings = lambda _: jnp.ones((11, 8)) / 8**0.5
+    assert evaluation.run(params).metrics == pytest.approx({"acc1": 1 / 11, "acc5": 5 / 11, "mean_per_class_recall": 1 / 11})
 
 
 def test_recall_weighs_classes_and_accuracy_images(params):
-    """Nine of A, one of B, all are taken for A."""
-    encoder = Encoder(MODEL, mesh_of("1"), 10)
-    images = image_batches(np.zeros((10, 8, 8, 3), np.uint8), encoder, label=np.array([0] * 9 + [1], np.int32))
-    evaluation = ZeroshotEvaluation(encoder, images, CachedBatches(list, 0, "", ""), 2)
-    z = next(encoder.stream(params, images))[0][0]
+    """Nine of A, one of B, all are taken for A; one without a label is left out."""
+    encoder = Encoder(MODEL, mesh_of("1"), 11)
+    evaluation = evaluation_of(encoder, np.zeros((11, 8, 8, 3), np.uint8), ["A", "B"], [0] * 9 + [1, -1])
+    z = next(encoder.stream(params, evaluation.images))[0][0]
     evaluation.class_embeddings = lambda _: jnp.stack([z, -z])
-    assert evaluation.run(params).metrics == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5}
+    results = evaluation.run(params)
+    assert results.metrics == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5}
+    assert len(results.examples[0].keys) == 10
+    assert len(results.predictions.keys) == 11
 
 
-def test_order_of_the_classes_does_not_matter(params, images):
+def test_predictions_are_a_table(params, images, tmp_path):
     encoder = Encoder(MODEL, mesh_of("8"), 16)
-    labels = np.arange(37, dtype=np.int32) % 11
+    evaluation = evaluation_of(encoder, images, WORDS[:3], [0, -1, 2] + [1] * 34)
+    evaluation.run(params).predictions.write(tmp_path / "new" / "p.csv")
+    with open(tmp_path / "new" / "p.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["key", "label", "class1", "cosine1", "class2", "cosine2", "class3", "cosine3"]
+    assert [row["key"] for row in rows] == [f"{i}.png" for i in range(37)]
+    assert [row["label"] for row in rows[:4]] == [WORDS[0], "", WORDS[2], WORDS[1]]
+    z = np.concatenate([np.asarray(z) for z, _ in encoder.stream(params, evaluation.images)])[:37]
+    cosines = z @ np.asarray(evaluation.class_embeddings(params)).T
+    order = np.argsort(-cosines, 1)
+    for i, row in enumerate(rows):
+        assert [row[f"class{k}"] for k in (1, 2, 3)] == [WORDS[j] for j in order[i]]
+        assert [float(row[f"cosine{k}"]) for k in (1, 2, 3)] == pytest.approx(list(cosines[i, order[i]]), abs=1e-6)
+
+
+def test_order_of_the_classes_and_number_of_devices_do_not_matter(params, images):
+    labels = np.arange(37) % 11
     order = np.random.default_rng(0).permutation(11)
     runs = []
-    for names, label in ((WORDS, labels), ([WORDS[i] for i in order], np.argsort(order)[labels].astype(np.int32))):
-        prompts = prompt_batches(encoder, TOKENIZER, names, templates("simple"))
-        runs.append(ZeroshotEvaluation(encoder, image_batches(images, encoder, label=label), prompts, 11).run(params).metrics)
-    assert runs[0] == pytest.approx(runs[1], abs=1e-12)
+    for mesh in ("1", "8"):
+        encoder = Encoder(MODEL, mesh_of(mesh), 16)
+        runs.append(evaluation_of(encoder, images, WORDS, labels).run(params).metrics)
+    runs.append(evaluation_of(encoder, images, [WORDS[i] for i in order], np.argsort(order)[labels]).run(params).metrics)
+    assert runs[0] == runs[1] == pytest.approx(runs[2], abs=1e-12)
 
 
 def test_a_device_holds_only_its_images_cosines():
     mesh = mesh_of("8")
     encoder = Encoder(MODEL, mesh, 1024)
-    evaluation = ZeroshotEvaluation(encoder, CachedBatches(list, 0, "", ""), CachedBatches(list, 0, "", ""), 4096)
+    evaluation = ZeroshotEvaluation(encoder, NONE, NONE, Classes(("",) * 4096, np.zeros(0, np.int32), ()))
 
     def shape(*shape, dtype=jnp.float32, rows=False):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=(over_rows if rows else replicated)(mesh))
 
-    args = shape(4096, 3, dtype=jnp.int32), shape(4096, 8), shape(1024, 8, rows=True), shape(1024, dtype=jnp.int32, rows=True)
-    used = evaluation._count.lower(*args).compile().memory_analysis().temp_size_in_bytes
-    assert used < (4 * 1024 * 4096) / 3  # twice its eighth of the batch's cosines, and the counts
+    args = shape(4096, 8), shape(1024, 8, rows=True), shape(1024, dtype=jnp.int32, rows=True)
+    used = evaluation._compare.lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert used < (4 * 1024 * 4096) / 2  # three times its eighth of the batch's cosines: sorting takes two
