@@ -133,11 +133,12 @@ class Tfds(Source):
         likely = [self._text] if self._text in labels else single if len(single) == 1 else labels
         self._label = chosen or (likely[0] if len(likely) == 1 else None)
         self.multilabel = self._label is not None and leaves[self._label][1]
-        names = {
-            p: tuple(name.replace("_", " ") for name in leaves[p][0].names) for p in (self._label, self._text) if p in labels
-        }
-        self.classnames = names.get(self._label)
-        self._label_captions = names.get(self._text)  # None: captions are texts
+
+        def names_of(path: str | None) -> tuple[str, ...] | None:
+            return tuple(name.replace("_", " ") for name in leaves[path][0].names) if path in labels else None
+
+        self.classnames = names_of(self._label)
+        self._label_captions = names_of(self._text)  # None: captions are texts
         self._key = next((p for k in KEYS for p in texts if p.split("/")[-1] == k and not leaves[p][1]), None)
         numbers = [p for p, (f, many) in leaves.items() if not many and f.shape == () and np.dtype(f.np_dtype).kind in "fiu"]
         self._number = data.filter.number
