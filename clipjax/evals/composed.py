@@ -67,10 +67,10 @@ class ComposedEvaluation(Evaluation):
         `picture_alone_recall@1` and `text_alone_recall@1` are of x and of t - s alone; `recall@1_by_weight` is the curve over
         `weights`. A question whose reference, or whose targets, can't be read does not count."""
         found = [embed(params) for embed in self._images]
-        z, there = np.concatenate([z for z, _ in found]), np.concatenate([there for _, there in found])
+        z, readable = np.concatenate([z for z, _ in found]), np.concatenate([readable for _, readable in found])
         t, _ = self._texts(params)
         mixes: list[Mix] = [(1, self.weight), (1, 0), (0, 1), *((1, weight) for weight in WEIGHTS)]
-        hits = np.concatenate([self._hits(part, z, there, t, mixes) for part in self._portions(len(z))], axis=2)
+        hits = np.concatenate([self._hits(part, z, readable, t, mixes) for part in self._portions(len(z))], axis=2)
         weights = np.array([question.weight for question in self.questions])
         counts = ~np.isnan(hits[0, 0])
         hits *= weights * counts.sum() / max(weights[counts].sum(), 1e-30)  # then the mean over the questions is the weighted one
@@ -88,13 +88,13 @@ class ComposedEvaluation(Evaluation):
         return np.array_split(numbers, -(-len(numbers) * pictures // AT_ONCE))
 
     def _hits(
-        self, part: Int[np.ndarray, " q"], z: Vectors, there: Bool[np.ndarray, " n"], t: Vectors, mixes: Sequence[Mix]
+        self, part: Int[np.ndarray, " q"], z: Vectors, readable: Bool[np.ndarray, " n"], t: Vectors, mixes: Sequence[Mix]
     ) -> Float[np.ndarray, "m k q"]:
         """For each mix and each of KS, the expected hit of each question of a part; NaN where it does not count."""
         own, searched = self._search(part, len(z))
         reference = np.array([self._asked.pictures[q][0] for q in part])
-        counts = there[reference] & ((own & there).any(1) | ~own.any(1))
-        searched &= there
+        counts = readable[reference] & ((own & readable).any(1) | ~own.any(1))
+        searched &= readable
         searched[np.arange(len(part)), reference] = False
         own, others = own & searched, searched & ~own
         x, sources = z[reference], self._sources[part]
