@@ -130,21 +130,22 @@ class EvaluationExample:
     read: Callable[[int], Record]  # may raise anything
     data: config.Data
     size: int
-    captioned: bool  # an example without a caption is bad
 
     def __call__(self, number: int) -> Arrays:
-        real, good, label = number < len(self.source), False, -1
+        real, good, captioned, label = number < len(self.source), False, False, -1
         pixels = np.zeros((self.size, self.size, 3), np.uint8)
         if real:
             try:
-                record = usable(lambda: self.read(number), number, self.captioned)
-                pixels, label, good = self._pixels(record), record.label, True
+                record = usable(lambda: self.read(number), number, captioned=False)
+                captioned, label = bool(record.captions), record.label
+                pixels, good = self._pixels(record), True
             except Bad as bad:
                 self.source.warn(bad.key, f"is left out, because it {bad}")
         return {
             "image": pixels,
             "index": np.int32(number if real else -1),
             "label": np.int32(label),
+            "captioned": np.bool_(captioned),
             "mask": np.bool_(good),
             "replaced": np.bool_(real and not good),
         }

@@ -166,20 +166,18 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-    captioned: bool = True,
 ) -> BatchStream:
     """This process's share of all examples, each once, in order, not augmented. Threads decode, whatever `data.worker_kind` is.
-    `captioned`: an example without a caption is bad, unless the source has images alone.
 
     A batch holds `image` uint8 [b, s, s, 3], `index` int32 [b] (the example's; -1: padding), `label` int32 [b] (-1: none), and
-    bool [b] `mask` (true for what counts: neither padding nor replaced) and `replaced`. The last batch is padded, so that shapes
-    never change. All processes get the same number of batches."""
+    bool [b] `captioned`, `mask` (true for what counts: neither padding nor replaced) and `replaced`. The last batch is padded, so
+    that shapes never change. All processes get the same number of batches."""
     local = _local_batch(batch_size, process_count)
     numbers = np.arange(len(source))
     read = Sequential(source, numbers[numbers // local % process_count == process_index])
     own = _Own(lambda step: step, 0, batch_size, local, process_index)
     workers = _workers(dataclasses.replace(data, worker_kind="threads"), image_size, SCALARS)
-    examples = EvaluationExample(source, read, data, image_size, captioned and source.captioned)
+    examples = EvaluationExample(source, read, data, image_size)
     return BatchStream(lambda i: examples(own(i)), local, workers, math.ceil(len(source) / batch_size))
 
 

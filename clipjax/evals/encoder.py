@@ -1,9 +1,10 @@
 """Embeddings of a full dataset, computed on all devices batch by batch. They stay on the devices that computed them."""
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clipjax import config, distributed, preemption
 from clipjax.data.bar import bar
+from clipjax.evals.store import VECTORS, Store, checksum
 from clipjax.models.clip import Params, bind
 from clipjax.placement import make_placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
@@ -39,6 +41,16 @@ class Embeddings:
         return self.z.reshape(-1, self.z.shape[-1]), self.index.reshape(-1)
 
 
+@dataclass(frozen=True)
+class Content:
+    """What batches hold, row by row, and so how the vectors of it can be kept on disk: row i of all batches is item i."""
+
+    total: int  # items; the rows after them are padding
+    identity: Callable[[], dict[str, Any]]  # what decides the vectors beside the model, as JSON
+    complete: Callable[[Iterable[Batch]], Iterator[Batch]]  # adds `index` or `label` to batches of `row` [b] and what is `kept`
+    kept: tuple[str, ...] = ()  # arrays that only reading the items gives
+
+
 class CachedBatches:
     """Batches of equal shape that can be iterated over several times. Small datasets are read once and kept in memory.
 
@@ -47,10 +59,16 @@ class CachedBatches:
     """
 
     def __init__(
-        self, read: Callable[[], Iterable[Batch]], count: int, name: str, unit: str, cache_bytes: int = CACHE_BYTES
+        self,
+        read: Callable[[], Iterable[Batch]],
+        count: int,
+        name: str,
+        unit: str,
+        cache_bytes: int = CACHE_BYTES,
+        content: Content | None = None,
     ) -> None:
         """`read` reads the `count` batches anew each time. `name` is the dataset's, `unit` what it counts: images, captions."""
-        self._read, self._count, self._cache_bytes = read, count, cache_bytes
+        self._read, self._count, self._cache_bytes, self.content = read, count, cache_bytes, content
         self._cache: list[Batch] | None = None
         self.name, self.unit = name, unit
 
@@ -83,6 +101,7 @@ class BatchedModel:
         self.model = model
         self.mesh = mesh
         self.batch_size = -(-batch_size // devices) * devices
+        self.left_out: dict[str, int] = {}  # by dataset: images that could not be used when it was last read
 
     def batch_count(self, total: int) -> int:
         """How many batches `total` examples fill. The last may be filled in part."""
@@ -115,10 +134,14 @@ class BatchedModel:
 class Encoder(BatchedModel):
     """Both towers, compiled for global batches on a mesh. The weights are an argument, so that training compiles them once."""
 
-    def __init__(self, model: config.Model, mesh: Mesh, batch_size: int, features: Features = "embedding") -> None:
-        """`features` of images: the embedding, or what the tower gives before its projection."""
+    def __init__(
+        self, model: config.Model, mesh: Mesh, batch_size: int, features: Features = "embedding", store: Store | None = None
+    ) -> None:
+        """`features` of images: the embedding, or what the tower gives before its projection. `store`: where vectors are kept."""
         super().__init__(model, mesh, batch_size)
         self.features: Features = features
+        self.store = store
+        self._weights: tuple[Params, str] | None = None  # the latest, and their checksum
         rows, placement = over_rows(mesh), make_placement(mesh, model.dtype)
 
         def image(params: Params, x: Array) -> Array:
@@ -135,12 +158,61 @@ class Encoder(BatchedModel):
 
     def stream(self, params: Params, batches: CachedBatches) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
         """The unit vectors, float32, of one batch after another, each with the other arrays of its batch, all global."""
+        content = batches.content
+        if self.store is None or content is None:
+            return self._encoded(params, batches)
+        identity = self._identity(params, content)
+        found = self.store.find(batches.name, identity)
+        if distributed.total(int(found is not None)) < jax.process_count() or found is None:  # each has the rows of its own
+            return self._kept(params, batches, content, self.store, identity)
+        again = CachedBatches(lambda: content.complete(self._stored(found, content)), len(batches), batches.name, batches.unit, 0)
+        return self.map_batches(again, lambda batch: batch.pop(VECTORS))
 
+    def _encoded(self, params: Params, batches: CachedBatches) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
         def encode(batch: dict[str, Array]) -> Array:
             (kind,) = self._towers.keys() & batch.keys()
             return self._towers[kind](params, batch.pop(kind))
 
-        yield from self.map_batches(batches, encode)
+        return self.map_batches(batches, encode)
+
+    def _identity(self, params: Params, content: Content) -> dict[str, Any]:
+        """What decides the vectors of `content`, and which rows of them this process has."""
+        processes = [jax.process_index(), jax.process_count(), self.batch_size] if jax.process_count() > 1 else None
+        if self._weights is None or self._weights[0] is not params:
+            self._weights = params, checksum(params, self.mesh)
+        own = {"weights": self._weights[1], "model": dataclasses.asdict(self.model), "features": self.features}
+        return {**own, "processes": processes, **content.identity()}
+
+    def _kept(
+        self, params: Params, batches: CachedBatches, content: Content, store: Store, identity: dict[str, Any]
+    ) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
+        """As `_encoded`; what it gives is also stored once all of it is there."""
+        own = [int(real.sum()) for _, real in self.rows(content.total)]
+        waiting: collections.deque[tuple[dict[str, Array], int]] = collections.deque()
+        with store.writing(batches.name, identity, sum(own)) as write:
+
+            def write_first() -> None:
+                arrays, n = waiting.popleft()
+                write({name: local_rows(x)[:n] for name, x in arrays.items()})
+
+            for (z, rest), n in zip(self._encoded(params, batches), own, strict=True):
+                waiting.append(({VECTORS: z, **{name: rest[name] for name in content.kept}}, n))
+                yield z, rest
+                if len(waiting) > IN_FLIGHT:  # the devices have the next batches already
+                    write_first()
+            while waiting:
+                write_first()
+
+    def _stored(self, table: np.ndarray, content: Content) -> Iterator[Batch]:
+        """Batches of what `Store.find` found, in place of those that need a tower."""
+        done = 0
+        for numbers, real in self.rows(content.total):
+            rows = np.zeros(len(real), table.dtype)
+            n = int(real.sum())
+            rows[:n] = table[done : done + n]
+            done += n
+            arrays = {name: np.ascontiguousarray(rows[name]) for name in (VECTORS, *content.kept)}
+            yield {"row": np.where(real, numbers, -1).astype(np.int32), **arrays}
 
     def embed(self, params: Params, batches: CachedBatches) -> Embeddings:
         """The unit vectors of all batches, sharded over the devices. Each batch is written in place as it is computed."""
@@ -167,6 +239,14 @@ def progress(batches: CachedBatches, batch_size: int) -> Iterator[Batch]:
         for batch in batches:
             yield batch
             shown.update(batch_size)
+
+
+def local_rows(x: Array) -> np.ndarray:
+    """This process's rows of a global array of rows."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    first = {shard.index[0].start: shard.data for shard in x.addressable_shards}  # copies of the same rows are alike
+    return np.concatenate([np.asarray(first[start]) for start in sorted(first)])
 
 
 def to_host(x: Array) -> np.ndarray:

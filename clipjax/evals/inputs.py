@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +13,8 @@ from clipjax.config import ConfigError
 from clipjax.data.pipeline import eval_batches
 from clipjax.data.source import Source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import Batch, CachedBatches, Encoder
+from clipjax.evals import identity
+from clipjax.evals.encoder import Batch, CachedBatches, Content, Encoder
 from clipjax.evals.prompts import fill
 from clipjax.status import CertainFailure
 
@@ -54,20 +55,32 @@ def image_batches(
     share = dict(process_index=jax.process_index(), process_count=jax.process_count())
 
     def read() -> Iterator[Batch]:
-        unreadable = 0
-        with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, captioned=captioned, **share) as batches:
+        with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, **share) as batches:
             for batch in batches:
-                unreadable += int(batch["replaced"].sum())
-                index = np.where(batch["mask"], batch["index"], np.int32(-1))
-                own = batch["label"] if labels is None else labels[np.maximum(index, 0)]
-                counted = {"index": index, "label": np.where(batch["mask"], own, np.int32(-1))}
-                yield {"image": batch["image"], **counted}
-        if (unreadable := distributed.total(unreadable)) == len(source):
-            raise CertainFailure(f"{source.name}: none of {unreadable:,} examples can be used; the log says why")
-        if unreadable and jax.process_index() == 0:
-            log.warning("%s: %d of %d examples can't be used and are left out", source.name, unreadable, len(source))
+                own = {"usable": batch["mask"], "captioned": batch["captioned"], "own_label": batch["label"]}
+                yield {"image": batch["image"], "row": batch["index"], **own}
 
-    return CachedBatches(read, encoder.batch_count(len(source)), source.name, "images")
+    def complete(batches: Iterable[Batch]) -> Iterator[Batch]:
+        left_out = silent = 0
+        for batch in batches:
+            row, used = batch["row"], batch["usable"]
+            if captioned and source.captioned:
+                silent += int((used & ~batch["captioned"]).sum())
+                used = used & batch["captioned"]
+            left_out += int((row >= 0).sum() - used.sum())
+            label = batch["own_label"] if labels is None else labels[np.maximum(row, 0)]
+            yield batch | {"index": np.where(used, row, np.int32(-1)), "label": np.where(used, label, np.int32(-1))}
+        left_out, silent = distributed.total(left_out), distributed.total(silent)
+        encoder.left_out[source.name] = left_out
+        if left_out == len(source):
+            raise CertainFailure(f"{source.name}: none of {left_out:,} examples can be used; the log says why")
+        if left_out and jax.process_index() == 0:
+            why = f" ({silent} have no caption)" if silent else ""
+            log.warning("%s: %d of %d examples can't be used and are left out%s", source.name, left_out, len(source), why)
+
+    content = Content(len(source), lambda: identity.of_images(source, data), complete, kept=("usable", "captioned", "own_label"))
+    count = encoder.batch_count(len(source))
+    return CachedBatches(lambda: complete(read()), count, source.name, "images", content=content)
 
 
 def caption_batches(
@@ -112,8 +125,14 @@ def _text_batches(
         for rows, real in encoder.rows(len(texts)):
             tokens, truncated = tokenizer.encode([texts[int(i)] for i in rows])
             count += int((truncated & real).sum())
-            yield {"text": tokens, **{k: np.where(real, v[rows], np.int32(-1)) for k, v in columns.items()}}
+            yield {"text": tokens, "row": np.where(real, rows, -1).astype(np.int32)}
         if (count := distributed.total(count)) and jax.process_index() == 0:
             log.warning("%s: %d of %d %s were truncated to %d tokens", name, count, len(texts), unit, tokenizer.length)
 
-    return CachedBatches(read, encoder.batch_count(len(texts)), name, unit)
+    def complete(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            row = batch["row"]
+            yield batch | {k: np.where(row >= 0, v[np.maximum(row, 0)], np.int32(-1)) for k, v in columns.items()}
+
+    content = Content(len(texts), lambda: identity.of_texts(tokenizer, texts), complete)
+    return CachedBatches(lambda: complete(read()), encoder.batch_count(len(texts)), name, unit, content=content)

@@ -31,7 +31,7 @@ def pictures(run: config.Run, wanted: Sequence[str], split: str, image_field: st
         data = eval_data(run, word, split, image_field=image_field)
         source = open_source(data)
         size = run.model.image.image_size
-        with eval_batches(source, data, image_size=size, batch_size=BATCH, captioned=False) as batches:
+        with eval_batches(source, data, image_size=size, batch_size=BATCH) as batches:
             for batch in batches:
                 names += [source.text(i).key for i in batch["index"][batch["mask"]].tolist()]
                 images += map(Image.fromarray, batch["image"][batch["mask"]])

@@ -1,0 +1,140 @@
+import dataclasses
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipjax import config
+from clipjax.data.sources import open_source
+from clipjax.evals.embed import by_index
+from clipjax.evals.encoder import Encoder
+from clipjax.evals.inputs import caption_batches, image_batches, prompt_batches
+from clipjax.evals.store import Store, checksum
+from clipjax.sharding import over_rows
+from tests.evals.tiny import MODEL, TOKENIZER, mesh_of
+
+
+class Counting(Encoder):
+    """Counts the rows that its towers see."""
+
+    def __init__(self, store, mesh="1", batch_size=4, model=MODEL):
+        super().__init__(model, mesh_of(mesh), batch_size, store=store)
+        self.rows_seen = 0
+        self._towers = {kind: self._counted(tower) for kind, tower in self._towers.items()}
+
+    def _counted(self, tower):
+        def counted(params, x):
+            self.rows_seen += len(x)
+            return tower(params, x)
+
+        return counted
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "embeddings")
+
+
+@pytest.fixture
+def data(tsv):
+    return config.Data(spec=f"tsv:{tsv}/pairs.tsv", workers=1)
+
+
+def images_of(encoder, params, data, **more):
+    return by_index(encoder, params, image_batches(encoder, open_source(data), data, **more), 10)
+
+
+def test_vectors_are_found_again_bit_by_bit_by_every_evaluation(store, params, data, caplog):
+    first, plain = Counting(store), Counting(None)
+    want, has = images_of(plain, params, data)
+    got, found = images_of(first, params, data)
+    assert first.rows_seen == 12
+    again = Counting(store, batch_size=3)  # of another size, and from another process
+    z, real = images_of(again, params, data)
+    assert again.rows_seen == 0
+    for x, y in ((got, want), (found, has), (z, want), (real, has)):
+        np.testing.assert_array_equal(x, y)
+    assert not has[4]
+    assert again.left_out == {f"tsv:{data.spec[4:]}": 1}
+    assert caplog.text.count("1 of 10 examples can't be used and are left out") == 3  # told each time
+    classes = np.arange(10, dtype=np.int32)
+    rows = list(again.stream(params, image_batches(again, open_source(data), data, labels=classes, captioned=False)))
+    labels = np.concatenate([rest["label"] for _, rest in rows])
+    assert labels[:10].tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9]
+    assert again.rows_seen == 0
+
+
+def test_texts_are_found_by_their_tokens(store, params):
+    encoder = Counting(store)
+    one, _ = by_index(encoder, params, caption_batches(encoder, TOKENIZER, ["fox", "hen", "owl"], [2, 0, 1], "x"), 3)
+    seen = encoder.rows_seen
+    same = prompt_batches(encoder, TOKENIZER, ["fox", "hen", "owl"], ["{c}"])
+    other, _ = by_index(encoder, params, caption_batches(encoder, TOKENIZER, ["fox", "hen", "owl"], [0, 1, 2], "x"), 3)
+    np.testing.assert_array_equal(one[[2, 0, 1]], other)  # whose they are is not kept
+    assert encoder.rows_seen == seen
+    (batch,) = encoder.stream(params, same)
+    assert batch[1]["label"].tolist() == [0, 1, 2, -1]
+    by_index(encoder, params, caption_batches(encoder, TOKENIZER, ["fox", "hen", "elk"], [0, 1, 2], "x"), 3)
+    assert encoder.rows_seen > seen
+
+
+def test_nothing_old_is_used(store, params, data, tsv, tmp_path):
+    encoder = Counting(store)
+    images_of(encoder, params, data)
+    leaves, tree = jax.tree.flatten(params)
+    other = jax.tree.unflatten(tree, [leaves[0].at[(0,) * leaves[0].ndim].add(1e-3), *leaves[1:]])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in tsv.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    same = config.Data(spec=f"tsv:{moved}/pairs.tsv", workers=1)
+    images_of(encoder, params, same)
+    Image.new("RGB", (8, 8)).save(moved / "3.png")  # under the same key and caption
+    for weights, read in ((other, data), (params, dataclasses.replace(data, resize="crop")), (params, same)):
+        seen = encoder.rows_seen
+        images_of(encoder, weights, read)
+        assert encoder.rows_seen == seen + 12
+    images_of(rounded := Counting(store, model=dataclasses.replace(MODEL, dtype="bfloat16")), params, data)
+    assert rounded.rows_seen == 12
+
+
+def test_an_evaluation_that_ends_early_leaves_nothing(store, params, data):
+    encoder = Counting(store)
+    next(stream := encoder.stream(params, image_batches(encoder, open_source(data), data)))
+    stream.close()
+    assert list(store.folder.iterdir()) == []
+    images_of(encoder, params, data)
+    (file,) = store.folder.iterdir()
+    file.write_bytes(file.read_bytes()[:100])  # damaged: made anew
+    seen = encoder.rows_seen
+    images_of(encoder, params, data)
+    assert encoder.rows_seen == seen + 12
+
+
+def write(store, name, rows):
+    with store.writing(name, {}, rows) as add:
+        add({"z": np.ones((rows, 8), np.float32)})
+
+
+def test_the_oldest_are_dropped_for_room(tmp_path):
+    store = Store(tmp_path, 1000)  # rows of 32 bytes, and a header of 128
+    for age, name in ((3, "a"), (2, "b")):
+        write(store, name, 10)
+        (path,) = tmp_path.glob(f"{name}-*")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert store.find("a", {}) is not None  # is now the newest
+    write(store, "c", 10)
+    assert [store.find(name, {}) is not None for name in "abc"] == [True, False, True]
+    write(store, "d", 100)  # is larger than the folder may be
+    assert [store.find(name, {}) is not None for name in "acd"] == [True, True, False]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_checksum_is_the_same_on_every_mesh_and_sees_every_bit():
+    x = {"w": np.arange(48, dtype=np.float32).reshape(16, 3)}
+    mesh = mesh_of("8")
+    assert checksum(jax.device_put(x, over_rows(mesh)), mesh) == checksum(jax.device_put(x), mesh_of("1"))
+    of = [x, {"w": x["w"].T}, {"w": x["w"][::-1]}, {"v": x["w"]}, {"w": np.nextafter(x["w"], 99)}, {"w": x["w"].astype(int)}]
+    assert len({checksum(jax.device_put(tree), mesh_of("1")) for tree in of}) == len(of)
