@@ -19,7 +19,7 @@ def eval_zeroshot(args: argparse.Namespace) -> None:
 
 def eval_retrieval(args: argparse.Namespace) -> None:
     """`clipjax eval retrieval`: recalls of a run in both directions."""
-    evaluate(args, config.Retrieval(**dataset(args)))
+    evaluate(args, config.Retrieval(**dataset(args), languages=args.languages))
 
 
 def eval_geometry(args: argparse.Namespace) -> None:

@@ -33,6 +33,13 @@ EVAL_COMMANDS = (
         eval_commands.eval_retrieval,
         "image-text retrieval: recall at 1, 5 and 10 in both directions",
         *DATA,
+        argument(
+            "--languages",
+            "NAMES",
+            "of each image's captions in order, as en,ja: each gets recalls of its own",
+            lambda names: tuple(names.split(",")),
+            default=(),
+        ),
         json_out("the result"),
     ),
     command(

@@ -583,7 +583,8 @@ def test_retrieval_of_any_step(workdir, tmp_path, capsys):
             "language": "en",
         }
         assert metrics == logged[step]  # what training saw, exactly
-        assert metrics.keys() == {f"{what}_retrieval_recall@{k}" for what in ("image", "text") for k in (1, 5, 10)}
+        ranks = {f"{what}_retrieval_{rank}_rank" for what in ("image", "text") for rank in ("mean", "median")}
+        assert metrics.keys() == {*config.Retrieval.metrics, *ranks}
     assert run("eval", "retrieval", f"{workdir}@4", "--data", "emoji") == 2
     assert f"RUN = '{workdir}@4': has checkpoints of steps 3, 6 only" in capsys.readouterr().err
 

@@ -351,7 +351,7 @@ FREE = {
         "model.attention",
         "model.unroll",
     ),
-    *(f"evals.0.{name}" for name in ("data", "split", "every", "image_field", "text_field", "label_field", "clean")),
+    *(f"evals.0.{name}" for name in ("data", "split", "every", "image_field", "text_field", "label_field", "clean", "languages")),
     *(f"train.{name}" for name in ("micro_batches", "log_every", "checkpoint_every", "keep", "best", "eval_batch_size")),
     *("train.skip", "train.nonfinite", "train.nonfinite_max", "init"),
     "train.keep_every",
@@ -376,7 +376,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "data.label_field": "a", "data.index": "a", "data.filter.max_aspect": 2.0, "data.filter.max_characters": 9,
     "tokenizer.clean": "web", "evals.0.image_field": "a", "evals.0.text_field": "a", "evals.0.label_field": "a",
     "evals.0.clean": "web", "model.towers": "image", "optim.rules.0.layer_decay": 0.5, "optim.rules.1.layer_decay": 0.5,
-    "model.image.unlock": 2, "model.text.unlock": 2,
+    "model.image.unlock": 2, "model.text.unlock": 2, "evals.0.languages": ("en", "ja"),
 }  # fmt: skip
 BASE = Run(
     data=Data(spec="emoji", filter=config.Filter(number="a", at_least=0.5)),

@@ -10,7 +10,7 @@ import safetensors.numpy
 from clipjax import cli, config
 from clipjax.data.faults import shown
 from clipjax.data.sources import open_source
-from clipjax.evals.retrieval import TIE
+from clipjax.evals.ties import TIE
 from clipjax.export.compare.reference import load
 from tests import torch_reference
 from tests.train import tiny_emoji

@@ -63,8 +63,14 @@ class Retrieval(TrainingEvaluation):
     """Image-text retrieval in both directions."""
 
     task: ClassVar = "zeroshot_retrieval"
-    metrics: ClassVar = tuple(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10))
+    metrics: ClassVar = (*(f"{found}_retrieval_recall@{k}" for found in ("image", "text") for k in (1, 5, 10)), "pair_auc")
     kind: Literal["retrieval"] = "retrieval"
+    languages: tuple[str, ...] = free(())  # of each image's captions, in order, which get recalls of their own; (): none named
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        distinct = len(set(self.languages)) == len(self.languages) and all(self.languages)
+        require(distinct, self.named("languages"), self.languages, "must name each once, as en,ja")
 
 
 @dataclass(frozen=True, kw_only=True)

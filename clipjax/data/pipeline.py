@@ -7,11 +7,12 @@ kind and number of workers, the number of processes and the step at which a run 
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from clipjax import config
 from clipjax.config import ConfigError, require
@@ -181,12 +182,35 @@ def eval_batches(
     return BatchStream(lambda i: examples(own(i)), local, workers, math.ceil(len(source) / batch_size))
 
 
-def eval_captions(source: Source, quiet: bool = False) -> tuple[list[str], np.ndarray]:
-    """Every caption of every example, m in all, and int32 [m]: the index of its example. Reads no image. Shows its progress
-    unless `quiet`."""
-    of_examples = [record.captions for record in reading.texts(source, quiet)]
-    example = np.repeat(np.arange(len(of_examples), dtype=np.int32), [len(c) for c in of_examples])
-    return [text for several in of_examples for text in several], example
+@dataclass(frozen=True)
+class Captions:
+    """The m captions of a dataset, example by example."""
+
+    texts: Sequence[str]  # m
+    example: Int[np.ndarray, " m"]  # int32, ascending: the example that each is of
+    keys: Sequence[str]  # of all examples
+
+    def place(self) -> Int[np.ndarray, " m"]:
+        """The place of each among its example's captions, from 0."""
+        return np.arange(len(self.example)) - np.searchsorted(self.example, self.example)
+
+    def per_example(self) -> int:
+        """How many captions an example has; 0: not all that have any have the same number."""
+        counts = np.unique(np.unique(self.example, return_counts=True)[1])
+        return int(counts[0]) if len(counts) == 1 else 0
+
+    def shared(self) -> int:
+        """How many are word by word a caption of another example, too."""
+        first: dict[str, int] = {}
+        several = {text for text, i in zip(self.texts, self.example.tolist(), strict=True) if first.setdefault(text, i) != i}
+        return sum(text in several for text in self.texts)
+
+
+def eval_captions(source: Source, quiet: bool = False) -> Captions:
+    """Every caption of every example. Reads no image. Shows its progress unless `quiet`."""
+    records = [(record.key, record.captions) for record in reading.texts(source, quiet)]
+    example = np.repeat(np.arange(len(records), dtype=np.int32), [len(captions) for _, captions in records])
+    return Captions([text for _, captions in records for text in captions], example, [key for key, _ in records])
 
 
 def _local_batch(batch_size: int, process_count: int) -> int:

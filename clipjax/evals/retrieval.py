@@ -1,158 +1,120 @@
-"""Image-text retrieval: R@1, R@5 and R@10 in both directions, with any number of captions an image.
+"""Image-text retrieval in both directions, with any number of captions an image."""
 
-No device holds the matrix of similarities. The queries stay on their devices; the keys travel around the devices in a ring and
-are compared tile by tile. Memory is linear in the number of images and captions.
-"""
-
-import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Sequence
 from typing import Self
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from clipjax import config
-from clipjax.data.pipeline import eval_captions
+from clipjax.data.pipeline import Captions, eval_captions
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import CachedBatches, Embeddings, Encoder
-from clipjax.evals.evaluation import Evaluation, Metrics, Results
+from clipjax.evals.evaluation import Evaluation, Examples, Metrics, Results
 from clipjax.evals.inputs import caption_batches, image_batches, require_captions
+from clipjax.evals.ranks import TILE, Ranks, pair_auc, ranks
+from clipjax.evals.ties import Numbers, nearer
 from clipjax.models.clip import Params
-from clipjax.sharding import BATCH
 
 KS = (1, 5, 10)
-TILE = 1024  # keys that are compared at once
 
-# Cosines of equal vectors differ by the rounding of float32, which depends on the batch and the tile. Cosines closer than this
-# are a tie. Otherwise noise would rank duplicates, and rank them differently on another number of devices.
-TIE = 1e-6
-
-Tiles = tuple[Float[Array, "n c e"], Int[Array, "n c"]]  # n tiles of c keys, and their ids
-Tile = tuple[Float[Array, "c e"], Int[Array, " c"]]
+log = logging.getLogger(__name__)
 
 
 class RetrievalEvaluation(Evaluation):
     """Every image of a dataset against every caption."""
 
-    def __init__(self, encoder: Encoder, images: CachedBatches, captions: CachedBatches) -> None:
-        """The `index` of a caption is that of its image."""
-        self.encoder, self.images, self.captions = encoder, images, captions
+    def __init__(
+        self, encoder: Encoder, images: CachedBatches, tokens: CachedBatches, captions: Captions, languages: Sequence[str] = ()
+    ) -> None:
+        """`tokens` are of `captions`, and their `index` is the caption's number there. `languages`: of each image's captions."""
+        self.encoder, self.images, self.tokens, self.captions, self.languages = encoder, images, tokens, captions, languages
         self.dataset = images.name
 
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Retrieval) -> Self:
+        """Raises ConfigError also where an image doesn't have one caption for each of `cfg.languages`."""
         source = open_source(data)
         require_captions(source, "retrieval")
-        texts, owner = eval_captions(source, quiet=jax.process_index() > 0)
-        require_captions(source, "retrieval", bool(texts))
-        captions = caption_batches(encoder, tokenizer, texts, owner, source.name)
-        return cls(encoder, image_batches(encoder, source, data), captions)
+        captions = eval_captions(source, quiet=jax.process_index() > 0)
+        require_captions(source, "retrieval", bool(captions.texts))
+        if cfg.languages:
+            remedy = (
+                f"not every image of {source.name} has {len(cfg.languages)} captions: name the language of each, in their order"
+            )
+            config.require(captions.per_example() == len(cfg.languages), "languages", cfg.languages, remedy)
+        if (shared := captions.shared()) and jax.process_index() == 0:
+            told = "%s: %d of %d captions are another image's, too: in a tie, a hit is what random order gives on average"
+            log.warning(told, source.name, shared, len(captions.texts))
+        tokens = caption_batches(encoder, tokenizer, captions.texts, np.arange(len(captions.texts)), source.name)
+        return cls(encoder, image_batches(encoder, source, data), tokens, captions, cfg.languages)
 
     def run(self, params: Params) -> Results:
-        """The metrics of `recalls`."""
-        images = self.encoder.embed(params, self.images)
-        return Results(recalls(images, self.encoder.embed(params, self.captions), self.encoder.mesh))
+        """The metrics of `retrieve`, and what each caption and each image gave to them."""
+        images, texts = self.encoder.embed(params, self.images), self.encoder.embed(params, self.tokens)
+        return retrieve(images, texts, self.captions, self.encoder.mesh, self.languages)
 
 
-def recalls(images: Embeddings, texts: Embeddings, mesh: Mesh, tile: int = TILE) -> Metrics:
-    """R@K under CLIP_benchmark's names, each in [0, 1].
+def retrieve(
+    images: Embeddings, texts: Embeddings, captions: Captions, mesh: Mesh, languages: Sequence[str] = (), tile: int = TILE
+) -> Results:
+    """R@K under CLIP_benchmark's names, each in [0, 1], and mean and median rank, from 1.
 
     `image_retrieval_recall@K` is text to image: the share of captions whose image is among the K nearest.
     `text_retrieval_recall@K` is image to text: the share of images with any of their captions among the K nearest.
-    The index of a caption is that of its image. See `ranks` for ties.
+    In a tie a hit is what random order gives on average (`ties.expected_hits`), and a rank is 1 + #{greater} + #{equal} / 2.
+    `pair_auc` is the chance that an own pair is nearer than another. Where every image has the same number of captions, more
+    than one, `mean_rank_variance` says how differently they find it; of named `languages`, each also has its own recalls. The
+    `index` of an image is its example, that of a text its caption's number. Captions of images without a vector aren't counted.
     """
-    found = zip(("image", "text"), jax.device_get(_hits(images, texts, mesh, tile)), strict=True)
-    return {
-        f"{what}_retrieval_recall@{k}": float(hits / total)
-        for what, (*at_k, total) in found
-        for k, hits in zip(KS, at_k, strict=True)
-    }
+    own = np.arange(len(captions.keys))
+    to_image = ranks(texts, captions.example, images, own, mesh, tile)
+    to_text = ranks(images, own, texts, captions.example, mesh, tile)
+    values = {"image": _values("image", to_image), "text": _values("text", to_text)}
+    metrics: Metrics = {name: float(np.nanmean(v)) for of in values.values() for name, v in of.items()}
+    metrics |= {f"{what}_retrieval_median_rank": median(found) for what, found in (("image", to_image), ("text", to_text))}
+    metrics["pair_auc"] = pair_auc(texts, captions.example, images, own, mesh, tile)
+    if captions.per_example() > 1:
+        metrics["mean_rank_variance"] = mean_rank_variance(to_image.rank(), captions)
+    for place, language in enumerate(languages):
+        of = captions.place() == place
+        in_language = ranks(images, own, texts, np.where(of, captions.example, -1), mesh, tile)
+        for k in KS:
+            metrics[f"image_retrieval_recall@{k}_{language}"] = float(np.nanmean(to_image.hits(k)[of]))
+            metrics[f"text_retrieval_recall@{k}_{language}"] = float(np.nanmean(in_language.hits(k)))
+    groups = [captions.keys[i] for i in map(int, captions.example)]
+    keys = [f"{group}#{place}" for group, place in zip(groups, captions.place(), strict=True)]
+    return Results(metrics, examples=(Examples(keys, values["image"], groups), Examples(captions.keys, values["text"])))
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "tile"))
-def _hits(images: Embeddings, texts: Embeddings, mesh: Mesh, tile: int) -> tuple[Int[Array, " k"], Int[Array, " k"]]:
-    """For captions and for images: how many have rank at most 1, 5, 10, and how many have any rank."""
-
-    def count(queries: Embeddings, keys: Embeddings) -> Int[Array, " k"]:
-        rank = ranks(*queries.rows(), *keys.rows(), BATCH, tile)
-        return jax.lax.psum(jnp.stack([(rank <= k).sum() for k in (*KS, jnp.finfo(rank.dtype).max)]), BATCH)
-
-    def both(images: Embeddings, texts: Embeddings) -> tuple[Int[Array, " k"], Int[Array, " k"]]:
-        return count(texts, images), count(images, texts)
-
-    rows = P(None, BATCH)
-    return jax.shard_map(both, mesh=mesh, in_specs=(rows, rows), out_specs=P())(images, texts)
+def _values(what: str, found: Ranks) -> dict[str, Float[np.ndarray, " n"]]:
+    """What each query gives to the metrics that are means."""
+    recalls = {f"{what}_retrieval_recall@{k}": found.hits(k) for k in KS}
+    return recalls | {f"{what}_retrieval_mean_rank": found.rank()}
 
 
-def half_ranks(cosines: Float[Array, "q k"], own: Float[Array, "q 1"]) -> Int[Array, "q k"]:
-    """How many half ranks each key adds to the rank of a query's own key: 2 if its cosine is greater than `own`, 1 if equal.
+def half_ranks(cosines: Float[Array, "q k"], own: Float[Array, "q 1"]) -> Int[Numbers, "q k"]:
+    """How many half ranks each key adds to the rank of a query's own key: 2 if its cosine is greater than `own`, 1 if equal."""
+    greater, equal = nearer(cosines, own)
+    return 2 * greater + equal
 
-    The counts are integers, because float32 stops counting at 2^24.
+
+def median(found: Ranks) -> float:
+    return float(np.nanmedian(found.rank()))
+
+
+def mean_rank_variance(rank: Float[np.ndarray, " m"], captions: Captions) -> float | None:
+    """The mean, over images and their captions, of (rank - the image's mean rank)^2: 0 where all languages find an image alike.
+
+    Every image has the same number of captions. An image that can't be read is left out, and so is one whose later caption
+    repeats its main one, which stands for a name that is missing in that language. None: all are.
+    Source: 1-to-K contrastive learning (2406.18254).
     """
-    return 2 * (cosines > own + TIE) + (jnp.abs(cosines - own) <= TIE)
-
-
-def ranks(
-    queries: Float[Array, "q e"],
-    query_ids: Int[Array, " q"],
-    keys: Float[Array, "k e"],
-    key_ids: Int[Array, " k"],
-    axes: tuple[str, ...],
-    tile: int = TILE,
-) -> Float[Array, " q"]:
-    """The rank, from 1, of the nearest key with a query's id among the keys of other ids; inside `shard_map` over `axes`.
-
-    `rank = 1 + #{greater} + #{equal} / 2` is deterministic. A collapsed model, for which all keys are equal, gets half their
-    number and not rank 1. Further keys of the query's own id change nothing. Padding has id -1. Padding, and a query without a
-    key of its id (a caption whose image can't be read), have rank infinity and are not counted.
-    """
-    tiles = _tiles(keys, key_ids, min(tile, len(keys)))
-
-    def nearest(best: Float[Array, " q"], tile: Tile) -> Float[Array, " q"]:
-        cosines, own, _ = _compare(queries, query_ids, tile)
-        return jnp.maximum(best, jnp.where(own, cosines, -jnp.inf).max(1))
-
-    def count(halves: Int[Array, " q"], tile: Tile) -> Int[Array, " q"]:
-        cosines, _, other = _compare(queries, query_ids, tile)
-        return halves + jnp.where(other, half_ranks(cosines, best[:, None]), 0).sum(1)
-
-    none = jax.lax.pcast(jnp.full(len(queries), -jnp.inf), axes, to="varying")
-    best = _over_ring(nearest, none, tiles, axes)
-    halves = _over_ring(count, jnp.zeros_like(query_ids), tiles, axes)
-    return jnp.where(best > -jnp.inf, 1 + halves / 2, jnp.inf)
-
-
-def _tiles(keys: Float[Array, "k e"], key_ids: Int[Array, " k"], size: int) -> Tiles:
-    """The keys in tiles of `size`, the last padded."""
-    pad = -len(keys) % size
-    tiles = jnp.pad(keys, ((0, pad), (0, 0))).reshape(-1, size, keys.shape[-1])
-    return tiles, jnp.pad(key_ids, (0, pad), constant_values=-1).reshape(-1, size)
-
-
-def _compare(
-    queries: Float[Array, "q e"], query_ids: Int[Array, " q"], tile: Tile
-) -> tuple[Float[Array, "q c"], Bool[Array, "q c"], Bool[Array, "q c"]]:
-    """The cosines of queries and keys, which pairs have the same id, and which have different ids. Padding is in neither."""
-    keys, key_ids = tile
-    cosines = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
-    real = (key_ids >= 0)[None, :]
-    own = (query_ids[:, None] == key_ids[None, :]) & real
-    return cosines, own, ~own & real
-
-
-def _over_ring(update: Callable[[Array, Tile], Array], start: Array, tiles: Tiles, axes: tuple[str, ...]) -> Array:
-    """`start` after `state = update(state, tile)` for every tile of every device. The tiles travel in a ring of the devices."""
-    devices = jax.lax.axis_size(axes)
-    ring = [(i, (i + 1) % devices) for i in range(devices)]
-
-    def hop(carry: tuple[Array, Tiles], _: None) -> tuple[tuple[Array, Tiles], None]:
-        state, tiles = carry
-        state, _ = jax.lax.scan(lambda state, tile: (update(state, tile), None), state, tiles)
-        return (state, jax.tree.map(lambda x: jax.lax.ppermute(x, axes, ring), tiles)), None
-
-    (state, _), _ = jax.lax.scan(hop, (start, tiles), length=devices)
-    return state
+    of_images = rank.reshape(-1, captions.per_example())
+    texts = np.reshape(captions.texts, of_images.shape)
+    counted = of_images[~np.isnan(of_images).any(1) & ~(texts[:, 1:] == texts[:, :1]).any(1)]
+    return float(counted.var(axis=1).mean()) if len(counted) else None

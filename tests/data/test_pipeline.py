@@ -363,11 +363,14 @@ def test_evaluation_masks_what_can_not_be_read(data, images_tsv):
 
 
 def test_eval_captions(tmp_path):
-    rows = [("a.png", "one"), ("b.png", "two"), ("a.png", "eins"), ("c.png", "three")]
-    captions, owner = eval_captions(open_source(Data(spec=f"tsv:{write_tsv(tmp_path, rows)}")))
-    assert captions == ["one", "eins", "two", "three"]
-    assert owner.tolist() == [0, 0, 1, 2]
-    assert owner.dtype == np.int32
+    rows = [("a.png", "one"), ("b.png", "two"), ("a.png", "eins"), ("c.png", "one")]
+    captions = eval_captions(open_source(Data(spec=f"tsv:{write_tsv(tmp_path, rows)}")))
+    assert captions.texts == ["one", "eins", "two", "one"]
+    assert captions.example.tolist() == [0, 0, 1, 2]
+    assert captions.example.dtype == np.int32
+    assert captions.keys == ["a.png", "b.png", "c.png"]
+    assert captions.place().tolist() == [0, 1, 0, 0]
+    assert (captions.per_example(), captions.shared()) == (0, 2)
 
 
 def test_emoji_labels(emoji_dataset):
@@ -375,10 +378,11 @@ def test_emoji_labels(emoji_dataset):
     source = open_source(data)
     with eval_batches(source, data, image_size=32, batch_size=256) as iterator:
         seen = list(iterator)
-    captions, owner = eval_captions(source)
+    captions = eval_captions(source)
     labels = np.concatenate([b["label"] for b in seen])[: len(source)]
-    assert [source.classnames[n] for n in labels] == captions
-    assert owner.tolist() == list(range(len(source)))
+    assert [source.classnames[n] for n in labels] == captions.texts
+    assert captions.example.tolist() == list(range(len(source)))
+    assert (captions.per_example(), captions.shared()) == (1, 0)
 
 
 def test_workers_log_as_the_command_line_does(batches, tmp_path, images_tsv, capfd):

@@ -18,7 +18,7 @@ from clipjax.evals.retrieval import RetrievalEvaluation
 from clipjax.evals.table import EVALUATIONS, class_of
 from clipjax.evals.training import make_evaluators, prepare
 from clipjax.evals.zeroshot import ZeroshotEvaluation
-from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, stored, tokenize
+from tests.evals.tiny import MODEL, TOKENIZER, WORDS, mesh_of, standing, stored, tokenize
 
 READABLE = [0, 1, 2, 3, 5, 6, 7, 8, 9]
 
@@ -42,10 +42,7 @@ def plain(classnames):
 
 
 def dense_hits(queries, keys, own):
-    s = np.float64(queries) @ np.float64(keys).T
-    best = np.where(own, s, -np.inf).max(1, keepdims=True)
-    rank = 1 + ((s > best + 1e-6) & ~own).sum(1) + 0.5 * ((np.abs(s - best) <= 1e-6) & ~own).sum(1)
-    return [np.mean(rank <= k) for k in (1, 5, 10)]
+    return [np.mean(standing(np.float64(queries) @ np.float64(keys).T, own).hits(k)) for k in (1, 5, 10)]
 
 
 @pytest.mark.parametrize("mesh", ["1", "8"])
@@ -60,8 +57,9 @@ def test_evaluators_equal_the_dense_reference(run, model, params, images, mesh):
     to_image, to_text = dense_hits(text[answered], z, own.T[answered]), dense_hits(z, text, own)
     want = {f"image_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_image, strict=True)}
     want |= {f"text_retrieval_recall@{k}": v for k, v in zip((1, 5, 10), to_text, strict=True)}
-    assert retrieval.run(params, 100) == pytest.approx(want, abs=1e-12)
-    assert want.keys() == set(config.Retrieval.metrics)
+    found = retrieval.run(params, 100)
+    assert {name: found[name] for name in want} == pytest.approx(want, abs=1e-12)
+    assert {*want, "pair_auc"} == set(config.Retrieval.metrics)
 
     classes = np.asarray(model.encode_text(jnp.asarray(tokenize(WORDS))))
     labels = np.array([i % 9 for i in READABLE])

@@ -7,6 +7,8 @@ from clipjax import config
 from clipjax.data.source import Fetched, Record, Source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import CachedBatches
+from clipjax.evals.ranks import Ranks
+from clipjax.evals.ties import nearer
 from clipjax.sharding import make_mesh
 
 SIZE, LENGTH, VOCAB = 8, 24, 300
@@ -33,6 +35,13 @@ MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
 def mesh_of(name):
     data, fsdp, tensor = MESHES[name]
     return make_mesh(config.Mesh(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def standing(cosines, own):
+    """`Ranks` from the full matrix."""
+    best = np.where(own, cosines, -np.inf).max(1, keepdims=True)
+    greater, equal = nearer(cosines, best)
+    return Ranks((greater & ~own).sum(1), (equal & ~own).sum(1), (equal & own).sum(1))
 
 
 def image_batches(images, encoder, **columns):
