@@ -7,7 +7,7 @@ from typing import Self
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float
 
 from clipjax import config
 from clipjax.data.pipeline import Captions, eval_captions
@@ -17,7 +17,6 @@ from clipjax.evals.encoder import CachedBatches, Embeddings, Encoder
 from clipjax.evals.evaluation import Evaluation, Examples, Metrics, Results
 from clipjax.evals.inputs import caption_batches, image_batches, require_captions
 from clipjax.evals.ranks import TILE, Ranks, pair_auc, ranks
-from clipjax.evals.ties import Numbers, nearer
 from clipjax.models.clip import Params
 
 KS = (1, 5, 10)
@@ -95,12 +94,6 @@ def _values(what: str, found: Ranks) -> dict[str, Float[np.ndarray, " n"]]:
     """What each query gives to the metrics that are means."""
     recalls = {f"{what}_retrieval_recall@{k}": found.hits(k) for k in KS}
     return recalls | {f"{what}_retrieval_mean_rank": found.rank()}
-
-
-def half_ranks(cosines: Float[Array, "q k"], own: Float[Array, "q 1"]) -> Int[Numbers, "q k"]:
-    """How many half ranks each key adds to the rank of a query's own key: 2 if its cosine is greater than `own`, 1 if equal."""
-    greater, equal = nearer(cosines, own)
-    return 2 * greater + equal
 
 
 def median(found: Ranks) -> float:

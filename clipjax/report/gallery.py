@@ -17,7 +17,7 @@ from clipjax.evals import caption_metrics
 from clipjax.evals.captioning import with_round_trips
 from clipjax.evals.embed import MainPairs
 from clipjax.evals.loaded import LoadedRun
-from clipjax.evals.retrieval import TIE
+from clipjax.evals.ties import TIE
 from clipjax.report.drawing import webp
 
 ASKED = 1000  # queries of which right and wrong ones are chosen
