@@ -32,6 +32,12 @@ def eval_captioning(args: argparse.Namespace) -> None:
     evaluate(args, config.Captioning(**dataset(args), samples=args.samples))
 
 
+def eval_probe(args: argparse.Namespace) -> None:
+    """`clipjax eval probe`: classifiers of a run's image vectors, learned from a labelled split."""
+    chosen = dict(train=args.train, features=args.features, label_pattern=args.label_pattern)
+    evaluate(args, config.Probe(**dataset(args), **chosen, methods=tuple(args.methods)))
+
+
 def eval_choice(args: argparse.Namespace) -> None:
     """`clipjax eval choice`: how often a run gives pictures their own captions, and captions their own pictures."""
     evaluate(args, config.Choice(**dataset(args), questions=args.questions))

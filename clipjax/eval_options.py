@@ -1,8 +1,17 @@
 """The commands of `clipjax eval` and their options, as data. eval_commands.py holds what they do."""
 
+from typing import get_args
+
 from clipjax import eval_commands
 from clipjax.arguments import nonnegative, positive, writable_file
+from clipjax.config.tasks import ProbeMethod
 from clipjax.declared import DATA, argument, command, json_out
+
+METHODS, FEATURES = get_args(ProbeMethod), ("embedding", "tower")
+LEARNED = (
+    argument("--train", "SPLIT", "the split that is learned from, or a share of one, as train#0-80", default="train"),
+    argument("--label-pattern", "REGEX", "the class is what this finds in the main caption; else it is the label"),
+)
 
 EVAL_COMMANDS = (
     command(
@@ -68,6 +77,16 @@ EVAL_COMMANDS = (
             writable_file,
         ),
         argument("--samples", "N", "number of images in --png", positive, default=32),
+    ),
+    command(
+        "eval probe",
+        eval_commands.eval_probe,
+        "classifiers learned from image vectors: a linear probe, nearest neighbours, ridge from few examples",
+        *DATA,
+        *LEARNED,
+        argument("--methods", None, "which classifiers; else all", nargs="+", choices=METHODS, default=METHODS),
+        argument("--features", None, "of images: embeddings, or before the projection", choices=FEATURES, default=FEATURES[0]),
+        json_out("the result, with the accuracy of each C,"),
     ),
     command(
         "eval choice",

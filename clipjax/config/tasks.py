@@ -65,4 +65,4 @@ def with_questions(dataset: str, questions: str | None) -> str:
     return dataset if questions is None else f"{dataset}+{PurePath(questions).stem}"
 
 
-TrainingEvaluation.include(Choice, Composed)  # a class that evals/table.py has no row for is not named here yet
+TrainingEvaluation.include(Probe, Choice, Composed)

@@ -1,0 +1,68 @@
+"""The classes of a dataset's examples, of several splits under the same numbers: what classifiers learn and are tested on."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from clipjax.config import ConfigError
+from clipjax.data import reading
+from clipjax.data.source import Record, Source
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The examples of a split, and which of the classes each is of."""
+
+    keys: tuple[str, ...]
+    captions: tuple[str, ...]  # the main caption; empty where there is none
+    labels: Int[np.ndarray, " n"]  # int32, -1: of none
+
+
+def shared_classes(sources: Sequence[Source], pattern: str | None) -> tuple[int, list[Labelled]]:
+    """How many classes there are, and the examples of each source. The first source is the one that is learned from.
+
+    A class is an example's label. With `pattern`, it is what this regular expression finds in the main caption, its first group
+    where it has one; an example has none where the pattern finds nothing, or two different things. Of sources that name their
+    classes differently, those of equal names are one. Raises ConfigError where a source has no example of the first's classes.
+    """
+    records = [list(reading.texts(source, quiet=jax.process_index() > 0)) for source in sources]
+    if pattern is None and all(source.classnames == sources[0].classnames for source in sources):
+        classes = [[record.label if record.label >= 0 else None for record in split] for split in records]
+        names = range(1 + max((c for split in classes for c in split if c is not None), default=-1))
+    else:
+        found = _found_in(pattern) if pattern is not None else None
+        classes = [[found(r) if found else _name(r, s) for r in split] for s, split in zip(sources, records, strict=True)]
+        names = sorted({c for split in classes for c in split if c is not None})
+    number = {name: i for i, name in enumerate(names)}
+    labels = [np.array([-1 if c is None else number[c] for c in split], np.int32) for split in classes]
+    for source, split in zip(sources, labels, strict=True):
+        if not np.isin(split[split >= 0], labels[0]).any():
+            which = "a label" if split is labels[0] else f"a class that occurs in {sources[0].name}"
+            remedy = f"no example has {which}: name the field of the labels (label_field; --label-field), or take the classes"
+            raise ConfigError(f"data.spec = {source.name!r}: {remedy} from the captions (label_pattern; --label-pattern)")
+    splits = zip(records, labels, strict=True)
+    return len(names), [Labelled(tuple(r.key for r in s), tuple("".join(r.captions[:1]) for r in s), own) for s, own in splits]
+
+
+def _name(record: Record, source: Source) -> str | None:
+    if record.label < 0:
+        return None
+    return str(record.label) if source.classnames is None else source.classnames[record.label]
+
+
+def _found_in(pattern: str) -> Callable[[Record], str | None]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"label_pattern = {pattern!r}: is no regular expression: {error}") from error
+
+    def found(record: Record) -> str | None:
+        matches = compiled.finditer(record.captions[0]) if record.captions else ()
+        values = {match[1] if compiled.groups else match[0] for match in matches}
+        return values.pop() if len(values) == 1 else None
+
+    return found
