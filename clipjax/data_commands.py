@@ -10,6 +10,8 @@ from clipjax.commands import wrong_use
 
 def data_prepare(args: argparse.Namespace) -> None:
     """`clipjax data prepare`: builds a dataset, unless it exists, and prints its folder."""
+    if args.style and args.name != "emoji":
+        wrong_use(args, "--style: only of emoji")
     if args.name == "openclipart":
         from clipjax.data.sets.openclipart import NEXT, prepare_openclipart
 
@@ -19,9 +21,14 @@ def data_prepare(args: argparse.Namespace) -> None:
     if args.out is not None:
         wrong_use(args, "--out: emoji is built in the folder of TFDS: set TFDS_DATA_DIR")
     from clipjax.data.formats.tfds_source import data_dir
-    from clipjax.data.sets.emoji import prepare_emoji
+    from clipjax.data.sets.emoji import EmojiTwitter, prepare, prepare_emoji
 
-    print(prepare_emoji(data_dir()))
+    if args.style:
+        from clipjax.data.sets.twitter import Twitter
+
+        print(prepare(EmojiTwitter, Twitter(), data_dir()))
+    else:
+        print(prepare_emoji(data_dir()))
 
 
 def data_index(args: argparse.Namespace) -> None:

@@ -139,6 +139,12 @@ COMMANDS = (
             choices=("emoji", "openclipart"),
         ),
         argument("--out", "DIR", "a new folder for openclipart; else openclipart in this folder", local_folder),
+        argument(
+            "--style",
+            None,
+            "of emoji: as Twitter draws them, to test on (tfds:emoji_twitter); from a package of npm's, 62 MB; else the font's",
+            choices=("twitter",),
+        ),
     ),
     command(
         "data index",

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import emoji
 import tensorflow_datasets as tfds
@@ -51,10 +51,26 @@ def names_of(sequence: str) -> list[str]:
     return [names.get(language, names["en"]).strip(":").replace("_", " ") for language in LANGUAGES]
 
 
+class Style(Protocol):
+    """A house's drawings of the emoji."""
+
+    kind: ClassVar[str]  # what they come from
+
+    @property
+    def version(self) -> str:
+        """Its name and release."""
+        ...
+
+    def images(self) -> Iterator[tuple[str, Image.Image]]:
+        """Every fully-qualified sequence that the house draws, with its image, RGB."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Font:
     """A colour-emoji font. Raises ConfigError where Pillow can't draw emoji sequences with it."""
 
+    kind: ClassVar[str] = "font"
     path: Path
 
     def __post_init__(self) -> None:
@@ -125,21 +141,21 @@ def find_font() -> Font:
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """Images of emoji and their names. `metadata` holds the versions of the font and of the `emoji` package."""
+    """Images of emoji and their names. `metadata` holds the versions of what drew them and of the `emoji` package."""
 
     VERSION = tfds.core.Version(VERSION)
     url_infos: Mapping[str, Any] = MappingProxyType({})  # none; tfds would look for them with a package that it does not require
 
-    def __init__(self, *, font: Font, **kwargs: Any) -> None:
-        self.font = font
+    def __init__(self, *, style: Style, **kwargs: Any) -> None:
+        self.style = style
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        self.images = dict(self.font.images())
-        source = sources(self.font)
+        self.images = dict(self.style.images())
+        source = sources(self.style)
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"Emoji drawn by {source['font']}, named by emoji {source['emoji']} in {', '.join(LANGUAGES)}.",
+            description=f"Emoji drawn by {self.style.version}, named by emoji {source['emoji']} in {', '.join(LANGUAGES)}.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
@@ -164,14 +180,18 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
                 yield key, {"image": png.getvalue(), "caption": names[0], "captions": names, "key": key, "label": names[0]}
 
 
-def sources(font: Font) -> dict[str, str]:
+class EmojiTwitter(Emoji):
+    """The same as Twitter draws them: the dataset `emoji_twitter`."""
+
+
+def sources(style: Style) -> dict[str, str]:
     """The versions that the dataset depends on."""
-    return {"font": font.version, "emoji": emoji.__version__}
+    return {style.kind: style.version, "emoji": emoji.__version__}
 
 
-def is_current(folder: Path, font: Font) -> bool:
-    """Whether the dataset exists and was built from this font and this `emoji` package."""
-    return is_prepared(folder) and _metadata(folder) == sources(font)
+def is_current(folder: Path, style: Style) -> bool:
+    """Whether the dataset exists and was built from these drawings and this `emoji` package."""
+    return is_prepared(folder) and _metadata(folder) == sources(style)
 
 
 def _metadata(folder: Path) -> dict[str, str]:
@@ -180,11 +200,16 @@ def _metadata(folder: Path) -> dict[str, str]:
 
 
 def prepare_emoji(data_dir: Path) -> Path:
-    """Builds the dataset under `data_dir`, local or on gs:// or s3://, unless it is current (`is_current`). Returns its folder.
+    """Builds the dataset `emoji` as `prepare` does. Raises ConfigError if there is no font."""
+    return prepare(Emoji, find_font(), data_dir)
 
-    The folder appears complete or not at all. Raises ConfigError if there is no font."""
-    font, folder = find_font(), data_dir / "emoji" / VERSION
-    if is_current(folder, font):
+
+def prepare(kind: type[Emoji], style: Style, data_dir: Path) -> Path:
+    """Builds a dataset under `data_dir`, local or on gs:// or s3://, unless it is current (`is_current`). Returns its folder.
+
+    The folder appears complete or not at all."""
+    folder = data_dir / kind.name / VERSION
+    if is_current(folder, style):
         return folder
     emoji.config.load_language()
     tfds.disable_progress_bar()
@@ -194,23 +219,23 @@ def prepare_emoji(data_dir: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="incomplete.", dir=beside) as scratch:
         with contextlib.redirect_stdout(io.StringIO()):  # tfds prints
-            builder = Emoji(font=font, data_dir=scratch)
+            builder = kind(style=style, data_dir=scratch)
             builder.download_and_prepare(download_dir=Path(scratch, "downloads"))
-        _publish(Path(builder.data_dir), folder, font)
+        _publish(Path(builder.data_dir), folder, style)
     return folder
 
 
-def _publish(built: Path, folder: Path, font: Font) -> None:
+def _publish(built: Path, folder: Path, style: Style) -> None:
     """Puts a dataset that was built elsewhere in its folder, in place of an outdated one."""
     if scheme(folder):
         upload(built, folder)
         return
     try:
-        if folder.exists() and not is_current(folder, font):
+        if folder.exists() and not is_current(folder, style):
             folder.rename(built.with_name("outdated"))
         built.rename(folder)
     except OSError:
-        if not is_current(folder, font):  # otherwise another process was first
+        if not is_current(folder, style):  # otherwise another process was first
             raise
 
 
