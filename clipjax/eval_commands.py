@@ -48,6 +48,19 @@ def eval_composed(args: argparse.Namespace) -> None:
     evaluate(args, config.Composed(**dataset(args), questions=args.questions, weight=args.weight))
 
 
+def eval_robustness(args: argparse.Namespace) -> None:
+    """`clipjax eval robustness`: a run's accuracies under shifts, beside those of reference models that are as good without."""
+    import dataclasses
+
+    from clipjax.evals.robustness import robustness, table
+    from clipjax.files import write_json
+
+    found = robustness(args.results, args.reference, args.on)
+    print(table(found))
+    if args.json:
+        write_json(args.json, dict(results=args.results, on=args.on, sets=[dataclasses.asdict(one) for one in found]))
+
+
 def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any:
     """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png.
 

@@ -111,6 +111,15 @@ EVAL_COMMANDS = (
         json_out("the result, with the recalls at other weights,"),
     ),
     command(
+        "eval robustness",
+        eval_commands.eval_robustness,
+        "effective robustness: accuracies under shifts beside those of reference models that are as accurate without",
+        argument("results", "RUN", "a workdir that `clipjax eval suite` has evaluated, or a folder of its results"),
+        argument("--reference", "FILE.csv", "a row a model: its name, and its accuracy under each set's name", required=True),
+        argument("--on", "NAME", "the set without the shift, as imagenet1k", required=True),
+        json_out("all figures"),
+    ),
+    command(
         "eval compare",
         eval_commands.eval_compare,
         "a run against another on the same queries: paired bootstrap intervals; status 1 where B is worse than A",
