@@ -36,7 +36,10 @@ class Twitter:
     """The pictures of the package, 64 pixels square."""
 
     kind: ClassVar[str] = "package"
-    version: ClassVar[str] = f"{PACKAGE} {RELEASE}"
+
+    @property
+    def version(self) -> str:
+        return f"{PACKAGE} {RELEASE}"
 
     def images(self) -> Iterator[tuple[str, Image.Image]]:
         """Every fully-qualified sequence that the package has, with its picture on white, RGB.
