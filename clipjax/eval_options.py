@@ -29,8 +29,7 @@ EVAL_COMMANDS = (
             "--templates",
             "NAME|FILE",
             "simple (7 prompts a class), imagenet (80), plain (the name alone), a test set's (cifar10, eurosat, ...), or a file "
-            "with one {c} a line",
-            default="simple",
+            "with one {c} a line; else the dataset's own (CLIP_benchmark's layout), or simple",
         ),
         argument(
             "--predictions", "FILE", "also write a csv of the five nearest classes of each image, with cosines", writable_file

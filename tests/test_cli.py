@@ -49,7 +49,6 @@ COMMANDS = {
         "--predictions FILE",
         "--templates NAME|FILE",
         "--json OUT",
-        "default: simple",
     ],
     "eval retrieval": ["--data SPEC", "--split", "--json OUT", "(default: test)"],
     "eval geometry": ["--data SPEC", "--split", "--json OUT", "--png OUT", "geometry-SPEC-SPLIT.png"],

@@ -54,7 +54,7 @@ class Zeroshot(TrainingEvaluation):
     task: ClassVar = "zeroshot_classification"
     metrics: ClassVar = ("acc1", "acc5", "mean_per_class_recall")
     kind: Literal["zeroshot"] = "zeroshot"
-    templates: str = free("simple")  # `simple`, `imagenet`, `plain` ({c} alone), a set's as `eurosat`, or a file, one a line
+    templates: str | None = free(None)  # `simple`, `imagenet`, `plain`, a set's (`cars`), or a file; None: its own, or simple
     classnames: str | None = free(None)  # a set's as `imagenet-a`, or a file, one a line; None: the dataset's own, wnids as words
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Int
 
 from clipjax import config, distributed
@@ -58,16 +60,17 @@ def image_batches(
         with eval_batches(source, data, image_size=size, batch_size=encoder.batch_size, **share) as batches:
             for batch in batches:
                 own = {"usable": batch["mask"], "captioned": batch["captioned"], "own_label": batch["label"]}
-                yield {"image": batch["image"], "row": batch["index"], **own}
+                yield {"image": batch["image"], "row": batch["index"], "checksum": _checksums(batch["image"]), **own}
 
     def complete(batches: Iterable[Batch]) -> Iterator[Batch]:
-        left_out = silent = 0
+        left_out, silent, checksums = 0, 0, []
         for batch in batches:
             row, used = batch["row"], batch["usable"]
             if captioned and source.captioned:
                 silent += int((used & ~batch["captioned"]).sum())
                 used = used & batch["captioned"]
             left_out += int((row >= 0).sum() - used.sum())
+            checksums.append(np.where(used[:, None], batch["checksum"], np.uint32(0)))
             label = batch["own_label"] if labels is None else labels[np.maximum(row, 0)]
             yield batch | {"index": np.where(used, row, np.int32(-1)), "label": np.where(used, label, np.int32(-1))}
         left_out, silent = distributed.total(left_out), distributed.total(silent)
@@ -77,10 +80,25 @@ def image_batches(
         if left_out and jax.process_index() == 0:
             why = f" ({silent} have no caption)" if silent else ""
             log.warning("%s: %d of %d examples can't be used and are left out%s", source.name, left_out, len(source), why)
+        if (copies := _copies(np.concatenate(checksums))) and jax.process_index() == 0:
+            log.warning("%s: %d of %d images are copies of others, to the pixel", source.name, copies, len(source))
 
-    content = Content(len(source), lambda: identity.of_images(source, data), complete, kept=("usable", "captioned", "own_label"))
+    kept = ("usable", "captioned", "own_label", "checksum")
+    content = Content(len(source), lambda: identity.of_images(source, data), complete, kept)
     count = encoder.batch_count(len(source))
     return CachedBatches(lambda: complete(read()), count, source.name, "images", content=content)
+
+
+def _checksums(images: np.ndarray) -> Int[np.ndarray, "b 2"]:
+    """By which equal images are found: two of 32 bits, because one alone is the same by chance in some 100,000 images."""
+    return np.array([(zlib.crc32(x), zlib.adler32(x)) for x in images], np.uint32)
+
+
+def _copies(own: Int[np.ndarray, "b 2"]) -> int:
+    """How many images equal an earlier one, over all processes, by their checksums; 0, 0: none. All of them must call this."""
+    every = own if jax.process_count() == 1 else multihost_utils.process_allgather(own, tiled=True)
+    real = every[every.any(1)]
+    return len(real) - len(np.unique(real, axis=0))
 
 
 def caption_batches(

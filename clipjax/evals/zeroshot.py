@@ -16,6 +16,7 @@ from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.classes import Classes, classes_of
+from clipjax.evals.classification import mean_per_class_recall
 from clipjax.evals.encoder import CachedBatches, Encoder, to_host
 from clipjax.evals.evaluation import Evaluation, Examples, Results
 from clipjax.evals.inputs import image_batches, prompt_batches
@@ -53,11 +54,12 @@ class ZeroshotEvaluation(Evaluation):
 
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Zeroshot) -> Self:
-        """Templates are as in `prompts.templates`, classes as in `classes.classes_of`. Needs no captions.
+        """Templates are as in `prompts.templates` or the dataset's own, classes as in `classes.classes_of`. Needs no captions.
 
         Prints the first prompt, and warns of classes whose prompts are equal: no model can tell them apart."""
         source = open_source(data)
-        classes, wordings = classes_of(source, cfg.classnames), templates(cfg.templates)
+        own = source.templates if cfg.templates is None else None
+        classes, wordings = classes_of(source, cfg.classnames), own or templates(cfg.templates or "simple")
         first = [fill(wordings[0], name) for name in classes.names]
         what = f"{len(classes.names):,} classes, named by {classes.source}, in {len(wordings)} templates"
         say(f"{source.name}: {what}; the first prompt is {first[0]!r}")
@@ -94,13 +96,12 @@ class ZeroshotEvaluation(Evaluation):
         if not rated.keys:
             raise ConfigError(f"data.spec: {self.images.name}: no image that can be read has a label; use a split with labels")
         seen = np.bincount(rated.labels, minlength=len(rated.names))
-        right = np.bincount(rated.labels, rated.hits(1), len(rated.names))
         share = len(rated.labels) / (seen[rated.labels] * np.count_nonzero(seen))  # a mean over images becomes one over classes
         values = {"acc1": rated.hits(1), "acc5": rated.hits(5), "mean_per_class_recall": rated.hits(1) * share}
         metrics = {
             "acc1": float(values["acc1"].sum() / seen.sum()),
             "acc5": float(values["acc5"].sum() / seen.sum()) if len(rated.names) >= 5 else None,
-            "mean_per_class_recall": float((right[seen > 0] / seen[seen > 0]).mean()),
+            "mean_per_class_recall": mean_per_class_recall(values["acc1"], rated.labels),
         }
         values = {name: value for name, value in values.items() if metrics[name] is not None}
         facts = {"class": rated.called(rated.labels), "predicted": rated.called(rated.nearest[:, 0])}

@@ -60,6 +60,16 @@ def test_images_in_order_without_what_cannot_be_read(encoder, data, images, capl
     assert "1 of 10 examples can't be used and are left out" in caplog.text
 
 
+def test_copies_are_counted(encoder, data, tsv, caplog):
+    source = stored(tsv, range(10))
+    list(image_batches(encoder, source, data))
+    assert "copies" not in caplog.text
+    for i in (3, 7):
+        source.records[i] = Record(source.records[0].image, ("b",), f"{i}.png", i)
+    list(image_batches(encoder, source, data))
+    assert "stored: 2 of 10 images are copies of others, to the pixel" in caplog.text
+
+
 def test_captions_and_whose_they_are(encoder):
     batches = caption_batches(encoder, TOKENIZER, ["fox", "red fox", "hen", "owl", "ant"], [0, 0, 1, 2, 3], "x")
     tokens, index = (np.concatenate([b[k] for b in batches]) for k in ("text", "index"))
