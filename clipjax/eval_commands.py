@@ -61,6 +61,11 @@ def eval_robustness(args: argparse.Namespace) -> None:
         write_json(args.json, dict(results=args.results, on=args.on, sets=[dataclasses.asdict(one) for one in found]))
 
 
+def eval_instance(args: argparse.Namespace) -> None:
+    """`clipjax eval instance`: how well a run finds the other images of what an image shows."""
+    evaluate(args, config.Instance(**dataset(args), gallery=args.gallery, gallery_split=args.gallery_split))
+
+
 def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any:
     """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png.
 

@@ -119,6 +119,15 @@ EVAL_COMMANDS = (
         json_out("all figures"),
     ),
     command(
+        "eval instance",
+        eval_commands.eval_instance,
+        "images of the same class found by an image: recall at 1, 5 and 10, mean average precision",
+        *DATA,
+        argument("--gallery", "SPEC", "the images that are searched; else the other images of --data"),
+        argument("--gallery-split", "SPLIT", "split of --gallery; else as --split"),
+        json_out("the result"),
+    ),
+    command(
         "eval compare",
         eval_commands.eval_compare,
         "a run against another on the same queries: paired bootstrap intervals; status 1 where B is worse than A",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import ClassVar, Literal, get_args
 
-from clipjax.config.data import Data
+from clipjax.config.data import Data, check_spec, dataset_name
 from clipjax.config.evals import TrainingEvaluation
 from clipjax.config.fields import NOT_NEGATIVE, free, require
 
@@ -60,9 +60,29 @@ class Composed(TrainingEvaluation):
         return with_questions(super().dataset(own), self.questions)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Instance(TrainingEvaluation):
+    """Retrieval of the other images of what an image shows. Those of one class show the same: the label, or the main caption."""
+
+    task: ClassVar = "instance_retrieval"
+    metrics: ClassVar = (*(f"recall@{k}" for k in (1, 5, 10)), "mean_average_precision")
+    kind: Literal["instance"] = "instance"
+    gallery: str | None = free(None)  # the SPEC of the images that are searched, read as `data`; None: the other images of `data`
+    gallery_split: str | None = free(None)  # part of the gallery; None: as `split`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gallery is not None:
+            check_spec(self.gallery, self.named("gallery"))
+
+    def dataset(self, own: Data) -> str:
+        name = super().dataset(own)
+        return name if self.gallery is None else f"{name}+{dataset_name(self.gallery, self.gallery_split or self.split)}"
+
+
 def with_questions(dataset: str, questions: str | None) -> str:
     """The name of a dataset in results, with that of the file of questions on it: there may be several on one dataset."""
     return dataset if questions is None else f"{dataset}+{PurePath(questions).stem}"
 
 
-TrainingEvaluation.include(Probe, Choice, Composed)
+TrainingEvaluation.include(Probe, Choice, Composed, Instance)

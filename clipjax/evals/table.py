@@ -6,6 +6,7 @@ from clipjax.evals.choice import ChoiceEvaluation
 from clipjax.evals.composed import ComposedEvaluation
 from clipjax.evals.evaluation import Evaluation
 from clipjax.evals.geometry import GeometryEvaluation
+from clipjax.evals.instance import InstanceEvaluation
 from clipjax.evals.probe import ProbeEvaluation
 from clipjax.evals.retrieval import RetrievalEvaluation
 from clipjax.evals.zeroshot import ZeroshotEvaluation
@@ -17,6 +18,7 @@ EVALUATIONS: dict[type[config.TrainingEvaluation], type[Evaluation]] = {
     config.Captioning: CaptioningEvaluation,
     config.Choice: ChoiceEvaluation,
     config.Composed: ComposedEvaluation,
+    config.Instance: InstanceEvaluation,
     config.Probe: ProbeEvaluation,
 }
 
