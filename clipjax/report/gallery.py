@@ -17,7 +17,7 @@ from clipjax.evals import caption_metrics
 from clipjax.evals.captioning import with_round_trips
 from clipjax.evals.embed import MainPairs
 from clipjax.evals.loaded import LoadedRun
-from clipjax.evals.ties import TIE
+from clipjax.evals.ties import nearer
 from clipjax.report.drawing import webp
 
 ASKED = 1000  # queries of which right and wrong ones are chosen
@@ -108,7 +108,8 @@ def _ranks(run: Vectors, queries: Int[np.ndarray, " q"], by_text: bool) -> Float
     """1 + how many are nearer + half of how many are as near."""
     cosines = _cosines(run, queries, by_text)
     own = np.take_along_axis(cosines, queries[:, None], 1)
-    return 1 + (cosines > own + TIE).sum(1) + ((np.abs(cosines - own) <= TIE).sum(1) - 1) / 2
+    greater, equal = nearer(cosines, own)
+    return np.asarray(1 + greater.sum(1) + (equal.sum(1) - 1) / 2)
 
 
 def _nearest(run: Vectors, queries: list[int], by_text: bool) -> tuple[Int[np.ndarray, "q k"], np.ndarray, np.ndarray]:
