@@ -26,6 +26,7 @@ from clipjax.evals.named import located
 from clipjax.evals.questions import Question, read_questions
 from clipjax.evals.ties import expected_hits, nearer
 from clipjax.models.clip import Params
+from clipjax.train.report import say
 
 SCORES = ("text_score", "image_score", "group_score")
 ORDERS = 1000  # random orders of tied scores, for a question of more than MOST scores
@@ -58,7 +59,6 @@ class ChoiceEvaluation(Evaluation):
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Choice) -> Self:
         source = open_source(data)
         keys, questions = questions_on(source, cfg.questions)
-        _tell_of_equal_captions(source.name, questions)
         shown, numbers = located(source, keys, [picture for question in questions for picture in question.pictures])
         texts = {text: i for i, text in enumerate(dict.fromkeys(text for q in questions for text in q.captions))}
         name = with_questions(source.name, cfg.questions)
@@ -66,7 +66,9 @@ class ChoiceEvaluation(Evaluation):
         images = image_batches(encoder, shown, data, captioned=False)
         embed_images = partial(by_index, encoder, batches=images, n=len(shown))
         embed_texts = partial(by_index, encoder, batches=captions, n=len(texts))
-        return cls(embed_images, embed_texts, questions, blocks_of(questions, numbers, texts), name)
+        blocks = blocks_of(questions, numbers, texts)
+        _tell(name, questions, blocks, tokenizer.encode(list(texts))[0])
+        return cls(embed_images, embed_texts, questions, blocks, name)
 
     def run(self, params: Params) -> Results:
         """`text_score`: the share of questions in which each picture is nearest to a caption of its own; `image_score`: each
@@ -176,7 +178,11 @@ def _mean(values: Float[np.ndarray, " n"]) -> float | None:
     return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else None
 
 
-def _tell_of_equal_captions(name: str, questions: Sequence[Question]) -> None:
-    equal = sum(len(set(question.captions)) < len(question.captions) for question in questions)
+def _tell(name: str, questions: Sequence[Question], blocks: Sequence[Block], tokens: Int[np.ndarray, "m t"]) -> None:
+    """Prints the first question, and warns, in the first process, of those with captions of the same tokens."""
+    say(f"{name}: {len(questions):,} questions; the captions of the first are {', '.join(map(repr, questions[0].captions))}")
+    _, same = np.unique(tokens, axis=0, return_inverse=True)
+    ordered = [np.sort(same[block.captions], axis=1) for block in blocks]
+    equal = sum(int((np.diff(rows, axis=1) == 0).any(1).sum()) for rows in ordered)
     if equal and jax.process_index() == 0:
-        log.warning("%s: in %d of %d questions captions are equal: each counts as guessed", name, equal, len(questions))
+        log.warning("%s: in %d of %d questions captions have the same tokens: that is a tie", name, equal, len(questions))

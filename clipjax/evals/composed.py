@@ -22,6 +22,7 @@ from clipjax.evals.inputs import caption_batches, image_batches
 from clipjax.evals.named import located
 from clipjax.evals.ties import expected_hits, nearer
 from clipjax.models.clip import Params
+from clipjax.train.report import say
 
 KS = (1, 2, 3, 5, 10)
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # of the curve
@@ -53,6 +54,8 @@ class ComposedEvaluation(Evaluation):
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Composed) -> Self:
         """Without a file of questions, those of emoji's skin tones: of the targets in `data.split`, among all emoji."""
         asked = of_emoji(data) if cfg.questions is None else of_file(data, cfg.questions)
+        first = asked.questions[0]
+        say(f"{asked.dataset}: {len(asked.questions):,} questions; the first is {first.condition!r}, of {first.reference.name}")
         texts = list(dict.fromkeys(text for q in asked.questions for text in (q.condition, q.source) if text is not None))
         captions = caption_batches(encoder, tokenizer, texts, range(len(texts)), asked.dataset)
         images = [(image_batches(encoder, source, data, captioned=False), len(source)) for source in asked.sources]

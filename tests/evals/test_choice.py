@@ -149,9 +149,11 @@ def questions(tsv):
 
 
 @pytest.mark.parametrize("mesh", ["1", "8"])
-def test_equals_the_definition_on_every_mesh(tsv, questions, model, params, images, mesh):
+def test_equals_the_definition_on_every_mesh(tsv, questions, model, params, images, mesh, capsys, caplog):
     wanted = config.Choice(data=f"tsv:{tsv}/pairs.tsv", questions=questions)
     evaluation = ChoiceEvaluation.prepare(Encoder(MODEL, mesh_of(mesh), 4), TOKENIZER, Data(spec=wanted.data), wanted)
+    assert "3 questions; the captions of the first are 'fox', 'hen'" in capsys.readouterr().err
+    assert "in 1 of 3 questions captions have the same tokens" in caplog.text
     results = evaluation.run(params)
     z = np.asarray(model.encode_image(images[[0, 1]]))
     t = np.asarray(model.encode_text(TOKENIZER.encode(["fox", "hen"])[0]))
