@@ -38,6 +38,17 @@ def eval_probe(args: argparse.Namespace) -> None:
     evaluate(args, config.Probe(**dataset(args), **chosen, methods=tuple(args.methods)))
 
 
+def eval_transfer(args: argparse.Namespace) -> None:
+    """`clipjax eval transfer`: what a classifier learned from a run's texts is worth on its images."""
+    chosen = dict(train=args.train, label_pattern=args.label_pattern, noise=args.noise)
+    evaluate(args, config.Transfer(**dataset(args), **chosen))
+
+
+def eval_calibration(args: argparse.Namespace) -> None:
+    """`clipjax eval calibration`: whether a run's zero-shot probabilities are right as often as they say."""
+    evaluate(args, config.Calibration(**dataset(args), templates=args.templates, classnames=args.classnames))
+
+
 def eval_choice(args: argparse.Namespace) -> None:
     """`clipjax eval choice`: how often a run gives pictures their own captions, and captions their own pictures."""
     evaluate(args, config.Choice(**dataset(args), questions=args.questions))

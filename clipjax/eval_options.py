@@ -13,24 +13,28 @@ LEARNED = (
     argument("--label-pattern", "REGEX", "the class is what this finds in the main caption; else it is the label"),
 )
 
+PROMPTS = (
+    argument(
+        "--classnames",
+        "NAME|FILE",
+        "a test set's names (imagenet1k, imagenet-a, eurosat, ...), or one name a line, in the order of the labels; "
+        "else the dataset's own, with words for wnids",
+    ),
+    argument(
+        "--templates",
+        "NAME|FILE",
+        "simple (7 prompts a class), imagenet (80), plain (the name alone), a test set's (cifar10, eurosat, ...), or a file "
+        "with one {c} a line; else the dataset's own (CLIP_benchmark's layout), or simple",
+    ),
+)
+
 EVAL_COMMANDS = (
     command(
         "eval zeroshot",
         eval_commands.eval_zeroshot,
         "zero-shot classification: acc1, acc5, mean-per-class recall",
         *DATA,
-        argument(
-            "--classnames",
-            "NAME|FILE",
-            "a test set's names (imagenet1k, imagenet-a, eurosat, ...), or one name a line, in the order of the labels; "
-            "else the dataset's own, with words for wnids",
-        ),
-        argument(
-            "--templates",
-            "NAME|FILE",
-            "simple (7 prompts a class), imagenet (80), plain (the name alone), a test set's (cifar10, eurosat, ...), or a file "
-            "with one {c} a line; else the dataset's own (CLIP_benchmark's layout), or simple",
-        ),
+        *PROMPTS,
         argument(
             "--predictions", "FILE", "also write a csv of the five nearest classes of each image, with cosines", writable_file
         ),
@@ -86,6 +90,23 @@ EVAL_COMMANDS = (
         argument("--methods", None, "which classifiers; else all", nargs="+", choices=METHODS, default=METHODS),
         argument("--features", None, "of images: embeddings, or before the projection", choices=FEATURES, default=FEATURES[0]),
         json_out("the result, with the accuracy of each C,"),
+    ),
+    command(
+        "eval transfer",
+        eval_commands.eval_transfer,
+        "classifiers learned from captions' vectors with noise, tested on images",
+        *DATA,
+        *LEARNED,
+        argument("--noise", "X", "the length of the noise that is added to captions' unit vectors", nonnegative, default=1.0),
+        json_out("the result, with the accuracy at other lengths of noise,"),
+    ),
+    command(
+        "eval calibration",
+        eval_commands.eval_calibration,
+        "zero-shot probabilities: expected calibration error, before and after one temperature is fitted",
+        *DATA,
+        *PROMPTS,
+        json_out("the result"),
     ),
     command(
         "eval choice",

@@ -38,18 +38,19 @@ from clipjax.config.objective import (
     check_objective,
 )
 from clipjax.config.start import start_from
-from clipjax.config.tasks import Choice, Composed, Instance, Probe
+from clipjax.config.tasks import Calibration, Choice, Composed, Instance, Probe, Transfer
 from clipjax.config.towers import SIZES, Activation, ImageTower, Lora, TextTower, size
 from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train, freezing
 from clipjax.config.unions import registered, require_registered
 
 __all__ = [
-    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Caption", "Captioning",
-    "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder",
-    "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Instance", "Isogclr", "Lora",
-    "Mesh", "Model", "MultiPositive", "Optim", "Part", "Preserve", "Probe", "Remembering", "Retrieval", "Rsqrt", "Rule", "Run",
-    "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation",
-    "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from", "to_json",
+    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Calibration", "Caption",
+    "Captioning", "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip",
+    "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Instance",
+    "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim", "Part", "Preserve", "Probe", "Remembering", "Retrieval",
+    "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
+    "TrainingEvaluation", "Transfer", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require",
+    "size", "start_from", "to_json",
 ]  # fmt: skip
 
 

@@ -30,6 +30,32 @@ class Probe(TrainingEvaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transfer(TrainingEvaluation):
+    """Classifiers that are learned from captions of the split `train` and tested on the images of `split`."""
+
+    task: ClassVar = "transfer"
+    metrics: ClassVar = ("acc1", "acc1_without_noise", "acc1_from_images")
+    kind: Literal["transfer"] = "transfer"
+    train: str = free("train")  # the part of the dataset whose captions are learned from, as `data.split`
+    label_pattern: str | None = free(None)  # a regular expression; the class is what it finds in the main caption
+    noise: float = free(1.0)  # the length of the noise that is added to captions' unit vectors
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        NOT_NEGATIVE.require(self.named("noise"), self.noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(TrainingEvaluation):
+    """Whether the probabilities of zero-shot classification are right as often as they say."""
+
+    task: ClassVar = "calibration"
+    kind: Literal["calibration"] = "calibration"
+    templates: str | None = free(None)  # as of Zeroshot
+    classnames: str | None = free(None)  # as of Zeroshot
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice(TrainingEvaluation):
     """Which caption is whose picture's: Winoground, SugarCrepe, ARO, or a dataset's captions against disrupted copies."""
 
@@ -85,4 +111,4 @@ def with_questions(dataset: str, questions: str | None) -> str:
     return dataset if questions is None else f"{dataset}+{PurePath(questions).stem}"
 
 
-TrainingEvaluation.include(Probe, Choice, Composed, Instance)
+TrainingEvaluation.include(Probe, Choice, Composed, Instance, Transfer, Calibration)

@@ -156,6 +156,14 @@ class Encoder(BatchedModel):
         self._allocate = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
         self._write = jax.jit(_write, donate_argnums=0, out_shardings=stacked)
 
+    def giving(self, features: Features) -> "Encoder":
+        """This encoder, or one of other features with the same store."""
+        if features == self.features:
+            return self
+        other = Encoder(self.model, self.mesh, self.batch_size, features, self.store)
+        other.left_out = self.left_out
+        return other
+
     def stream(self, params: Params, batches: CachedBatches) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:
         """The unit vectors, float32, of one batch after another, each with the other arrays of its batch, all global."""
         content = batches.content

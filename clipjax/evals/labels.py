@@ -1,16 +1,22 @@
 """The classes of a dataset's examples, of several splits under the same numbers: what classifiers learn and are tested on."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
+from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data import reading
 from clipjax.data.source import Record, Source
+from clipjax.data.sources import open_source
+from clipjax.evals.embed import Vectors, by_index
+from clipjax.evals.encoder import CachedBatches, Encoder
+from clipjax.models.clip import Params
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,30 @@ class Labelled:
     keys: tuple[str, ...]
     captions: tuple[str, ...]  # the main caption; empty where there is none
     labels: Int[np.ndarray, " n"]  # int32, -1: of none
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """The images of a split that have a class."""
+
+    encoder: Encoder
+    batches: CachedBatches
+    examples: Labelled
+
+    def embed(self, params: Params) -> tuple[Vectors, Int[np.ndarray, " m"], Bool[np.ndarray, " n"]]:
+        """The vectors and labels of those that can be read, in the dataset's order; and which of all n examples they are."""
+        z, found = by_index(self.encoder, params, self.batches, len(self.examples.keys))
+        found &= self.examples.labels >= 0
+        return z[found], self.examples.labels[found], found
+
+
+def open_splits(data: config.Data, train: str) -> tuple[tuple[Source, config.Data], tuple[Source, config.Data]]:
+    """The split `train` of a dataset, and that of `data`. Raises ConfigError where they are the same examples."""
+    learned = dataclasses.replace(data, split=train)
+    sources = open_source(learned), open_source(data)
+    remedy = f"classifiers would be tested on the examples that they learn from, {sources[1].name}: name two splits, or two"
+    config.require(sources[0].name != sources[1].name, "train", train, f"{remedy} shares, as train#0-80 and train#80-100")
+    return (sources[0], learned), (sources[1], data)
 
 
 def shared_classes(sources: Sequence[Source], pattern: str | None) -> tuple[int, list[Labelled]]:

@@ -1,53 +1,26 @@
 """Probes: how well classifiers of a run's image vectors do that are learned from a labelled split."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from clipjax import config
-from clipjax.data.source import Source
-from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import classifiers
 from clipjax.evals.classifiers import expected_right
-from clipjax.evals.embed import Vectors, by_index
-from clipjax.evals.encoder import CachedBatches, Encoder
+from clipjax.evals.embed import Vectors
+from clipjax.evals.encoder import Encoder
 from clipjax.evals.evaluation import Evaluation, Examples, Metrics, Results
 from clipjax.evals.inputs import image_batches
-from clipjax.evals.labels import Labelled, shared_classes
+from clipjax.evals.labels import LabelledImages, open_splits, shared_classes
 from clipjax.models.clip import Params
 
 KS = (10, 20, 100, 200)  # neighbours
 SHOTS = (1, 5, 10, 25)  # examples of each class
 SEEDS = range(3)  # of the examples that are drawn
 LEAST = 10  # images to learn from
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledImages:
-    """The images of a split that have a class."""
-
-    encoder: Encoder
-    batches: CachedBatches
-    examples: Labelled
-
-    def embed(self, params: Params) -> tuple[Vectors, Int[np.ndarray, " m"], Bool[np.ndarray, " n"]]:
-        """The vectors and labels of those that can be read, in the dataset's order; and which of all n examples they are."""
-        z, found = by_index(self.encoder, params, self.batches, len(self.examples.keys))
-        found &= self.examples.labels >= 0
-        return z[found], self.examples.labels[found], found
-
-
-def open_splits(data: config.Data, train: str) -> tuple[tuple[Source, config.Data], tuple[Source, config.Data]]:
-    """The split `train` of a dataset, and that of `data`. Raises ConfigError where they are the same examples."""
-    learned = dataclasses.replace(data, split=train)
-    sources = open_source(learned), open_source(data)
-    remedy = f"classifiers would be tested on the examples that they learn from, {sources[1].name}: name two splits, or two"
-    config.require(sources[0].name != sources[1].name, "train", train, f"{remedy} shares, as train#0-80 and train#80-100")
-    return (sources[0], learned), (sources[1], data)
 
 
 class ProbeEvaluation(Evaluation):
@@ -62,8 +35,7 @@ class ProbeEvaluation(Evaluation):
         """Classes are as in `labels.shared_classes`. Needs no captions."""
         splits = open_splits(data, cfg.train)
         classes, examples = shared_classes([source for source, _ in splits], cfg.label_pattern)
-        if cfg.features != encoder.features:
-            encoder = Encoder(encoder.model, encoder.mesh, encoder.batch_size, cfg.features)
+        encoder = encoder.giving(cfg.features)
         train, test = (
             LabelledImages(encoder, image_batches(encoder, source, own, captioned=False), labelled)
             for (source, own), labelled in zip(splits, examples, strict=True)
