@@ -13,12 +13,14 @@ from clipjax.data.sources import open_source
 from clipjax.evals.geometry import GeometryEvaluation
 from clipjax.evals.inputs import eval_data
 from clipjax.evals.loaded import LoadedRun
+from clipjax.evals.store import Store
 from clipjax.report import gallery
 from clipjax.report.drawing import webp
 from clipjax.report.folders import Folder
 from clipjax.report.gallery import Search, Vectors, Writing
 
 PLOT = 1000  # pixels, the width of a picture of the geometry
+OF_PAIRS = (config.Retrieval, config.Geometry, config.Captioning)  # evaluations of images with their captions
 
 
 @dataclass
@@ -55,6 +57,9 @@ def pictures(folders: Sequence[Folder], spec: str | None = None, split: str = "t
     for number, folder in enumerate(folders):
         try:
             model = clipjax.load(str(folder.path))
+            kept = folder.path / "embeddings"
+            if kept.is_dir():  # a suite keeps what it embeds
+                model.encoder.store = Store(kept)
             sets = sets or _open(model, spec, split)
             for seen in sets:
                 _look(seen, folder.name, model)
@@ -71,7 +76,7 @@ def pictures(folders: Sequence[Folder], spec: str | None = None, split: str = "t
 def _open(model: LoadedRun, spec: str | None, split: str) -> list[_Seen]:
     """The datasets with captions, in which images and texts can be compared."""
     model.run.model.require_towers("image", "text")
-    given = [config.Retrieval(data=spec, split=split)] if spec else model.run.evals
+    given = [config.Retrieval(data=spec, split=split)] if spec else [e for e in model.run.evals if isinstance(e, OF_PAIRS)]
     found: dict[str, _Seen] = {}
     for wanted in given:
         fields = dict(image_field=wanted.image_field, text_field=wanted.text_field, label_field=wanted.label_field)
