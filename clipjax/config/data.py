@@ -13,6 +13,7 @@ class Augment(Strict, prefix="data.augment"):
 
     crop: float = 1.0  # smallest share of the area that a random resized crop keeps; 1: no crop
     aspect: float = 4 / 3  # largest ratio of the sides of a crop, in either direction
+    border: float = 0.0  # white that is added on each side before the crop, as a share of the image: it shifts and shrinks, too
     flip: bool = False  # mirror half of the images left to right; leave it off where captions speak of left and right
     brightness: float = 0.0  # x: brightness is multiplied by a factor drawn from [1 - x, 1 + x]
     contrast: float = 0.0  # the same for the contrast
@@ -21,6 +22,7 @@ class Augment(Strict, prefix="data.augment"):
     def __post_init__(self) -> None:
         require(0 < self.crop <= 1, "data.augment.crop", self.crop, "must lie in (0, 1]")
         require(self.aspect >= 1, "data.augment.aspect", self.aspect, "must be at least 1")
+        require(0 <= self.border <= 1, "data.augment.border", self.border, "must lie in [0, 1]")
         for name in ("brightness", "contrast", "saturation"):
             require(0 <= getattr(self, name) < 1, f"data.augment.{name}", getattr(self, name), "must lie in [0, 1)")
 

@@ -192,6 +192,36 @@ def test_crops_are_what_the_configuration_says():
     assert boxes[:, 0].max() > 0.3 * width
 
 
+def test_crops_of_an_image_with_a_border():
+    """They go beyond all four sides, by at most the border, and show up to the whole of it."""
+    augment, width, height = Augment(crop=0.6, aspect=1.1, border=0.1), 120, 100
+    boxes = np.array([draw_crop(width, height, augment, np.random.default_rng(i)) for i in range(2000)])
+    beyond = np.array([-boxes[:, 0] / width, -boxes[:, 1] / height, boxes[:, 2] / width - 1, boxes[:, 3] / height - 1])
+    assert (beyond.max(1) <= 0.1 + 1e-9).all()
+    assert (beyond.max(1) > 0.09).all()
+    share = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / (1.2 * width * 1.2 * height)
+    assert 0.6 - 1e-9 <= share.min() < 0.62
+    assert share.max() > 0.9
+
+
+@pytest.mark.parametrize("resizer", ["pillow", "fast"])
+@pytest.mark.parametrize("form", ["png", "jpeg"])  # the JPEG is drafted
+def test_a_border_is_white(form, resizer):
+    if resizer == "fast":
+        pytest.importorskip("cykooz_resizer")
+    smooth = Image.fromarray(noise(6, 8)).resize((400, 300), Image.Resampling.BICUBIC)
+    stored, augment = encoded(smooth, form), Augment(crop=0.6, border=0.25)
+    white = Image.new("RGB", (600, 450), "white")
+    white.paste(decode(stored), (100, 75))
+    for i in range(4):
+        left, top, right, bottom = draw_crop(400, 300, augment, np.random.default_rng(i))
+        expected = np.asarray(resize_box(white, 48, (left + 100, top + 75, right + 100, bottom + 75), "pillow"), int)
+        data = Data(spec="emoji", augment=augment, resizer=resizer)
+        got = training(stored, 48, data, np.random.default_rng(i)).astype(int)
+        assert np.abs(got - expected).mean() < (2 if form == "jpeg" else 1)  # the edge to white is sharp
+        assert (got == 255).all(-1).mean() > 0.1
+
+
 def test_crop_of_a_narrow_image():
     x0, y0, x1, y1 = draw_crop(1000, 10, Augment(crop=0.9, aspect=4 / 3), np.random.default_rng(0))
     assert (y0, y1) == (0, 10)

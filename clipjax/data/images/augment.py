@@ -13,7 +13,22 @@ def draw_crop(width: int, height: int, augment: Augment, rng: np.random.Generato
     """A crop, as torchvision's RandomResizedCrop, but with fractions of a pixel.
 
     Its share of the area is uniform in [crop, 1]. Its ratio of sides is log-uniform in [1/aspect, aspect]. If none of ten draws
-    fits into the image, it is the largest centre crop of the nearest ratio."""
+    fits into the image, it is the largest centre crop of the nearest ratio. All of this is of the image with its border: where it
+    has one, the crop may go beyond the image."""
+    x, y = width * augment.border, height * augment.border
+    left, top, right, bottom = _draw(width + 2 * x, height + 2 * y, augment, rng)
+    return left - x, top - y, right - x, bottom - y
+
+
+def bordered(image: Image.Image, box: Box) -> tuple[Image.Image, Box]:
+    """An RGB image with white where the box lies outside of it, and the box in that."""
+    left, top, right, bottom = box
+    outside = (-left, -top, right - image.width, bottom - image.height)
+    white = tuple(max(0, math.ceil(beyond)) for beyond in outside)
+    return ImageOps.expand(image, white, "white"), (left + white[0], top + white[1], right + white[0], bottom + white[1])
+
+
+def _draw(width: float, height: float, augment: Augment, rng: np.random.Generator) -> Box:
     log_aspect = math.log(augment.aspect)
     for _ in range(10):
         area = width * height * rng.uniform(augment.crop, 1)

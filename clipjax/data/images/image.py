@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from clipjax.config import Data
 from clipjax.data import filter as filters
 from clipjax.data.images import png
-from clipjax.data.images.augment import draw_crop, recolour
+from clipjax.data.images.augment import bordered, draw_crop, recolour
 from clipjax.data.images.modes import checked, rgb
 from clipjax.data.images.resize import Box, check_size, fit, fit_box, resize_box
 from clipjax.data.images.turn import Turn, stored_box, turn_of, turned, turned_size
@@ -59,7 +59,8 @@ def decoded_crop(stored: bytes | Path, size: int, data: Data, rng: np.random.Gen
             check(image, size, data)
         turn = turn_of(image)
         upright = turned_size(*image.size, turn)
-        box = draw_crop(*upright, augment, rng) if augment.crop < 1 else fit_box(*upright, size, data.resize)
+        crops = augment.crop < 1 or augment.border > 0
+        box = draw_crop(*upright, augment, rng) if crops else fit_box(*upright, size, data.resize)
         box = stored_box(box, *image.size, turn)
         scale = _draft(image, box, size)
         image.load()
@@ -68,12 +69,14 @@ def decoded_crop(stored: bytes | Path, size: int, data: Data, rng: np.random.Gen
 
 def square(crop: Crop, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
     """uint8 [size, size, 3]: the part, resized, turned, flipped and recoloured."""
-    if data.augment.crop == 1 and crop.scale == 1 and data.resizer == "pillow":  # what an evaluation shows, bit for bit
+    whole = data.augment.crop == 1 and data.augment.border == 0
+    if whole and crop.scale == 1 and data.resizer == "pillow":  # what an evaluation shows, bit for bit
         pixels = Image.fromarray(fit(turned(crop.pixels, crop.turn), size, data.resize))
     else:  # turned when it is small
         left, top, right, bottom = crop.box
         box = left / crop.scale, top / crop.scale, right / crop.scale, bottom / crop.scale
-        pixels = turned(resize_box(crop.pixels, size, box, data.resizer), crop.turn)
+        shown, box = bordered(crop.pixels, box) if data.augment.border > 0 else (crop.pixels, box)
+        pixels = turned(resize_box(shown, size, box, data.resizer), crop.turn)
     return np.asarray(recolour(pixels, data.augment, rng))
 
 
