@@ -100,6 +100,34 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any
     return results
 
 
+def eval_suite(args: argparse.Namespace) -> None:
+    """`clipjax eval suite`: every set of a suite, its main figures and means over them."""
+    from functools import partial
+    from pathlib import Path
+
+    from clipjax import files
+    from clipjax.config.load import load_suite
+    from clipjax.evals import results
+    from clipjax.evals.encoder import Encoder
+    from clipjax.evals.store import MOST, Store
+    from clipjax.evals.suite import Weights, measure, run_suite
+    from clipjax.evals.training import prepare
+
+    suite, name = load_suite(args.suite), Path(args.suite).stem
+    model = load(args)
+    run = model.run
+    kept = args.cache or (model.workdir / "embeddings" if files.scheme(model.workdir) is None else None)
+    if kept is None and not args.no_cache:
+        say(f"{args.workdir} is remote: name a folder of this machine with --cache, or embeddings are not kept", sys.stderr)
+    store = None if args.no_cache or kept is None else Store(kept, args.cache_bytes or MOST)
+    encoder = Encoder(run.model, model.mesh, run.train.eval_batch_size, store=store)
+    ready = partial(prepare, encoder=encoder, tokenizer=model.tokenizer, run=run)
+    found = measure(suite, args.root, ready, encoder, Weights(model.name, f"step {model.step}", model.params))
+    out = args.out or model.workdir / results.SUITES / name
+    run_suite(found, out, say)
+    say(f"{out}: {results.LINES}, {results.TABLE}, {results.EXAMPLES}/", sys.stderr)
+
+
 def eval_compare(args: argparse.Namespace) -> int:
     """`clipjax eval compare`: a run against another on the same queries. The status is 1 where the second is worse."""
     import dataclasses

@@ -3,9 +3,9 @@
 from typing import get_args
 
 from clipjax import eval_commands
-from clipjax.arguments import nonnegative, positive, writable_file
+from clipjax.arguments import local_folder, nonnegative, positive, writable_file, writable_folder
 from clipjax.config.tasks import ProbeMethod
-from clipjax.declared import DATA, argument, command, json_out
+from clipjax.declared import DATA, RUN, argument, command, json_out
 
 METHODS, FEATURES = get_args(ProbeMethod), ("embedding", "tower")
 LEARNED = (
@@ -147,6 +147,20 @@ EVAL_COMMANDS = (
         argument("--gallery", "SPEC", "the images that are searched; else the other images of --data"),
         argument("--gallery-split", "SPLIT", "split of --gallery; else as --split"),
         json_out("the result"),
+    ),
+    command(
+        "eval suite",
+        eval_commands.eval_suite,
+        "all sets of a suite, each with its main figure, and means over them",
+        *RUN,
+        argument("suite", "SUITE", "quick, datacomp, clip_benchmark or emoji, or a SUITE.py of your own"),
+        argument("--root", "DIR", "the folder of the suite's sets, local or in a bucket; else where the suite says"),
+        argument("--out", "DIR", "where results go; else RUN/suites/SUITE", writable_folder),
+        (
+            argument("--cache", "DIR", "where embeddings are kept on this machine; else RUN/embeddings", local_folder),
+            argument("--no-cache", None, "embeddings are not kept", action="store_true"),
+        ),
+        argument("--cache-bytes", "N", "how much may be kept, else 20 GB; what was used longest ago is dropped", positive),
     ),
     command(
         "eval compare",

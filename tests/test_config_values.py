@@ -24,7 +24,13 @@ from clipjax.config.load import load_config
 CONFIGS = Path(__file__).parents[1] / "configs"
 NEEDED = {"spec": "emoji", "path": "tokenizer.json", "pattern": ".*", "examples": 10}
 
-ONE_OF_SEVERAL = {config.Init: {"run": "RUN"}}  # what a class needs of fields that all have defaults
+SET = dict(name="a", evaluation=config.Retrieval(data="emoji"), main=("a",))
+ONE_OF_SEVERAL = {  # what a class needs of fields that all have defaults, or of those that others have with other values
+    config.Init: {"run": "RUN"},
+    config.SuiteSet: SET,
+    config.SuiteMean: {"name": "mean", "of": ("a",)},
+    config.Suite: {"sets": (config.SuiteSet(**SET),)},
+}
 
 
 def classes(base: type = Strict) -> list[type]:
@@ -83,6 +89,8 @@ def test_every_class_names_the_nearest_of_a_misspelt_field(cls):
 
 SPECS = "emoji, tfds:NAME[/CONFIG][:VERSION], wds:SHARDS, parquet:FILES, csv:FILES, tsv:FILES, "
 SPECS += "karpathy:FILE.json[::IMAGES] or folder:DIR"
+EVALUATIONS = ", ".join(f"{name}(...)" for name in config.TrainingEvaluation.admitted())
+EVALUATIONS = " or ".join(EVALUATIONS.rsplit(", ", 1))
 REFUSED = {
     "data.resize = 'sqaush': must be 'squash' or 'crop'; the nearest is 'squash'": lambda: Data(spec="emoji", resize="sqaush"),
     "model.image.activation = 'relu': must be 'gelu', 'gelu_tanh' or 'quick_gelu'; the nearest is 'gelu'": (
@@ -112,9 +120,7 @@ REFUSED = {
     "evals = Retrieval(...): must be a tuple, as (x,) for one value and () for none": (
         lambda: made(Run, evals=config.Retrieval(data="emoji"))
     ),
-    "evals.0 = Softmax(...): must be Zeroshot(...), Retrieval(...), Geometry(...) or Captioning(...)": (
-        lambda: made(Run, evals=(config.Softmax(),))
-    ),
+    "evals.0 = Softmax(...): must be " + EVALUATIONS: (lambda: made(Run, evals=(config.Softmax(),))),
     "objective.1 = Sigmoid: is the class: write Sigmoid()": lambda: made(Run, objective=(config.Softmax(), config.Sigmoid)),
     "objective.Softmax.prefixes = 64: must be a tuple or None, as (x,) for one value and () for none": (
         lambda: config.Softmax(prefixes=64)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (  # a module may import from its own group and from those before it
-    {"config", "files", "status"},
+    {"config", "suites", "files", "status"},
     {
         *("environment", "process", "swap", "s3", "storage", "hlo", "aot", "gpus", "chips", "distributed", "preemption"),
         *("sharding", "placement", "data", "models", "losses"),

@@ -38,7 +38,8 @@ from clipjax.config.objective import (
     check_objective,
 )
 from clipjax.config.start import start_from
-from clipjax.config.tasks import Calibration, Choice, Composed, Instance, Probe, Transfer
+from clipjax.config.suite import Suite, SuiteMean, SuiteSet
+from clipjax.config.tasks import Calibration, Choice, Composed, Instance, Probe, RunSuite, Transfer
 from clipjax.config.towers import SIZES, Activation, ImageTower, Lora, TextTower, size
 from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train, freezing
 from clipjax.config.unions import registered, require_registered
@@ -48,9 +49,9 @@ __all__ = [
     "Captioning", "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip",
     "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Instance",
     "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim", "Part", "Preserve", "Probe", "Remembering", "Retrieval",
-    "Rsqrt", "Rule", "Run", "Sigmoid", "Softmax", "Sogclr", "Term", "TextTower", "Tokenizer", "TokenizerFile", "Train",
-    "TrainingEvaluation", "Transfer", "Uniformity", "Zeroshot", "from_json", "identity_differences", "lines", "require",
-    "size", "start_from", "to_json",
+    "Rsqrt", "Rule", "Run", "RunSuite", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Term",
+    "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer", "Uniformity", "Zeroshot",
+    "from_json", "identity_differences", "lines", "require", "size", "start_from", "to_json",
 ]  # fmt: skip
 
 

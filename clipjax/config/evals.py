@@ -36,6 +36,16 @@ class TrainingEvaluation(OpenUnion, run_field="evals"):
         """What its dataset is called in results, in a run whose data is `own`."""
         return dataset_name(self.spec(own), self.split)
 
+    def check_data(self, own: Data, name: str) -> None:
+        """Raises ConfigError where it can't be on its dataset in a run whose data is `own`. `name`: its place, as evals.0."""
+        of_run = self.data is None
+        remedy = "the run trains on a mixture: name the examples to evaluate on"
+        require(not of_run or not own.sources, f"{name}.data", None, remedy)
+        check_spec(self.spec(own), f"{name}.data")
+        remedy = f"the run's own {own.spec} has no splits: name other examples, as tsv:held_out.tsv, set data.split = train#0-95"
+        remedy += f" and {name}.split = train#95-100, or leave the evaluation out (--evals none)"
+        require(not of_run or has_splits(own.spec, self.split), f"{name}.data", None, remedy)
+
     @classmethod
     def register(cls, config: type[Self], implementation: Any, source: str) -> None:
         """As `OpenUnion.register`. Raises ConfigError also for a class without a task, and for one that is no evaluation."""
@@ -103,13 +113,7 @@ def check_evaluations(evals: tuple[TrainingEvaluation, ...], data: Data) -> None
     """Raises ConfigError for a class that is not registered, and for an evaluation on the run's own data that has no splits."""
     for i, evaluation in enumerate(evals):
         evaluation.require_member(f"evals.{i}")
-        own = evaluation.data is None
-        remedy = "the run trains on a mixture: name the examples to evaluate on"
-        require(not own or not data.sources, f"evals.{i}.data", None, remedy)
-        check_spec(evaluation.spec(data), f"evals.{i}.data")
-        remedy = f"the run's own {data.spec} has no splits: name other examples, as tsv:held_out.tsv, set data.split = train#0-95"
-        remedy += f" and evals.{i}.split = train#95-100, or leave the evaluation out (--evals none)"
-        require(not own or has_splits(data.spec, evaluation.split), f"evals.{i}.data", None, remedy)
+        evaluation.check_data(data, f"evals.{i}")
 
 
 def check_best(best: str | None, evals: tuple[TrainingEvaluation, ...], data: Data) -> None:

@@ -8,9 +8,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from clipjax.config import ConfigError, Run, require
-from clipjax.config.packaged import config_path
+from clipjax.config import ConfigError, Run, Suite, require
+from clipjax.config.packaged import config_path, suite_path
 from clipjax.config.unions import loading
 
 _neighbours: set[str] = set()  # names of the modules that the latest config file imported from its own folder
@@ -24,11 +25,28 @@ def load_config(path: str) -> Run:
     """
     file = config_path(path).absolute()  # as tracebacks name it
     require(file.is_file(), "CONFIG.py", path, "is not a file; `clipjax configs` lists those that come with clipjax")
+    run = _called(file, path, "config", "CONFIG.py", Run)
+    require(type(run) is Run, f"config() of {path}", type(run).__name__, "must return a clipjax.config.Run")
+    return run
+
+
+def load_suite(path: str) -> Suite:
+    """What the `suite()` of a Python file returns, which is read as a config file. `path` may also be the NAME of a suite."""
+    file = suite_path(path).absolute()
+    require(file.is_file(), "SUITE", path, "is not a file")
+    suite = _called(file, path, "suite", "SUITE", Suite)
+    require(type(suite) is Suite, f"suite() of {path}", type(suite).__name__, "must return a clipjax.config.Suite")
+    return suite
+
+
+def _called(file: Path, path: str, function: str, what: str, kind: type) -> Any:
+    """What a function of a file returns. Raises ConfigError for whatever the file raises, with its line."""
     try:
         with _neighbours_of(file), loading(str(file)):
             module = _execute(file)
-            require(hasattr(module, "config"), "CONFIG.py", path, "has no function config() that returns a clipjax.config.Run")
-            run = module.config()
+            has = hasattr(module, function)
+            require(has, what, path, f"has no function {function}() that returns a clipjax.config.{kind.__name__}")
+            return getattr(module, function)()
     except Exception as error:  # the file can raise anything
         numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         if isinstance(error, SyntaxError) and error.filename == str(file):
@@ -37,8 +55,6 @@ def load_config(path: str) -> Run:
         if isinstance(error, ConfigError):  # of the file's own values, or of the file as such
             raise (ConfigError(f"{where}: {error}") if numbers else error) from error
         raise ConfigError(f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}") from error
-    require(type(run) is Run, f"config() of {path}", type(run).__name__, "must return a clipjax.config.Run")
-    return run
 
 
 def _execute(file: Path) -> ModuleType:

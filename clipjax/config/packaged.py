@@ -1,4 +1,4 @@
-"""The configs that come with clipjax. They are read like a user's own file; the package never imports them."""
+"""The configs and suites that come with clipjax. They are read like a user's own file; the package never imports them."""
 
 import ast
 import difflib
@@ -36,3 +36,18 @@ def packaged_config(name: str) -> Path:
 def config_path(text: str) -> Path:
     """The file that CONFIG.py|NAME means: what ends in .py or holds / is a path, all else names a packaged config."""
     return Path(text) if text.endswith(".py") or "/" in text else packaged_config(text)
+
+
+def suites() -> dict[str, Path]:
+    """The file of every suite that comes with clipjax, by its NAME."""
+    folder = Path(__file__).parents[1] / "suites"
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+
+
+def suite_path(text: str) -> Path:
+    """The file that SUITE.py|NAME means. Raises ConfigError for a NAME that does not come with clipjax."""
+    if text.endswith(".py") or "/" in text:
+        return Path(text)
+    known = suites()
+    require(text in known, "SUITE", text, f"must be {', '.join(known)}, or a file: a path ends in .py or holds /")
+    return known[text]

@@ -106,9 +106,26 @@ class Instance(TrainingEvaluation):
         return name if self.gallery is None else f"{name}+{dataset_name(self.gallery, self.gallery_split or self.split)}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSuite(TrainingEvaluation):
+    """All sets of a suite, of which each gives its main figure. The suite says what it is evaluated on, and how."""
+
+    task: ClassVar = "suite"
+    kind: Literal["suite"] = "suite"
+    suite: str = free("quick")  # the name of a suite, or a SUITE.py
+    root: str | None = free(None)  # the folder of its sets; None: where the suite says
+
+    def dataset(self, own: Data) -> str:
+        return PurePath(self.suite).stem
+
+    def check_data(self, own: Data, name: str) -> None:
+        remedy = "leave it out: the suite names its sets"
+        require(self.data is None, f"{name}.data", self.data, remedy)
+
+
 def with_questions(dataset: str, questions: str | None) -> str:
     """The name of a dataset in results, with that of the file of questions on it: there may be several on one dataset."""
     return dataset if questions is None else f"{dataset}+{PurePath(questions).stem}"
 
 
-TrainingEvaluation.include(Probe, Choice, Composed, Instance, Transfer, Calibration)
+TrainingEvaluation.include(Probe, Choice, Composed, Instance, Transfer, Calibration, RunSuite)

@@ -101,7 +101,7 @@ class BatchedModel:
         self.model = model
         self.mesh = mesh
         self.batch_size = -(-batch_size // devices) * devices
-        self.left_out: dict[str, int] = {}  # by dataset: images that could not be used when it was last read
+        self.usable: dict[str, tuple[int, int]] = {}  # by dataset: images that could be used when it was last read, and others
 
     def batch_count(self, total: int) -> int:
         """How many batches `total` examples fill. The last may be filled in part."""
@@ -161,7 +161,7 @@ class Encoder(BatchedModel):
         if features == self.features:
             return self
         other = Encoder(self.model, self.mesh, self.batch_size, features, self.store)
-        other.left_out = self.left_out
+        other.usable = self.usable
         return other
 
     def stream(self, params: Params, batches: CachedBatches) -> Iterator[tuple[Float[Array, "b e"], dict[str, Array]]]:

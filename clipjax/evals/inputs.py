@@ -24,13 +24,19 @@ log = logging.getLogger(__name__)
 
 
 def eval_data(run: config.Run, spec: str, split: str, **fields: str | None) -> config.Data:
-    """How a run reads a dataset to evaluate: resized as in training. `fields`: `image_field`, `text_field` and `label_field`; one
-    that is None is the run's own if the run trains on this dataset, alone or with others. No example is filtered out."""
-    own = next((part for part in run.data.parts if part.spec == spec), None)
+    """How a run reads a dataset to evaluate: `eval_data_of` its own data."""
+    return eval_data_of(run.data, spec, split, **fields)
+
+
+def eval_data_of(data: config.Data, spec: str, split: str, **fields: str | None) -> config.Data:
+    """How a run with this data reads a dataset to evaluate: resized as in training. `fields`: `image_field`, `text_field` and
+    `label_field`; one that is None is the run's own if the run trains on this dataset, alone or with others. No example is
+    filtered out."""
+    own = next((part for part in data.parts if part.spec == spec), None)
     names = ("image_field", "text_field", "label_field")
     chosen = {name: fields.get(name) or getattr(own, name, None) for name in names}
     index = own.index if own else None
-    return dataclasses.replace(run.data, spec=spec, split=split, sources=(), index=index, filter=config.Filter(), **chosen)
+    return dataclasses.replace(data, spec=spec, split=split, sources=(), index=index, filter=config.Filter(), **chosen)
 
 
 def require_captions(source: Source, task: str, some: bool = True) -> None:
@@ -74,7 +80,7 @@ def image_batches(
             label = batch["own_label"] if labels is None else labels[np.maximum(row, 0)]
             yield batch | {"index": np.where(used, row, np.int32(-1)), "label": np.where(used, label, np.int32(-1))}
         left_out, silent = distributed.total(left_out), distributed.total(silent)
-        encoder.left_out[source.name] = left_out
+        encoder.usable[source.name] = len(source) - left_out, left_out
         if left_out == len(source):
             raise CertainFailure(f"{source.name}: none of {left_out:,} examples can be used; the log says why")
         if left_out and jax.process_index() == 0:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from clipjax.config import require
+from clipjax.evals.bootstrap import Column, Draws, draw_means, seed_of
 from clipjax.evals.evaluation import Examples
 from clipjax.files import as_path, write_atomic
 
@@ -36,14 +37,14 @@ class Row:
     model: str  # the run's name
     pretrained: str  # `step N`
     task: str  # MEAN, or the evaluation's
-    metrics: Mapping[str, float | None]
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     language: str = "en"
     name: str  # of the set in its suite: also that of its file of examples
     main_metric: str  # what `main` is
     main: float | None = None  # the figure that means are made of; None: there is none
     main_of: tuple[str, ...] = ()  # the metrics of which `main` is the mean; of a mean, the names of the sets
     ci95: tuple[float, float] | None = None  # of `main`; None: it is no mean over queries
-    n: int = 0  # queries that count; of a mean, sets that have a figure
+    n: int = 0  # queries that `main` is a mean over, else images; of a mean, sets that have a figure
     unreadable: int = 0  # images that can't be used and are left out
     protocol: str = ""  # where the definition is from, and what of it is not confirmed
     absent: str = ""  # why there is no result; empty: there is one
@@ -102,6 +103,7 @@ def write_examples(folder: Path, name: str, examples: Sequence[Examples]) -> Non
         arrays[f"{k}/keys"] = np.array(kind.keys, str)
         arrays |= {} if kind.groups is None else {f"{k}/groups": np.array(kind.groups, str)}
         arrays |= {f"{k}/values/{metric}": np.asarray(values) for metric, values in kind.values.items()}
+        arrays |= {f"{k}/facts/{fact}": np.array(texts, str) for fact, texts in kind.facts.items()}
         arrays |= {f"{k}/facts/{fact}": np.array(values, str) for fact, values in kind.facts.items()}
     with write_atomic(folder / EXAMPLES / f"{name}.npz") as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)
@@ -124,28 +126,22 @@ def read_examples(folder: Path, name: str) -> list[Examples]:
     return kinds
 
 
-def interval(examples: Sequence[Examples], metrics: Sequence[str]) -> tuple[float, float] | None:
-    """The 95 % interval of the mean of some metrics, each a mean over queries: 1.96 standard errors to both sides. What is of one
-    group, as the captions of an image and the image itself, is one draw. None where a metric is no mean over queries."""
-    shares: dict[str, float] = {}  # by group: what it adds to the figure's distance from its mean
-    middle = 0.0
-    for metric in metrics:
-        kind = next((kind for kind in examples if metric in kind.values), None)
-        if kind is None:
-            return None
-        values = np.asarray(kind.values[metric], np.float64)
-        counted = ~np.isnan(values)
-        if not counted.any():
-            return None
-        mean, weight = values[counted].mean(), 1 / (counted.sum() * len(metrics))
-        middle += float(mean) / len(metrics)
-        names, group = np.unique(np.asarray(kind.groups or kind.keys, str)[counted], return_inverse=True)
-        sums = np.bincount(group, (values[counted] - mean) * weight)
-        for name, value in zip(names.tolist(), sums.tolist(), strict=True):
-            shares[name] = shares.get(name, 0.0) + value
-    draws = len(shares)
-    half = 1.96 * math.sqrt(draws / max(draws - 1, 1) * sum(value * value for value in shares.values()))
-    return middle - half, middle + half
+def _under(prefix: str, stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
+
+
+def draws_of(examples: Sequence[Examples], metrics: Sequence[str], name: str) -> Draws | None:
+    """The mean of some metrics in each bootstrap draw of a set's queries. `name`: the set's, by which the draws of all runs are
+    alike. None where one of the metrics is no mean over queries."""
+    kinds = [next((kind for kind in examples if metric in kind.values), None) for metric in metrics]
+    columns = [
+        Column(np.asarray(kind.values[metric], np.float64), kind.keys if kind.groups is None else kind.groups)
+        for kind, metric in zip(kinds, metrics, strict=True)
+        if kind is not None
+    ]
+    if len(columns) < len(metrics) or any(np.isnan(column.values).all() for column in columns):
+        return None
+    return np.mean(draw_means(columns, seed=seed_of(name)), axis=0)
 
 
 def _strict(value: Any) -> Any:

@@ -10,6 +10,7 @@ from clipjax.evals.geometry import GeometryEvaluation
 from clipjax.evals.instance import InstanceEvaluation
 from clipjax.evals.probe import ProbeEvaluation
 from clipjax.evals.retrieval import RetrievalEvaluation
+from clipjax.evals.suite import SuiteEvaluation
 from clipjax.evals.transfer import TransferEvaluation
 from clipjax.evals.zeroshot import ZeroshotEvaluation
 
@@ -24,6 +25,7 @@ EVALUATIONS: dict[type[config.TrainingEvaluation], type[Evaluation]] = {
     config.Instance: InstanceEvaluation,
     config.Probe: ProbeEvaluation,
     config.Transfer: TransferEvaluation,
+    config.RunSuite: SuiteEvaluation,
 }
 
 config.TrainingEvaluation.bind(EVALUATIONS)  # fails here, at import, where a class of clipjax's own has no row

@@ -7,10 +7,10 @@ import pytest
 from clipjax.config import ConfigError
 from clipjax.evals import results
 from clipjax.evals.evaluation import Examples
-from clipjax.evals.results import Row, interval
+from clipjax.evals.results import Row
 
 HITS = np.array([1.0, 0.0, 1.0, np.nan, 0.5])
-IMAGES = Examples(["a", "b", "c", "d", "é"], {"acc1": HITS})
+IMAGES = Examples(["a", "b", "c", "d", "é"], {"acc1": HITS}, facts={"class": ["cat"] * 5})
 CAPTIONS = Examples(["a/0", "a/1", "b/0"], {"r": np.array([1.0, 1.0, 0.0])}, ["a", "a", "b"])
 ROWS = [
     Row(
@@ -52,24 +52,21 @@ def test_examples_come_back(tmp_path):
     results.write_examples(tmp_path, "cats", [IMAGES, CAPTIONS])
     first, second = results.read_examples(tmp_path, "cats")
     assert (first.keys, first.groups, second.keys, second.groups) == (IMAGES.keys, None, CAPTIONS.keys, CAPTIONS.groups)
+    assert (first.facts, second.facts) == (IMAGES.facts, {})
     np.testing.assert_array_equal(first.values["acc1"], HITS)
     np.testing.assert_array_equal(second.values["r"], CAPTIONS.values["r"])
     assert results.read_examples(tmp_path, "dogs") == []
 
 
-def test_the_interval_is_that_of_a_mean_of_independent_draws():
+def test_the_draws_of_a_figure_are_those_of_its_queries():
+    drawn = results.draws_of([IMAGES, CAPTIONS], ["acc1"], "cats")
     counted = HITS[~np.isnan(HITS)]
-    half = 1.96 * counted.std(ddof=1) / np.sqrt(len(counted))
-    assert interval([IMAGES], ["acc1"]) == pytest.approx((counted.mean() - half, counted.mean() + half))
-    assert interval([IMAGES], ["f1"]) is None
-    assert interval([Examples(["a"], {"r": np.array([np.nan])})], ["r"]) is None
+    assert np.nanmean(drawn) == pytest.approx(counted.mean(), abs=0.01)  # a draw of d alone has none
+    assert results.draws_of([IMAGES], ["f1"], "cats") is None
+    assert results.draws_of([Examples(["a"], {"r": np.array([np.nan])})], ["r"], "cats") is None
 
 
-def test_what_is_of_one_group_is_one_draw():
-    """Doubling every query within its group tells nothing new; and two directions of the same images are not independent."""
-    rng = np.random.default_rng(0)
-    hits, keys = rng.integers(0, 2, 50).astype(float), [str(i) for i in range(50)]
-    once = interval([Examples(keys, {"a": hits})], ["a"])
-    twice = Examples([f"{k}{i}" for k in keys for i in "ab"], {"b": hits.repeat(2)}, [k for k in keys for _ in "ab"])
-    assert interval([twice], ["b"]) == pytest.approx(once)
-    assert interval([Examples(keys, {"a": hits}), twice], ["a", "b"]) == pytest.approx(once)
+def test_both_directions_of_an_image_are_drawn_together():
+    hits, keys = np.random.default_rng(0).integers(0, 2, 50).astype(float), [str(i) for i in range(50)]
+    images, captions = Examples(keys, {"a": hits}), Examples([f"{k}#0" for k in keys], {"b": 1 - hits}, keys)
+    np.testing.assert_allclose(results.draws_of([images, captions], ["a", "b"], "x"), 0.5, atol=1e-12)

@@ -9,27 +9,10 @@ from PIL import Image
 from clipjax import config
 from clipjax.data.sources import open_source
 from clipjax.evals.embed import by_index
-from clipjax.evals.encoder import Encoder
 from clipjax.evals.inputs import caption_batches, image_batches, prompt_batches
 from clipjax.evals.store import Store, checksum
 from clipjax.sharding import over_rows
-from tests.evals.tiny import MODEL, TOKENIZER, mesh_of
-
-
-class Counting(Encoder):
-    """Counts the rows that its towers see."""
-
-    def __init__(self, store, mesh="1", batch_size=4, model=MODEL):
-        super().__init__(model, mesh_of(mesh), batch_size, store=store)
-        self.rows_seen = 0
-        self._towers = {kind: self._counted(tower) for kind, tower in self._towers.items()}
-
-    def _counted(self, tower):
-        def counted(params, x):
-            self.rows_seen += len(x)
-            return tower(params, x)
-
-        return counted
+from tests.evals.tiny import MODEL, TOKENIZER, Counting, mesh_of
 
 
 @pytest.fixture
@@ -57,7 +40,7 @@ def test_vectors_are_found_again_bit_by_bit_by_every_evaluation(store, params, d
     for x, y in ((got, want), (found, has), (z, want), (real, has)):
         np.testing.assert_array_equal(x, y)
     assert not has[4]
-    assert again.left_out == {f"tsv:{data.spec[4:]}": 1}
+    assert again.usable == {data.spec: (9, 1)}
     assert caplog.text.count("1 of 10 examples can't be used and are left out") == 3  # told each time
     classes = np.arange(10, dtype=np.int32)
     rows = list(again.stream(params, image_batches(again, open_source(data), data, labels=classes, captioned=False)))

@@ -6,7 +6,7 @@ import numpy as np
 from clipjax import config
 from clipjax.data.source import Fetched, Record, Source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.evals.encoder import CachedBatches
+from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.evals.ranks import Ranks
 from clipjax.evals.ties import nearer
 from clipjax.sharding import make_mesh
@@ -86,3 +86,19 @@ def stored(tsv, labels, captions=True):
     """The images of the fixture `tsv`, with labels, and with one caption each or none."""
     paths = [tsv / f"{i}.png" for i in range(10)]
     return Stored([Record(p, ("a",) * captions, p.name, label) for p, label in zip(paths, labels, strict=True)], captions)
+
+
+class Counting(Encoder):
+    """Counts the rows that its towers see."""
+
+    def __init__(self, store, mesh="1", batch_size=4, model=MODEL):
+        super().__init__(model, mesh_of(mesh), batch_size, store=store)
+        self.rows_seen = 0
+        self._towers = {kind: self._counted(tower) for kind, tower in self._towers.items()}
+
+    def _counted(self, tower):
+        def counted(params, x):
+            self.rows_seen += len(x)
+            return tower(params, x)
+
+        return counted
