@@ -11,10 +11,9 @@ from clipjax.config import ConfigError, Data
 from clipjax.data.images.resize import fit
 from clipjax.evals.choice import ChoiceEvaluation, scores
 from clipjax.evals.disrupted import disrupted
-from clipjax.evals.encoder import Encoder
 from clipjax.evals.named import Picture, located
 from clipjax.evals.questions import read_questions
-from tests.evals.tiny import MODEL, SIZE, TOKENIZER, mesh_of, stored
+from tests.evals.tiny import SIZE, TOKENIZER, stored
 
 PAIRS = np.array([[0, 1]])
 
@@ -148,10 +147,9 @@ def questions(tsv):
     return written(tsv / "own.jsonl", rows)
 
 
-@pytest.mark.parametrize("mesh", ["1", "8"])
-def test_equals_the_definition_on_every_mesh(tsv, questions, model, params, images, mesh, capsys, caplog):
+def test_equals_the_definition_on_every_mesh(tsv, questions, model, params, images, encoder, capsys, caplog):
     wanted = config.Choice(data=f"tsv:{tsv}/pairs.tsv", questions=questions)
-    evaluation = ChoiceEvaluation.prepare(Encoder(MODEL, mesh_of(mesh), 4), TOKENIZER, Data(spec=wanted.data), wanted)
+    evaluation = ChoiceEvaluation.prepare(encoder, TOKENIZER, Data(spec=wanted.data), wanted)
     assert "3 questions; the captions of the first are 'fox', 'hen'" in capsys.readouterr().err
     assert "in 1 of 3 questions captions have the same tokens" in caplog.text
     results = evaluation.run(params)
@@ -174,9 +172,9 @@ def test_equals_the_definition_on_every_mesh(tsv, questions, model, params, imag
     assert evaluation.dataset == wanted.dataset(Data(spec="emoji")) == f"tsv:{tsv}/pairs.tsv+own"
 
 
-def test_a_dataset_against_its_own_disrupted_captions(tsv, params):
+def test_a_dataset_against_its_own_disrupted_captions(tsv, params, encoder):
     wanted = config.Choice(data=f"tsv:{tsv}/pairs.tsv")
-    evaluation = ChoiceEvaluation.prepare(Encoder(MODEL, mesh_of("1"), 4), TOKENIZER, Data(spec=wanted.data), wanted)
+    evaluation = ChoiceEvaluation.prepare(encoder, TOKENIZER, Data(spec=wanted.data), wanted)
     metrics = evaluation.run(params).metrics
     kinds = [name for name in metrics if name.startswith("text_score_")]
     assert kinds == [f"text_score_{kind}" for kind in ("replace_word", "shuffle_all_words", "shuffle_within_trigrams")]

@@ -7,9 +7,8 @@ from clipjax import config
 from clipjax.config import ConfigError, Data
 from clipjax.evals.composed import WEIGHTS, Asked, ComposedEvaluation
 from clipjax.evals.compositions import Composition, read_compositions, skin_tones
-from clipjax.evals.encoder import Encoder
 from clipjax.evals.named import Picture
-from tests.evals.tiny import MODEL, TOKENIZER, mesh_of
+from tests.evals.tiny import TOKENIZER
 
 
 def unit(x):
@@ -123,8 +122,7 @@ def test_nonsense_is_refused(tmp_path, row, message):
         config.Composed(weight=-1.0)
 
 
-@pytest.mark.parametrize("mesh", ["1", "8"])
-def test_a_file_of_questions_on_a_dataset(tsv, model, params, images, mesh):
+def test_a_file_of_questions_on_a_dataset(tsv, model, params, images, encoder):
     part = ["1.png", [0, 0, 6, 6]]
     rows = [
         dict(key=1, reference="0.png", condition="fox", targets=["2", "3.png"]),
@@ -133,7 +131,7 @@ def test_a_file_of_questions_on_a_dataset(tsv, model, params, images, mesh):
     rows.append(dict(reference=part, condition="hen", source="fox", targets=["3"], gallery=["0", "2"]))
     (tsv / "composed.jsonl").write_text("\n".join(map(json.dumps, rows)))
     wanted = config.Composed(data=f"tsv:{tsv}/pairs.tsv", questions=str(tsv / "composed.jsonl"))
-    evaluation = ComposedEvaluation.prepare(Encoder(MODEL, mesh_of(mesh), 4), TOKENIZER, Data(spec=wanted.data), wanted)
+    evaluation = ComposedEvaluation.prepare(encoder, TOKENIZER, Data(spec=wanted.data), wanted)
     (examples,) = evaluation.run(params).examples
     assert examples.keys == ["1", "1", "2"]
     found = examples.values["recall@1"]
@@ -143,4 +141,4 @@ def test_a_file_of_questions_on_a_dataset(tsv, model, params, images, mesh):
     assert found[0] == float(max(cosines[[2, 3]]) > cosines[1])  # pictures that no question names, as 5, are not searched here
     assert evaluation.dataset == wanted.dataset(Data(spec="emoji")) == f"tsv:{tsv}/pairs.tsv+composed"
     with pytest.raises(ConfigError, match="has no questions of its own: name a file of them"):
-        ComposedEvaluation.prepare(Encoder(MODEL, mesh_of("1"), 4), TOKENIZER, Data(spec=wanted.data), config.Composed())
+        ComposedEvaluation.prepare(encoder, TOKENIZER, Data(spec=wanted.data), config.Composed())
