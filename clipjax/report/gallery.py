@@ -21,6 +21,7 @@ from clipjax.evals.ties import nearer
 from clipjax.report.drawing import webp
 
 ASKED = 1000  # queries of which right and wrong ones are chosen
+BLOCK = 50  # queries that are compared with all examples at once: of a million they take 200 MB
 WRONG, RIGHT = 6, 4  # that are shown
 NEAREST = 5  # that are shown of what a query found
 CAPTIONED = 48  # images that a run writes captions for
@@ -106,10 +107,12 @@ def _cosines(run: Vectors, queries: Sequence[int] | np.ndarray, by_text: bool) -
 
 def _ranks(run: Vectors, queries: Int[np.ndarray, " q"], by_text: bool) -> Float[np.ndarray, " q"]:
     """1 + how many are nearer + half of how many are as near."""
-    cosines = _cosines(run, queries, by_text)
-    own = np.take_along_axis(cosines, queries[:, None], 1)
-    greater, equal = nearer(cosines, own)
-    return np.asarray(1 + greater.sum(1) + (equal.sum(1) - 1) / 2)
+    found = []
+    for block in np.array_split(queries, -(-len(queries) // BLOCK) or 1):
+        cosines = _cosines(run, block, by_text)
+        greater, equal = nearer(cosines, np.take_along_axis(cosines, block[:, None], 1))
+        found.append(np.asarray(1 + greater.sum(1) + (equal.sum(1) - 1) / 2))
+    return np.concatenate(found)
 
 
 def _nearest(run: Vectors, queries: list[int], by_text: bool) -> tuple[Int[np.ndarray, "q k"], np.ndarray, np.ndarray]:
