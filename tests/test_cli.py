@@ -537,7 +537,7 @@ def test_zeroshot(workdir, tmp_path, capsys, caplog):
         "task": "zeroshot_classification",
         "language": "en",
     }
-    assert metrics.keys() == {"acc1", "acc5", "mean_per_class_recall"}
+    assert metrics.keys() == {"acc1", "acc5", "mean_per_class_recall", "macro_f1"}
     with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
         right = [row["label"] == row["class1"] for row in csv.DictReader(file)]
     assert len(right) == 363

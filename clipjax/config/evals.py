@@ -62,7 +62,10 @@ class Zeroshot(TrainingEvaluation):
     """Zero-shot classification."""
 
     task: ClassVar = "zeroshot_classification"
-    metrics: ClassVar = ("acc1", "acc5", "mean_per_class_recall")
+    metrics: ClassVar = (
+        *("acc1", "acc5", "mean_per_class_recall", "macro_f1"),
+        *("mean_average_precision", "acc_wg", "acc_top5_wg"),  # of sets with several labels an image, and with groups
+    )
     kind: Literal["zeroshot"] = "zeroshot"
     templates: str | None = free(None)  # `simple`, `imagenet`, `plain`, a set's (`cars`), or a file; None: its own, or simple
     classnames: str | None = free(None)  # a set's as `imagenet-a`, or a file, one a line; None: the dataset's own, wnids as words

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from clipjax import config
 from clipjax.config import ConfigError
@@ -28,6 +28,8 @@ class Classes:
     labels: Int[np.ndarray, " n"]  # of all examples, int32; -1: none
     keys: tuple[str, ...]  # of all examples
     source: str = ""  # where the names come from: a set, a file, or the dataset, for messages
+    positive: Bool[np.ndarray, "n c"] | None = None  # of examples with several labels: which these are; None: they have one
+    groups: Int[np.ndarray, " n"] | None = None  # of all examples; -1: none; None: the dataset has no groups
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,39 @@ def classes_of(source: Source, wanted: str | None) -> Classes:
     where there are fewer than the dataset has, and where no example has a label.
     """
     naming = _naming(source, wanted)
-    records = [(r.label, r.captions[:1], r.key) for r in reading.texts(source, quiet=jax.process_index() > 0)]
-    keys = tuple(key for *_, key in records)
+    if source.multilabel:
+        return _several(source, naming, wanted)
+    records = [(r.label, r.captions[:1], r.key, r.group) for r in reading.texts(source, quiet=jax.process_index() > 0)]
+    keys = tuple(key for *_, key, _ in records)
     stored = np.array([label for label, *_ in records], np.int32)
+    groups = np.array([-1 if group is None else group for *_, group in records], np.int64)
     highest = stored.max(initial=-1)
     if highest < 0 and source.classnames is None:
-        captions = [main[0] if main else None for _, main, _ in records]
+        captions = [main[0] if main else None for _, main, *_ in records]
         return Classes(naming.names, _by_caption(source, naming, captions), keys, naming.source)
-    remedy = f"names {len(naming.classes)} classes, but {source.name} has labels up to {highest}: write one name a line"
-    config.require(highest < len(naming.classes), "classnames", wanted, remedy)
+    _require_names(source, naming, wanted, highest)
     labels = np.where(stored < 0, np.int32(-1), naming.classes[stored])
     _tell_missing(source, naming, stored, labels)
-    return Classes(naming.names, labels, keys, naming.source)
+    return Classes(naming.names, labels, keys, naming.source, groups=groups if (groups >= 0).any() else None)
+
+
+def _several(source: Source, naming: Naming, wanted: str | None) -> Classes:
+    """The classes of a dataset with several labels an example. One without any is of no class."""
+    records = [(r.key, r.labels) for r in reading.texts(source, quiet=jax.process_index() > 0)]
+    pairs = np.array([(i, label) for i, (_, labels) in enumerate(records) for label in labels], np.int32).reshape(-1, 2)
+    _require_names(source, naming, wanted, pairs[:, 1].max(initial=-1))
+    classes = naming.classes[pairs[:, 1]]
+    remedy = "no example has a label: use a split with labels, or name their field (label_field; --label-field)"
+    config.require(bool((classes >= 0).any()), "data.spec", source.name, remedy)
+    positive = np.zeros((len(records), len(naming.names)), bool)
+    positive[pairs[classes >= 0, 0], classes[classes >= 0]] = True
+    none, keys = np.full(len(records), -1, np.int32), tuple(key for key, _ in records)
+    return Classes(naming.names, none, keys, naming.source, positive)
+
+
+def _require_names(source: Source, naming: Naming, wanted: str | None, highest: int) -> None:
+    remedy = f"names {len(naming.classes)} classes, but {source.name} has labels up to {highest}: write one name a line"
+    config.require(highest < len(naming.classes), "classnames", wanted, remedy)
 
 
 def _naming(source: Source, wanted: str | None) -> Naming:

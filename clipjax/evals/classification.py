@@ -4,7 +4,6 @@ Ties count as on average over all orders of them, as everywhere (ties.py). On sc
 scikit-learn, or of the public code that each names.
 """
 
-from collections.abc import Collection
 from math import comb
 
 import numpy as np
@@ -43,21 +42,23 @@ def macro_f1(hit: Hits, labels: Int[np.ndarray, " n"], predicted: Float[np.ndarr
     return float((2 * means * counts / (predicted[classes] + counts)).mean())
 
 
-def worst_group(hit: Hits, groups: Shaped[np.ndarray, " n"], left_out: Collection[int] = ()) -> float:
-    """The accuracy in the group where it is least, without the groups `left_out`. NaN: there is no other.
+def worst_group(hit: Hits, groups: Shaped[np.ndarray, " n"]) -> float:
+    """The accuracy in the group where it is least: DataComp's `acc_wg` of GeoDE's regions, `acc_top5_wg` of Dollar Street's
+    incomes, of hits at 5, and `acc_worst_region` of FMoW (datacomp/eval_utils).
 
-    DataComp's `acc_worst_region` of FMoW leaves out the region "Other", `acc_top5_wg` of Dollar Street takes hits at 5
-    (datacomp/eval_utils)."""
-    names, means, _ = _means(hit, groups)
-    counted = means[~np.isin(names, list(left_out))]
-    return float(counted.min()) if len(counted) else float("nan")
+    The latter means to leave out the region "Other", by name; but the evaluator there has no names of regions, so it does not."""
+    return float(_means(hit, groups)[1].min())
 
 
 def mean_average_precision(scores: Float[np.ndarray, "n c"], positive: Bool[np.ndarray, "n c"]) -> float:
     """The mean of `average_precision` over all classes, of several labels an example; 0 for a class without any, as in
     CLIP_benchmark."""
-    found = [average_precision(*column) for column in zip(scores.T, positive.T, strict=True)]
-    return float(np.nan_to_num(found).mean())
+    return float(precision_per_class(scores, positive).mean())
+
+
+def precision_per_class(scores: Float[np.ndarray, "n c"], positive: Bool[np.ndarray, "n c"]) -> Float[np.ndarray, " c"]:
+    """What `mean_average_precision` is the mean of."""
+    return np.nan_to_num([average_precision(*column) for column in zip(scores.T, positive.T, strict=True)])
 
 
 def jaccard(scores: Float[np.ndarray, " m"], positive: Bool[np.ndarray, " m"]) -> float:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from clipjax.evals.classification import worst_group
 from clipjax.evals.ties import expected_hits
 from clipjax.files import write_atomic
 
@@ -25,17 +26,27 @@ class Predictions:
     cosines: Float[np.ndarray, "m k"]
     greater: Int[np.ndarray, " m"]  # of an image without a label these two mean nothing
     equal: Int[np.ndarray, " m"]
+    votes: Float[np.ndarray, " c"]  # how often each class is the prediction, of images with a label; ties share a vote
+    groups: Int[np.ndarray, " m"] | None = None  # -1: none; None: the dataset has no groups
 
     def labelled(self) -> "Predictions":
         """The images that have a label."""
         kept = self.labels >= 0
         keys = tuple(key for key, one in zip(self.keys, kept, strict=True) if one)
         arrays = (self.labels, self.nearest, self.cosines, self.greater, self.equal)
-        return Predictions(self.names, keys, *(x[kept] for x in arrays))
+        groups = None if self.groups is None else self.groups[kept]
+        return Predictions(self.names, keys, *(x[kept] for x in arrays), votes=self.votes, groups=groups)
 
     def hits(self, k: int) -> Float[np.ndarray, " m"]:
         """The chance that the right class is among the k nearest, ties in random order; without ties 0 or 1."""
         return np.asarray(expected_hits(self.greater, self.equal, 1, k))
+
+    def worst_groups(self) -> dict[str, float]:
+        """The accuracies in the group where each is least; nothing where there are no groups."""
+        if self.groups is None or not (of := self.groups >= 0).any():
+            return {}
+        tops = {"acc_wg": 1} | ({"acc_top5_wg": 5} if len(self.names) >= 5 else {})
+        return {name: worst_group(self.hits(k)[of], self.groups[of]) for name, k in tops.items()}
 
     def called(self, classes: Int[np.ndarray, " m"]) -> Sequence[str]:
         """The names of classes; of -1, the empty string."""

@@ -1,5 +1,7 @@
-"""Zero-shot classification: class embeddings from ensembled prompts; acc1, acc5 and mean-per-class recall."""
+"""Zero-shot classification: class embeddings from ensembled prompts; accuracies, mean-per-class recall, F1 and worst group, and
+mean average precision where an image has several labels."""
 
+import itertools
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -9,20 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.classes import Classes, classes_of
-from clipjax.evals.classification import mean_per_class_recall
+from clipjax.evals.classification import macro_f1, mean_per_class_recall, precision_per_class, votes
+from clipjax.evals.embed import by_index
 from clipjax.evals.encoder import CachedBatches, Encoder, to_host
 from clipjax.evals.evaluation import Evaluation, Examples, Results
 from clipjax.evals.inputs import image_batches, prompt_batches
 from clipjax.evals.predictions import Predictions
 from clipjax.evals.prompts import fill, templates
-from clipjax.evals.ties import nearer
+from clipjax.evals.ties import TIE, nearer
 from clipjax.models.clip import Params
 from clipjax.models.layers import unit
 from clipjax.sharding import BATCH, replicated
@@ -49,6 +52,7 @@ class ZeroshotEvaluation(Evaluation):
         self.dataset = images.name
         self._add = jax.jit(_add, out_shardings=replicated(encoder.mesh), donate_argnums=0)
         self._unit = jax.jit(unit)
+        self._vote = jax.jit(_vote, out_shardings=replicated(encoder.mesh), donate_argnums=0)
         rows = P(BATCH)  # by shard_map, because XLA gathers all rows of a top_k
         self._compare = jax.jit(jax.shard_map(_compare, mesh=encoder.mesh, in_specs=(P(), rows, rows), out_specs=rows))
 
@@ -78,19 +82,27 @@ class ZeroshotEvaluation(Evaluation):
 
     def predictions(self, params: Params) -> Predictions:
         """The nearest classes of every image that can be read, on every process."""
-        weights = self.class_embeddings(params)
-        streamed = self.encoder.stream(params, self.images)
-        batches = [(rest["index"], rest["label"], *self._compare(weights, z, rest["label"])) for z, rest in streamed]
+        weights, batches = self.class_embeddings(params), []
+        votes = jnp.zeros(len(self.classes.names), jnp.float32, device=replicated(self.encoder.mesh))
+        for z, rest in self.encoder.stream(params, self.images):
+            batches.append((rest["index"], rest["label"], *self._compare(weights, z, rest["label"])))
+            votes = self._vote(votes, weights, z, rest["label"])
         index, *arrays = (np.concatenate([to_host(x) for x in column]) for column in zip(*batches, strict=True))
         real = index >= 0
+        groups = None if self.classes.groups is None else self.classes.groups[index[real]]
         keys = tuple(self.classes.keys[i] for i in index[real])
-        return Predictions(self.classes.names, keys, *(x[real] for x in arrays))
+        kept = (x[real] for x in arrays)
+        return Predictions(self.classes.names, keys, *kept, votes=to_host(votes).astype(np.float64), groups=groups)
 
     def run(self, params: Params) -> ZeroshotResults:
-        """`acc1`, `acc5` (None with fewer than 5 classes) and `mean_per_class_recall` (over the classes that occur), in [0, 1].
+        """`acc1`, `acc5` (None with fewer than 5 classes), and `mean_per_class_recall` and `macro_f1` (over the classes that
+        occur), in [0, 1]; of a dataset with groups also the accuracies in the worst one, `acc_wg` and `acc_top5_wg`. Where an
+        image has several labels, `mean_average_precision` over all classes instead, and examples are classes.
 
         An image counts the chance that its class is among the k nearest when ties are in random order (`ties.expected_hits`).
         """
+        if self.classes.positive is not None:
+            return self._ranked(params, self.classes.positive)
         predictions = self.predictions(params)
         rated = predictions.labelled()
         if not rated.keys:
@@ -104,8 +116,22 @@ class ZeroshotEvaluation(Evaluation):
             "mean_per_class_recall": mean_per_class_recall(values["acc1"], rated.labels),
         }
         values = {name: value for name, value in values.items() if metrics[name] is not None}
+        metrics |= {"macro_f1": macro_f1(rated.hits(1), rated.labels, rated.votes), **rated.worst_groups()}
         facts = {"class": rated.called(rated.labels), "predicted": rated.called(rated.nearest[:, 0])}
         return ZeroshotResults(metrics, examples=[Examples(rated.keys, values, facts=facts)], predictions=predictions)
+
+    def _ranked(self, params: Params, positive: Bool[np.ndarray, "n c"]) -> ZeroshotResults:
+        """The images of every class ranked, and the nearest classes of every image, on the host."""
+        z, found = by_index(self.encoder, params, self.images, len(positive))
+        cosines = z[found] @ to_host(self.class_embeddings(params)).T
+        precision = precision_per_class(cosines, positive[found])
+        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAREST].astype(np.int32)
+        best, none = np.take_along_axis(cosines, nearest, axis=1), np.zeros(len(cosines), np.int32)
+        keys = tuple(itertools.compress(self.classes.keys, found))
+        predictions = Predictions(self.classes.names, keys, none - 1, nearest, best, none, none, votes(cosines).sum(0))
+        name = "mean_average_precision"
+        examples = [Examples(self.classes.names, {name: precision})]
+        return ZeroshotResults({name: float(precision.mean())}, examples=examples, predictions=predictions)
 
 
 def _tell_equal(dataset: str, names: tuple[str, ...], tokens: Int[np.ndarray, "c t"]) -> None:
@@ -123,6 +149,13 @@ def _tell_equal(dataset: str, names: tuple[str, ...], tokens: Int[np.ndarray, "c
 def _add(total: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]) -> Float[Array, "c e"]:
     padding = jnp.where(labels < 0, len(total), labels)  # a scatter drops it; a negative index would count from the end
     return total.at[padding].add(z, mode="drop")
+
+
+def _vote(total: Float[Array, " c"], weights: Float[Array, "c e"], z: Float[Array, "b e"], labels: Int[Array, " b"]) -> Array:
+    """`total` and how often each class is the prediction, of images with a label; several that are nearest share a vote."""
+    cosines = jnp.matmul(z, weights.T, precision=jax.lax.Precision.HIGHEST)
+    best = cosines >= cosines.max(1, keepdims=True) - TIE
+    return total + jnp.where(labels[:, None] >= 0, best / best.sum(1, keepdims=True), 0).sum(0)
 
 
 def _compare(

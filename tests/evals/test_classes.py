@@ -134,3 +134,21 @@ def test_the_sets_are_whole():
     assert all("{c}" in template for found in template_sets().values() for template in found)
     assert class_sets().keys() - {f"imagenet-{x}" for x in "aor"} - {"caltech101_vtab"} <= template_sets().keys()
     assert np.unique(WNIDS).tolist() == list(WNIDS)
+
+
+def test_several_labels_and_groups():
+    source = Stored([Record(b"", (), f"k{i}", labels=labels) for i, labels in enumerate([(2, 0), (), (1,)])])
+    source.classnames, source.multilabel = ("fox", "hen", "owl"), True
+    classes = classes_of(source, None)
+    assert classes.positive.tolist() == [[True, False, True], [False] * 3, [False, True, False]]
+    assert (classes.labels.tolist(), classes.keys) == ([-1] * 3, ("k0", "k1", "k2"))
+    source.classnames = ("fox", "hen")
+    with pytest.raises(ConfigError, match=r"classnames = None: names 2 classes, but stored has labels up to 2"):
+        classes_of(source, None)
+    source.records = [Record(b"", (), "k")]
+    with pytest.raises(ConfigError, match=r"data.spec = 'stored': no example has a label: use a split with labels"):
+        classes_of(source, None)
+    grouped = Stored([Record(b"", (), "k", 0, group=4), Record(b"", (), "l", 0)])
+    grouped.classnames = ("fox",)
+    assert classes_of(grouped, None).groups.tolist() == [4, -1]
+    assert classes_of(source_of([0], ("fox",)), None).groups is None

@@ -55,8 +55,7 @@ def test_known_values():
     assert c.macro_f1(hit, labels, predicted) == pytest.approx((2 / 3 + 2 * 2 / 6) / 2)
     groups = np.array([4, 4, 9, 9, 7])
     assert c.worst_group(hit, groups) == 0
-    assert c.worst_group(hit, groups, left_out=[7]) == 0.5
-    assert np.isnan(c.worst_group(hit, groups, left_out=[4, 7, 9]))
+    assert c.worst_group(hit[:4], groups[:4]) == 0.5
 
 
 def test_a_collapsed_model_scores_what_chance_does(rng):

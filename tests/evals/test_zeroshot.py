@@ -7,6 +7,7 @@ import pytest
 
 from clipjax.evals import zeroshot
 from clipjax.evals.classes import Classes
+from clipjax.evals.classification import precision_per_class
 from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.evals.inputs import prompt_batches
 from clipjax.evals.predictions import Predictions
@@ -34,7 +35,10 @@ def dense_metrics(images, weights, labels):
     greater, tied = (s > right + 1e-6).sum(1), (np.abs(s - right) <= 1e-6).sum(1)  # with the right class itself
     top1, top5 = (np.clip((k - greater) / tied, 0, 1) for k in (1, 5))
     recall = np.mean([np.mean(top1[labels == c]) for c in np.unique(labels)])
-    return {"acc1": np.mean(top1), "acc5": np.mean(top5) if len(weights) >= 5 else None, "mean_per_class_recall": recall}
+    taken, right = np.bincount(s.argmax(1), minlength=len(weights)), np.bincount(labels, top1, len(weights))
+    f1 = np.mean([2 * right[c] / (taken[c] + np.sum(labels == c)) for c in np.unique(labels)])
+    acc5 = np.mean(top5) if len(weights) >= 5 else None
+    return {"acc1": np.mean(top1), "acc5": acc5, "mean_per_class_recall": recall, "macro_f1": f1}
 
 
 def evaluation_of(encoder, images, names, labels, prompts="simple"):
@@ -72,7 +76,7 @@ def test_equals_the_dense_reference(encoder, model, params, images, names):
     (examples,) = results.examples
     assert list(examples.keys) == [f"{i}.png" for i in range(37)]
     means = {name: values.mean() for name, values in examples.values.items()}
-    assert means == pytest.approx({name: value for name, value in want.items() if value is not None})
+    assert means == pytest.approx({name: value for name, value in want.items() if value is not None and name != "macro_f1"})
     assert list(examples.facts["class"]) == [names[i] for i in labels]
     assert list(examples.facts["predicted"]) == [names[i] for i in (z @ weights.T).argmax(1)]
 
@@ -81,7 +85,7 @@ def compare(cosines, labels):
     """The comparison alone, on chosen cosines: image i is the i-th unit vector, so that `weights` are the cosines."""
     cosines = np.asarray(cosines, np.float32)
     found = jax.jit(zeroshot._compare)(jnp.asarray(cosines.T), jnp.eye(len(cosines)), jnp.asarray(labels, jnp.int32))
-    return Predictions(tuple(WORDS), tuple(map(str, labels)), np.asarray(labels), *map(np.asarray, found))
+    return Predictions(tuple(WORDS), tuple(map(str, labels)), np.asarray(labels), *map(np.asarray, found), votes=np.zeros(0))
 
 
 def test_a_tie_counts_its_chance():
@@ -114,7 +118,9 @@ def test_a_collapsed_model_gets_what_chance_does(params, images):
     encoder = Encoder(MODEL, mesh_of("1"), 13)
     evaluation = evaluation_of(encoder, images, WORDS, np.arange(37) % 11)
     evaluation.class_embeddings = lambda _: jnp.ones((11, 8)) / 8**0.5
-    assert evaluation.run(params).metrics == pytest.approx({"acc1": 1 / 11, "acc5": 5 / 11, "mean_per_class_recall": 1 / 11})
+    found, n = evaluation.run(params).metrics, np.bincount(np.arange(37) % 11)
+    f1 = np.mean(2 * n / 11 / (37 / 11 + n))  # 1/11 where classes are equally frequent
+    assert found == pytest.approx({"acc1": 1 / 11, "acc5": 5 / 11, "mean_per_class_recall": 1 / 11, "macro_f1": f1})
 
 
 def test_recall_weighs_classes_and_accuracy_images(params):
@@ -124,7 +130,7 @@ def test_recall_weighs_classes_and_accuracy_images(params):
     z = next(encoder.stream(params, evaluation.images))[0][0]
     evaluation.class_embeddings = lambda _: jnp.stack([z, -z])
     results = evaluation.run(params)
-    assert results.metrics == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5}
+    assert results.metrics == {"acc1": 0.9, "acc5": None, "mean_per_class_recall": 0.5, "macro_f1": pytest.approx(9 / 19)}
     assert len(results.examples[0].keys) == 10
     assert len(results.predictions.keys) == 11
 
@@ -168,3 +174,39 @@ def test_a_device_holds_only_its_images_cosines():
     args = shape(4096, 8), shape(1024, 8, rows=True), shape(1024, dtype=jnp.int32, rows=True)
     used = evaluation._compare.lower(*args).compile().memory_analysis().temp_size_in_bytes
     assert used < (4 * 1024 * 4096) / 2  # three times its eighth of the batch's cosines: sorting takes two
+
+
+@pytest.mark.parametrize("mesh", ["1", "2x2x2"])
+def test_several_labels_give_mean_average_precision(params, images, mesh):
+    """The last image can't be read."""
+    encoder = Encoder(MODEL, mesh_of(mesh), 16)
+    positive = np.random.default_rng(0).random((38, 11)) < 0.3
+    positive[:, 4] = False
+    evaluation = evaluation_of(encoder, images, WORDS, [-1] * 37)
+    keys = tuple(f"{i}.png" for i in range(38))
+    evaluation.classes = Classes(tuple(WORDS), np.full(38, -1, np.int32), keys, positive=positive)
+    z = np.concatenate([np.asarray(z) for z, _ in encoder.stream(params, evaluation.images)])[:37]
+    cosines = z @ np.asarray(evaluation.class_embeddings(params)).T
+    results = evaluation.run(params)
+    want = precision_per_class(cosines, positive[:37])
+    assert want[4] == 0 < want.max() < 1
+    assert results.metrics == pytest.approx({"mean_average_precision": want.mean()})
+    (examples,) = results.examples
+    assert list(examples.keys) == WORDS
+    assert examples.values["mean_average_precision"] == pytest.approx(want)
+    assert results.predictions.keys == keys[:37]
+    assert results.predictions.nearest[:, 0].tolist() == cosines.argmax(1).tolist()
+
+
+def test_groups_give_the_accuracy_in_the_worst_one(params, images):
+    encoder = Encoder(MODEL, mesh_of("8"), 16)
+    labels, groups = np.array([-1, *range(36)]) % 11, np.arange(37) % 4 - 1
+    evaluation = evaluation_of(encoder, images, WORDS, labels)
+    assert evaluation.run(params).metrics.keys() == {"acc1", "acc5", "mean_per_class_recall", "macro_f1"}
+    keys = evaluation.classes.keys
+    evaluation.classes = Classes(tuple(WORDS), evaluation.classes.labels, keys, groups=groups)
+    results = evaluation.run(params)
+    hits = {k: results.predictions.hits(k) for k in (1, 5)}
+    worst = {name: min(hits[k][groups == g].mean() for g in range(3)) for name, k in (("acc_wg", 1), ("acc_top5_wg", 5))}
+    assert worst["acc_top5_wg"] > worst["acc_wg"]
+    assert {name: results.metrics[name] for name in worst} == pytest.approx(worst)
