@@ -142,7 +142,7 @@ def _tell_equal(dataset: str, names: tuple[str, ...], tokens: Int[np.ndarray, "c
     groups = [group for group in alike.values() if len(group) > 1]
     if groups and jax.process_index() == 0:
         shown = "; ".join(" = ".join(f"{names[i]} ({i})" for i in group) for group in groups[:3]) + "; ..." * (len(groups) > 3)
-        what = "%s: the prompts of %d of %d classes are equal to another's, so that each gets its share by chance: %s"
+        what = "%s: the first prompts of %d of %d classes have the same tokens as another's: %s"
         log.warning(what, dataset, sum(map(len, groups)), len(names), shown)
 
 

@@ -2,8 +2,12 @@ import hashlib
 
 import pytest
 
+from clipjax import config
 from clipjax.config import ConfigError
+from clipjax.evals import zeroshot
+from clipjax.evals.encoder import Encoder
 from clipjax.evals.prompts import classnames, fill, templates
+from tests.evals.tiny import MODEL, TOKENIZER, mesh_of, stored
 
 
 @pytest.mark.parametrize(
@@ -65,3 +69,22 @@ def test_classnames(tmp_path):
     file.write_text("red fox\n\nwolf\n")
     with pytest.raises(ConfigError, match="line 2 is empty"):
         classnames(str(file))
+
+
+def test_what_a_model_is_asked_is_told(tsv, monkeypatch, capsys, caplog):
+    source = stored(tsv, [i % 3 for i in range(10)], captions=False)
+    source.classnames, source.templates = ("fox", "hen", "fox"), ("the {c}", "many {c}")
+    monkeypatch.setattr(zeroshot, "open_source", lambda data: source)
+    encoder, data = Encoder(MODEL, mesh_of("1"), 6), config.Data(spec="emoji")
+
+    def tokens(**fields):
+        evaluation = zeroshot.ZeroshotEvaluation.prepare(encoder, TOKENIZER, data, config.Zeroshot(**fields))
+        return [TOKENIZER.decode(row) for row in next(iter(evaluation.prompts))["text"]]
+
+    own = ["the fox", "many fox", "the hen", "many hen", "the fox", "many fox"]
+    assert tokens() == own
+    assert "stored: 3 classes, named by stored, in 2 templates; the first prompt is 'the fox'" in capsys.readouterr().err
+    assert "stored: the first prompts of 2 of 3 classes have the same tokens as another's: fox (0) = fox (2)" in caplog.text
+    assert tokens(templates="plain")[:3] == ["fox", "hen", "fox"]
+    source.templates = None
+    assert tokens()[0] == "itap of a fox."
