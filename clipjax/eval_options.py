@@ -111,12 +111,12 @@ EVAL_COMMANDS = (
     command(
         "eval choice",
         eval_commands.eval_choice,
-        "which caption is whose picture's: Winoground, SugarCrepe, ARO, or captions against disrupted copies",
+        "which caption is whose picture's: Winoground, SugarCrepe, ARO, WinoGAViL, or captions against disrupted copies",
         *DATA,
         argument(
             "--questions",
             "FILE",
-            "questions on pictures of --data: Winoground's examples.jsonl, a JSON of SugarCrepe or ARO, or your own; else the "
+            "questions on pictures of --data: Winoground's examples.jsonl, a JSON of the others, or your own; else the "
             "dataset's main captions against copies with shuffled and replaced words",
         ),
         json_out("the result"),

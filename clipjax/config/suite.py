@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from clipjax.config.evals import TrainingEvaluation
 from clipjax.config.fields import Strict, require
 
-ROOT = "{root}"  # in a SPEC: the folder of the suite's sets
+ROOT = "{root}"  # in a SPEC or the name of a file: the folder of the suite's sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class SuiteSet(Strict, prefix="sets"):
     """An evaluation of a dataset, and the figure of it that counts."""
 
     name: str  # in results, and of the file of its examples
-    evaluation: TrainingEvaluation | None  # `data` must be given; `{root}` in it is the suite's root. None: clipjax has none
+    evaluation: TrainingEvaluation | None  # `data` must be given; `{root}` in a text is the suite's root. None: clipjax has none
     main: tuple[str, ...]  # the metric that is the main figure, or those that it is the mean of
     main_name: str | None = None  # what that mean is called; None: the metrics' names
     protocol: str = ""  # where this is defined, and what of it is not confirmed

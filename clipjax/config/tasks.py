@@ -57,10 +57,10 @@ class Calibration(TrainingEvaluation):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(TrainingEvaluation):
-    """Which caption is whose picture's: Winoground, SugarCrepe, ARO, or a dataset's captions against disrupted copies."""
+    """Which caption is whose picture's: Winoground, SugarCrepe, ARO, WinoGAViL, or captions against disrupted copies."""
 
     task: ClassVar = "choice"
-    metrics: ClassVar = ("text_score", "image_score", "group_score")
+    metrics: ClassVar = ("text_score", "image_score", "group_score", "jaccard")
     kind: Literal["choice"] = "choice"
     questions: str | None = free(None)  # a file of questions on pictures of `data`; None: main captions against disrupted copies
 

@@ -17,6 +17,7 @@ from clipjax.data import reading
 from clipjax.data.source import Source
 from clipjax.data.sources import open_source
 from clipjax.data.tokenizer import Tokenizer
+from clipjax.evals.classification import jaccard
 from clipjax.evals.disrupted import disrupted
 from clipjax.evals.embed import Vectors, by_index
 from clipjax.evals.encoder import Encoder
@@ -28,7 +29,8 @@ from clipjax.evals.ties import expected_hits, nearer
 from clipjax.models.clip import Params
 from clipjax.train.report import say
 
-SCORES = ("text_score", "image_score", "group_score")
+SCORES = ("text_score", "image_score", "group_score", "jaccard")
+BY_KIND = ("text_score", "jaccard")
 ORDERS = 1000  # random orders of tied scores, for a question of more than MOST scores
 MOST = 6  # scores of which all orders are tried
 LISTED = 16  # kinds of questions of which each has a metric of its own
@@ -45,7 +47,7 @@ class Block:
     places: Int[np.ndarray, " q"]  # of the questions among all
     pictures: Int[np.ndarray, "q i"]  # numbers of images
     captions: Int[np.ndarray, "q c"]  # numbers of texts
-    owner: Int[np.ndarray, "q c"]  # the place of each caption's picture; -1: it is wrong
+    own: Bool[np.ndarray, "q i c"]  # which captions are which pictures'
 
 
 class ChoiceEvaluation(Evaluation):
@@ -72,32 +74,35 @@ class ChoiceEvaluation(Evaluation):
 
     def run(self, params: Params) -> Results:
         """`text_score`: the share of questions in which each picture is nearest to a caption of its own; `image_score`: each
-        caption to its picture; `group_score`: both. A score that no question has is None.
+        caption to a picture of its own; `group_score`: both. `jaccard`, where captions alone ask: how much a
+        caption's pictures and as many nearest ones overlap. A score that no question has is None.
 
-        `mean_per_kind_text_score` is the mean over the kinds of questions, and `text_score_KIND` that of each of a few kinds. A
-        question of which a picture can't be read does not count."""
+        `mean_per_kind_SCORE` is the mean over the kinds of questions, and `SCORE_KIND` that of each of a few kinds. A question of
+        which a picture can't be read does not count."""
         z, found = self._images(params)
         t, _ = self._texts(params)
         values = np.full((len(SCORES), len(self.questions)), np.nan)
         for block in self.blocks:
             readable = found[block.pictures].all(1)
             cosines = np.einsum("qie,qce->qic", z[block.pictures], t[block.captions])
-            values[:, block.places] = np.where(readable, scores(cosines, block.owner), np.nan)
-        by_score = dict(zip(SCORES, values, strict=True))
-        metrics: Metrics = {name: _mean(row) for name, row in by_score.items()}
-        given = {name: row for name, row in by_score.items() if metrics[name] is not None}
+            values[:, block.places] = np.where(readable, scores(cosines, block.own), np.nan)
+        given = dict(zip(SCORES, values, strict=True))
+        means: Metrics = {}
+        for name in BY_KIND:
+            by_kind = self._by_kind(name, given[name])
+            if by_kind:
+                means[f"mean_per_kind_{name}"] = float(np.mean([np.nanmean(row) for row in by_kind.values()]))
+            given |= by_kind if len(by_kind) <= LISTED else {}
+        metrics = {name: _mean(row) for name, row in given.items()}
+        known = {name: row for name, row in given.items() if metrics[name] is not None}
         groups = [question.pictures[0].name for question in self.questions]
-        examples = Examples([question.key for question in self.questions], given, groups)
-        return Results(metrics | self._by_kind(by_score["text_score"]), examples=[examples])
+        return Results(metrics | means, examples=[Examples([question.key for question in self.questions], known, groups)])
 
-    def _by_kind(self, text: Float[np.ndarray, " n"]) -> Metrics:
+    def _by_kind(self, name: str, row: Float[np.ndarray, " n"]) -> dict[str, Float[np.ndarray, " n"]]:
+        """The values of a score at the questions of each kind that has any; NaN at all others."""
         kinds = np.array([question.kind or "" for question in self.questions])
-        means = {kind: _mean(text[kinds == kind]) for kind in sorted({*kinds.tolist()} - {""})}
-        known = [mean for mean in means.values() if mean is not None]
-        if not known:
-            return {}
-        each = {f"text_score_{kind}": mean for kind, mean in means.items()} if len(means) <= LISTED else {}
-        return {"mean_per_kind_text_score": float(np.mean(known)), **each}
+        rows = {f"{name}_{kind}": np.where(kinds == kind, row, np.nan) for kind in sorted({*kinds.tolist()} - {""})}
+        return {kind: values for kind, values in rows.items() if _mean(values) is not None}
 
 
 def questions_on(source: Source, file: str | None) -> tuple[list[str], list[Question]]:
@@ -124,28 +129,37 @@ def blocks_of(questions: Sequence[Question], numbers: Sequence[int], texts: dict
             np.array(places),
             np.array([numbers[starts[place] : starts[place + 1]] for place in places]),
             np.array([[texts[text] for text in questions[place].captions] for place in places]),
-            np.array([questions[place].owner for place in places]),
+            np.array([_matrix(questions[place]) for place in places]),
         )
         for places in shapes.values()
     ]
 
 
-def scores(cosines: Float[np.ndarray, "q i c"], owner: Int[np.ndarray, "q c"]) -> Float[np.ndarray, "3 q"]:
-    """The text, image and group score of each question: 0 or 1, or the chance of it where scores tie and their order is random.
-    NaN: a question does not have the score, because it leaves nothing to choose.
+def _matrix(question: Question) -> Bool[np.ndarray, "i c"]:
+    own = np.zeros((len(question.pictures), len(question.captions)), bool)
+    for caption, pictures in enumerate(question.own):
+        own[list(pictures), caption] = True
+    return own
+
+
+def scores(cosines: Float[np.ndarray, "q i c"], own: Bool[np.ndarray, "q i c"]) -> Float[np.ndarray, "4 q"]:
+    """The text, image and group score of each question, and its Jaccard index: what they are on average over the orders of tied
+    cosines. NaN: a question does not have the score, because it leaves nothing to choose.
 
     Of two pictures and two captions a collapsed model scores 1/4, 1/4 and 1/6, which are the chances of guessing."""
-    own = owner[:, None, :] == np.arange(cosines.shape[1])[:, None]
-    chooses_text = own.any(2).all(1) & (~own).any(2).all(1)
-    chooses_image = np.full(len(cosines), cosines.shape[1] > 1)
-    of_pictures = _nearest(cosines, own)  # pictures share no score, so their chances multiply
+    asks_text = np.all(np.any(own, axis=2) & np.any(~own, axis=2), axis=1)
+    asks_image = np.any(np.any(own, axis=1) & np.any(~own, axis=1), axis=1)
+    of_pictures = _nearest(cosines, own)  # pictures share no cosine, so their chances multiply
     of_captions = _nearest(cosines.swapaxes(1, 2), own.swapaxes(1, 2))
-    text = np.where(chooses_text, of_pictures.prod(1), np.nan)
-    image = np.where(chooses_image, np.where(owner >= 0, of_captions, 1).prod(1), np.nan)
+    text = np.where(asks_text, of_pictures.prod(1), np.nan)
+    image = np.where(asks_image, np.where(np.any(own, axis=1), of_captions, 1).prod(1), np.nan)
     group = text * image
-    for q in np.flatnonzero((group > 0) & (group < 1)):  # a picture and a caption share a score: try the orders
-        group[q] = _both(cosines[q], owner[q])
-    return np.stack([text, image, group])
+    for q in np.flatnonzero((group > 0) & (group < 1)):  # a picture and a caption share a cosine: try the orders
+        group[q] = _both(cosines[q], own[q])
+    overlap = np.full(len(cosines), np.nan)
+    for q in np.flatnonzero(asks_image & ~asks_text):
+        overlap[q] = np.mean([jaccard(cosines[q, :, c], own[q, :, c]) for c in np.flatnonzero(own[q].any(0))])
+    return np.stack([text, image, group, overlap])
 
 
 def _nearest(cosines: Float[np.ndarray, "*q k"], own: Bool[np.ndarray, "*q k"]) -> Float[np.ndarray, "*q"]:
@@ -154,9 +168,9 @@ def _nearest(cosines: Float[np.ndarray, "*q k"], own: Bool[np.ndarray, "*q k"]) 
     return np.asarray(expected_hits((greater & ~own).sum(-1), (equal & ~own).sum(-1), (equal & own).sum(-1), 1))
 
 
-def _both(cosines: Float[np.ndarray, "i c"], owner: Int[np.ndarray, " c"]) -> float:
-    """The chance, over the orders of tied scores, that every picture is nearest to an own caption and every caption to its own
-    picture."""
+def _both(cosines: Float[np.ndarray, "i c"], own: Bool[np.ndarray, "i c"]) -> float:
+    """The chance, over the orders of tied cosines, that every picture is nearest to an own caption, and every caption that has
+    one to an own picture."""
     n, shape = cosines.size, cosines.shape
     rng = np.random.default_rng(0)
     orders = np.array(list(itertools.permutations(range(n))) if n <= MOST else [rng.permutation(n) for _ in range(ORDERS)])
@@ -164,12 +178,12 @@ def _both(cosines: Float[np.ndarray, "i c"], owner: Int[np.ndarray, " c"]) -> fl
     above = greater | (equal & (orders[:, None, :] > orders[:, :, None]))
     above = above.reshape(len(orders), *shape, *shape)  # [order, picture, caption, other picture, other caption]
     holds = np.ones(len(orders), bool)
-    for i in range(shape[0]):
-        mine, others = np.flatnonzero(owner == i), np.flatnonzero(owner != i)
-        lost = np.any(above[:, i][:, mine][:, :, i][:, :, others], axis=-1)  # [order, own caption]
-        holds &= ~np.all(lost, axis=-1)
-    for c in np.flatnonzero(owner >= 0):
-        holds &= ~above[:, int(owner[c]), int(c), :, int(c)].any(1)
+    for i, of_picture in enumerate(own):
+        lost = above[:, i][:, of_picture][:, :, i][:, :, ~of_picture]  # [order, own caption, other caption]
+        holds &= ~np.all(np.any(lost, axis=-1), axis=-1)
+    for c in np.flatnonzero(own.any(0)).tolist():
+        lost = above[:, :, c][:, own[:, c]][:, :, ~own[:, c], c]  # [order, own picture, other picture]
+        holds &= ~np.all(np.any(lost, axis=-1), axis=-1)
     return float(holds.mean())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from clipjax.evals.named import Picture
-from clipjax.evals.questions import Question
+from clipjax.evals.questions import RIGHT_WRONG, Question
 
 TRIES = 10  # random copies that may be the caption itself
 Words = list[str]
@@ -23,7 +23,7 @@ def disrupted(captions: Iterable[tuple[str, str]]) -> list[Question]:
         for kind, change in KINDS.items():
             copy = _copy(caption, kind, change, vocabulary)
             if copy is not None:
-                questions.append(Question(f"{key} {kind}", (Picture(key),), (caption, copy), (0, -1), kind))
+                questions.append(Question(f"{key} {kind}", (Picture(key),), (caption, copy), RIGHT_WRONG, kind))
     return questions
 
 

@@ -55,10 +55,12 @@ class SetOfSuite:
         if asked is None:
             self._spec, self.absent = wanted.name, wanted.protocol
             return
-        self._spec = spec = str(asked.data).replace(ROOT, root.rstrip("/"))
+        texts = {f.name: text for f in dataclasses.fields(asked) if isinstance(text := getattr(asked, f.name), str)}
+        filled = {name: text.replace(ROOT, root.rstrip("/")) for name, text in texts.items() if ROOT in text}
+        self._spec = filled.get("data", str(asked.data))
         try:
-            config.require(bool(root) or spec == asked.data, "--root", root, f"name the folder that holds {asked.data}")
-            self._evaluation = prepare(dataclasses.replace(asked, data=spec))
+            config.require(bool(root) or not filled, "--root", root, f"name the folder that holds {asked.data}")
+            self._evaluation = prepare(dataclasses.replace(asked, **filled))
         except (ConfigError, OSError) as error:  # a store that does not answer is an OSError
             self.absent = str(error)
         if distributed.total(int(bool(self.absent))) and not self.absent:

@@ -1,6 +1,6 @@
 """DataComp's 38 sets, their main metrics and means, as its tasklist.yml and aggregate_scores.py have them (2304.14108)."""
 
-from clipjax.config import Retrieval, Suite, SuiteMean, SuiteSet, TrainingEvaluation, Zeroshot
+from clipjax.config import Choice, Retrieval, Suite, SuiteMean, SuiteSet, TrainingEvaluation, Zeroshot
 
 SHIFTS = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
 ACC1 = (
@@ -20,7 +20,7 @@ GROUPED = {  # set -> metric, what it is called there, and what is to be known
 RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 FLICKR = "all 31,014 images, as tasklist.yml says; not Karpathy's 1,000; as parquet of the hub's nlphuji/flickr30k"
 COCO = "as parquet of the hub's nlphuji/mscoco_2014_5k_test_image_text_retrieval"
-WINOGAVIL = "jaccard_score_10-12 of cues and candidates: clipjax does not read its set"
+WINOGAVIL = "cues of 10 to 12 candidates, as wino_eval.py; a folder of its pictures and winogavil.jsonl, as docs/composition says"
 
 VTAB = (*(n for n in (*ACC1, *RECALL) if n.startswith("vtab/")), "sun397")
 
@@ -45,7 +45,13 @@ def suite() -> Suite:
         *(classified(name, *facts) for name, facts in GROUPED.items()),
         retrieved("flickr", Retrieval(data="parquet:{root}/flickr30k"), FLICKR),
         retrieved("mscoco", Retrieval(data="parquet:{root}/mscoco_2014_5k_test_image_text_retrieval"), COCO),
-        SuiteSet(name="winogavil", evaluation=None, main=("jaccard_score_10-12",), protocol=WINOGAVIL),
+        SuiteSet(
+            name="winogavil",
+            evaluation=Choice(data="folder:{root}/winogavil", questions="{root}/winogavil.jsonl"),
+            main=("jaccard_10-12",),
+            main_name="jaccard_score_10-12",
+            protocol=WINOGAVIL,
+        ),
     )
     source = "aggregate_scores.py"
     means = (
