@@ -86,14 +86,14 @@ def train(args: argparse.Namespace) -> None:
         loop.train(run, workdir, batches, evaluators, mesh, source, range(profile.start, min(profile.stop, steps)), **check)
 
 
-def load(args: argparse.Namespace) -> "LoadedRun":
-    """The run to evaluate, on the devices of all processes."""
+def load(args: argparse.Namespace, name: str | None = None) -> "LoadedRun":
+    """The run to evaluate, on the devices of all processes. `name`, None: the one that the command is about."""
     from clipjax import distributed, environment
 
     register(args)
     distributed.start()
     environment.keep_programs()
-    return clipjax.load(args.workdir)
+    return clipjax.load(name or args.workdir)
 
 
 def register(args: argparse.Namespace) -> None:

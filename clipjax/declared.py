@@ -60,10 +60,10 @@ RUN = (
     argument("workdir", "RUN", "a workdir of `clipjax train`, local or on gs:// or s3://: its newest checkpoint, or RUN@STEP"),
     argument("--config", "CONFIG.py", "load this config file first: it registers losses or evaluations that the run uses"),
 )
-DATA = (
-    *RUN,
+DATASET = (
     argument("--data", "SPEC", SPEC, required=True),
     argument("--split", None, "split of the dataset, or a share of it, as train#95-100", default="test"),
     *FIELDS,
     argument("--clean", None, "what is done to texts, prompts too, before they are tokens; else as in training", choices=CLEAN),
 )
+DATA = (*RUN, *DATASET)

@@ -5,9 +5,11 @@ import json
 import sys
 from typing import Any
 
+import clipjax
 from clipjax import config
 from clipjax.arguments import writable_file
 from clipjax.commands import dataset, first, load, say
+from clipjax.config.data import dataset_name
 
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
@@ -75,6 +77,25 @@ def eval_robustness(args: argparse.Namespace) -> None:
 def eval_instance(args: argparse.Namespace) -> None:
     """`clipjax eval instance`: how well a run finds the other images of what an image shows."""
     evaluate(args, config.Instance(**dataset(args), gallery=args.gallery, gallery_split=args.gallery_split))
+
+
+def eval_relative(args: argparse.Namespace) -> None:
+    """`clipjax eval relative`: how alike the spaces of two runs are, and whether images of one find texts of the other."""
+    from clipjax.evals.relative import compare, spaces
+    from clipjax.evals.report import write_json
+
+    fields = dataset(args)
+    clean = fields.pop("clean")
+    fields["spec"] = fields.pop("data")
+    models = load(args, args.a), clipjax.load(args.b)
+    found = [spaces(model, fields, clean, args.anchors) for model in models]
+    name = dataset_name(args.data, args.split)
+    a, b = (f"{model.name}, step {model.step}" for model in models)
+    metrics = compare(found[0], found[1], name)
+    result = dict(dataset=name, anchors=args.anchors, a=a, b=b, task="relative_representations", metrics=metrics)
+    say(json.dumps(result, indent=2, ensure_ascii=False))
+    if args.json:
+        write_json(args.json, result)
 
 
 def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any:

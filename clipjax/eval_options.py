@@ -5,7 +5,7 @@ from typing import get_args
 from clipjax import eval_commands
 from clipjax.arguments import local_folder, nonnegative, positive, writable_file, writable_folder
 from clipjax.config.tasks import ProbeMethod
-from clipjax.declared import DATA, RUN, argument, command, json_out
+from clipjax.declared import DATA, DATASET, RUN, argument, command, json_out
 
 METHODS, FEATURES = get_args(ProbeMethod), ("embedding", "tower")
 LEARNED = (
@@ -161,6 +161,17 @@ EVAL_COMMANDS = (
             argument("--no-cache", None, "embeddings are not kept", action="store_true"),
         ),
         argument("--cache-bytes", "N", "how much may be kept, else 20 GB; what was used longest ago is dropped", positive),
+    ),
+    command(
+        "eval relative",
+        eval_commands.eval_relative,
+        "two runs' spaces by relative representations: how alike they are; texts of B found by images of A, and the reverse",
+        argument("a", "A", "a workdir of `clipjax train`, or RUN@STEP"),
+        argument("b", "B", "another one"),
+        RUN[1],
+        *DATASET,
+        argument("--anchors", "SPLIT", "split of the dataset whose pairs describe the others, 1,024 at most", default="train"),
+        json_out("the result"),
     ),
     command(
         "eval compare",
