@@ -51,6 +51,7 @@ COMMANDS = {
         "--json OUT",
     ],
     "eval retrieval": ["--data SPEC", "--split", "--json OUT", "(default: test)", "--languages NAMES"],
+    "eval relative": ["A", "B", "--data SPEC", "--anchors SPLIT", "(default: train)", "--json OUT"],
     "eval instance": ["--data SPEC", "--split", "--json OUT", "--gallery SPEC", "--gallery-split SPLIT"],
     "eval probe": ["--train SPLIT", "--label-pattern REGEX", "--methods", "{embedding,tower}", "linear"],
     "eval transfer": ["--train SPLIT", "--label-pattern REGEX", "--noise X", "(default: 1.0)"],

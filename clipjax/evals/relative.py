@@ -50,7 +50,7 @@ def spaces(model: LoadedRun, wanted: Mapping[str, Any], clean: config.Clean | No
 def compare(a: tuple[Space, Space], b: tuple[Space, Space], name: str) -> Metrics:
     """`relative` of what `spaces` gave of two runs: of the examples that both could read, and of ANCHORS of them that are always
     the same. Raises ConfigError where there are none. `name`: the dataset's."""
-    pairs, anchors = (np.intersect1d(here.number, there.number) for here, there in zip(a, b, strict=True))
+    pairs, anchors = (np.intersect1d(in_a.number, in_b.number) for in_a, in_b in zip(a, b, strict=True))
     some = len(pairs) > 0 and len(anchors) > 0
     config.require(some, "data.spec", name, "no example, or no anchor, has an image that can be read and a caption in both runs")
     anchors = np.random.default_rng(0).permutation(anchors)[:ANCHORS]
@@ -68,10 +68,10 @@ def relative(a: Space, b: Space, anchors_a: Space, anchors_b: Space) -> Metrics:
     image_a, text_a = described(a.image, anchors_a.image), described(a.text, anchors_a.text)
     image_b, text_b = described(b.image, anchors_b.image), described(b.text, anchors_b.text)
     metrics: Metrics = {"pairs": len(a.number), "anchors": len(anchors_a.number)}
-    for what, (here, there) in {"image": (image_a, image_b), "text": (text_a, text_b)}.items():
-        metrics[f"{what}_cosine"] = float(np.einsum("na,na->n", here, there).mean())
-        metrics[f"{what}_mrr"] = float((1 / ranks(here, there).rank()).mean())
-        metrics[f"{what}_jaccard@{NEIGHBOURS}"] = jaccard(here, there)
+    for what, (in_a, in_b) in {"image": (image_a, image_b), "text": (text_a, text_b)}.items():
+        metrics[f"{what}_cosine"] = float(np.einsum("na,na->n", in_a, in_b).mean())
+        metrics[f"{what}_mrr"] = float((1 / ranks(in_a, in_b).rank()).mean())
+        metrics[f"{what}_jaccard@{NEIGHBOURS}"] = jaccard(in_a, in_b)
     found = {"image": ranks(text_b, image_a), "text": ranks(image_a, text_b)}
     metrics |= {f"{what}_retrieval_recall@{k}": float(found[what].hits(k).mean()) for what in found for k in KS}
     comparable = a.image.shape[1] == b.text.shape[1]
@@ -98,23 +98,23 @@ def ranks(queries: Float[np.ndarray, "n d"], keys: Float[np.ndarray, "n d"]) -> 
     return Ranks(greater, equal, np.ones_like(greater))
 
 
-def jaccard(here: Float[np.ndarray, "n d"], there: Float[np.ndarray, "n d"]) -> float | None:
-    """The mean over rows of |A ∩ B| / |A ∪ B|, where A and B are the NEIGHBOURS other rows that are nearest here and there.
+def jaccard(in_a: Float[np.ndarray, "n d"], in_b: Float[np.ndarray, "n d"]) -> float | None:
+    """The mean over rows of |A ∩ B| / |A ∪ B|, where A and B are the NEIGHBOURS other rows that are nearest in each run.
 
     None where there are not more rows than that."""
-    if len(here) <= NEIGHBOURS:
+    if len(in_a) <= NEIGHBOURS:
         return None
 
     def of_rows(rows: Int[np.ndarray, " r"]) -> np.ndarray:
         nearest = []
-        for z in (here, there):
+        for z in (in_a, in_b):
             cosines = z[rows] @ z.T
             cosines[np.arange(len(rows)), rows] = -np.inf
             nearest.append(np.argpartition(-cosines, NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS])
         both = (nearest[0][:, :, None] == nearest[1][:, None]).sum((1, 2))
         return both / (2 * NEIGHBOURS - both)
 
-    return float(np.concatenate(_by_rows(of_rows, len(here))).mean())
+    return float(np.concatenate(_by_rows(of_rows, len(in_a))).mean())
 
 
 def _by_rows(fn: Callable[[Int[np.ndarray, " r"]], np.ndarray], n: int) -> list[np.ndarray]:
