@@ -18,7 +18,7 @@ class SuiteSet(Strict, prefix="sets"):
     """An evaluation of a dataset, and the figure of it that counts."""
 
     name: str  # in results, and of the file of its examples
-    evaluation: TrainingEvaluation | None  # `data` must be given; `{root}` in a text is the suite's root. None: clipjax has none
+    evaluation: TrainingEvaluation  # `data` must be given; `{root}` in a text is the suite's root
     main: tuple[str, ...]  # the metric that is the main figure, or those that it is the mean of
     main_name: str | None = None  # what that mean is called; None: the metrics' names
     protocol: str = ""  # where this is defined, and what of it is not confirmed
@@ -26,8 +26,7 @@ class SuiteSet(Strict, prefix="sets"):
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[\w-][\w.-]*", self.name, re.ASCII)
         require(plain is not None, "sets.name", self.name, "must be of letters, digits, - _ and . alone")
-        named = self.evaluation is None or self.evaluation.data is not None
-        require(named, "sets.evaluation.data", None, f"name the dataset of {self.name}")
+        require(self.evaluation.data is not None, "sets.evaluation.data", None, f"name the dataset of {self.name}")
         require(bool(self.main), "sets.main", self.main, f"name the metric of {self.name} that counts")
 
 

@@ -52,9 +52,6 @@ class SetOfSuite:
     def __init__(self, wanted: config.SuiteSet, root: str, prepare: Prepare) -> None:
         self.wanted, self.absent = wanted, ""
         asked, self._evaluation = wanted.evaluation, None
-        if asked is None:
-            self._spec, self.absent = wanted.name, wanted.protocol
-            return
         texts = {f.name: text for f in dataclasses.fields(asked) if isinstance(text := getattr(asked, f.name), str)}
         filled = {name: text.replace(ROOT, root.rstrip("/")) for name, text in texts.items() if ROOT in text}
         self._spec = filled.get("data", str(asked.data))
@@ -66,8 +63,10 @@ class SetOfSuite:
         if distributed.total(int(bool(self.absent))) and not self.absent:
             self.absent = "another process can't open it"
 
-    def measure(self, encoder: Encoder, weights: Weights) -> Measured:
-        """The set's row with these weights. It is absent, too, where its images or labels turn out to be of no use."""
+    def measure(self, encoder: Encoder, weights: Weights, draw: bool = True) -> Measured:
+        """The set's row with these weights. It is absent, too, where its images or labels turn out to be of no use.
+
+        `draw`: with an interval."""
         encoder.usable.clear()
         evaluation, absent = self._evaluation, self.absent
         if evaluation is None or absent:
@@ -76,7 +75,8 @@ class SetOfSuite:
             found = evaluation.run(weights.params)
         except (ConfigError, CertainFailure) as error:  # alike on every process
             return Measured(self._row(weights, evaluation.dataset, absent=str(error)))
-        main, drawn = self.wanted.main, results.draws_of(found.examples, self.wanted.main, self.wanted.name)
+        main = self.wanted.main
+        drawn = results.draws_of(found.examples, main, self.wanted.name) if draw else None
         images, left_out = np.sum([*encoder.usable.values(), (0, 0)], axis=0).tolist()
         known = {name: value for name, value in found.metrics.items() if not isinstance(value, list)}  # without curves
         row = self._row(
@@ -84,7 +84,7 @@ class SetOfSuite:
             evaluation.dataset,
             metrics=known,
             main=_mean([known.get(metric) for metric in main]),
-            ci95=None if drawn is None else tuple(interval(drawn)),
+            ci95=None if drawn is None else interval(drawn),
             n=_queries(found.examples, main) or images,
             unreadable=left_out,
         )
@@ -97,7 +97,7 @@ class SetOfSuite:
             dataset=dataset,
             model=weights.model,
             pretrained=weights.pretrained,
-            task="" if wanted.evaluation is None else wanted.evaluation.task,
+            task=wanted.evaluation.task,
             main_metric=wanted.main_name or " + ".join(wanted.main),
             main_of=wanted.main,
             protocol=wanted.protocol,
@@ -136,7 +136,7 @@ def _mean_row(mean: config.SuiteMean, sets: Sequence[Measured]) -> Row:
         main_metric="mean",
         main=None if lost else _mean(known),
         main_of=mean.of,
-        ci95=tuple(interval(np.mean(drawn, axis=0))) if sure else None,
+        ci95=interval(np.mean(drawn, axis=0)) if sure else None,
         n=len(known),
         protocol=mean.protocol,
         absent=f"{len(lost)} of {len(sets)} sets have no figure: {', '.join(lost)}" if lost else "",
@@ -189,7 +189,7 @@ class SuiteEvaluation(Evaluation):
 
     def run(self, params: Params) -> Results:
         weights = Weights("", "", params)
-        found = with_means(self._suite, (one.measure(self._encoder, weights) for one in self._sets))
+        found = with_means(self._suite, (one.measure(self._encoder, weights, draw=False) for one in self._sets))
         return Results({measured.row.name: measured.row.main for measured in found})
 
 

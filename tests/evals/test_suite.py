@@ -17,12 +17,12 @@ RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 
 @pytest.fixture
 def suite(tsv):
-    pairs, names = "tsv:{root}/pairs.tsv", str(tsv / "names.txt")
+    pairs, names = "tsv:{root}/pairs.tsv", "{root}/names.txt"
     sets = (
         SuiteSet(name="names", evaluation=Zeroshot(data=pairs, classnames=names, templates="plain"), main=("acc1",)),
         SuiteSet(name="pairs", evaluation=Retrieval(data=pairs), main=RECALLS, main_name="mean_recall@1", protocol="own"),
         SuiteSet(name="gone", evaluation=Retrieval(data="tsv:{root}/gone.tsv"), main=RECALLS),
-        SuiteSet(name="unknown", evaluation=None, main=("jaccard",), protocol="nobody reads it"),
+        SuiteSet(name="mute", evaluation=config.Captioning(data=pairs), main=("cider",)),
     )
     there = SuiteMean(name="there", of=("names", "pairs"))
     return Suite(sets=sets, means=(there, SuiteMean(name="all", of=("names", "pairs", "gone"))))
@@ -45,7 +45,7 @@ def test_rows_and_means(suite, tsv, run, params, tmp_path):
     lines = []
     found, encoder = measured(suite, tsv, run, params, Store(tmp_path / "kept"))
     rows = {row.name: row for row in run_suite(found, tmp_path / "out", lines.append)}
-    assert list(rows) == ["names", "pairs", "gone", "unknown", "there", "all"]
+    assert list(rows) == ["names", "pairs", "gone", "mute", "there", "all"]
     assert encoder.rows_seen == 12 + 12 + 12  # names, images once, 11 captions
     alone = prepare(suite.sets[1].evaluation.__class__(data=run.data.spec), encoder, TOKENIZER, run).run(params).metrics
     assert rows["pairs"].metrics == alone
@@ -54,7 +54,7 @@ def test_rows_and_means(suite, tsv, run, params, tmp_path):
     assert rows["pairs"].ci95[0] <= rows["pairs"].main <= rows["pairs"].ci95[1]
     assert (rows["names"].n, rows["names"].unreadable, rows["names"].pretrained) == (9, 1, "step 7")
     assert "gone.tsv" in rows["gone"].absent
-    assert rows["unknown"].absent == "nobody reads it"
+    assert "decoder" in rows["mute"].absent
     both = (rows["names"].main + rows["pairs"].main) / 2
     assert rows["there"].main == pytest.approx(both)
     assert rows["there"].ci95 is not None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipjax.evals import results
 from tests import hosts
 
 IMAGES = 41
@@ -14,6 +15,7 @@ PROGRAM = ["tests/train/recorded.py"]  # the command line, with a record of each
 CONFIG = "tests/train/tiny_hosts.py"
 OVER_DATA = ("--mesh.shard_optimizer", "True")
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # half the time goes into compiling
+SUITE = "tests/train/tiny_suite.py"
 EVALS = """
 import json, sys
 from clipjax import cli, distributed
@@ -132,7 +134,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(who, data, t
 
 @pytest.mark.slow
 def test_evaluations_and_embeddings_of_two_processes_are_those_of_one(data, trained, tmp_path):
-    run, spec = trained, f"tsv:{data}/pairs.tsv"
+    run, spec, place = trained, f"tsv:{data}/pairs.tsv", ("--root", str(data))
     found = {}
     for n, devices in ((1, 1), (2, 2)):
         out = tmp_path / f"out{n}"
@@ -142,12 +144,18 @@ def test_evaluations_and_embeddings_of_two_processes_are_those_of_one(data, trai
             ["eval", "geometry", str(run), "--data", spec, "--json", f"{out}/geometry.json"],
             ["eval", "zeroshot", str(run), "--data", spec, "--classnames", f"{data}/names.txt", "--json", f"{out}/zeroshot.json"],
             ["embed", str(run), "--data", spec, "--out", f"{out}/rows.npz"],
+            *(["eval", "suite", str(run), SUITE, *place, "--cache", f"{out}/kept", "--out", f"{out}/{i}"] for i in "ab"),
         ]
         made = hosts.run(n, ["-c", EVALS, json.dumps(commands)], out, devices, **QUICK)
         assert made[0].said.count('"task"') == 3
         assert all(not host.said for host in made[1:])
         found[n] = [json.loads((out / f"{name}.json").read_text())["metrics"] for name in ("retrieval", "geometry", "zeroshot")]
         found[n].append(dict(np.load(out / "rows.npz")))
+        first, again = results.read(out / "a"), results.read(out / "b")
+        assert first == again  # from what each process has kept of its own rows
+        assert len(list((out / "kept").iterdir())) == 3 * n
+        assert [row.ci95 is not None and row.n > 0 for row in first] == [True] * 3
+        found[n].append({row.name: row.main for row in first})
         assert (out / "geometry.png").stat().st_size > 10_000
     for one, two in zip(found[1], found[2], strict=True):
         assert one.keys() == two.keys()
