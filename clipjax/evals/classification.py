@@ -9,16 +9,9 @@ from math import comb
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from clipjax.evals.ties import TIE, average_precision, expected_hits, nearer
+from clipjax.evals.ties import TIE, average_precision
 
 Hits = Float[np.ndarray, " n"]  # of each example the chance of a hit, 0 or 1 without ties
-
-
-def hits(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"], k: int) -> Hits:
-    """Whether the class of each example is among its k best."""
-    own = np.take_along_axis(scores, labels[:, None], axis=1)
-    greater, equal = nearer(scores, own)
-    return np.asarray(expected_hits(greater.sum(1), equal.sum(1) - 1, 1, k))
 
 
 def votes(scores: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
@@ -50,14 +43,9 @@ def worst_group(hit: Hits, groups: Shaped[np.ndarray, " n"]) -> float:
     return float(_means(hit, groups)[1].min())
 
 
-def mean_average_precision(scores: Float[np.ndarray, "n c"], positive: Bool[np.ndarray, "n c"]) -> float:
-    """The mean of `average_precision` over all classes, of several labels an example; 0 for a class without any, as in
-    CLIP_benchmark."""
-    return float(precision_per_class(scores, positive).mean())
-
-
 def precision_per_class(scores: Float[np.ndarray, "n c"], positive: Bool[np.ndarray, "n c"]) -> Float[np.ndarray, " c"]:
-    """What `mean_average_precision` is the mean of."""
+    """The `average_precision` of every class, of several labels an example; 0 for a class without any, as in CLIP_benchmark,
+    whose `mean_average_precision` is the mean."""
     return np.nan_to_num([average_precision(*column) for column in zip(scores.T, positive.T, strict=True)])
 
 
