@@ -152,6 +152,9 @@ def test_mean_rank_variance():
     assert of([1, 3, 1, 3], words) == 1
     assert of([1, 3, 5, 5], words) == 0.5
     assert of([1, 3, np.nan, np.nan], words) == 1  # an image that can't be read
+    three = Captions([f"name {i}" for i in range(12)], np.repeat(np.arange(4), 3), list("abcd"))
+    ranks = np.array([1, 1, 1, 1, 3, 2, 1, 1, 1, 2, 1, 2.0])
+    assert retrieval.mean_rank_variance(ranks, three) == pytest.approx(2 / 9)  # (0 + 2/3 + 0 + 2/9) / 4
     assert of([1, 3, 5, 5], ["dog", "Hund", "taxi", "taxi"]) == 1  # a name that the language lacks
     assert of([1, 1, 5, 5], ["taxi"] * 4) is None
 
