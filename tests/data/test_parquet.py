@@ -173,7 +173,7 @@ def test_a_list_of_classes_is_several_labels(tmp_path):
     assert [record.labels for record in opened(path, label_field="boxes.kind").texts()] == [(1, 2), ()]
 
 
-def test_a_retrieval_set_with_a_list_of_captions(tmp_path):
+def test_a_retrieval_set_with_a_list_of_captions(tmp_path, caplog):
     """The columns of the hub's sets of Flickr and COCO for retrieval."""
     captions = [["one", "a one"], ["two", "", "a two"]]
     facts = {
@@ -187,6 +187,9 @@ def test_a_retrieval_set_with_a_list_of_captions(tmp_path):
         source = opened(path, split=split)
         assert [record.captions for record in source.texts()] == [("one", "a one"), ("two", "a two")]
         assert [record.key for record in source.texts()] == ["1.jpg", "2.jpg"]
+    assert not caplog.text
+    opened(write(tmp_path / "all.parquet", {"image": images(range(2)), "caption": captions, "split": ["val", "test"]}))
+    assert "all.parquet/train: its column split has test, val, and rows of all of them are taken" in caplog.text
 
 
 def test_only_classes_are_captions(tmp_path):

@@ -1,5 +1,6 @@
 """Parquet files as sources: rows with the bytes of an image, as on the Hugging Face hub, or with its path."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from clipjax.data.source import Fetched, Record, Source, bucket
 from clipjax.data.storage import store
 
 Row = Mapping[str, Any]  # values by column
+
+log = logging.getLogger(__name__)
 
 
 class Parquet(Source):
@@ -41,12 +44,21 @@ class Parquet(Source):
         self.fields = {name: str(schema.field(name).type) for name in schema.names}
         self._features = choose_features(schema, data, name_of(self._rows.files[0].url))
         self._check_columns()
+        self._warn_of_splits()
         self._all = self._features.columns(schema)
         self._but_image = self._features.columns(schema, image=self._features.image_is_path)
         self.captioned = bool(self._features.texts)
         self.classnames = self._features.label_names or self._features.text_names or self._class_names()
         self._classes = {name: i for i, name in enumerate(self.classnames)} if self.classnames else None
         self.multilabel = self._features.label_is_list
+
+    def _warn_of_splits(self) -> None:
+        """Of a column of splits, as in the hub's Flickr30k, whose one file holds all three: all rows are taken."""
+        if "split" in self._rows.schemas[0].names:
+            splits = {str(name) for name in self._rows.read(0, ["split"])["split"].to_pylist()}
+            what = "its column split has %s, and rows of all of them are taken; for one, write its rows to files of their own"
+            if len(splits) > 1:
+                log.warning(f"%s: {what}", self.name, ", ".join(sorted(splits)))
 
     def _check_columns(self) -> None:
         """Raises ConfigError for a file that lacks a column that is used."""

@@ -25,6 +25,7 @@ ROW = "npy"  # numbers
 CAPTIONS = "retrieval"  # CLIP_benchmark's kind of set whose .txt has a caption a line
 MULTILABEL = "multilabel"  # that whose .npy has a 1 for each class of an image, and a 0 for each other
 LONGEST = 4 << 20  # bytes of a member that is no image
+LONGEST_ROW = 4096  # bytes of an .npy that may hold a group: others hold vectors
 
 
 class Stale(ValueError):
@@ -40,7 +41,7 @@ class Fields:
     label: Field | None
     number: Field | None
     labels: Field | None = None  # a 1 for each class, of an example that may have several
-    group: Field | None = None
+    grouped: bool = False  # the first number of .npy is a group
     lines: bool = False  # each line of a text is a caption
     classes: dict[str, int] = field(default_factory=dict)  # number of each class name; without any, a name is no label
     guessed: bool = False  # whether .json has captions is not known
@@ -77,8 +78,8 @@ def choose_fields(data: config.Data, suffixes: Collection[str], kind: str | None
     number = find(data.filter.number, "data.filter.number")
     rows = Field(ROW) if ROW in suffixes else None
     several = rows if kind == MULTILABEL and label is None else None
-    group = rows if kind is not None and LABEL in suffixes else None
-    return Fields(images, texts, label, number, several, group, lines=kind == CAPTIONS, guessed=guessed)
+    grouped = kind is not None and rows is not None and LABEL in suffixes
+    return Fields(images, texts, label, number, several, grouped, lines=kind == CAPTIONS, guessed=guessed)
 
 
 def parse(window: Window, span: tuple[int, int], stored_bucket: int, fields: Fields, *, with_image: bool = True) -> Record:
@@ -111,7 +112,7 @@ def parse(window: Window, span: tuple[int, int], stored_bucket: int, fields: Fie
     number = None if fields.number is None else columns.number(value(fields.number))
     label = -1 if fields.label is None else _label(value(fields.label), fields.classes)
     labels = () if fields.labels is None else _labels(value(fields.labels))
-    group = None if fields.group is None else _group(value(fields.group))
+    group = _group(window, found.get(ROW)) if fields.grouped else None
     content = b"" if image is None else window(image.data, image.size)
     return Record(content, captions, key, label, chances, number, labels, group)
 
@@ -147,10 +148,15 @@ def _labels(value: object) -> tuple[int, ...]:
     return tuple(i for i, holds in enumerate(value) if holds) if isinstance(value, list) else ()
 
 
-def _group(value: object) -> int | None:
-    """The first of some integers."""
-    first = value[0] if isinstance(value, list) and value else value
-    return first if isinstance(first, int) else None
+def _group(window: Window, row: Member | None) -> int | None:
+    """The first of the few integers of a member; None for anything else, as it may be of no interest here."""
+    if row is None or row.size > LONGEST_ROW:
+        return None
+    try:
+        numbers = np.load(io.BytesIO(window(row.data, row.size)), allow_pickle=False)
+    except ValueError:
+        return None
+    return int(numbers.flat[0]) if numbers.size and numbers.dtype.kind in "iu" else None
 
 
 def _label(value: object, classes: dict[str, int]) -> int:
