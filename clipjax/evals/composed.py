@@ -19,7 +19,7 @@ from clipjax.evals.embed import Vectors, by_index
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.evaluation import Evaluation, Examples, Results
 from clipjax.evals.inputs import caption_batches, image_batches
-from clipjax.evals.named import located
+from clipjax.evals.named import keys_of, located
 from clipjax.evals.ties import expected_hits, nearer
 from clipjax.models.clip import Params
 from clipjax.train.report import say
@@ -127,9 +127,9 @@ def of_emoji(data: config.Data) -> Asked:
     remedy = "has no questions of its own: name a file of them (questions; --questions)"
     config.require(data.spec == "emoji", "data.spec", data.spec, remedy)
     sources = [open_source(replace(data, split=split)) for split in ("train", "test")]
-    keys = [record.key for source in sources for record in source.texts()]
+    keys = [key for source in sources for key in keys_of(source)]
     place = {key: i for i, key in enumerate(keys)}
-    questions = skin_tones(place.keys(), [record.key for record in open_source(data).texts()])
+    questions = skin_tones(place.keys(), keys_of(open_source(data)))
     config.require(bool(questions), "data.split", data.split, "no emoji of it has a skin tone")
     pictures = [np.array([place[name] for name, _ in question.pictures]) for question in questions]
     return Asked(data.name, sources, questions, pictures)
@@ -138,7 +138,6 @@ def of_emoji(data: config.Data) -> Asked:
 def of_file(data: config.Data, file: str) -> Asked:
     """Those of a file, about the images of `data`. Raises ConfigError as `read_compositions` and `located` do."""
     source, questions = open_source(data), read_compositions(file)
-    keys = [record.key for record in source.texts()]
-    shown, numbers = located(source, keys, [picture for question in questions for picture in question.pictures])
+    shown, numbers = located(source, keys_of(source), [picture for question in questions for picture in question.pictures])
     ends = np.cumsum([len(question.pictures) for question in questions])
     return Asked(with_questions(source.name, file), [shown], questions, np.split(np.array(numbers), ends[:-1]))

@@ -8,7 +8,10 @@ from hashlib import blake2b
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import jax
+
 from clipjax.config import ConfigError, require
+from clipjax.data import reading
 from clipjax.data.images import image
 from clipjax.data.source import Record, Source
 from clipjax.files import as_path
@@ -31,6 +34,11 @@ def picture(value: Any) -> Picture:
         case [str() | int() as name, [_, _, _, _] as box]:
             return Picture(str(name), tuple(map(float, box)))
     raise ValueError(f"has {value!r}, which must be the name of a picture or [NAME, [left, top, width, height]]")
+
+
+def keys_of(source: Source) -> list[str]:
+    """The key of each example, with a bar of progress in the first process."""
+    return [record.key for record in reading.texts(source, quiet=jax.process_index() > 0)]
 
 
 def entries(file: str) -> list[tuple[str, dict[str, Any]]]:
