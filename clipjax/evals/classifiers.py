@@ -12,11 +12,12 @@ import numpy as np
 import optax
 import scipy.linalg
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from clipjax.evals.encoder import to_host
 from clipjax.evals.ties import expected_hits, nearer
-from clipjax.sharding import batch_devices, over_rows, replicated
+from clipjax.sharding import BATCH, batch_devices, over_rows, replicated
 
 STEPS = 1000  # of L-BFGS at most
 FLAT = 1e-6  # L-BFGS ends where no number of the gradient of the mean loss is larger
@@ -84,7 +85,7 @@ class SoftmaxRegression:
         """`start`: weights to begin with, as those of another C; None: zeros."""
         first = np.zeros(self._shape, np.float32) if start is None else start
         everywhere = replicated(self._mesh)
-        return np.asarray(_minimum(*self._rows, _place(np.asarray(c, np.float32), everywhere), _place(first, everywhere)))
+        return to_host(_minimum(*self._rows, _place(np.asarray(c, np.float32), everywhere), _place(first, everywhere)))
 
 
 @jax.jit
@@ -121,10 +122,9 @@ def neighbours(x: Rows, labels: Labels, classes: int, queries: Rows, ks: Sequenc
     block = min(-(-len(queries) // devices), max(1, COMPARED // len(x))) * devices
     full, rows = replicated(mesh), over_rows(mesh)
     known, classed = _place(x[order], full), _place(labels[order].astype(np.int32), full)
-    vote = jax.jit(
-        functools.partial(_votes, ks=tuple(min(k, len(x)) for k in ks), classes=classes),
-        out_shardings=rows,
-    )
+    vote = functools.partial(_votes, ks=tuple(min(k, len(x)) for k in ks), classes=classes)
+    by_rows = P(BATCH)  # by shard_map, because XLA gathers all rows of a top_k
+    vote = jax.jit(jax.shard_map(vote, mesh=mesh, in_specs=(by_rows, P(), P()), out_specs=by_rows))
     votes = []
     for start in range(0, len(queries), block):
         asked = queries[start : start + block]

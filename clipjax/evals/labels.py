@@ -18,6 +18,8 @@ from clipjax.evals.embed import Vectors, by_index
 from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.models.clip import Params
 
+SHARED = 0.1  # of a test split: datasets do hold duplicates
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -44,12 +46,9 @@ class LabelledImages:
 
 
 def open_splits(data: config.Data, train: str) -> tuple[tuple[Source, config.Data], tuple[Source, config.Data]]:
-    """The split `train` of a dataset, and that of `data`. Raises ConfigError where they are the same examples."""
+    """The split `train` of a dataset, and that of `data`, each with how it is read."""
     learned = dataclasses.replace(data, split=train)
-    sources = open_source(learned), open_source(data)
-    remedy = f"classifiers would be tested on the examples that they learn from, {sources[1].name}: name two splits, or two"
-    config.require(sources[0].name != sources[1].name, "train", train, f"{remedy} shares, as train#0-80 and train#80-100")
-    return (sources[0], learned), (sources[1], data)
+    return (open_source(learned), learned), (open_source(data), data)
 
 
 def shared_classes(sources: Sequence[Source], pattern: str | None) -> tuple[int, list[Labelled]]:
@@ -57,9 +56,12 @@ def shared_classes(sources: Sequence[Source], pattern: str | None) -> tuple[int,
 
     A class is an example's label. With `pattern`, it is what this regular expression finds in the main caption, its first group
     where it has one; an example has none where the pattern finds nothing, or two different things. Of sources that name their
-    classes differently, those of equal names are one. Raises ConfigError where a source has no example of the first's classes.
+    classes differently, those of equal names are one. Raises ConfigError where a source has no example of the first's classes,
+    and where the others have examples of the first.
     """
     records = [list(reading.texts(source, quiet=jax.process_index() > 0)) for source in sources]
+    for source, split in zip(sources[1:], records[1:], strict=True):
+        _check_apart(sources[0], records[0], source, split)
     if pattern is None and all(source.classnames == sources[0].classnames for source in sources):
         classes = [[record.label if record.label >= 0 else None for record in split] for split in records]
         names = range(1 + max((c for split in classes for c in split if c is not None), default=-1))
@@ -76,6 +78,20 @@ def shared_classes(sources: Sequence[Source], pattern: str | None) -> tuple[int,
             raise ConfigError(f"data.spec = {source.name!r}: {remedy} from the captions (label_pattern; --label-pattern)")
     splits = zip(records, labels, strict=True)
     return len(names), [Labelled(tuple(r.key for r in s), tuple("".join(r.captions[:1]) for r in s), own) for s, own in splits]
+
+
+def _check_apart(train: Source, learned: Sequence[Record], test: Source, tested: Sequence[Record]) -> None:
+    """Raises ConfigError where more than SHARED of the tested examples are learned from. Only of the same files: keys that count
+    the examples of a split say nothing."""
+    if len({re.sub(r"#\d+-\d+$", "", source.version) for source in (train, test)}) > 1:
+        return
+    known = {(r.key, r.captions[:1], r.label) for r in learned}
+    twice = sum((r.key, r.captions[:1], r.label) in known for r in tested)
+    remedy = (
+        f"{twice:,} of the {len(tested):,} examples of {test.name} are among them, and classifiers would be tested on what they"
+    )
+    remedy += " learn from: name two splits, or shares, as train#0-80 and train#80-100"
+    config.require(twice <= SHARED * len(tested), "train", train.name, remedy)
 
 
 def _name(record: Record, source: Source) -> str | None:

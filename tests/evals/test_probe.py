@@ -49,8 +49,8 @@ def test_a_method_can_be_left_out_and_a_class_that_was_never_seen_is_wrong(param
 
 
 def source(name, *records, classnames=None):
-    stored = Stored([Record(b"", captions, f"{i}", label) for i, (label, *captions) in enumerate(records)])
-    stored.name, stored.classnames = name, classnames
+    stored = Stored([Record(b"", tuple(captions), f"{i}", label) for i, (label, *captions) in enumerate(records)])
+    stored.name, stored.version, stored.classnames = name, name, classnames
     return stored
 
 
@@ -92,10 +92,27 @@ def test_examples_without_a_common_class_are_refused(train, test, pattern, messa
         shared_classes([source("s", *train), source("t", *test)], pattern)
 
 
-def test_the_split_that_is_tested_is_not_learned_from(tsv):
-    data = config.Data(spec=f"tsv:{tsv / 'pairs.tsv'}", split="test")
-    with pytest.raises(ConfigError, match=r"^train = 'train': classifiers would be tested on the examples that they learn from"):
-        open_splits(data, "train")
+@pytest.mark.parametrize(("train", "test", "twice"), [("train", "test", "10 of the 10"), ("train", "train#0-50", "6 of the 6")])
+def test_the_examples_that_are_tested_are_not_learned_from(tsv, train, test, twice):
+    """A table has no splits, whatever they are called, only shares."""
+    splits = open_splits(config.Data(spec=f"tsv:{tsv / 'pairs.tsv'}", split=test), train)
+    with pytest.raises(ConfigError, match=f"{twice} examples of .* are among them"):
+        shared_classes([source for source, _ in splits], "fox|hen")
+
+
+def test_shares_are_apart(tsv):
+    splits = open_splits(config.Data(spec=f"tsv:{tsv / 'pairs.tsv'}", split="test#50-100"), "train#0-50")
+    _, (train, test) = shared_classes([source for source, _ in splits], "(number)")
+    assert len(train.keys) + len(test.keys) == 10
+    assert not set(train.keys) & set(test.keys)
+
+
+def test_keys_that_count_the_examples_of_each_split_are_not_the_same_examples():
+    one, other = source("s", (0,), (1,)), source("t", (0,), (1,))
+    assert shared_classes([one, other], None)[0] == 2
+    other.version = one.version
+    with pytest.raises(ConfigError, match=r"^train = 's': 2 of the 2 examples of t are among them, and classifiers would be"):
+        shared_classes([one, other], None)
 
 
 def test_unknown_methods_are_refused():

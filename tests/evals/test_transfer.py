@@ -6,10 +6,10 @@ import pytest
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.evals import transfer
-from clipjax.evals.encoder import CachedBatches
+from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.evals.labels import Labelled
 from clipjax.evals.transfer import TransferEvaluation, noisy
-from tests.evals.tiny import MODEL
+from tests.evals.tiny import MODEL, mesh_of
 
 
 def test_noise_has_its_length_and_the_vectors_stay_unit():
@@ -67,8 +67,8 @@ def test_negative_noise_is_refused():
         config.Transfer(noise=-1.0)
 
 
-def test_transfer_needs_two_splits(tsv, encoder):
+def test_transfer_needs_two_splits(tsv):
     data = config.Data(spec=f"tsv:{tsv / 'pairs.tsv'}", split="test")
-    assert MODEL is encoder.model
-    with pytest.raises(ConfigError, match=r"^train = 'train': classifiers would be tested on the examples that they learn from"):
+    encoder = Encoder(MODEL, mesh_of("1"), 4)
+    with pytest.raises(ConfigError, match="classifiers would be tested on what they learn from: name two splits, or shares"):
         TransferEvaluation.prepare(encoder, None, data, config.Transfer())
