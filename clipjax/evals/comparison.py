@@ -83,7 +83,7 @@ def _compare_suite(a: Path, b: Path, metric: str | None, draws: int) -> list[Dif
     for name in dict.fromkeys((*rows_a, *rows_b)):
         one, other = rows_a.get(name), rows_b.get(name)
         known = one or other
-        if known is None or known.task == MEAN:
+        if known is None or known.task == MEAN or _foreign(one, other, metric):
             continue
         shown = Difference(a.name, name, metric or known.main_metric)
         if metric is None:
@@ -103,6 +103,12 @@ def _metrics(row: Row | None, metric: str | None) -> tuple[str, ...]:
     if row is None:
         return ()
     return row.main_of if metric is None else (metric,) * (metric in row.metrics)
+
+
+def _foreign(a: Row | None, b: Row | None, metric: str | None) -> bool:
+    """Whether a set that both runs have is of an evaluation without the metric that the user chose."""
+    rows = [row for row in (a, b) if row is not None and not row.absent]
+    return metric is not None and len(rows) == 2 and not any(metric in row.metrics for row in rows)
 
 
 def _missing(a: Row | None, b: Row | None) -> str:
