@@ -1,6 +1,7 @@
 """Sets in CLIP_benchmark's layout: splits, captions a line, several labels, groups, and the files beside the tars."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
-from tests.data import http_server, shards
+from clipjax.data.storage import ranges
+from tests.data import http_server, hub, shards
 
 NAMES = "a cat\n\na dog\n"  # a class without a name is still one
 
@@ -102,3 +104,17 @@ def test_it_is_read_from_a_web_server_that_lists_nothing(tmp_path):
         source = opened(f"{server.address}/set", split="test")
         assert (len(source), source.classnames) == (15, ("a cat", "", "a dog"))
         assert source.read(12).label == 0
+
+
+def test_it_is_read_from_the_hub(tmp_path):
+    root = shards.benchmark(tmp_path / "set", [(b"a%d" % i, i % 3) for i in range(25)], classnames=NAMES)
+    with hub.standing_in():
+        place = "hf://datasets/clip-benchmark/wds_set"
+        for path in filter(Path.is_file, root.rglob("*")):
+            ranges.system("hf").pipe_file(f"{place}/{path.relative_to(root)}", path.read_bytes())
+        source = opened(place, split="test")
+        assert (source.name, source.classnames, len(source)) == (f"wds:{place}", ("a cat", "", "a dog"), 25)
+        assert by_key(source)["s0000013"].label == 1
+        with pytest.raises(ConfigError, match="has test, by its folders"):
+            opened(place)
+    ranges.forget()
