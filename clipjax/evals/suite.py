@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from clipjax import config, distributed
 from clipjax.config import ConfigError
 from clipjax.config.load import load_suite
 from clipjax.config.suite import ROOT
+from clipjax.data.formats.index import ABSENT
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import results
 from clipjax.evals.bootstrap import Draws, interval
@@ -58,7 +60,7 @@ class SetOfSuite:
         try:
             config.require(bool(root) or not filled, "--root", root, f"name the folder that holds {asked.data}")
             self._evaluation = prepare(dataclasses.replace(asked, **filled))
-        except (ConfigError, OSError) as error:  # a store that does not answer is an OSError
+        except (ConfigError, *ABSENT) as error:  # not where a store does not answer: the suite ends, and can go on later
             self.absent = str(error)
         if distributed.total(int(bool(self.absent))) and not self.absent:
             self.absent = "another process can't open it"
@@ -78,7 +80,7 @@ class SetOfSuite:
         main = self.wanted.main
         drawn = results.draws_of(found.examples, main, self.wanted.name) if draw else None
         images, left_out = np.sum([*encoder.usable.values(), (0, 0)], axis=0).tolist()
-        known = {name: value for name, value in found.metrics.items() if not isinstance(value, list)}  # without curves
+        known = {name: _defined(value) for name, value in found.metrics.items() if not isinstance(value, list)}  # without curves
         row = self._row(
             weights,
             evaluation.dataset,
@@ -191,6 +193,11 @@ class SuiteEvaluation(Evaluation):
         weights = Weights("", "", params)
         found = with_means(self._suite, (one.measure(self._encoder, weights, draw=False) for one in self._sets))
         return Results({measured.row.name: measured.row.main for measured in found})
+
+
+def _defined(value: float | None) -> float | None:
+    """NaN and infinity are as good as no value."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
