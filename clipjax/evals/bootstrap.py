@@ -3,7 +3,7 @@
 Groups of queries are drawn with replacement: the captions of an image are no independent evidence, nor are an image's hits in
 both directions of retrieval. An interval is between the 2.5 % and 97.5 % quantiles of a figure over the draws (Efron and
 Tibshirani 1993, chapter 13). Two runs are drawn together, query by query: what is hard for both cancels, so the interval of their
-difference is several times shorter than one of independent draws.
+difference is shorter than one of independent draws, the more the runs are alike.
 """
 
 import zlib
