@@ -108,7 +108,8 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any
     default = args.json.with_suffix(".png") if args.json else f"{wanted.task}-" + png_name(f"{args.data}-{args.split}")
     png = (args.png or writable_file(str(default))) if "png" in args else None
     model = load(args)
-    evaluation = prepare(wanted, model.encoder, model.tokenizer, model.run)
+    tokenizer = None if model.run.model.towers == "image" else model.tokenizer
+    evaluation = prepare(wanted, model.encoder, tokenizer, model.run)
     results = evaluation.run(model.params)
     result = report(evaluation.dataset, model.name, f"step {model.step}", wanted.task, results.metrics)
     numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves

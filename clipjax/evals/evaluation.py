@@ -48,11 +48,13 @@ class Evaluation(ABC):
     """One evaluation on one dataset. Training prepares it once and runs it many times."""
 
     dataset: str  # SPEC/SPLIT, or the SPEC alone where a dataset has no splits
+    reads_text: ClassVar[bool] = True  # whether it needs a text tower
 
     @classmethod
     @abstractmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: Any) -> Self:
-        """Opens the dataset `data`. `cfg` is the TrainingEvaluation that asks for this evaluation.
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer | None, data: config.Data, cfg: Any) -> Self:
+        """Opens the dataset `data`. `cfg` is the TrainingEvaluation that asks for this evaluation. `tokenizer`: None of an image
+        tower alone, and only where the evaluation reads no text.
 
         Raises ConfigError for what can't be evaluated, so that a run is refused before it trains.
         """

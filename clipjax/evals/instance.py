@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import numpy as np
@@ -52,6 +52,8 @@ def _class_of(source: Source, record: Record) -> str | None:
 class InstanceEvaluation(Evaluation):
     """Every image of a dataset against all others of it, or against those of a gallery."""
 
+    reads_text: ClassVar = False
+
     def __init__(self, encoder: Encoder, queries: Shown, gallery: Shown | None) -> None:
         """`gallery`, None: the queries' own, each without the query itself."""
         self.encoder, self.queries, self.gallery, self.dataset = encoder, queries, gallery, queries.batches.name
@@ -63,7 +65,7 @@ class InstanceEvaluation(Evaluation):
         self._key_class = np.array([-2 if name is None else number[name] for name in classes])
 
     @classmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Instance) -> Self:
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer | None, data: config.Data, cfg: config.Instance) -> Self:
         """Raises ConfigError where no image has another of its class to find."""
         queries, gallery = Shown.of(encoder, data), None
         if cfg.gallery is not None:

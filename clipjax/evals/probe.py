@@ -1,7 +1,7 @@
 """Probes: how well classifiers of a run's image vectors do that are learned from a labelled split."""
 
 from collections.abc import Iterator
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,12 +26,14 @@ LEAST = 10  # images to learn from
 class ProbeEvaluation(Evaluation):
     """Classifiers of image vectors, learned from one split and tested on another."""
 
+    reads_text: ClassVar = False
+
     def __init__(self, train: LabelledImages, test: LabelledImages, classes: int, methods: tuple[str, ...]) -> None:
         self.train, self.test, self.classes, self.methods = train, test, classes, methods
         self.dataset = test.batches.name
 
     @classmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Probe) -> Self:
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer | None, data: config.Data, cfg: config.Probe) -> Self:
         """Classes are as in `labels.shared_classes`. Needs no captions."""
         splits = open_splits(data, cfg.train)
         classes, examples = shared_classes([source for source, _ in splits], cfg.label_pattern)

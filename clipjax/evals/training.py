@@ -77,12 +77,12 @@ def make_evaluators(run: config.Run, mesh: Mesh, tokenizer: Tokenizer, workdir: 
     return evaluators
 
 
-def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer, run: config.Run) -> Evaluation:
+def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer | None, run: config.Run) -> Evaluation:
     """The evaluation that `wanted` describes, on its dataset."""
     return prepare_on(wanted, encoder, tokenizer, run.data)
 
 
-def prepare_on(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer, own: config.Data) -> Evaluation:
+def prepare_on(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer | None, own: config.Data) -> Evaluation:
     """As `prepare`, for a run whose data is `own`. A suite gets that, and opens its sets itself."""
     fields = dict(image_field=wanted.image_field, text_field=wanted.text_field, label_field=wanted.label_field)
     whole = isinstance(wanted, config.RunSuite)
@@ -90,7 +90,9 @@ def prepare_on(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: T
     if not whole and wanted.data is None and "#" not in data.split and data.spec.startswith(("parquet:", "folder:")):
         remedy = "the names of its files tell no splits, so these are the examples it trains on: name others, or set data.split"
         config.require(divided(data.spec), "data", data.spec, f"{remedy} = train#0-95 and the evaluation's = train#95-100")
-    return class_of(wanted).prepare(encoder, tokenizer.cleaning(wanted.clean), data, wanted)
+    if class_of(wanted).reads_text:
+        encoder.model.require_towers("text")
+    return class_of(wanted).prepare(encoder, tokenizer and tokenizer.cleaning(wanted.clean), data, wanted)
 
 
 def _check_best(run: config.Run) -> None:

@@ -109,7 +109,10 @@ def test_short_work_is_quiet(capsys):
 
 
 def test_features_are_what_the_projection_is_given(params, images):
-    encoder = Encoder(MODEL, mesh_of("2x2x2"), 13, features="tower")
+    plain = Encoder(MODEL, mesh_of("2x2x2"), 13)
+    encoder = plain.giving("tower")
+    assert plain.giving("embedding") is plain
+    assert encoder.usable is plain.usable  # a suite counts the images of both
     z, found = by_index(encoder, params, image_batches(images, encoder, index=np.arange(37, dtype=np.int32)), 37)
     assert z.shape == (37, MODEL.image.width)
     assert found.all()

@@ -57,6 +57,9 @@ def test_commands(runs, tmp_path, capsys):
             assert arrays[name].shape == (len(arrays["key"]), 12)
     assert cli.main(["eval", "retrieval", str(out / "image"), "--data", "emoji", "--split", "test#0-1"]) == 2
     assert "there is no text tower" in capsys.readouterr().err
+    probe = ["--train", "test#1-10", "--label-pattern", "dark", "--methods", "fewshot"]  # which reads no text
+    assert cli.main(["eval", "probe", str(out / "image"), "--data", "emoji", "--split", "test#10-15", *probe]) == 0
+    assert '"fewshot_acc1@1": 1.0' in capsys.readouterr().out  # of one class
     (tmp_path / "c.py").write_text(
         "from clipjax.config import *\n"
         "def config() -> Run:\n"
