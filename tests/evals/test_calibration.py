@@ -5,10 +5,9 @@ import scipy.special
 from clipjax.config import ConfigError
 from clipjax.evals.calibration import CalibrationEvaluation, best_temperature, ece, nll
 from clipjax.evals.classes import Classes
-from clipjax.evals.encoder import Encoder
 from clipjax.evals.inputs import prompt_batches
 from clipjax.evals.zeroshot import ZeroshotEvaluation
-from tests.evals.tiny import MODEL, TOKENIZER, WORDS, image_batches, mesh_of
+from tests.evals.tiny import TOKENIZER, WORDS, image_batches
 
 
 def test_ece_of_two_bins_by_hand():
@@ -40,8 +39,7 @@ def evaluation_of(encoder, images, labels):
     return CalibrationEvaluation(ZeroshotEvaluation(encoder, batches, prompts, Classes(tuple(WORDS), labels, keys)))
 
 
-def test_half_of_the_images_choose_the_temperature(params, model, images):
-    encoder = Encoder(MODEL, mesh_of("8"), 16)
+def test_half_of_the_images_choose_the_temperature(params, model, images, encoder):
     labels = np.where(np.arange(37) % 5 == 4, -1, np.arange(37) % 11).astype(np.int32)  # one in five has none
     evaluation = evaluation_of(encoder, images, labels)
     results = evaluation.run(params)

@@ -4,10 +4,9 @@ import pytest
 from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.source import Record
-from clipjax.evals.encoder import Encoder
 from clipjax.evals.labels import Labelled, shared_classes
 from clipjax.evals.probe import LabelledImages, ProbeEvaluation, open_splits
-from tests.evals.tiny import MODEL, SIZE, Stored, image_batches, mesh_of
+from tests.evals.tiny import SIZE, Stored, image_batches
 
 
 def labelled(labels):
@@ -23,8 +22,7 @@ def images_of(encoder, labels, seed):
     return LabelledImages(encoder, batches, labelled(labels))
 
 
-def test_classes_that_are_far_apart_are_told_apart_by_every_probe(params):
-    encoder = Encoder(MODEL, mesh_of("8"), 16)
+def test_classes_that_are_far_apart_are_told_apart_by_every_probe(params, encoder):
     train, test = images_of(encoder, [0, 1, 2, -1] * 8, 0), images_of(encoder, [2, -1, 1, 0], 1)
     results = ProbeEvaluation(train, test, 3, ("linear", "knn", "fewshot")).run(params)
     metrics = results.metrics
@@ -38,8 +36,7 @@ def test_classes_that_are_far_apart_are_told_apart_by_every_probe(params):
     }
 
 
-def test_a_method_can_be_left_out_and_a_class_that_was_never_seen_is_wrong(params):
-    encoder = Encoder(MODEL, mesh_of("8"), 16)
+def test_a_method_can_be_left_out_and_a_class_that_was_never_seen_is_wrong(params, encoder):
     train, test = images_of(encoder, [0, 1] * 5, 0), images_of(encoder, [0, 2], 1)
     metrics = ProbeEvaluation(train, test, 3, ("fewshot",)).run(params).metrics
     assert metrics["fewshot_acc1@5"] == 1 / 2
