@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("clip_benchmark", reason="the extra interop: pip install clipjax[interop]")
 import tests.torch_reference  # noqa: F401, I001  (first: it lets torchvision be imported)
 import torch
-from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from clip_benchmark.metrics import image_caption_selection, zeroshot_classification, zeroshot_retrieval
 from clip_benchmark.models import MODEL_TYPES, load_clip
 
 from clipjax import cli
@@ -59,7 +59,8 @@ def test_its_zero_shot_metrics_are_ours(loaded, workdir, shown, tmp_path):
     classes, prompts = list(CLASSES), list(templates("simple"))
     theirs = zeroshot_classification.evaluate(model.eval(), loader, tokenizer, classes, prompts, "cpu", amp=False)
     found = ours("zeroshot", workdir, shown, tmp_path, "--label-field", "class")
-    assert theirs == pytest.approx(found, abs=1e-6)
+    assert {name: found[name] for name in theirs} == pytest.approx(theirs, abs=1e-6)
+    assert len(theirs) == 3
     assert 0 < found["acc1"] < 1
 
 
@@ -71,6 +72,28 @@ def test_its_retrieval_metrics_are_ours(loaded, workdir, shown, tmp_path):
     assert {name: found[name] for name in theirs} == pytest.approx(theirs, abs=1e-6)
     assert len(theirs) == 6
     assert 0 < theirs["image_retrieval_recall@10"] < 1
+
+
+def test_its_choices_between_pictures_and_captions_are_ours(loaded, workdir, shown, tmp_path):
+    """Pairs as Winoground's, and a picture with a right and a wrong caption as SugarCrepe's."""
+    model, transform, tokenizer = loaded
+    file = tmp_path / "questions.json"
+    for pictures in ((0, 7), (5,)):
+        questions = [([(i + k) % 24 for k in pictures], [shown.captions[(i + k) % 24][0] for k in (0, 7)]) for i in range(24)]
+        file.write_text(
+            json.dumps([{"images": [f"{i}.png" for i in numbers], "captions": texts} for numbers, texts in questions])
+        )
+        batch = torch.stack([torch.stack([transform(shown.images[i]) for i in numbers]) for numbers, _ in questions])
+        loader = [(batch, [texts for _, texts in questions])]
+        theirs = image_caption_selection.evaluate(model, loader, tokenizer, "cpu", amp=False)
+        found = ours("choice", workdir, shown, tmp_path, "--questions", str(file))
+        if len(pictures) == 2:
+            same = dict(image_acc=found["image_score"], acc=found["group_score"])
+        else:
+            same = dict(image_acc=1.0, acc=found["text_score"])  # there is one picture to choose from: ours is null
+            assert found["image_score"] is None
+        assert theirs == pytest.approx(same | {"text_acc": found["text_score"]}, abs=1e-6)
+        assert 0 < found["image_score" if len(pictures) == 2 else "text_score"] < 1
 
 
 def test_what_it_is_given(loaded, workdir, shown):
