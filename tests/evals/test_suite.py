@@ -93,6 +93,17 @@ def test_a_suite_of_which_nothing_is_there_is_refused(suite, tsv, run, params, t
     assert next(found).row.absent.startswith("--root = '': name the folder that holds tsv:{root}/pairs.tsv")
 
 
+def test_a_store_that_does_not_answer_ends_the_suite(suite, params):
+    """What is not there is absent; what may come back is no reason to give figures without it."""
+
+    def unreachable(wanted):
+        raise ConnectionError("no answer")
+
+    encoder = Counting(None)
+    with pytest.raises(ConnectionError):
+        list(measure(suite, "/data", unreachable, encoder, Weights("tiny", "step 7", params)))
+
+
 def test_a_suite_during_training(suite, tsv, run, params, tmp_path, caplog):
     (tmp_path / "mine.py").write_text(
         "from clipjax.config import Retrieval, Suite, SuiteMean, SuiteSet\n"
