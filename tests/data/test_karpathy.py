@@ -1,6 +1,7 @@
 """Karpathy's splits of COCO and Flickr, in the form of dataset_coco.json and dataset_flickr30k.json."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,8 @@ from clipjax import config
 from clipjax.config import ConfigError
 from clipjax.data.source import bucket
 from clipjax.data.sources import open_source
+from clipjax.data.storage import ranges
+from tests.data import hub
 
 
 def entry(split, number, captions, **more):
@@ -70,6 +73,16 @@ def test_images_may_lie_together_beside_the_json(tmp_path):
     for name, more in (("flickr", {}), ("coco", {"filepath": "val2014"})):
         (tmp_path / f"{name}.json").write_text(json.dumps({"images": [item | more]}))
         assert opened(tmp_path / f"{name}.json").read(0).image.read_bytes() == b"x"
+
+
+def test_it_is_read_from_a_store(coco, tmp_path):
+    with hub.standing_in():
+        base = "hf://datasets/we/coco"
+        for path in filter(Path.is_file, tmp_path.rglob("*")):
+            ranges.system("hf").pipe_file(f"{base}/{path.relative_to(tmp_path)}", path.read_bytes())
+        source = opened(f"{base}/texts/dataset_coco.json::{base}/images")
+        assert (source.read(0).image, source.version) == (b"image 2", opened(f"{coco}::{tmp_path}/images").version)
+    ranges.forget()
 
 
 def test_what_is_wrong_is_said(coco, tmp_path):

@@ -52,12 +52,18 @@ def kinds(images_tsv, tmp_path_factory):
             for key in keys:
                 tar.add(root / "folder" / f"{key}.png", f"{key}.png")
                 tar.add(root / "folder" / f"{key}.json", f"{key}.json")
+    about = [
+        {"filename": f"{key}.png", "split": "train", "sentences": [{"raw": text} for text in captions(i)], "class": i % 3}
+        for i, key in enumerate(content)
+    ]
+    (root / "karpathy.json").write_text(json.dumps({"images": about}))
     return {
         "tsv": Data(spec=f"tsv:{root}/tables/pairs.tsv", label_field="class"),
         "csv": Data(spec=f"csv:{root}/tables/pairs.csv", label_field="class"),
         "parquet": Data(spec=f"parquet:{root}/parquet", label_field="class"),
         "folder": Data(spec=f"folder:{root}/folder", label_field="json.class"),
         "wds": Data(spec=f"wds:{root}/wds", label_field="json.class", index=str(root / "index")),
+        "karpathy": Data(spec=f"karpathy:{root}/karpathy.json::{root}/folder", label_field="class"),
     }
 
 
@@ -85,7 +91,7 @@ def test_tables_parquet_and_folders_of_a_store(kinds, tmp_path):
         assert (record.image, record.captions, record.key) == (b"train/a_cat/1.png", ("a cat",), "a_cat/1")
 
 
-KINDS = ["tsv", "csv", "parquet", "folder", "wds"]
+KINDS = ["tsv", "csv", "parquet", "folder", "wds", "karpathy"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
