@@ -12,7 +12,7 @@ ACC1 = (
 )
 RECALL = ("vtab/caltech101", "fgvc_aircraft", "vtab/flowers", "vtab/pets")
 GROUPED = {  # set -> metric, what it is called there, and what is to be known
-    "wilds/iwildcam": ("macro_f1", "F1-macro_all", "over the classes that occur; WILDS's set of labels is not confirmed"),
+    "wilds/iwildcam": ("macro_f1", "F1-macro_all", "over the classes that occur, as WILDS's all_metrics.py"),
     "wilds/fmow": ("acc_wg", "acc_worst_region", "worst region with images; DataComp's evaluator doesn't know which is Other"),
     "fairness/dollar_street": ("acc_top5_wg", "acc_top5_wg", "the worst income group, at 5"),
     "fairness/geode": ("acc_wg", "acc_wg", "the worst region"),
