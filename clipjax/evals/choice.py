@@ -23,7 +23,7 @@ from clipjax.evals.embed import Vectors, by_index
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.evaluation import Evaluation, Examples, Metrics, Results
 from clipjax.evals.inputs import caption_batches, image_batches, require_captions
-from clipjax.evals.named import located
+from clipjax.evals.named import keys_of, located
 from clipjax.evals.questions import Question, read_questions
 from clipjax.evals.ties import expected_hits, nearer
 from clipjax.models.clip import Params
@@ -60,8 +60,11 @@ class ChoiceEvaluation(Evaluation):
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.Choice) -> Self:
         source = open_source(data)
-        keys, questions = questions_on(source, cfg.questions)
-        shown, numbers = located(source, keys, [picture for question in questions for picture in question.pictures])
+        if cfg.questions is None:
+            shown, numbers, questions = own_captions(source)
+        else:
+            questions = read_questions(cfg.questions)
+            shown, numbers = located(source, keys_of(source), [picture for q in questions for picture in q.pictures])
         texts = {text: i for i, text in enumerate(dict.fromkeys(text for q in questions for text in q.captions))}
         name = with_questions(source.name, cfg.questions)
         captions = caption_batches(encoder, tokenizer, list(texts), range(len(texts)), name)
@@ -74,8 +77,8 @@ class ChoiceEvaluation(Evaluation):
 
     def run(self, params: Params) -> Results:
         """`text_score`: the share of questions in which each picture is nearest to a caption of its own; `image_score`: each
-        caption to a picture of its own; `group_score`: both. `jaccard`, where captions alone ask: how much a
-        caption's pictures and as many nearest ones overlap. A score that no question has is None.
+        caption to a picture of its own; `group_score`: both. `jaccard`, where captions alone ask: how much a caption's pictures
+        and as many nearest ones overlap. A score that no question has is None.
 
         `mean_per_kind_SCORE` is the mean over the kinds of questions, and `SCORE_KIND` that of each of a few kinds. A question of
         which a picture can't be read does not count."""
@@ -105,17 +108,15 @@ class ChoiceEvaluation(Evaluation):
         return {kind: values for kind, values in rows.items() if _mean(values) is not None}
 
 
-def questions_on(source: Source, file: str | None) -> tuple[list[str], list[Question]]:
-    """The keys of a source's examples, and the questions of a file; without one, main captions against disrupted copies."""
+def own_captions(source: Source) -> tuple[Source, list[int], list[Question]]:
+    """The source, and its main captions against disrupted copies: the number of each question's picture, and the questions."""
     records = [(record.key, record.captions[:1]) for record in reading.texts(source, quiet=jax.process_index() > 0)]
-    keys = [key for key, _ in records]
-    if file is not None:
-        return keys, read_questions(file)
-    require_captions(source, "this evaluation", any(main for _, main in records))
-    questions = disrupted((key, main[0]) for key, main in records if main)
+    captioned = [i for i, (_, main) in enumerate(records) if main]
+    require_captions(source, "this evaluation", bool(captioned))
+    found = disrupted([(records[i][0], records[i][1][0]) for i in captioned])
     remedy = f"no caption of {source.name} has words that can be put in another order: name a file of questions"
-    config.require(bool(questions), "questions", None, remedy)
-    return keys, questions
+    config.require(bool(found), "questions", None, remedy)
+    return source, [captioned[place] for place, _ in found], [question for _, question in found]
 
 
 def blocks_of(questions: Sequence[Question], numbers: Sequence[int], texts: dict[str, int]) -> list[Block]:

@@ -1,7 +1,7 @@
 """Disrupted copies of captions: other words, or the same words in another order. A model that reads them tells them apart."""
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,18 +12,18 @@ TRIES = 10  # random copies that may be the caption itself
 Words = list[str]
 
 
-def disrupted(captions: Iterable[tuple[str, str]]) -> list[Question]:
-    """For each (key of a picture, its caption) and each way to disrupt: the caption against one copy.
+def disrupted(captions: Sequence[tuple[str, str]]) -> list[tuple[int, Question]]:
+    """For each (key of a picture, its caption) and each way to disrupt: the caption against one copy, with the caption's place.
 
     The copies are the same on every call and machine. A caption whose words give no other copy has none of that kind."""
-    pairs = list(captions)
-    vocabulary = sorted({word for _, caption in pairs for word in caption.split()})
+    vocabulary = sorted({word for _, caption in captions for word in caption.split()})
     questions = []
-    for key, caption in pairs:
+    for place, (key, caption) in enumerate(captions):
         for kind, change in KINDS.items():
             copy = _copy(caption, kind, change, vocabulary)
             if copy is not None:
-                questions.append(Question(f"{key} {kind}", (Picture(key),), (caption, copy), RIGHT_WRONG, kind))
+                question = Question(f"{key} {kind}", (Picture(key),), (caption, copy), RIGHT_WRONG, kind)
+                questions.append((place, question))
     return questions
 
 

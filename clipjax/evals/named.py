@@ -63,20 +63,18 @@ class Names:
 
     def __init__(self, keys: Sequence[str], dataset: str) -> None:
         self._dataset = dataset
-        self._exact = {key: i for i, key in enumerate(keys)}
+        self._exact: dict[str, list[int]] = {}
         self._short: dict[str, list[int]] = {}
         for i, key in enumerate(keys):
+            self._exact.setdefault(key, []).append(i)
             self._short.setdefault(PurePosixPath(key).stem, []).append(i)
 
     def number(self, name: str) -> int:
         """The example's number. Raises ConfigError for a name of none or of several."""
         path = PurePosixPath(name)
-        for exact in (name, str(path.with_suffix("")) if path.name else name):
-            if exact in self._exact:
-                return self._exact[exact]
-        found = self._short.get(path.stem, [])
-        remedy = f"names no example of {self._dataset}" if not found else f"names {len(found)} examples of {self._dataset}"
-        require(len(found) == 1, "questions", name, f"{remedy}: its keys are {', '.join(list(self._exact)[:3])}, ...")
+        found = self._exact.get(name) or self._exact.get(str(path.parent / path.stem)) or self._short.get(path.stem, [])
+        what = f"names {len(found) or 'no'} example{'s' * (len(found) > 1)} of {self._dataset}"
+        require(len(found) == 1, "questions", name, f"{what}: its keys are {', '.join(list(self._exact)[:3])}, ...")
         return found[0]
 
 

@@ -111,8 +111,10 @@ def test_pictures_are_found_by_key_path_or_file_name(tsv):
     assert numbers == [1, 0, 2, 4]
     with pytest.raises(ConfigError, match=r"questions = '2\.jpg': names 2 examples of stored: its keys are val/0\.png"):
         located(source, keys, [Picture("2.jpg")])
-    with pytest.raises(ConfigError, match="names no example"):
+    with pytest.raises(ConfigError, match="names no example of stored"):
         located(source, keys, [Picture("3")])
+    with pytest.raises(ConfigError, match="names 2 examples of stored"):  # shards may repeat keys
+        located(source, [*"0123456788"], [Picture("8")])
 
 
 def test_parts_of_pictures_are_cut_out(tsv, images):
@@ -127,8 +129,9 @@ def test_parts_of_pictures_are_cut_out(tsv, images):
 
 def test_disrupted_captions():
     captions = [("a", "one two three four five six seven"), ("b", "fox"), ("c", "red fox")]
-    found = {question.key: question for question in disrupted(captions)}
-    assert found == {question.key: question for question in disrupted(captions)}  # the same each time
+    found = {question.key: question for _, question in disrupted(captions)}
+    assert [place for place, _ in disrupted(captions)] == [0] * 4 + [1] + [2] * 3
+    assert found == {question.key: question for _, question in disrupted(captions)}  # the same each time
     assert found.keys() == {
         *(f"a {kind}" for kind in ("shuffle_all_words", "shuffle_within_trigrams", "shuffle_trigrams", "replace_word")),
         "b replace_word",
