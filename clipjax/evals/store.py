@@ -26,6 +26,7 @@ from jaxtyping import Array, UInt
 
 VECTORS = "z"  # the column of the vectors
 MOST = 20 * 10**9  # bytes that a folder holds
+SMALL = 1 << 20  # bytes of a file that is read at once
 STALE = 86400  # seconds after which an unfinished file is that of a killed process
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,11 @@ class Store:
         self.folder, self.most = folder, most
 
     def find(self, name: str, identity: Mapping[str, Any]) -> np.ndarray | None:
-        """The rows of this identity, a table that is mapped into memory; None: there are none. `name`: of the data."""
+        """The rows of this identity, a table, mapped into memory if it is large; None: there is none. `name`: of the data."""
         path = self._path(name, identity)
         try:
-            table = np.load(path, mmap_mode="r")
+            small = path.stat().st_size < SMALL  # and perhaps without a row: of few items some processes have none
+            table = np.load(path, mmap_mode=None if small else "r")
             os.utime(path)  # what is used is not old
         except FileNotFoundError:
             return None

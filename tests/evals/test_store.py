@@ -115,6 +115,15 @@ def test_the_oldest_are_dropped_for_room(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_process_without_rows_finds_that_it_has_none(tmp_path, caplog):
+    store = Store(tmp_path)
+    write(store, "a", 0)
+    assert store.find("a", {})["z"].shape == (0, 8)
+    assert not caplog.text
+    write(store, "b", 100_000)  # of more bytes than are read at once
+    assert isinstance(store.find("b", {}), np.memmap)
+
+
 def test_the_checksum_is_the_same_on_every_mesh_and_sees_every_bit():
     x = {"w": np.arange(48, dtype=np.float32).reshape(16, 3)}
     mesh = mesh_of("8")
