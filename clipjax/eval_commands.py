@@ -143,7 +143,8 @@ def eval_suite(args: argparse.Namespace) -> None:
         say(f"{args.workdir} is remote: name a folder of this machine with --cache, or embeddings are not kept", sys.stderr)
     store = None if args.no_cache or kept is None else Store(kept, args.cache_bytes or MOST)
     encoder = Encoder(run.model, model.mesh, run.train.eval_batch_size, store=store)
-    ready = partial(prepare, encoder=encoder, tokenizer=model.tokenizer, run=run)
+    tokenizer = None if run.model.towers == "image" else model.tokenizer
+    ready = partial(prepare, encoder=encoder, tokenizer=tokenizer, run=run)
     found = measure(suite, args.root, ready, encoder, Weights(model.name, f"step {model.step}", model.params))
     out = args.out or model.workdir / results.SUITES / name
     run_suite(found, out, say)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -171,6 +171,8 @@ def line(row: Row) -> str:
 class SuiteEvaluation(Evaluation):
     """A suite during training: the main figure of each set, and the means, as metrics. What is absent is left out, and told."""
 
+    reads_text: ClassVar = False  # of a model of one tower, the sets that need both are absent
+
     def __init__(self, suite: config.Suite, name: str, sets: Sequence[SetOfSuite], encoder: Encoder) -> None:
         self.dataset = name
         self._suite, self._sets, self._encoder = suite, sets, encoder
@@ -180,7 +182,7 @@ class SuiteEvaluation(Evaluation):
         config.require(len(lost) < len(sets), "suite", name, "none of its sets is there")
 
     @classmethod
-    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer, data: config.Data, cfg: config.RunSuite) -> Self:
+    def prepare(cls, encoder: Encoder, tokenizer: Tokenizer | None, data: config.Data, cfg: config.RunSuite) -> Self:
         """Opens all sets. `data`: the run's own."""
         from clipjax.evals.training import prepare_on
 

@@ -1,8 +1,9 @@
 import dataclasses
 
+import jax
 import pytest
 
-from clipjax import config
+from clipjax import cli, config
 from clipjax.config import ConfigError, Retrieval, Suite, SuiteMean, SuiteSet, Zeroshot
 from clipjax.config.load import load_suite
 from clipjax.config.packaged import suites
@@ -10,6 +11,7 @@ from clipjax.evals import results
 from clipjax.evals.store import Store
 from clipjax.evals.suite import Weights, measure, run_suite
 from clipjax.evals.training import make_evaluators, prepare
+from clipjax.export.imported import write_weights
 from tests.evals.tiny import MODEL, TOKENIZER, Counting, mesh_of
 
 RECALLS = ("image_retrieval_recall@1", "text_retrieval_recall@1")
@@ -121,6 +123,38 @@ def test_a_suite_during_training(suite, tsv, run, params, tmp_path, caplog):
     assert evaluator.run(params, 50) == {"pairs": pytest.approx(want)}
     with pytest.raises(ConfigError, match="leave it out: the suite names its sets"):
         dataclasses.replace(run, evals=(dataclasses.replace(wanted, data="emoji"),))
+
+
+def test_the_command_of_an_image_tower(tsv, params, tmp_path, capsys):
+    """Sets that need a text tower are absent; embeddings are kept in the run."""
+    (tmp_path / "looks.py").write_text(
+        "from clipjax.config import Instance, Retrieval, Suite, SuiteMean, SuiteSet\n"
+        "def suite():\n"
+        "    same, pairs = Instance(data='tsv:{root}/pairs.tsv'), Retrieval(data='tsv:{root}/pairs.tsv')\n"
+        "    return Suite(root='/nowhere', means=(SuiteMean(name='all', of=('same', 'pairs')),), sets=(\n"
+        "        SuiteSet(name='same', evaluation=same, main=('recall@1',)),\n"
+        "        SuiteSet(name='pairs', evaluation=pairs, main=('pair_auc',))))\n"
+    )
+    model = config.Model(towers="image", image=MODEL.image, dtype="float32")
+    file = config.TokenizerFile(path="tokenizer.json")
+    alone = config.Run(model=model, data=config.Data(spec="emoji"), tokenizer=file, train=config.Train(eval_batch_size=4))
+    out = tmp_path / "run"
+    write_weights(alone, {"image": jax.device_get(params["image"])}, None, out, "a test")
+    command = ["eval", "suite", str(out), str(tmp_path / "looks.py")]
+    assert cli.main([*command, "--root", str(tsv)]) == 0
+    same, pairs, mean = results.read(out / "suites" / "looks")
+    assert same.n > 0
+    assert 0 <= same.main <= 1
+    assert "text" in pairs.absent
+    assert mean.metrics["mean_of_present"] == same.main
+    assert "all  mean  absent  1 of 2 sets have no figure: pairs" in capsys.readouterr().out
+    (kept,) = (out / "embeddings").iterdir()
+    before = kept.read_bytes()
+    assert cli.main([*command, "--root", str(tsv), "--no-cache", "--out", str(tmp_path / "again")]) == 0
+    assert results.read(tmp_path / "again") == [same, pairs, mean]
+    assert kept.read_bytes() == before
+    assert cli.main(command) == 2
+    assert "none of its 2 sets is there: data.spec = " in capsys.readouterr().err
 
 
 def test_a_suite_says_what_is_wrong_with_it(tmp_path):
