@@ -24,12 +24,13 @@ class Terms(NamedTuple):
 
     products: float  # forward, backward, recomputed
     kept: float  # layers' inputs and hidden units, written for the backward pass and read in it
-    more: float  # what `dots` and `none` keep besides: much of it is laid out by heads, and is copied
+    dots: float  # what `dots` keeps besides: much of it is laid out by heads, and is copied chunk by chunk
+    none: float  # what `none` keeps besides
     spilled: float  # activations of a chunk that do not stay in the fast memory
     chunks: float  # weights read, and their gradients summed, for every chunk
 
 
-COSTS = Terms(1.51, 1.49, 9.43, 3.77, 3.18)  # seconds of the compiler for a second of each term
+COSTS = Terms(1.37, 1.00, 7.40, 1.30, 2.67, 5.04)  # seconds of the compiler for a second of each term
 RECOMPUTED = {"none": 0.0, "mlp": 2 / 3, "full": 1.0}  # share of the forward pass's products
 MADE = 1.65  # bytes that a layer makes of a chunk for a byte that `none` keeps: float32 steps of norms and of GELU are not kept
 IN_VMEM = 2.3  # bytes that a layer makes of a chunk for a byte of VMEM, up to which they stay there
@@ -48,10 +49,12 @@ def terms(work: Work, policy: str, layout: Layout, chip: Chip) -> Terms:
     layer = MADE * facts.kept("none", layout) / facts.held
     spill = max(0.0, 1 - IN_VMEM * (chip.vmem or 0) / chip.devices / (work.examples * layer))
     peak, rate = chip.flops / chip.devices, chip.memory / chip.devices
+    more = 2 * rows * (facts.kept(policy, layout) - kept) / rate
     return Terms(
         flops / peak,
         2 * rows * kept / rate,
-        2 * rows * (facts.kept(policy, layout) - kept) / rate,
+        more if policy == "dots" else 0.0,
+        more if policy == "none" else 0.0,
         spill * rows * layer * facts.held / rate,
         work.chunks * facts.held * weights / rate,
     )
