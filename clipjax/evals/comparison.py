@@ -142,7 +142,8 @@ def _pair(a: Examples | None, b: Examples | None, metric: str) -> Pair | None:
     if uncounted.all():
         return None
     groups = np.asarray(a.keys if a.groups is None else a.groups, str)[at_a].tolist()
-    lost = max(len(keys_a), len(keys_b)) - int((~uncounted).sum())
+    counted = max(int((~np.isnan(np.asarray(kind.values[metric], float))).sum()) for kind in (a, b))
+    lost = counted - int((~uncounted).sum())
     return Pair(Column(np.where(uncounted, np.nan, of_a), groups), Column(np.where(uncounted, np.nan, of_b), groups), lost)
 
 

@@ -77,7 +77,10 @@ def test_queries_are_matched_by_their_keys(run, tmp_path):
     assert (cats.n, cats.interval, cats.note) == (150, (0, 0), "50 queries are not in both")
     uncounted = HITS[0].copy()
     uncounted[:20] = np.nan
-    assert compare(run, write(tmp_path / "c", uncounted))[0].n == 180
+    found = compare(run, write(tmp_path / "c", uncounted))[0]
+    assert (found.n, found.note) == (180, "20 queries are not in both")
+    both = compare(tmp_path / "c", tmp_path / "c")[0]
+    assert (both.n, both.note) == (180, "")  # what counts in neither is in neither
 
 
 def test_both_directions_of_retrieval_are_one_figure(tmp_path):
