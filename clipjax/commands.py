@@ -172,7 +172,7 @@ def report(args: argparse.Namespace) -> None:
         distributed.start()
         environment.keep_programs()
     page = make_page(args.folders, args.data, args.split, args.reference, load=args.pictures)
-    if first():
+    if not args.pictures or first():  # to ask which process this is takes the devices
         with write_atomic(args.out) as part:
             part.write_text(page, encoding="utf-8")
         print(f"{args.out}: {len(page.encode()) / 1e6:.1f} MB")

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from clipjax.report.folders import differences, read_folders, same_but_for_seed
 from clipjax.report.gallery import Vectors
 from clipjax.report.page import make_page
 from clipjax.report.reference import read_reference, reference_panels
+from clipjax.report.scores import last_evaluations
 from tests.evals.test_loaded import save
 from tests.evals.tiny import MODEL, WORDS
 
@@ -126,6 +128,10 @@ def test_names_are_told_from_each_other(tmp_path):
     assert [f.name for f in read_folders([str(a), str(a)])] == ["run (1)", "run (2)"]
     with pytest.raises(ConfigError, match=r"DIR = .*no config\.json"):
         read_folders([str(tmp_path)])
+    for text in ('{"architectures": ["CLIPModel"]}', '{"train"'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"DIR = .*not that of a run"):
+            read_folders([str(tmp_path)])
 
 
 def test_curves_are_over_examples_and_thinned(tmp_path):
@@ -155,6 +161,23 @@ def test_reference_tables(runs, tmp_path):
     table.write_text("model,acc1\nx,1\n")
     with pytest.raises(ConfigError, match="needs the columns downstream_dataset, total_samples_seen or samples_seen"):
         read_reference(str(table))
+    for name in ("broken.csv", "broken.parquet"):
+        (tmp_path / name).write_text("a,b\n1\n")
+        with pytest.raises(ConfigError, match=f"--reference = .*{name}"):
+            read_reference(str(tmp_path / name))
+
+
+def test_tasks_with_the_same_metric_on_a_dataset_are_apart(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = [
+        dict(step=50, task=t, dataset="d/test", metrics={"acc1": x})
+        for t, x in (("zeroshot_classification", 0.5), ("transfer", 0.7))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folders = read_folders([str(run)])
+    found = [(score.set, score.metric, score.cells[0].text) for score in last_evaluations(folders, [])]
+    assert found == [("d/test", "acc1", "0.5000"), ("d/test", "transfer acc1", "0.7000")]
+    assert [panel.title for panel in evaluation_panels(folders)] == ["acc1, d/test", "transfer acc1, d/test"]
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +222,12 @@ def test_the_command_loads_runs_for_galleries(trained, tmp_path, capsys):
     for heading in ("an image for a caption", "a caption for an image", "captions that are written", "Geometry"):
         assert heading in text
     assert "No suite has evaluated these runs" in text
+
+
+def test_without_pictures_no_device_is_taken(runs, tmp_path, monkeypatch):
+    """Another process, as a run that trains, may have them."""
+    monkeypatch.setattr(jax, "process_index", lambda: pytest.fail("this starts the devices"))
+    assert cli.main(["report", *map(str, runs), "--no-pictures", "--out", str(tmp_path / "report.html")]) == 0
 
 
 def test_a_run_without_checkpoints_has_no_galleries(runs, tmp_path):

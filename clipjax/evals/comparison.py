@@ -61,9 +61,9 @@ def compare(a: str | Path, b: str | Path, metric: str | None = None, draws: int 
     """
     found = [difference for one, other in _suites(a, b) for difference in _compare_suite(one, other, metric, draws)]
     if not any(difference.interval for difference in found):
-        asked = "" if metric is None else f" of {metric}"
+        asked = metric or "figures"
         notes = "; ".join(dict.fromkeys(f"{d.name}: {d.note}" for d in found if d.note))
-        raise ConfigError(f"compare: {a} and {b} have no set with figures{asked} of both in its queries. {notes}".rstrip())
+        raise ConfigError(f"compare: {a} and {b} have no set with {asked} of each query in both. {notes}".rstrip())
     return found
 
 

@@ -53,8 +53,13 @@ def evaluation_panels(folders: Sequence[Folder]) -> list[Panel]:
                 for lines, folder in zip(per_run, folders, strict=True)
             ]
             if any(lines):
-                panels.append(_panel(f"{metric}, {dataset}", lines, folders))
+                panels.append(_panel(f"{called(task, metric)}, {dataset}", lines, folders))
     return panels
+
+
+def called(task: str, metric: str) -> str:
+    """A metric with its task, unless it is one of the four in MAIN: `acc1` may also be of the task `transfer`."""
+    return metric if task in MAIN else f"{task} {metric}"
 
 
 def _first_metrics(per_run: list[list[dict]]) -> list[str]:

@@ -52,18 +52,24 @@ def _read(path: Path, name: str) -> Folder:
     parsed = [line for text in lines if (line := _parse(text)) is not None]
     training = [line for line in parsed if "task" not in line]
     evaluations = [line for line in parsed if "task" in line]
-    return Folder(path, name, _config((path / "config.json").read_text(encoding="utf-8")), training, evaluations)
+    return Folder(path, name, _config(path / "config.json"), training, evaluations)
 
 
-def _config(text: str) -> dict[str, Any]:
-    """With the fields that came after the run was made, at their defaults. Of classes that are not registered now, as it is."""
+def _config(path: Path) -> dict[str, Any]:
+    """With the fields that came after the run was made, at their defaults. Of classes that are not registered now, as it is.
+
+    Raises ConfigError for a file of others, as an exported model has one of this name."""
+    text = path.read_text(encoding="utf-8")
+    found = _parse(text)
+    ours = isinstance(found, dict) and {"train", "data", "seed"} <= found.keys()
+    require(ours, "DIR", str(path.parent), "is not a workdir of `clipjax train`: its config.json is not that of a run")
     with contextlib.suppress(config.ConfigError):
         text = config.to_json(config.from_json(text))
     return json.loads(text)
 
 
 def _parse(text: str) -> Line | None:
-    """None for the last line of a run that is writing it."""
+    """None for what is no JSON, as the last line of a run that is writing it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

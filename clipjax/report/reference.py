@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clipjax.config import require
+from clipjax.config import ConfigError, require
 from clipjax.evals import results
 from clipjax.files import as_path
 from clipjax.report.curves import Panel
@@ -49,17 +49,16 @@ class Reference:
 def read_reference(name: str) -> Reference:
     """Raises ConfigError for a file that is no such table."""
     path = as_path(name)
-    require(path.exists(), "--reference", name, "is not a file")
+    require(path.is_file(), "--reference", name, "is not a file")
     require(path.suffix in (".csv", ".parquet"), "--reference", name, "must be a .csv or .parquet")
-    with path.open("rb") as file:
-        if path.suffix == ".csv":
-            from pyarrow import csv
+    import pyarrow
+    from pyarrow import csv, parquet
 
-            table = csv.read_csv(file)
-        else:
-            from pyarrow import parquet
-
-            table = parquet.read_table(file)
+    try:
+        with path.open("rb") as file:
+            table = csv.read_csv(file) if path.suffix == ".csv" else parquet.read_table(file)
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"--reference = {name!r}: {error}") from error
     has = set(table.column_names)
     seen, trained_on = (next((c for c in names if c in has), "") for names in (SEEN, TRAINED_ON))
     complete = DATASET in has and bool(seen and trained_on)

@@ -10,6 +10,7 @@ from clipjax.config import ConfigError
 from clipjax.evals import results
 from clipjax.evals.comparison import Difference, compare
 from clipjax.evals.results import MEAN, Row
+from clipjax.report.curves import called
 from clipjax.report.folders import Folder
 
 
@@ -79,7 +80,7 @@ def last_evaluations(folders: Sequence[Folder], groups: Sequence[Sequence[int]])
     for folder in folders:
         flat = {}
         for line in folder.evaluations:
-            flat |= {(line["dataset"], metric): value for metric, value in line["metrics"].items()}
+            flat |= {(line["dataset"], called(line["task"], metric)): value for metric, value in line["metrics"].items()}
         newest.append(flat)
     scores = []
     for dataset, metric in dict.fromkeys(key for flat in newest for key in flat):

@@ -106,7 +106,7 @@ def test_what_is_absent_is_named(run, tmp_path):
     _, dogs, both = compare(run, other)
     assert (dogs.interval, dogs.note) == (None, "absent in B: no such folder")
     assert (both.n, both.note) == (1, "without 1 of its 2 sets")
-    with pytest.raises(ConfigError, match=r"no set with figures of acc9 of both.*dogs: absent in B"):
+    with pytest.raises(ConfigError, match=r"no set with acc9 of each query in both.*dogs: absent in B"):
         compare(run, other, "acc9")
     with pytest.raises(ConfigError, match="run `clipjax eval suite` first"):
         compare(run, tmp_path)
