@@ -113,7 +113,8 @@ def test_the_workdir_says_it_all(straight):
     assert line.keys() == {"step", "loss", "softmax_loss", "scale", "lr", "skipped_steps"} | ranking | norms | data | times
     assert [line["step"] for line in evaluations(straight)] == [50, 100, 150]
     assert all(line.keys() == {"step", "task", "dataset", "metrics"} for line in evaluations(straight))
-    assert all(tuple(line["metrics"]) == config.Retrieval.metrics for line in evaluations(straight))
+    ranks = {f"{found}_retrieval_{middle}_rank" for found in ("image", "text") for middle in ("mean", "median")}
+    assert all(line["metrics"].keys() == {*config.Retrieval.metrics} | ranks for line in evaluations(straight))
     assert list((straight / "tensorboard").iterdir())
 
 
