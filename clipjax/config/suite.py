@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from clipjax.config.evals import TrainingEvaluation
 from clipjax.config.fields import Strict, require
+from clipjax.config.tasks import RunSuite
 
 ROOT = "{root}"  # in a SPEC or the name of a file: the folder of the suite's sets
 
@@ -26,6 +27,8 @@ class SuiteSet(Strict, prefix="sets"):
     def __post_init__(self) -> None:
         plain = re.fullmatch(r"[\w-][\w.-]*", self.name, re.ASCII)
         require(plain is not None, "sets.name", self.name, "must be of letters, digits, - _ and . alone")
+        nested = isinstance(self.evaluation, RunSuite)
+        require(not nested, "sets.evaluation", self.name, "is a suite itself: name the sets of that")
         require(self.evaluation.data is not None, "sets.evaluation.data", None, f"name the dataset of {self.name}")
         require(bool(self.main), "sets.main", self.main, f"name the metric of {self.name} that counts")
 

@@ -89,7 +89,7 @@ def _compare_suite(a: Path, b: Path, metric: str | None, draws: int) -> list[Dif
         if metric is None:
             shown = replace(shown, a=one and one.main, b=other and other.main)
         wanted = [_metrics(row, metric) for row in (one, other)]
-        note = _missing(one, other) or ("" if wanted[0] == wanted[1] != () else "not a metric of both")
+        note = _missing(one, other, metric) or ("" if wanted[0] == wanted[1] != () else "not a metric of both")
         pairs = [] if note else _pairs(results.read_examples(a, name), results.read_examples(b, name), wanted[0])
         if pairs:
             drawn[name] = _draw(pairs, draws, seed_of(name))
@@ -111,9 +111,10 @@ def _foreign(a: Row | None, b: Row | None, metric: str | None) -> bool:
     return metric is not None and len(rows) == 2 and not any(metric in row.metrics for row in rows)
 
 
-def _missing(a: Row | None, b: Row | None) -> str:
+def _missing(a: Row | None, b: Row | None, metric: str | None) -> str:
+    """Which run has no figure, and why. Where the user chose a metric, a row without a main figure may have others."""
     for which, row in (("A", a), ("B", b)):
-        if row is None or row.absent:
+        if row is None or (row.absent and metric not in row.metrics):
             return f"absent in {which}" + (f": {row.absent}" if row else "")
     return ""
 

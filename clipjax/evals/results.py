@@ -104,7 +104,6 @@ def write_examples(folder: Path, name: str, examples: Sequence[Examples]) -> Non
         arrays |= {} if kind.groups is None else {f"{k}/groups": np.array(kind.groups, str)}
         arrays |= {f"{k}/values/{metric}": np.asarray(values) for metric, values in kind.values.items()}
         arrays |= {f"{k}/facts/{fact}": np.array(texts, str) for fact, texts in kind.facts.items()}
-        arrays |= {f"{k}/facts/{fact}": np.array(values, str) for fact, values in kind.facts.items()}
     with write_atomic(folder / EXAMPLES / f"{name}.npz") as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)
 
@@ -119,8 +118,8 @@ def read_examples(folder: Path, name: str) -> list[Examples]:
     kinds = []
     while f"{len(kinds)}/keys" in stored:
         k = f"{len(kinds)}/"
-        values = {key.removeprefix(f"{k}values/"): v for key, v in stored.items() if key.startswith(f"{k}values/")}
-        facts = {key.removeprefix(f"{k}facts/"): v.tolist() for key, v in stored.items() if key.startswith(f"{k}facts/")}
+        values = _under(f"{k}values/", stored)
+        facts = {fact: texts.tolist() for fact, texts in _under(f"{k}facts/", stored).items()}
         groups = stored[f"{k}groups"].tolist() if f"{k}groups" in stored else None
         kinds.append(Examples(stored[f"{k}keys"].tolist(), values, groups, facts))
     return kinds

@@ -28,12 +28,14 @@ VECTORS = "z"  # the column of the vectors
 MOST = 20 * 10**9  # bytes that a folder holds
 SMALL = 1 << 20  # bytes of a file that is read at once
 STALE = 86400  # seconds after which an unfinished file is that of a killed process
+OURS = re.compile(r"\.?.*-[0-9a-f]{32}\.npy(\.\d+)?")  # a name that `Store._path` makes, or that of an unfinished file
 
 log = logging.getLogger(__name__)
 
 
 class Store:
-    """A folder of this machine with vectors. Where it would hold more than `most` bytes, the oldest files are dropped."""
+    """Files of vectors in a folder of this machine. Where they would be more than `most` bytes, the oldest of them are dropped.
+    What else the folder holds is left alone."""
 
     def __init__(self, folder: Path, most: int = MOST) -> None:
         self.folder, self.most = folder, most
@@ -47,7 +49,7 @@ class Store:
             os.utime(path)  # what is used is not old
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             log.warning("%s can't be read and is made anew: %s", path, error)
             return None
         return table
@@ -84,7 +86,7 @@ class Store:
     def _make_room(self, size: int) -> None:
         """Drops the files that were used longest ago, until `size` more bytes fit."""
         files = []
-        for path in self.folder.iterdir():
+        for path in filter(lambda path: OURS.fullmatch(path.name), self.folder.iterdir()):
             with contextlib.suppress(FileNotFoundError):  # another process dropped it
                 stat = path.stat()
                 unfinished = path.name.startswith(".")

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -66,7 +66,8 @@ class SetOfSuite:
             self.absent = "another process can't open it"
 
     def measure(self, encoder: Encoder, weights: Weights, draw: bool = True) -> Measured:
-        """The set's row with these weights. It is absent, too, where its images or labels turn out to be of no use.
+        """The set's row with these weights. It is absent, too, where its images or labels turn out to be of no use, and where the
+        evaluation does not give what the main figure is made of.
 
         `draw`: with an interval."""
         encoder.usable.clear()
@@ -81,11 +82,13 @@ class SetOfSuite:
         drawn = results.draws_of(found.examples, main, self.wanted.name) if draw else None
         images, left_out = np.sum([*encoder.usable.values(), (0, 0)], axis=0).tolist()
         known = {name: _defined(value) for name, value in found.metrics.items() if not isinstance(value, list)}  # without curves
+        undefined = [metric for metric in main if known.get(metric) is None]
         row = self._row(
             weights,
             evaluation.dataset,
             metrics=known,
-            main=_mean([known.get(metric) for metric in main]),
+            main=None if undefined else _mean([known[metric] for metric in main]),
+            absent=f"{undefined[0]} is not among its figures: {', '.join(_numbers(known))}" if undefined else "",
             ci95=None if drawn is None else interval(drawn),
             n=_queries(found.examples, main) or images,
             unreadable=left_out,
@@ -154,8 +157,8 @@ def run_suite(found: Iterator[Measured], folder: Path, say: Callable[[str], None
         results.write(folder, rows)
         say(line(measured.row))
     sets = [row for row in rows if row.task != MEAN]
-    remedy = f"none of its {len(sets)} sets is there: {sets[0].absent}"
-    config.require(any(not row.absent for row in sets), "SUITE", folder.name, remedy)
+    if all(row.absent for row in sets):
+        raise ConfigError(f"SUITE: none of its {len(sets)} sets is there: {sets[0].absent}")
     return rows
 
 
@@ -200,6 +203,11 @@ class SuiteEvaluation(Evaluation):
 def _defined(value: float | None) -> float | None:
     """NaN and infinity are as good as no value."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> list[str]:
+    """Those that have a figure."""
+    return [name for name, value in metrics.items() if value is not None]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -56,6 +56,10 @@ def test_a_split_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"nshards.txt = 'two\\n': must hold the number of the tars beside it"):
         opened(root, split="test")
     (root / "test/nshards.txt").unlink()
+    (root / "classnames.txt").write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"classnames.txt: is not UTF-8 text: convert it"):
+        opened(root, split="test")
+    (root / "classnames.txt").write_text(NAMES)
     assert len(opened(root, split="test")) == 1  # the folder and the class names tell it, too
 
 

@@ -171,6 +171,9 @@ def test_a_list_of_classes_is_several_labels(tmp_path):
     boxes = pa.array([[{"kind": 2}, {"kind": 1}], []], pa.list_(pa.struct({"kind": pa.int64()})))
     path = write(tmp_path / "b.parquet", {"image": images(range(2)), "boxes": boxes})
     assert [record.labels for record in opened(path, label_field="boxes.kind").texts()] == [(1, 2), ()]
+    first = opened(path, label_field="boxes.0.kind")
+    assert not first.multilabel
+    assert [record.label for record in first.texts()] == [2, -1]
 
 
 def test_a_retrieval_set_with_a_list_of_captions(tmp_path, caplog):

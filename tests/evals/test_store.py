@@ -115,6 +115,25 @@ def test_the_oldest_are_dropped_for_room(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_else_a_folder_holds_is_left_alone(tmp_path, caplog):
+    """`--cache DIR` can be any folder, as that of all of a user's files."""
+    store, long_ago = Store(tmp_path, 1000), (0, 0)
+    killed = store._path("a", {}).with_name(f".{store._path('a', {}).name}.7")
+    killed.write_bytes(b"part")
+    others = [tmp_path / name for name in (".profile", "thesis.pdf", "vectors.npy", ".git")]
+    for path in others[:3]:
+        path.write_bytes(b"x" * 2000)
+    others[3].mkdir()
+    for path in (killed, *others):
+        os.utime(path, long_ago)
+    write(store, "b", 10)
+    assert all(path.exists() for path in others)
+    assert not killed.exists()
+    store._path("c", {}).touch()  # of a machine that lost its power
+    assert store.find("c", {}) is None
+    assert "can't be read and is made anew" in caplog.text
+
+
 def test_a_process_without_rows_finds_that_it_has_none(tmp_path, caplog):
     store = Store(tmp_path)
     write(store, "a", 0)

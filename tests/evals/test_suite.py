@@ -8,6 +8,7 @@ from clipjax.config import ConfigError, Retrieval, Suite, SuiteMean, SuiteSet, Z
 from clipjax.config.load import load_suite
 from clipjax.config.packaged import suites
 from clipjax.evals import results
+from clipjax.evals.comparison import compare
 from clipjax.evals.store import Store
 from clipjax.evals.suite import Weights, measure, run_suite
 from clipjax.evals.training import make_evaluators, prepare
@@ -95,6 +96,16 @@ def test_a_suite_of_which_nothing_is_there_is_refused(suite, tsv, run, params, t
     assert next(found).row.absent.startswith("--root = '': name the folder that holds tsv:{root}/pairs.tsv")
 
 
+def test_a_figure_that_the_evaluation_does_not_give_is_said(suite, tsv, run, params, tmp_path):
+    names = suite.sets[0]
+    typo = Suite(sets=(dataclasses.replace(names, main=("acc",)), dataclasses.replace(names, name="same")))
+    rows = run_suite(measured(typo, tsv, run, params)[0], tmp_path, lambda line: None)
+    assert rows[0].absent == "acc is not among its figures: acc1, acc5, mean_per_class_recall, macro_f1"
+    assert (rows[0].main, rows[0].metrics) == (None, rows[1].metrics)
+    assert [d.interval for d in compare(tmp_path, tmp_path, "acc1")[:2]] == [(0, 0), (0, 0)]
+    assert compare(tmp_path, tmp_path)[0].note.startswith("absent in A: acc is not among its figures")
+
+
 def test_a_store_that_does_not_answer_ends_the_suite(suite, params):
     """What is not there is absent; what may come back is no reason to give figures without it."""
 
@@ -165,6 +176,7 @@ def test_a_suite_says_what_is_wrong_with_it(tmp_path):
         (lambda: Suite(sets=(one,), means=(SuiteMean(name="m", of=("b",)),)), "must be names of sets: mean m"),
         (lambda: dataclasses.replace(one, name="a/b"), "must be of letters"),
         (lambda: dataclasses.replace(one, evaluation=Retrieval()), "name the dataset of a"),
+        (lambda: dataclasses.replace(one, evaluation=config.RunSuite(suite="quick")), "sets.evaluation = 'a': is a suite itself"),
         (lambda: load_suite("quik"), "SUITE = 'quik': must be clip_benchmark, datacomp, emoji, quick, or a file"),
         (lambda: load_suite(str(tmp_path / "no.py")), "is not a file"),
     ):

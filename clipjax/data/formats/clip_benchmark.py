@@ -11,7 +11,7 @@ import os
 import posixpath
 from dataclasses import dataclass
 
-from clipjax.config import require
+from clipjax.config import ConfigError, require
 from clipjax.data.formats.index import ABSENT
 from clipjax.data.formats.locations import SPLITS
 from clipjax.data.storage.ranges import read
@@ -69,3 +69,5 @@ def _text(folder: str, name: str) -> str | None:
         return read(posixpath.join(folder, name)).decode("utf-8-sig")
     except ABSENT:
         return None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{posixpath.join(folder, name)}: is not UTF-8 text: convert it") from error

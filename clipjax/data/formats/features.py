@@ -194,8 +194,12 @@ def _member(schema: Any, field: Field) -> str:
 
 
 def _types_to(schema: Any, field: Field) -> list[Any]:
-    """The types of a field's column, and of every step of its path; of one in JSON, that of the JSON."""
+    """The types of a field's column, and of every step of its path; of one in JSON, that of the JSON. Of a list of which the path
+    takes one item, that of the item."""
     kinds = [schema.field(field.column).type]
     for step in field.path:
-        kinds.append(_members(kinds[-1]).get(step, kinds[-1]))
+        if step.isdecimal() and _is_list(kinds[-1]):  # one of its items
+            kinds[-1] = kinds[-1].value_type
+        else:
+            kinds.append(_members(kinds[-1]).get(step, kinds[-1]))
     return kinds
