@@ -96,7 +96,8 @@ def folders(place: str | Path) -> list[Path]:
 def write_examples(folder: Path, name: str, examples: Sequence[Examples]) -> None:
     """Writes examples/NAME.npz, from the first process. Its arrays, with k = 0, 1, ... for each kind of query (images, captions):
     `k/keys` str [n], `k/groups` str [n] if they have groups, `k/values/METRIC` [n] and `k/facts/NAME` str [n]."""
-    if jax.process_index() > 0 or not examples:
+    path = folder / EXAMPLES / f"{name}.npz"
+    if jax.process_index() > 0 or not (examples or path.exists()):  # of other weights: nothing takes its place
         return
     arrays: dict[str, np.ndarray] = {}
     for k, kind in enumerate(examples):
@@ -104,7 +105,7 @@ def write_examples(folder: Path, name: str, examples: Sequence[Examples]) -> Non
         arrays |= {} if kind.groups is None else {f"{k}/groups": np.array(kind.groups, str)}
         arrays |= {f"{k}/values/{metric}": np.asarray(values) for metric, values in kind.values.items()}
         arrays |= {f"{k}/facts/{fact}": np.array(texts, str) for fact, texts in kind.facts.items()}
-    with write_atomic(folder / EXAMPLES / f"{name}.npz") as part, part.open("wb") as file:
+    with write_atomic(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]  (no array is named allow_pickle)
 
 

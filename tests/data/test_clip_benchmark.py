@@ -91,14 +91,14 @@ def test_numbers_beside_a_class_tell_its_group(tmp_path):
         return out.getvalue()
 
     members = [("0.jpg", b"x"), ("0.cls", b"1"), ("0.npy", npy([3, 2016]))]
-    others = (npy([0.5]), npy(["x"]), npy(range(4096)), b"no array")
+    others = (npy([0.5]), npy(["x"]), npy(range(4096)), b"no array", b"")
     members += [(f"{i}.{kind}", c) for i, npy in enumerate(others, 1) for kind, c in (("jpg", b"x"), ("cls", b"0"), ("npy", npy))]
     shards.write_tar(tmp_path / "set/test/0.tar", members)
     plain = opened(tmp_path / "set/test")
-    assert [plain.read(i).group for i in range(5)] == [None] * 5  # anything may stand there
+    assert [plain.read(i).group for i in range(6)] == [None] * 6  # anything may stand there
     (tmp_path / "set/classnames.txt").write_text(NAMES)
     source = opened(tmp_path / "set", split="test")
-    assert [(record.label, record.group) for record in source.texts()] == [(1, 3), *[(0, None)] * 4]
+    assert [(record.label, record.group) for record in source.texts()] == [(1, 3), *[(0, None)] * 5]
     assert opened(tmp_path / "set", split="test", label_field="npy.1").read(0).label == 2016
 
 

@@ -56,6 +56,10 @@ def test_examples_come_back(tmp_path):
     np.testing.assert_array_equal(first.values["acc1"], HITS)
     np.testing.assert_array_equal(second.values["r"], CAPTIONS.values["r"])
     assert results.read_examples(tmp_path, "dogs") == []
+    results.write_examples(tmp_path, "cats", ())  # as where the set is absent now
+    assert results.read_examples(tmp_path, "cats") == []
+    results.write_examples(tmp_path, "dogs", ())
+    assert [path.name for path in (tmp_path / "examples").iterdir()] == ["cats.npz"]
 
 
 def test_the_draws_of_a_figure_are_those_of_its_queries():

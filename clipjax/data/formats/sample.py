@@ -154,7 +154,7 @@ def _group(window: Window, row: Member | None) -> int | None:
         return None
     try:
         numbers = np.load(io.BytesIO(window(row.data, row.size)), allow_pickle=False)
-    except ValueError:
+    except (ValueError, EOFError):
         return None
     return int(numbers.flat[0]) if numbers.size and numbers.dtype.kind in "iu" else None
 
