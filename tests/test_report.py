@@ -48,7 +48,8 @@ def write_run(folder, seed=0, hits=HITS, steps=range(10, 60, 10), **changes):
     names = ["cat", "dog"] * 20
     facts = {"class": names, "predicted": [n if hit else "dog & cow" for n, hit in zip(names, hits, strict=True)]}
     examples = [Examples([str(i) for i in range(40)], {"acc1": hits}, facts=facts)]
-    results.write_examples(folder / "suites" / "quick", "imagenet-1k", examples)
+    for name in ("imagenet-1k", "food"):  # food was there when the suite was evaluated before
+        results.write_examples(folder / "suites" / "quick", name, examples)
     return folder
 
 
@@ -107,6 +108,7 @@ def test_runs_are_compared_with_the_first(page):
 
 def test_classes_and_confusions(page):
     assert "imagenet-1k: 2 classes" in page.text
+    assert "food: 2 classes" not in page.text
     assert "cat 20 0.75 0.90 0.75" in page.text
     assert "cat → dog & cow 5 of 20" in page.text
 

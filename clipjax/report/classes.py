@@ -59,7 +59,7 @@ def class_reports(folders: Sequence[Folder]) -> list[ClassReport]:
     for number, folder in enumerate(folders):
         for path in suite_folders(folder).values():
             for row in results.read(path):
-                kinds = results.read_examples(path, row.name)
+                kinds = results.read_examples(path, row.name) if row.metrics else []  # an earlier evaluation's may lie there
                 rated = next((kind for kind in kinds if {"class", "predicted"} <= kind.facts.keys()), None)
                 if rated is not None:
                     found.setdefault(row.name, [None] * len(folders))[number] = rated
