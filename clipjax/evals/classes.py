@@ -108,7 +108,7 @@ def _own_naming(source: Source, own: tuple[str, ...]) -> Naming:
         subset = SUBSETS.get(":".join(spec[:2]))
         words = class_sets()[subset] if subset else _chosen(known, own)
         return _by_id(own, words)
-    what = no_word(own)
+    what = None if source.templates else no_word(own)  # CLIP_benchmark's MNIST: a photo of the number: "7".
     remedy = f"the classes of {source.name} are called {', '.join(own[:3])}, and {what} tells a text tower nothing: "
     remedy += "give a set's name or a file with one name a line (classnames; --classnames)" + suggestion(len(own))
     config.require(what is None, "classnames", None, remedy)

@@ -17,6 +17,7 @@ from clipjax.evals.embed import Vectors, by_index
 from clipjax.evals.encoder import CachedBatches, Encoder
 from clipjax.evals.evaluation import Evaluation, Examples, Metrics, Results
 from clipjax.evals.inputs import image_batches
+from clipjax.evals.labels import name_of
 from clipjax.evals.ties import average_precision, expected_hits, nearer
 from clipjax.models.clip import Params
 
@@ -45,7 +46,7 @@ class Shown:
 
 def _class_of(source: Source, record: Record) -> str | None:
     if record.label >= 0:
-        return str(record.label) if source.classnames is None else source.classnames[record.label]
+        return name_of(record.label, source)
     return record.captions[0] if record.captions and source.classnames is None else None
 
 
@@ -61,8 +62,8 @@ class InstanceEvaluation(Evaluation):
             self.dataset += f"+{gallery.batches.name}"
         classes = (gallery or queries).classes
         number = {name: i for i, name in enumerate(dict.fromkeys(classes)) if name is not None}
-        self._query_class = np.array([-1 if name is None else number.get(name, -1) for name in queries.classes])
-        self._key_class = np.array([-2 if name is None else number[name] for name in classes])
+        self._query_class = np.array([-1 if name is None else number.get(name, -1) for name in queries.classes], np.int64)
+        self._key_class = np.array([-2 if name is None else number[name] for name in classes], np.int64)
 
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer | None, data: config.Data, cfg: config.Instance) -> Self:

@@ -67,7 +67,7 @@ def shared_classes(sources: Sequence[Source], pattern: str | None) -> tuple[int,
         names = range(1 + max((c for split in classes for c in split if c is not None), default=-1))
     else:
         found = _found_in(pattern) if pattern is not None else None
-        classes = [[found(r) if found else _name(r, s) for r in split] for s, split in zip(sources, records, strict=True)]
+        classes = [[found(r) if found else name_of(r.label, s) for r in split] for s, split in zip(sources, records, strict=True)]
         names = sorted({c for split in classes for c in split if c is not None})
     number = {name: i for i, name in enumerate(names)}
     labels = [np.array([-1 if c is None else number[c] for c in split], np.int32) for split in classes]
@@ -94,10 +94,12 @@ def _check_apart(train: Source, learned: Sequence[Record], test: Source, tested:
     config.require(twice <= SHARED * len(tested), "train", train.name, remedy)
 
 
-def _name(record: Record, source: Source) -> str | None:
-    if record.label < 0:
+def name_of(label: int, source: Source) -> str | None:
+    """What a source calls a class: its number where it has no name for it. None: of no class."""
+    if label < 0:
         return None
-    return str(record.label) if source.classnames is None else source.classnames[record.label]
+    names = source.classnames or ()
+    return names[label] if label < len(names) else str(label)
 
 
 def _found_in(pattern: str) -> Callable[[Record], str | None]:

@@ -58,23 +58,24 @@ def _own(key: str, entry: dict[str, Any]) -> Question:
     pictures, captions = tuple(map(picture, entry["images"])), tuple(map(str, entry["captions"]))
     owner = entry.get("owner") or [i if i < len(pictures) else -1 for i in range(len(captions))]
     own = tuple(tuple(places) if isinstance(places, list) else (places,) * (places != -1) for places in owner)
-    return Question(str(entry.get("key", key)), pictures, captions, own, entry.get("kind"))
+    kind = None if entry.get("kind") is None else str(entry["kind"])
+    return Question(str(entry.get("key", key)), pictures, captions, own, kind)
 
 
 def _winoground(key: str, entry: dict[str, Any]) -> Question:
     pictures, captions = ((entry[f"{what}_0"], entry[f"{what}_1"]) for what in ("image", "caption"))
-    return Question(str(entry.get("id", key)), tuple(map(Picture, pictures)), captions, ((0,), (1,)), entry.get("collapsed_tag"))
+    return Question(str(entry.get("id", key)), tuple(map(picture, pictures)), captions, ((0,), (1,)), entry.get("collapsed_tag"))
 
 
 def _sugarcrepe(key: str, entry: dict[str, Any]) -> Question:
-    return Question(key, (Picture(entry["filename"]),), (entry["caption"], entry["negative_caption"]), RIGHT_WRONG)
+    return Question(key, (picture(entry["filename"]),), (entry["caption"], entry["negative_caption"]), RIGHT_WRONG)
 
 
 def _aro(key: str, entry: dict[str, Any]) -> Question:
     box = tuple(float(entry[f"bbox_{side}"]) for side in "xywh")
     kind = entry["relation_name"] if "relation_name" in entry else " and ".join(entry["attributes"])
     captions = entry["true_caption"], entry["false_caption"]
-    return Question(key, (Picture(entry["image_path"], box),), captions, RIGHT_WRONG, None if kind in LEFT_OUT else kind)
+    return Question(key, (Picture(str(entry["image_path"]), box),), captions, RIGHT_WRONG, None if kind in LEFT_OUT else kind)
 
 
 def _winogavil(key: str, entry: dict[str, Any]) -> Question:
@@ -99,7 +100,9 @@ def _checked(question: Question) -> Question:
     """The question. Raises ValueError for one that can't be asked."""
     pictures, captions = len(question.pictures), len(question.captions)
     places = [place for own in question.own for place in own]
-    if len(question.own) != captions or not places or not all(0 <= place < pictures for place in places):
+    if not all(isinstance(text, str) for text in question.captions):
+        raise ValueError("has a caption that is no text")
+    if len(question.own) != captions or not places or not all(type(place) is int and 0 <= place < pictures for place in places):
         raise ValueError(f"has {captions} captions, whose pictures can't be {list(map(list, question.own))} of {pictures}")
     if all(set(own) == set(range(pictures)) for own in question.own):
         raise ValueError("leaves nothing to choose from")

@@ -40,11 +40,12 @@ def spaces(model: LoadedRun, wanted: Mapping[str, Any], clean: config.Clean | No
     """The pairs of a dataset and, of its split `anchors`, those to describe them by. `wanted`: its `spec` and `split`, and the
     fields that are not as the run reads it; `clean` as in evaluations."""
 
-    def of_split(split: str) -> Space:
+    def of_split(split: str) -> MainPairs:
         data = eval_data(model.run, **{**wanted, "split": split})
-        return Space(*MainPairs(model.encoder, model.tokenizer.cleaning(clean), data).embed(model.params))
+        return MainPairs(model.encoder, model.tokenizer.cleaning(clean), data)
 
-    return of_split(wanted["split"]), of_split(anchors)
+    pairs, others = of_split(wanted["split"]), of_split(anchors)  # both, before anything is embedded
+    return Space(*pairs.embed(model.params)), Space(*others.embed(model.params))
 
 
 def compare(a: tuple[Space, Space], b: tuple[Space, Space], name: str) -> Metrics:

@@ -71,6 +71,8 @@ def read_reference(file: str) -> Mapping[str, list[float]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"reference = {file!r}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from error
     require(bool(rows), "reference", file, "must be a CSV whose first row names the sets, with a row a model")
+    longer = next((number for number, row in enumerate(rows, 1) if None in row), None)
+    require(longer is None, "reference", file, f"row {longer} below the first has more fields than the first")
     return {name: [_accuracy(file, name, row[name]) for row in rows] for name in list(rows[0])[1:]}
 
 

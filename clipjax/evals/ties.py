@@ -18,8 +18,10 @@ Counts = Int[Numbers, "*q"]
 
 
 def nearer(cosines: Float[Numbers, "*q k"], own: Float[Numbers, "*q 1"]) -> tuple[Bool[Numbers, "*q k"], Bool[Numbers, "*q k"]]:
-    """Which keys are nearer to a query than its own key, and which are equally near; `own` is the cosine of its own key."""
-    return cosines > own + TIE, abs(cosines - own) <= TIE
+    """Which keys are nearer to a query than its own key, and which are equally near; `own` is the cosine of its own key.
+
+    Where one of the two is NaN the key is nearer: weights that have diverged find nothing."""
+    return ~(cosines <= own + TIE), abs(cosines - own) <= TIE
 
 
 def expected_hits(greater: Counts, equal: Counts, own: Counts | int, k: int) -> Float[Numbers, "*q"]:
@@ -45,9 +47,18 @@ def average_precision(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray
     chance s / n, and then found + 1 + (i - 1) (s - 1) / (n - 1) of before + i keys are positive (McSherry and Najork, ECIR 2008).
     """
     order = np.argsort(-scores, kind="stable")
-    group = np.cumsum(np.diff(scores[order], prepend=scores[order[:1]]) < -TIE)  # of equal scores, by place
+    group = _groups(scores[order].astype(np.float64))
     n, s = np.bincount(group), np.bincount(group, positive[order])
     place = np.arange(len(scores)) - (np.cumsum(n) - n)[group]  # in its group, from 0
     found = (np.cumsum(s) - s)[group] + 1 + place * (s[group] - 1) / np.maximum(n[group] - 1, 1)
     precision = (s / n)[group] * found / np.arange(1, len(scores) + 1)
     return float(precision.sum() / s.sum()) if s.sum() else float("nan")
+
+
+def _groups(falling: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The number of the tie that each of falling scores is in. Of very many scores each is close to the next, and yet the first
+    of them is not close to the last: such a row is cut in pieces as wide as a tie."""
+    row = np.cumsum(np.diff(falling, prepend=falling[:1]) < -TIE)
+    first = falling[np.searchsorted(row, row)]
+    piece = np.nan_to_num(np.floor((first - falling) / TIE))  # NaN are last, and are all in one tie
+    return np.cumsum((np.diff(row, prepend=0) != 0) | (np.diff(piece, prepend=0) != 0))

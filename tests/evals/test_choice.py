@@ -96,6 +96,9 @@ def test_files_of_winoground_sugarcrepe_and_aro(tmp_path):
         ),
         ([dict(images=["a"], captions=["b", "c"]), dict(images=["a"])], "question 1 lacks 'captions'"),
         ([1], "must hold objects"),
+        ([dict(images=["a", "b"], captions=["c", "d"], owner=[0.0, 1])], r"pictures can't be \[\[0.0\], \[1\]\] of 2"),
+        ([dict(filename="a", caption=None, negative_caption="b")], "question 0 has a caption that is no text"),
+        ([dict(filename=None, caption="a", negative_caption="b")], "question 0 has None, which must be the name of a picture"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, content, message):

@@ -113,6 +113,13 @@ def test_names_that_are_no_words_are_refused(names, what):
         classes_of(source_of([0, 1], names), None)
 
 
+def test_numbers_that_come_with_templates_are_names():
+    """CLIP_benchmark's MNIST: `a photo of the number: "7".`"""
+    source = source_of([7, 1], tuple("0123456789"))
+    source.templates = ('a photo of the number: "{c}".',)
+    assert classes_of(source, None).names[7] == "7"
+
+
 def test_the_remedy_names_what_may_fit():
     with pytest.raises(ConfigError, match=r"of 10 classes there are names for cifar10, eurosat, mnist, stl10, svhn$"):
         classes_of(source_of([0], tuple("0123456789")), None)

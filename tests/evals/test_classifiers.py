@@ -26,6 +26,7 @@ def rows():
 def test_equal_scores_share_the_hit():
     scores = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 2.0]])
     np.testing.assert_allclose(expected_right(scores, np.array([0, 1, 2, 1])), [1, 1 / 2, 1 / 3, 0])
+    np.testing.assert_array_equal(expected_right(np.full((2, 3), np.nan), np.array([0, 2])), 0)  # a fit that has diverged
 
 
 @pytest.mark.slow

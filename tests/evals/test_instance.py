@@ -5,9 +5,10 @@ import pytest
 
 from clipjax import config
 from clipjax.config import ConfigError, Data
+from clipjax.data.source import Record
 from clipjax.evals.encoder import Encoder
-from clipjax.evals.instance import InstanceEvaluation, Shown
-from tests.evals.tiny import MODEL, TOKENIZER, mesh_of
+from clipjax.evals.instance import InstanceEvaluation, Shown, _class_of
+from tests.evals.tiny import MODEL, TOKENIZER, Stored, mesh_of
 
 NAMES = ("recall@1", "recall@5", "recall@10", "mean_average_precision")
 
@@ -71,6 +72,12 @@ def test_who_is_a_query_and_who_is_searched():
     assert examples.values["mean_average_precision"][[0, 2]].tolist() == [0.5, 0.5]
     with pytest.raises(ConfigError, match="none of its images can be read that has another"):
         measured(z, ["a", "a", "b", "c", None], readable=[False, True, True, True, True])
+
+
+def test_a_class_without_a_name_is_its_number():
+    source = Stored([Record(b"", (), str(i), label) for i, label in enumerate([0, 5, 5, -1])])
+    source.classnames = ("fox",)
+    assert [_class_of(source, record) for record in source.records] == ["fox", "5", "5", None]
 
 
 def test_a_gallery_is_searched_in_place_of_the_other_images():

@@ -54,7 +54,12 @@ def test_of_the_results_of_a_suite(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("model,i\na,76.1", "'76.1': i must have accuracies"), ("model,i", "must be a CSV")]
+    ("text", "message"),
+    [
+        ("model,i\na,76.1", "'76.1': i must have accuracies"),
+        ("model,i", "must be a CSV"),
+        ("model,i\na,.7\nb,.8,.9", "row 2 below the first has more fields"),
+    ],
 )
 def test_what_is_no_reference_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):

@@ -42,3 +42,13 @@ def test_average_precision_is_the_mean_over_orders():
     assert average_precision(np.array([4.0, 3, 2, 1]), np.array([True, False, True, False])) == (1 + 2 / 3) / 2
     assert average_precision(np.ones(10), np.arange(10) < 1) == pytest.approx(sum(1 / np.arange(1, 11)) / 10)
     assert math.isnan(average_precision(np.ones(3), np.zeros(3, bool)))
+
+
+def test_very_many_scores_are_not_one_tie_because_each_is_close_to_the_next():
+    from sklearn.metrics import average_precision_score
+
+    rng = np.random.default_rng(0)
+    positive = rng.random(400_000) < 0.02
+    scores = rng.normal(0, 0.002, len(positive)) + 0.004 * positive
+    assert np.quantile(-np.diff(-np.sort(-scores)), 0.9) < 1e-6
+    assert average_precision(scores, positive) == pytest.approx(average_precision_score(positive, scores), abs=1e-4)

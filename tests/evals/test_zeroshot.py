@@ -96,6 +96,7 @@ def test_a_tie_counts_its_chance():
     assert compare([[0.5, 0.9, 0.5, 0.5]], [3]).hits(2) == pytest.approx(1 / 3)
     assert compare([[0.5, 0.5 + 1e-7, 0]], [0]).hits(1) == 0.5  # rounding is no difference
     assert compare([[0.5, 0.5 + 1e-5, 0]], [1]).hits(1) == 1
+    assert compare([[np.nan] * 3], [0]).hits(1) == 0
     found = compare([[0.1, 0.9, 0.3]], [2])
     assert (found.nearest.tolist(), found.hits(1), found.hits(2)) == ([[1, 2, 0]], 0, 1)
 
