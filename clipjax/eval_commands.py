@@ -3,13 +3,14 @@
 import argparse
 import json
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import clipjax
 from clipjax import config
 from clipjax.arguments import writable_file
 from clipjax.commands import dataset, first, load, say
 from clipjax.config.data import dataset_name
+from clipjax.config.tasks import ProbeMethod
 
 
 def eval_zeroshot(args: argparse.Namespace) -> None:
@@ -21,7 +22,7 @@ def eval_zeroshot(args: argparse.Namespace) -> None:
 
 def eval_retrieval(args: argparse.Namespace) -> None:
     """`clipjax eval retrieval`: recalls of a run in both directions."""
-    evaluate(args, config.Retrieval(**dataset(args), languages=args.languages))
+    evaluate(args, config.Retrieval(**dataset(args), languages=args.languages or ()))
 
 
 def eval_geometry(args: argparse.Namespace) -> None:
@@ -37,7 +38,8 @@ def eval_captioning(args: argparse.Namespace) -> None:
 def eval_probe(args: argparse.Namespace) -> None:
     """`clipjax eval probe`: classifiers of a run's image vectors, learned from a labelled split."""
     chosen = dict(train=args.train, features=args.features, label_pattern=args.label_pattern)
-    evaluate(args, config.Probe(**dataset(args), **chosen, methods=tuple(args.methods)))
+    methods = tuple(args.methods or get_args(ProbeMethod))
+    evaluate(args, config.Probe(**dataset(args), **chosen, methods=methods))
 
 
 def eval_transfer(args: argparse.Namespace) -> None:
