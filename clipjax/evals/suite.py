@@ -179,10 +179,10 @@ class SuiteEvaluation(Evaluation):
     def __init__(self, suite: config.Suite, name: str, sets: Sequence[SetOfSuite], encoder: Encoder) -> None:
         self.dataset = name
         self._suite, self._sets, self._encoder = suite, sets, encoder
-        lost = [one for one in sets if one.absent]
-        for one in lost if jax.process_index() == 0 else ():
-            log.warning("suite %s: %s is absent: %s", name, one.wanted.name, one.absent)
-        config.require(len(lost) < len(sets), "suite", name, "none of its sets is there")
+        self._told: set[str] = set()  # the sets that are known to be absent
+        for one in sets:
+            self._tell(one.wanted.name, one.absent)
+        config.require(len(self._told) < len(sets), "suite", name, "none of its sets is there")
 
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer | None, data: config.Data, cfg: config.RunSuite) -> Self:
@@ -197,7 +197,17 @@ class SuiteEvaluation(Evaluation):
     def run(self, params: Params) -> Results:
         weights = Weights("", "", params)
         found = with_means(self._suite, (one.measure(self._encoder, weights, draw=False) for one in self._sets))
-        return Results({measured.row.name: measured.row.main for measured in found})
+        rows = [measured.row for measured in found]
+        for row in rows:
+            self._tell(row.name, row.absent if row.task != MEAN else "")
+        return Results({row.name: row.main for row in rows})
+
+    def _tell(self, name: str, absent: str) -> None:
+        """Warns, once and in the first process, of a set that is absent."""
+        if absent and name not in self._told:
+            self._told.add(name)
+            if jax.process_index() == 0:
+                log.warning("suite %s: %s is absent: %s", self.dataset, name, absent)
 
 
 def _defined(value: float | None) -> float | None:

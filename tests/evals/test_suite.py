@@ -123,6 +123,7 @@ def test_a_suite_during_training(suite, tsv, run, params, tmp_path, caplog):
         "def suite():\n"
         "    sets = [SuiteSet(name=n, evaluation=Retrieval(data=f'tsv:{{root}}/{n}.tsv'), main=('pair_auc',))\n"
         "            for n in ('pairs', 'gone')]\n"
+        "    sets.append(SuiteSet(name='typo', evaluation=sets[0].evaluation, main=('auc',)))\n"
         "    return Suite(sets=tuple(sets), means=(SuiteMean(name='all', of=('pairs', 'gone')),))\n"
     )
     wanted = config.RunSuite(suite=str(tmp_path / "mine.py"), root=str(tsv), every=50)
@@ -131,7 +132,10 @@ def test_a_suite_during_training(suite, tsv, run, params, tmp_path, caplog):
     assert "suite mine: gone is absent: " in caplog.text
     found, _ = measured(suite, tsv, run, params)
     want = [one.row for one in found][1].metrics["pair_auc"]
-    assert evaluator.run(params, 50) == {"pairs": pytest.approx(want)}
+    for step in (50, 100):
+        assert evaluator.run(params, step) == {"pairs": pytest.approx(want)}
+    assert caplog.text.count("suite mine: typo is absent: auc is not among its figures: ") == 1
+    assert caplog.text.count(" is absent: ") == 2
     with pytest.raises(ConfigError, match="leave it out: the suite names its sets"):
         dataclasses.replace(run, evals=(dataclasses.replace(wanted, data="emoji"),))
 

@@ -107,9 +107,9 @@ class Tfds(Source):
     """One split of a prepared dataset with an image and a text or a label.
 
     Image: `data.image_field`, or the only one. Label: `data.label_field`, or the only one; of a sequence of labels an example has
-    several. Captions: `data.text_field`, else `caption`, else the only text that is not a
-    file's name or a key, else the class names of the only label. A field is named by its path, as `captions/text`, and one of
-    several captions by its place, as `captions.7`, counted from 0."""
+    several. Captions: `data.text_field`, else `caption`, else the only text that is not a file's name or a key, else the class
+    names of the only label. A field is named by its path, as `captions/text`, and one of several captions by its place, as
+    `captions.7`, counted from 0."""
 
     def __init__(self, data: config.Data, folder: Path) -> None:
         super().__init__()
