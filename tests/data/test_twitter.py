@@ -90,3 +90,9 @@ def test_style_is_of_emoji_alone(capsys):
         cli.main(["data", "prepare", "openclipart", "--style", "twitter"])
     assert ended.value.code == 2
     assert "--style: only of emoji" in capsys.readouterr().err
+
+
+def test_where_it_is_not_there_its_command_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(config.ConfigError, match="clipjax data prepare emoji --style twitter"):
+        open_source(config.Data(spec="tfds:emoji_twitter", split="test"))

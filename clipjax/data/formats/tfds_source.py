@@ -86,7 +86,9 @@ def find_dataset(spec: str, name: str) -> Path:
 
 
 def how_to_build(dataset: str) -> str:
-    """How to prepare a dataset of tfds: that takes TensorFlow, which clipjax does without."""
+    """How to prepare a dataset of tfds: that takes TensorFlow, which clipjax does without, but for its own."""
+    if dataset == "emoji_twitter":
+        return "Build it: clipjax data prepare emoji --style twitter"
     packages = "tensorflow tensorflow-datasets apache-beam mlcroissant importlib_resources"  # `tfds` imports all of these
     build = f"~/tfds/bin/tfds build {dataset} --file_format=array_record"
     return f"That takes an environment of its own: python3 -m venv ~/tfds && ~/tfds/bin/pip install {packages} && {build}"
