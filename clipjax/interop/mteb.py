@@ -3,19 +3,16 @@
 The towers run in JAX as in `clipjax eval`; what is done with their vectors is MTEB's. Needs the extra `interop`.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 from mteb.models.abs_encoder import AbsEncoder  # pyright: ignore[reportMissingImports]  (of the extra `interop`)
 from mteb.models.model_meta import ModelMeta, ScoringFunction  # pyright: ignore[reportMissingImports]
 
 import clipjax
-from clipjax.evals.encoder import to_host
-from clipjax.models.clip import Params
+from clipjax.evals.store import checksum
 
 
 class Model(AbsEncoder):
@@ -27,10 +24,11 @@ class Model(AbsEncoder):
         Raises ConfigError where there is no such run.
         """
         self.run = clipjax.load(model_name)
+        weights = checksum(self.run.params, self.run.mesh)[:12]
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": f"clipjax/{self.run.name}",
-                "revision": f"step-{self.run.step}-{digest(self.run.params)}",  # by which MTEB finds results that it has
+                "revision": f"step-{self.run.step}-{weights}",  # by which MTEB finds results that it has
                 "modalities": ["image", "text"],
                 "similarity_fn_name": ScoringFunction.COSINE,
                 "embed_dim": self.run.run.model.embed_dim,
@@ -49,11 +47,3 @@ class Model(AbsEncoder):
     def _of_batch(self, batch: Mapping[str, Any]) -> Float[np.ndarray, "b e"]:
         encoders = {"image": self.run.encode_image, "text": self.run.encode_text}
         return np.sum([encode(batch[kind]) for kind, encode in encoders.items() if kind in batch], axis=0)
-
-
-def digest(params: Params) -> str:
-    """Twelve hex digits that are other for other weights."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        found.update(to_host(leaf).tobytes())
-    return found.hexdigest()[:12]
