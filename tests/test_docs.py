@@ -14,7 +14,7 @@ from clipjax.config.override import override
 from clipjax.config.packaged import config_path, packaged_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").glob("**/[!_]*.md"))
 TEXTS = [ROOT / "README.md", *PAGES]
 FILE = re.compile(r"This file, `(\w+\.py)`.*?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # one that the reader writes
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -38,7 +38,7 @@ def test_the_pages_build_without_warnings_and_load_nothing_from_elsewhere(tmp_pa
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "trees"]
     done = subprocess.run([*command, ROOT / "docs", tmp_path / "html"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    html = {path.stem: path.read_text() for path in (tmp_path / "html").glob("*.html")}
+    html = {path.stem: path.read_text() for path in (tmp_path / "html").glob("**/*.html")}
     assert set(html) >= {path.stem for path in PAGES} | {"search"}
     assert (tmp_path / "html" / "searchindex.js").exists()
     loaded = [tag for text in html.values() for tag in re.findall(r"<(?:script|link|img|iframe)[^>]*https?://[^>]*>", text)]
