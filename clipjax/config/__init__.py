@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clipjax.config.data import BPE, Augment, Clean, Data, Filter, Part, Tokenizer, TokenizerFile
+from clipjax.config.augment import Augment, TextAugment, View
+from clipjax.config.data import BPE, Clean, Data, Filter, Part, Tokenizer, TokenizerFile
 from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
@@ -50,8 +51,8 @@ __all__ = [
     "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Instance",
     "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim", "Part", "Preserve", "Probe", "Remembering", "Retrieval",
     "Rsqrt", "Rule", "Run", "RunSuite", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Term",
-    "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer", "Uniformity", "Zeroshot",
-    "from_json", "identity_differences", "lines", "require", "size", "start_from", "to_json",
+    "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer", "Uniformity",
+    "View", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from", "to_json",
 ]  # fmt: skip
 
 

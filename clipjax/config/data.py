@@ -4,28 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from clipjax.config.augment import Augment, TextAugment, View
 from clipjax.config.fields import COUNT, POSITIVE, SHARE, TAGGED, Strict, free, require
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augment(Strict, prefix="data.augment"):
-    """Random changes of a training image before it is resized. Evaluations never use them."""
-
-    crop: float = 1.0  # smallest share of the area that a random resized crop keeps; 1: no crop
-    aspect: float = 4 / 3  # largest ratio of the sides of a crop, in either direction
-    border: float = 0.0  # white that is added on each side before the crop, as a share of the image: it shifts and shrinks, too
-    flip: bool = False  # mirror half of the images left to right; leave it off where captions speak of left and right
-    brightness: float = 0.0  # x: brightness is multiplied by a factor drawn from [1 - x, 1 + x]
-    contrast: float = 0.0  # the same for the contrast
-    saturation: float = 0.0  # the same for the saturation
-
-    def __post_init__(self) -> None:
-        require(0 < self.crop <= 1, "data.augment.crop", self.crop, "must lie in (0, 1]")
-        require(self.aspect >= 1, "data.augment.aspect", self.aspect, "must be at least 1")
-        require(0 <= self.border <= 1, "data.augment.border", self.border, "must lie in [0, 1]")
-        for name in ("brightness", "contrast", "saturation"):
-            require(0 <= getattr(self, name) < 1, f"data.augment.{name}", getattr(self, name), "must lie in [0, 1)")
-
 
 KINDS = {  # of SPECs, with the form of each
     "emoji": "emoji",
@@ -120,6 +100,10 @@ class Data(Strict, prefix="data"):
     label_field: str | None = None  # name of the class label, or a path; None: the only label feature, `cls` of a tar
     # 1: at each visit one of the captions at random. K: the main caption and K - 1 random others; if there are fewer, some twice.
     captions_per_image: int = 1
+    # The places, from 0, of an example's captions that are used at every visit, in this order, in place of a draw: a column of
+    # several languages, for example. An example that has not all of them is bad, and another replaces it. (): a draw.
+    captions: tuple[int, ...] = ()
+    text_augment: TextAugment = TextAugment()  # changed copies of the first caption, behind the captions
     # `caption`: examples with equal main captions share an id; case, punctuation and white space do not count. Pairs that share
     # an id are no negatives of each other.
     ids: Literal["caption"] | None = None
@@ -140,6 +124,7 @@ class Data(Strict, prefix="data"):
     resizer: Literal["pillow", "fast"] = "pillow"
     max_pixels: int = 178_956_970  # a larger image is unreadable: decoding it takes too much memory
     augment: Augment = Augment()  # random changes of training images
+    views: tuple[View, ...] = ()  # several views of an image, each with its own changes, in place of `augment`; terms name places
     workers: int = free(4)  # number of threads or processes on each host that read, decode and augment
     # `processes` are faster if Python takes more of the time than decoding.
     worker_kind: Literal["threads", "processes"] = free("threads")
@@ -161,10 +146,34 @@ class Data(Strict, prefix="data"):
             check_spec(self.spec, "data.spec")
         for name in ("captions_per_image", "workers", "lanes", "window", "max_pixels", "prefetch_bytes"):
             COUNT.require(f"data.{name}", getattr(self, name))
+        self._check_several()
         remedy = "each process would fetch every chunk that windows are made of: use threads, or data.order = 'random'"
         fits = self.order == "random" or self.worker_kind == "threads"
         require(fits, "data.worker_kind", self.worker_kind, remedy)
         SHARE.require("data.max_bad", self.max_bad)
+
+    def _check_several(self) -> None:
+        """Raises ConfigError for captions in impossible places, or next to a draw, and for an augmentation next to views."""
+        places = self.captions
+        possible = min(places, default=0) >= 0 and len(set(places)) == len(places)
+        require(possible, "data.captions", places, "must be different places, counted from 0")
+        remedy = "leave it out: data.captions say which captions are used"
+        require(not places or self.captions_per_image == 1, "data.captions_per_image", self.captions_per_image, remedy)
+        if self.views:
+            remedy = "leave it out: each of data.views has its own"
+            require(self.augment == Augment(), "data.augment", self.augment, remedy)
+            for part in self.sources:
+                require(part.augment is None, "data.sources.augment", part.augment, remedy)
+
+    @property
+    def texts_per_image(self) -> int:
+        """The texts of an example in a batch: its captions, and the changed copies behind them."""
+        return (len(self.captions) or self.captions_per_image) + self.text_augment.count
+
+    @property
+    def views_per_image(self) -> int:
+        """The views of an image in a batch."""
+        return len(self.views) or 1
 
     @property
     def parts(self) -> tuple["Data", ...]:

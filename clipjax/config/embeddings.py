@@ -1,6 +1,7 @@
 """What may be trained where data.embeddings stand for a tower."""
 
-from clipjax.config.data import Augment, Data, Filter
+from clipjax.config.augment import Augment
+from clipjax.config.data import Data, Filter
 from clipjax.config.fields import require
 from clipjax.config.model import Model
 
