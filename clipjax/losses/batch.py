@@ -47,6 +47,15 @@ def log_mean_exp(x: Float[Array, " b"], axis: Axis) -> Float[Array, ""]:
     return top + jnp.log(mean(jnp.exp(x - top), axis))
 
 
+def following(x: Float[Array, "b ..."], axis: Axis) -> Float[Array, "b ..."]:
+    """Row i + 1 of the global batch for row i, and the first for the last: one row travels from each device."""
+    first = x[:1]
+    if axis is not None:
+        n = device_count(axis)
+        first = jax.lax.ppermute(first, axis, [(i, (i - 1) % n) for i in range(n)])
+    return jnp.concatenate([x[1:], first])
+
+
 def occurrences(ids: Int[Array, " b"], among: Int[Array, " c"], axis: Axis) -> Float[Array, " b"]:
     """How often each of `ids` occurs in `among` of all devices. `among` is gathered, 4 bytes each, and sorted."""
     among = jnp.sort(among if axis is None else jax.lax.all_gather(among, axis, tiled=True))

@@ -49,7 +49,7 @@ class ScaledSide(NamedTuple):
 
     z: Float[Array, "n d"]
     scale: Float[Array, " n"]
-    ids: Int[Array, " n"] | None
+    ids: Int[Array, "n ..."] | None
 
 
 class GradientSide(NamedTuple):
@@ -57,7 +57,7 @@ class GradientSide(NamedTuple):
 
     z: Float[Array, "n d"]
     scale: Float[Array, " n"]
-    ids: Int[Array, " n"] | None
+    ids: Int[Array, "n ..."] | None
     lse: Float[Array, " n"]
     ct: Float[Array, " n"]
     positive_ct: Float[Array, " n"] | Any  # None without ids
@@ -74,6 +74,7 @@ def pairwise_logsumexp(
     ids: Ids | None = None,
     columns: bool = True,
     y_gradient: bool = True,
+    own: bool = True,
     tile: int | None = None,
     travel: Travel | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -81,16 +82,20 @@ def pairwise_logsumexp(
     """log sum exp(scale cos) over the kept pairs of every row and every column; one product serves both.
 
     A scale is a number >= 0, or one for each row (column). Without `col_scale`, `row_scale` is a number and serves both. `keep`:
-    "all" pairs, all but the own one ("off_diagonal"), or those whose `ids` (of rows, of columns) differ ("distinct"). c may be a
-    multiple K b: then the columns j K to j K + K - 1 belong to row j, and the first of them makes its own pair. `columns=False`
-    leaves the columns' half out. `y_gradient=False` treats y as a constant, which saves a product. `travel`: how columns get
-    to the other devices, in a "ring" or by a "gather" (clipjax.losses.pairwise.tiles); None chooses by size.
+    "all" pairs, all but the own one ("off_diagonal"), those whose `ids` (of rows, of columns) differ ("distinct"), or those
+    whose ids are equal, but for the own one ("same"). Of several ids, [b, l] and [c, m], any two may be equal, and -1 is none:
+    l m comparisons a pair. c may be a multiple K b: then the columns j K to j K + K - 1 belong to row j, and the first of them
+    makes its own pair. `own=False`: no pair is the own one, and c is any number. `columns=False` leaves the columns' half out.
+    `y_gradient=False` treats y as a constant, which saves a product. `travel`: how columns get to the other devices, in a
+    "ring" or by a "gather" (clipjax.losses.pairwise.tiles); None chooses by size.
     """
     if col_scale is None and jnp.ndim(row_scale):
         raise ValueError("row_scale is one number for each row: give col_scale too")
-    if keep == "distinct" and ids is None:
-        raise ValueError("keep='distinct' needs ids")
-    options = make_options(x, y, axis, tile, travel, dtype, keep=keep, columns=columns, y_gradient=y_gradient)
+    if keep in ("distinct", "same") and ids is None:
+        raise ValueError(f"keep={keep!r} needs ids")
+    if keep == "off_diagonal" and not own:
+        raise ValueError("keep='off_diagonal' leaves out own pairs, and own=False has none: keep='all'")
+    options = make_options(x, y, axis, tile, travel, dtype, keep=keep, columns=columns, y_gradient=y_gradient, own=own)
     scales = (row_scale, len(x)), (row_scale if col_scale is None else col_scale, len(y))
     rows, cols = (jnp.broadcast_to(jnp.asarray(s, jnp.float32), n) for s, n in scales)
     return _logsumexp(options, *vary((x, y, rows, cols, ids), axis))
@@ -113,7 +118,7 @@ def _logsumexp_fwd(
 ) -> tuple[Reduced, tuple]:
     def tile(r: ScaledSide, c: ScaledSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options)
-        kept, positive = masks(options.keep, r.ids, c.ids, pairs)
+        kept, positive = masks(options.keep, r.ids, c.ids, pairs, options.own)
         positives = None if positive is None else jnp.where(positive, cos, 0)
 
         def along(axis: int, scale: Array) -> Partial:
@@ -143,7 +148,7 @@ def _logsumexp_bwd(options: PairwiseOptions, residuals: tuple, ct: Reduced) -> t
 
     def tile(r: GradientSide, c: ScaledSide | GradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options)
-        kept, positive = masks(options.keep, r.ids, c.ids, pairs)
+        kept, positive = masks(options.keep, r.ids, c.ids, pairs, options.own)
 
         def weights(scale: Array, lse: Array, ct: Array) -> Array:  # the softmax of each row (column), times its cotangent
             return only(kept, ct * jnp.exp(scale * cos - lse), 0)

@@ -11,10 +11,10 @@ from clipjax.losses.pairwise.axes import Axis
 from clipjax.losses.pairwise.geometry import TilePairs
 from clipjax.losses.pairwise.tiles import Travel, choose
 
-KeptPairs = Literal["all", "off_diagonal", "distinct"]
+KeptPairs = Literal["all", "off_diagonal", "distinct", "same"]
 Scalar = Float[Array, ""] | float
 Mask = Bool[Array, "r c"] | None  # None: every entry
-Ids = tuple[Int[Array, " b"], Int[Array, " c"]]
+Ids = tuple[Int[Array, "b ..."], Int[Array, "c ..."]]  # one id of each row and column, or several
 X3 = "bfloat16x3"  # a dtype of operands by name: float32, multiplied in three passes
 # Rows and columns of a tile. A GPU starts kernels anew for each tile, so there a tile has more work.
 TILE, GPU_TILE = 512, 2048
@@ -32,17 +32,26 @@ class PairwiseOptions:
     keep: KeptPairs = "all"
     columns: bool = True  # whether columns are reduced too
     y_gradient: bool = True  # whether y has a gradient
+    own: bool = True  # whether each row has a pair of its own among the columns
 
 
 def make_options(
-    x: Array, y: Array, axis: Axis, tile: int | None, travel: Travel | None, dtype: jax.typing.DTypeLike, **kw: Any
+    x: Array,
+    y: Array,
+    axis: Axis,
+    tile: int | None,
+    travel: Travel | None,
+    dtype: jax.typing.DTypeLike,
+    *,
+    own: bool = True,
+    **kw: Any,
 ) -> PairwiseOptions:
     """Raises ValueError for shapes that do not fit. `tile` None: as this platform likes it."""
-    if x.shape[1] != y.shape[1] or len(y) % len(x):
+    if x.shape[1] != y.shape[1] or (own and len(y) % len(x)):
         raise ValueError(f"x {x.shape} and y {y.shape}: widths must be equal, and len(y) a multiple of len(x)")
     operands, gpu = jnp.dtype(jnp.float32 if dtype == X3 else dtype), _platform() == "gpu"
     tile = tile or (GPU_TILE if gpu else TILE)
-    return PairwiseOptions(axis, tile, choose(travel, len(y), y.shape[1], axis), operands, _precision(dtype, gpu), **kw)
+    return PairwiseOptions(axis, tile, choose(travel, len(y), y.shape[1], axis), operands, _precision(dtype, gpu), own=own, **kw)
 
 
 def _platform() -> str:
@@ -64,12 +73,28 @@ def dot(a: Array, b: Array, contract: tuple[int, int], options: PairwiseOptions)
     return jax.lax.dot_general(a, b, dims, options.precision, jnp.float32)
 
 
-def masks(keep: KeptPairs, row_ids: Array | None, col_ids: Array | None, pairs: TilePairs) -> tuple[Mask, Mask]:
-    """Which entries are kept, and with ids which are positives other than the own pair (None without ids)."""
-    same = None if row_ids is None or col_ids is None else row_ids[:, None] == col_ids[None]
-    rule = {"all": None, "off_diagonal": ~pairs.own, "distinct": None if same is None else ~same}[keep]
-    positive = None if same is None else same & ~pairs.own
+def masks(keep: KeptPairs, row_ids: Array | None, col_ids: Array | None, pairs: TilePairs, own: bool = True) -> tuple[Mask, Mask]:
+    """Which entries are kept, and with ids which are positives other than the own pair (None without ids).
+
+    `own`: whether the rows have own pairs at all.
+    """
+    same = None if row_ids is None or col_ids is None else equal_ids(row_ids, col_ids)
+    others = ~pairs.own if own else None
+    different = None if same is None else ~same
+    if different is not None and max(row_ids.ndim, col_ids.ndim) > 1:  # a row may have no id at all: its own pair equals none
+        different = both(different, others)
+    positive = None if same is None else both(same, ~pairs.own if own else None)
+    rule = {"all": None, "off_diagonal": others, "distinct": different, "same": positive}[keep]
     return both(rule, pairs.real), None if positive is None else both(positive, pairs.real)
+
+
+def equal_ids(rows: Int[Array, "r ..."], cols: Int[Array, "c ..."]) -> Bool[Array, "r c"]:
+    """Whether a row and a column have an id in common. Where they have several each, -1 is none, and equals nothing."""
+    if rows.ndim == cols.ndim == 1:
+        return rows[:, None] == cols[None]
+    rows, cols = rows.reshape(len(rows), -1).T, cols.reshape(len(cols), -1).T
+    rows = jnp.where(rows < 0, -2, rows)
+    return (rows[:, None, :, None] == cols[None, :, None]).any((0, 1))
 
 
 def both(a: Mask, b: Mask) -> Mask:

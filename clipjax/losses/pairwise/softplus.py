@@ -20,7 +20,7 @@ class Side(NamedTuple):
     """Rows or columns."""
 
     z: Float[Array, "n d"]
-    ids: Int[Array, " n"] | None
+    ids: Int[Array, "n ..."] | None
 
 
 def pairwise_softplus(
