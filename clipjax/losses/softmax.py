@@ -90,7 +90,7 @@ def decoupled_terms(
         weight = 2 - jnp.exp(own / sigma - log_mean_exp(own / sigma, axis))
         weight = jax.lax.stop_gradient(weight) if stop_gradient else weight
     found = reduce_negatives(zimg, ztxt, scale, axis, ids)
-    rows, cols = (_unless_empty(lse, lambda lse: lse - weight * scale * own) for lse in found.sides)
+    rows, cols = (unless_empty(lse, lambda lse: lse - weight * scale * own) for lse in found.sides)
     return mean(rows + cols, axis) / 2, Ranking(own, *found.maxima)
 
 
@@ -127,7 +127,7 @@ def hard_negative_terms(
             excess = total - scale * own
             return jax.nn.softplus(excess - math.log(alpha)) + math.log(alpha) if alpha else excess
 
-        return _unless_empty(lse, loss)
+        return unless_empty(lse, loss)
 
     rows, cols = map(direction, found.sides, (None, None) if base is None else base.sides)
     return mean(rows + cols, axis) / 2, Ranking(own, *found.maxima)
@@ -138,7 +138,7 @@ decoupled_loss = loss_alone(decoupled_terms)
 hard_negative_loss = loss_alone(hard_negative_terms)
 
 
-def _unless_empty(lse: Array, loss: Callable[[Array], Array]) -> Array:
+def unless_empty(lse: Array, loss: Callable[[Array], Array]) -> Array:
     """`loss(lse)`, but 0 where nothing is kept.
 
     Masked before and after: else the branch that isn't taken has a gradient of NaN.
