@@ -11,7 +11,6 @@ import numpy as np
 
 from clipjax import config
 from clipjax.config import ConfigError
-from clipjax.data import captions
 from clipjax.data.examples import TrainingExample
 from clipjax.data.images import image
 from clipjax.data.ordering.readers import training_order, training_reader
@@ -82,12 +81,12 @@ class _Timed:
     def _parts(self, record: Record, number: int) -> dict[str, float]:
         """The seconds of each part of making this example. Raises what that raises."""
         make, rng, seconds = self._make, np.random.default_rng(number), {}
-        data, k = make.parts[make.source.part_of(number)[0]], make.data.captions_per_image
-        chosen = [record.captions[i] for i in captions.choose(len(record.captions), k, rng, record.chances)]
+        data = make.parts[make.source.part_of(number)[0]]
+        chosen = make.texts(make.wanted(data.filter, record), rng)
         seconds["decode"] = seconds["resize"] = 0.0
         if make.imaged:
-            crop, seconds["decode"] = _cpu(lambda: image.decoded_crop(record.image, make.size, data, rng))
-            _, seconds["resize"] = _cpu(lambda: image.square(crop, make.size, data, rng))
+            crops, seconds["decode"] = _cpu(lambda: image.decoded_crops(record.image, make.size, data, rng))
+            _, seconds["resize"] = _cpu(lambda: image.squares(crops, make.size, data))
         _, seconds["tokenise"] = _cpu(lambda: make.tokenizer.encode(chosen))
         return seconds
 

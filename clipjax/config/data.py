@@ -159,6 +159,8 @@ class Data(Strict, prefix="data"):
         require(possible, "data.captions", places, "must be different places, counted from 0")
         remedy = "leave it out: data.captions say which captions are used"
         require(not places or self.captions_per_image == 1, "data.captions_per_image", self.captions_per_image, remedy)
+        remedy = "must begin with 0, the main caption, whose vectors data.teacher has"
+        require(not places or places[0] == 0 or self.teacher is None, "data.captions", places, remedy)
         if self.views:
             remedy = "leave it out: each of data.views has its own"
             require(self.augment == Augment(), "data.augment", self.augment, remedy)

@@ -9,6 +9,8 @@ from hashlib import blake2b
 
 import numpy as np
 
+from clipjax.config import TextAugment
+
 KEPT_PUNCTUATION = "#%&*@"  # by which names differ: `keycap #` and `keycap *`, `C#`, `R&B`, `50 %`
 BLANK = {  # neither space, control nor format character by its category, and yet nothing is drawn
     *"\u115f\u1160\u3164\uffa0",  # Hangul fillers
@@ -55,6 +57,18 @@ def choose(n: int, k: int, rng: np.random.Generator, chances: Sequence[float] | 
     if n <= k:
         return [i % n for i in range(k)]
     return [0, *(1 + np.sort(rng.choice(n - 1, k - 1, replace=False))).tolist()]
+
+
+def changed(caption: str, how: TextAugment, rng: np.random.Generator) -> str:
+    """A copy of a caption with words left out, and others in each other's places. What stands between two white spaces is a word:
+    text without spaces, as Japanese, is one word, and stays as it is."""
+    words = caption.split()
+    kept = [word for word in words if rng.random() >= how.delete] or [words[rng.integers(len(words))]]
+    for i in range(len(kept)):
+        if rng.random() < how.swap and len(kept) > 1:
+            j = (i + rng.integers(1, len(kept))) % len(kept)
+            kept[i], kept[j] = kept[j], kept[i]
+    return " ".join(kept)
 
 
 def normalise(caption: str) -> str:

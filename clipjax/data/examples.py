@@ -1,14 +1,14 @@
 """From records to arrays: an example of a training batch, with a stand-in for a bad one, and an example of an evaluation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from clipjax import config
 from clipjax.data import captions
-from clipjax.data.faults import BAD_IMAGE, FAULTS, Bad, undecodable, usable
+from clipjax.data.faults import BAD_IMAGE, FAULTS, NO_CAPTION, Bad, undecodable, usable
 from clipjax.data.filter import Filtered, check_text
 from clipjax.data.images import image
 from clipjax.data.ordering.order import Order
@@ -19,6 +19,7 @@ from clipjax.status import CertainFailure
 
 Arrays = dict[str, Any]  # of a single example also scalars of NumPy
 TRIES = 64  # stand-ins that may be bad, too
+COPIES = 2**20  # the number of the generator of changed captions, behind those of views
 FILTERED_TRIES = 2000  # stand-ins that data.filter may leave out
 
 
@@ -86,12 +87,12 @@ class TrainingExample:
 
     def _arrays(self, step: int, place: int, number: int, rng: np.random.Generator) -> Arrays:
         """The arrays of the example `number`. Raises Bad, or Filtered."""
-        data, k = self.parts[self.source.part_of(number)[0]], self.data.captions_per_image
+        data, k = self.parts[self.source.part_of(number)[0]], self.data.texts_per_image
         record = usable(lambda: self._read(step, place, number), number, imaged=self.imaged)
         if self.embedded is not None and number not in self.embedded:
             raise Bad(BAD_IMAGE, record.key)
-        record = check_text(data.filter, record)
-        chosen = [record.captions[i] for i in captions.choose(len(record.captions), k, rng, record.chances)]
+        record = self.wanted(data.filter, record)
+        chosen = self.texts(record, rng)
         try:
             pixels = {"image": image.training(record.image, self.size, data, rng)} if self.imaged else {}
             tokens, truncated = self.tokenizer.encode(chosen)
@@ -109,6 +110,27 @@ class TrainingExample:
         for vectors in (self.teacher, self.embedded):
             arrays |= {} if vectors is None else vectors[number]
         return arrays
+
+    def wanted(self, conditions: config.Filter, record: Record) -> Record:
+        """The record with the captions that may be used. Raises Bad where one of data.captions is missing, or Filtered."""
+        if not (places := self.data.captions):
+            return check_text(conditions, record)
+        if max(places) >= len(record.captions):
+            raise Bad(NO_CAPTION, record.key)
+        placed = replace(record, captions=tuple(record.captions[i] for i in places), chances=None)
+        if len((record := check_text(conditions, placed)).captions) < len(places):
+            raise Filtered("one of data.captions has no wanted length")
+        return record
+
+    def texts(self, record: Record, rng: np.random.Generator) -> list[str]:
+        """The texts of a visit: captions, and changed copies of the first. `record`: from `wanted`."""
+        n, data = len(record.captions), self.data
+        places = range(n) if data.captions else captions.choose(n, data.captions_per_image, rng, record.chances)
+        chosen = [record.captions[i] for i in places]
+        if data.text_augment.count == 0:
+            return chosen
+        own = image.apart(rng, COPIES)
+        return chosen + [captions.changed(chosen[0], data.text_augment, own) for _ in range(data.text_augment.count)]
 
     @property
     def imaged(self) -> bool:

@@ -52,7 +52,8 @@ def train_batches(
 
     A batch holds, with b = batch_size / process_count:
 
-    - `image` uint8 [b, s, s, 3] and `text` int32 [b, t]; with `data.captions_per_image` = K > 1, `text` int32 [b, K, t];
+    - `image` uint8 [b, s, s, 3]; with V > 1 of `data.views`, [b, V, s, s, 3];
+    - `text` int32 [b, t]; with `data.texts_per_image` = K > 1, [b, K, t]: captions, and then changed copies of the first;
     - `index` int32 [b], the example's number in the source. A replaced example keeps its own number;
     - `replaced` bool [b]: the example is bad, and another replaces it (`Order.stand_in`); `fault` int8 [b] is its kind, 1 + the
       index in FAULTS, or 0, and `fault_index` int32 [b] its number in the source, or -1;
@@ -63,9 +64,9 @@ def train_batches(
     - with `embedded`, the vectors of a tower that does not run, these as `embedded` float32 [b, e]. Where they stand for images
       there is no `image`, and none is read.
 
-    At each visit one caption is chosen, or K of them (`captions.choose`). The shares of all processes, joined in the order of
-    their indices, are the batch that a single process would get. No example comes twice in a batch: an epoch ends with its last
-    full batch, and the next one is shuffled again.
+    At each visit captions are chosen (`captions.choose`), or those in the places `data.captions` are taken. The shares of all
+    processes, joined in the order of their indices, are the batch that a single process would get. No example comes twice in a
+    batch: an epoch ends with its last full batch, and the next one is shuffled again.
 
     Raises ConfigError as `check_source` and `Vectors` do, and for a batch that the processes can't divide equally."""
     local = _local_batch(batch_size, process_count)
@@ -79,7 +80,7 @@ def train_batches(
     reader = training_reader(source, order, own.batch)
     make_example = TrainingExample(source, order, reader, tokenizer, data, image_size, teacher, embedded)
     examples = _by_position(make_example, batch_size, seed)
-    numbers = tokenizer.length * data.captions_per_image + sum(v.numbers for v in (teacher, embedded) if v is not None)
+    numbers = tokenizer.length * data.texts_per_image + sum(v.numbers for v in (teacher, embedded) if v is not None)
     workers = _workers(data, image_size, 4 * numbers + SCALARS)
     return BatchStream(_Picked(examples, own), local, workers, closing=reader.close)
 
@@ -135,13 +136,13 @@ class _Picked:
 
 def _workers(data: config.Data, size: int, others: int) -> Workers:
     """Those that `data` asks for. `others`: the bytes of an example beside its image."""
-    return Workers(data.worker_kind, data.workers, data.prefetch_bytes, 3 * size * size + others)
+    return Workers(data.worker_kind, data.workers, data.prefetch_bytes, 3 * size * size * data.views_per_image + others)
 
 
 def check_source(source: Source, data: config.Data, batch_size: int) -> None:
     """Raises ConfigError for a source with fewer examples than a batch, a mixture whose shares a batch can't have, images
-    alone, or no example of `data.captions_per_image` captions."""
-    n, k = len(source), data.captions_per_image
+    alone, or no example of `data.captions_per_image` captions, or with a caption in all places of `data.captions`."""
+    n, k = len(source), max((data.captions_per_image, *(place + 1 for place in data.captions)))
     remedy = f"is more than the {n} examples of {source.name}: use at most {n}"
     require(batch_size <= n, "train.batch_size", batch_size, remedy)
     if isinstance(source, Mixture):
@@ -155,8 +156,9 @@ def check_source(source: Source, data: config.Data, batch_size: int) -> None:
     for i in sample:
         if (most := max(most, len(source.text(i).captions))) >= k:
             return
+    field = f"data.captions = {data.captions}" if data.captions else f"data.captions_per_image = {k}"
     remedy = f"no example of {source.name} has more than {most} ({len(sample):,} were looked at): use at most that many"
-    raise ConfigError(f"data.captions_per_image = {k}: {remedy}, or set data.text_field to a field of several")
+    raise ConfigError(f"{field}: {remedy}, or set data.text_field to a field of several")
 
 
 def eval_batches(

@@ -1,12 +1,14 @@
-"""Random changes of training images: a crop before, and flip and colours after an image is resized."""
+"""Random changes of training images: a crop before, and flip, colours and blur after an image is resized."""
 
 import math
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from clipjax.config import Augment
 from clipjax.data.images.resize import Box
+
+SIGMA = (0.1, 2.0)  # least and largest standard deviation of a blur, in pixels
 
 
 def draw_crop(width: int, height: int, augment: Augment, rng: np.random.Generator) -> Box:
@@ -43,9 +45,22 @@ def _draw(width: float, height: float, augment: Augment, rng: np.random.Generato
 
 
 def recolour(image: Image.Image, augment: Augment, rng: np.random.Generator) -> Image.Image:
-    """An RGB image, perhaps flipped, with its brightness, contrast and saturation changed."""
+    """An RGB image, perhaps flipped, its colours changed as by torchvision, and blurred by Pillow, as MoCo v2 does (2003.04297).
+
+    The four changes of ColorJitter come in the order of `augment`'s fields, not in a random one."""
     if augment.flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
+    if augment.jitter == 1 or rng.random() < augment.jitter:
+        image = _jitter(image, augment, rng)
+    if augment.gray and rng.random() < augment.gray:
+        image = ImageOps.grayscale(image).convert("RGB")
+    if augment.blur and rng.random() < augment.blur:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*SIGMA)))
+    return image
+
+
+def _jitter(image: Image.Image, augment: Augment, rng: np.random.Generator) -> Image.Image:
+    """An RGB image with its brightness, contrast, saturation and hue changed."""
     for amount, enhance in (
         (augment.brightness, ImageEnhance.Brightness),
         (augment.contrast, ImageEnhance.Contrast),
@@ -53,4 +68,8 @@ def recolour(image: Image.Image, augment: Augment, rng: np.random.Generator) -> 
     ):
         if amount > 0:
             image = enhance(image).enhance(rng.uniform(1 - amount, 1 + amount))
+    if augment.hue > 0:
+        turn = int(rng.uniform(-augment.hue, augment.hue) * 255)  # in 256ths of the circle, truncated: torchvision's number
+        hue, saturation, value = image.convert("HSV").split()
+        image = Image.merge("HSV", (hue.point([(i + turn) % 256 for i in range(256)]), saturation, value)).convert("RGB")
     return image

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from clipjax.config import Data
+from clipjax.config import Augment, Data
 from clipjax.data import filter as filters
 from clipjax.data.images import png
 from clipjax.data.images.augment import bordered, draw_crop, recolour
@@ -39,18 +39,22 @@ class Crop:
     box: Box  # of the part, in pixels of the stored image
     scale: int  # 1, 2, 4 or 8
     turn: Turn | None  # how it is to be turned
+    augment: Augment  # what is done to it
+    rng: np.random.Generator  # which draws the rest
 
 
 def training(stored: bytes | Path, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [size, size, 3] of a stored image, augmented: a random resized crop, then flip, brightness, contrast and saturation.
+    """uint8 [size, size, 3] of a stored image, augmented: a random resized crop, then flip, colours and blur. With several of
+    data.views, [V, size, size, 3]: each has draws of its own, whatever the others do, and the first those of a single one.
 
     Raises Filtered, and what `opened` and the decoder raise."""
-    return square(decoded_crop(stored, size, data, rng), size, data, rng)
+    return squares(decoded_crops(stored, size, data, rng), size, data)
 
 
-def decoded_crop(stored: bytes | Path, size: int, data: Data, rng: np.random.Generator) -> Crop:
-    """A stored image, decoded, and the part of it that `training` shows. Raises as that does."""
-    augment = data.augment
+def decoded_crops(stored: bytes | Path, size: int, data: Data, rng: np.random.Generator) -> list[Crop]:
+    """A stored image, decoded once, and the part of it that each view shows. Raises as `training` does."""
+    augments = data.views or (data.augment,)
+    draws = [rng, *(apart(rng, i) for i in range(1, len(augments)))]
     with opened(stored, data.max_pixels) as image:
         check(image, size, data)
         filters.check_size(data.filter, *image.size)
@@ -59,25 +63,41 @@ def decoded_crop(stored: bytes | Path, size: int, data: Data, rng: np.random.Gen
             check(image, size, data)
         turn = turn_of(image)
         upright = turned_size(*image.size, turn)
-        crops = augment.crop < 1 or augment.border > 0
-        box = draw_crop(*upright, augment, rng) if crops else fit_box(*upright, size, data.resize)
-        box = stored_box(box, *image.size, turn)
-        scale = _draft(image, box, size)
+        shown = [
+            fit_box(*upright, size, data.resize) if _whole(augment) else draw_crop(*upright, augment, own)
+            for augment, own in zip(augments, draws, strict=True)
+        ]
+        boxes = [stored_box(box, *image.size, turn) for box in shown]
+        scale = _draft(image, min(boxes, key=_shorter), size)
         image.load()
-        return Crop(rgb(image), box, scale, turn)
+        pixels = rgb(image)
+        return [Crop(pixels, box, scale, turn, *own) for box, own in zip(boxes, zip(augments, draws, strict=True), strict=True)]
 
 
-def square(crop: Crop, size: int, data: Data, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [size, size, 3]: the part, resized, turned, flipped and recoloured."""
-    whole = data.augment.crop == 1 and data.augment.border == 0
-    if whole and crop.scale == 1 and data.resizer == "pillow":  # what an evaluation shows, bit for bit
+def apart(rng: np.random.Generator, n: int) -> np.random.Generator:
+    """The n-th generator beside `rng`, which is left as it is: their draws do not meet. n = 0 would be a copy of it."""
+    return np.random.Generator(rng.bit_generator.jumped(n))  # pyright: ignore
+
+
+def squares(crops: list[Crop], size: int, data: Data) -> np.ndarray:
+    """uint8 [size, size, 3], or of several [V, size, size, 3]: the parts, resized, turned, flipped and recoloured."""
+    found = [_square(crop, size, data) for crop in crops]
+    return found[0] if len(found) == 1 else np.stack(found)
+
+
+def _whole(augment: Augment) -> bool:
+    return augment.crop == 1 and augment.border == 0
+
+
+def _square(crop: Crop, size: int, data: Data) -> np.ndarray:
+    if _whole(crop.augment) and crop.scale == 1 and data.resizer == "pillow":  # what an evaluation shows, bit for bit
         pixels = Image.fromarray(fit(turned(crop.pixels, crop.turn), size, data.resize))
     else:  # turned when it is small
         left, top, right, bottom = crop.box
         box = left / crop.scale, top / crop.scale, right / crop.scale, bottom / crop.scale
-        shown, box = bordered(crop.pixels, box) if data.augment.border > 0 else (crop.pixels, box)
+        shown, box = bordered(crop.pixels, box) if crop.augment.border > 0 else (crop.pixels, box)
         pixels = turned(resize_box(shown, size, box, data.resizer), crop.turn)
-    return np.asarray(recolour(pixels, data.augment, rng))
+    return np.asarray(recolour(pixels, crop.augment, crop.rng))
 
 
 def evaluation(stored: bytes | Path, size: int, data: Data) -> np.ndarray:
@@ -143,10 +163,14 @@ def _limit_pillow(max_pixels: int) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
+def _shorter(box: Box) -> float:
+    return min(box[2] - box[0], box[3] - box[1])
+
+
 def _draft(image: Image.Image, box: Box, size: int) -> int:
     """Has a JPEG decoded at 1/s of its size, where `box` then still has `size` pixels on each side. Returns s: 1, 2, 4 or 8."""
     width, height = image.size
-    shortest = min(box[2] - box[0], box[3] - box[1])
+    shortest = _shorter(box)
     scale = next((s for s in (8, 4, 2) if shortest >= s * size), 1)
     if image.format not in DRAFTED or scale == 1:
         return 1
