@@ -75,24 +75,16 @@ def cyclip(
     return half * (same + crossed), half * (same - crossed)
 
 
-def barlow(
-    zimg: Float[Array, "b e"], ztxt: Float[Array, "b e"], *, axis: Axis = None, off: float = 5e-3, scale: float = 0.025
-) -> Float[Array, ""]:
-    """Barlow Twins (2103.03230) of images and texts: `scale` times the squared distance of their correlations from the identity.
+def barlow(x: Float[Array, "b e"], y: Float[Array, "b e"], off: float, scale: float, *, axis: Axis = None) -> Float[Array, ""]:
+    """Barlow Twins (2103.03230): `scale` times the squared distance from the identity of the correlations [e, e] of x and y.
 
-    The correlations [e, e] are over the global batch; those off the diagonal have the weight `off`. A coordinate that does not
-    vary correlates with none.
+    They are over the global batch; those off the diagonal have the weight `off`. A coordinate that is constant has none.
     """
 
     def standardised(z: Array) -> Array:
         z = z - mean(z, axis)[None]
         return z * jax.lax.rsqrt(jnp.maximum(mean(z * z, axis), 1e-12))[None]
 
-    correlations = outer(standardised(zimg), standardised(ztxt), axis)
+    correlations = outer(standardised(x), standardised(y), axis)
     own = jnp.eye(len(correlations), dtype=bool)
     return scale * (jnp.where(own, 1, off) * jnp.square(correlations - own)).sum()
-
-
-def siamese(predicted: Float[Array, "b e"], target: Float[Array, "b e"], *, axis: Axis = None) -> Float[Array, ""]:
-    """Mean of 2 - 2 cos of the predictor's vectors and the targets, which have no gradient (SimSiam, 2011.10566)."""
-    return mean(2 - 2 * (predicted * jax.lax.stop_gradient(target)).sum(1), axis)

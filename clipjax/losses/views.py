@@ -1,0 +1,121 @@
+"""Losses of several views, or modalities, of an example at once, over the global batch. All vectors are unit vectors.
+
+Under `shard_map` over `axis`, b is the local batch and the result is the same on every device; outside, axis is None.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from clipjax.losses.batch import einsum, following, log_mean_exp, mean, size
+from clipjax.losses.pairwise import Axis, pairwise_cross_entropy, pairwise_logsumexp
+from clipjax.losses.pairwise.axes import device_index
+from clipjax.losses.pairwise.operands import Scalar
+from clipjax.losses.pairwise.partials import finite
+from clipjax.models.layers import unit
+
+
+def symile_loss(modalities: Float[Array, "M b e"], scale: Scalar, *, axis: Axis = None) -> Float[Array, ""]:
+    """Mean over the modalities a of the cross-entropy of t <a_i, b_i, c_i> among t <a_i, b_j, c_{j+1}>, j != i (2411.01053).
+
+    <a, b, c> is the sum over the coordinates of a b c: the products b c are the columns of a pass. The paper shuffles b and c;
+    here the n-th of the others is shifted by n examples, whatever the mesh. Of two modalities it is CLIP's loss.
+    """
+
+    def of_anchor(order: Array) -> Array:
+        anchor, *others = modalities[order]
+        own = scale * (anchor * jnp.stack(others).prod(0)).sum(1)
+        for n in range(1, len(others)):
+            others[n:] = [following(z, axis) for z in others[n:]]
+        columns = jnp.stack(others).prod(0)
+        found = pairwise_logsumexp(anchor, columns, scale, axis=axis, keep="off_diagonal", columns=False)
+        return mean(jax.nn.softplus(found.rows - own), axis)
+
+    m = len(modalities)
+    return jax.lax.map(of_anchor, jnp.array([[a, *(n for n in range(m) if n != a)] for a in range(m)])).mean()
+
+
+def multi_view_loss(
+    views: Float[Array, "V b e"],
+    scale: Scalar,
+    form: Literal["infonce", "dhel"] = "dhel",
+    *,
+    axis: Axis = None,
+    ids: Int[Array, " b"] | None = None,
+) -> Float[Array, ""]:
+    """Mean over i of log N_i - log P_i, with P_i the sum over views l < m of exp(t u_il . u_im) (2507.06979).
+
+    "infonce": N_i is half the sum over l, and over (j, m) other than (i, l), of exp(t u_il . u_jm), so the value is at least 0.
+    "dhel": N_i is the product over l of the sums over j != i of exp(t u_il . u_jl); there is no lower bound. Equal `ids` are no
+    negatives; an example without any counts as 0. Raises ValueError for one view, and with "dhel" for one example.
+    """
+    count, b = views.shape[:2]
+    if count < 2 or (form == "dhel" and size(views[0], axis) < 2):
+        raise ValueError(f"multi_view_loss({form!r}) of {count} views and {b} examples: give two views, to 'dhel' two examples")
+    ids = device_index(axis) * b + jnp.arange(b) if ids is None else ids
+    first, second = np.triu_indices(count, 1)
+    positives = jax.nn.logsumexp(scale * einsum("pbe,pbe->pb", views[first], views[second]), 0)
+
+    def negatives(z: Array) -> Array:  # an infonce's rows are all views of all examples
+        n = jnp.tile(ids, len(z) // b)
+        return pairwise_logsumexp(z, z, scale, axis=axis, keep="distinct", ids=(n, n), columns=False).rows
+
+    if form == "infonce":  # log(1 + rest / 2 P): a small loss keeps its digits
+        rest = negatives(views.reshape(count * b, -1)).reshape(count, b)
+        values = jax.nn.softplus(jax.nn.logsumexp(finite(rest), 0) - np.log(2) - positives)
+    else:
+        rest = jax.lax.map(negatives, views)
+        values = finite(rest).sum(0) - positives
+    return mean(jnp.where(rest[0] == -jnp.inf, 0, values), axis)
+
+
+def column_offsets(x: Float[Array, "b e"], y: Float[Array, "b e"], epsilon: float, rounds: int, axis: Axis) -> Float[Array, " b"]:
+    """g: the softmax over j of (x_i . y_j + g_j) / epsilon are Sinkhorn's assignments of rows to columns after so many rounds.
+
+    A round makes the sums of the columns equal, then those of the rows. An offset is one more coordinate, so each is one pass.
+    """
+
+    def balanced(x: Array, y: Array, offset: Array) -> Array:
+        """Offsets of the rows x that make their sums 1."""
+        sides = jnp.c_[x, jnp.ones(len(x))], jnp.c_[y, offset]
+        return -epsilon * pairwise_logsumexp(*sides, 1 / epsilon, axis=axis, columns=False).rows
+
+    start = balanced(y, x, jnp.zeros(len(x)))
+    return jax.lax.fori_loop(1, rounds, lambda _, g: balanced(y, x, balanced(x, y, g)), start)
+
+
+def swap_loss(
+    pair: tuple[Array, Array], scale: Scalar, other: tuple[Array, Array], epsilon: float, rounds: int, *, axis: Axis = None
+) -> Float[Array, ""]:
+    """SwALIP (2305.08675): the mean of images towards their assignments to the batch's texts, and of texts to its images.
+
+    The assignments are those of another pair of views [b, e], which has no gradient.
+    """
+    x, y = jax.lax.stop_gradient(other)
+    of_y, of_x, one = *(column_offsets(*sides, epsilon, rounds, axis) for sides in ((x, y), (y, x))), jnp.ones(len(x))
+    teacher = jnp.c_[x, one, of_x], jnp.c_[y, of_y, one]  # a row's own offset leaves its softmax as it is
+    rows, cols = pairwise_cross_entropy(*pair, scale, *teacher, 1 / epsilon, axis=axis)
+    return mean(rows + cols, axis) / 2
+
+
+def prototype_loss(
+    pair: tuple[Array, Array], scale: Scalar, prototypes: Float[Array, "k e"], epsilon: float, rounds: int, *, axis: Axis = None
+) -> Float[Array, ""]:
+    """SwAV (2006.09882): the mean of x towards y's assignments to all prototypes, and of y towards those of x.
+
+    `prototypes`: this device's, of any length; those of zeros are none. [b, all prototypes] is in memory.
+    """
+    vectors = prototypes if axis is None else jax.lax.all_gather(prototypes, axis, tiled=True)
+    bias = jnp.where((vectors != 0).any(1), 0, -1e9)[None]
+
+    def balanced(_: Array, logits: Array) -> Array:
+        of_columns = jax.vmap(lambda column: log_mean_exp(column, axis), 1)(logits)
+        return jax.nn.log_softmax(logits - of_columns[None] + bias)
+
+    cosines = [einsum("be,ke->bk", z, unit(vectors)) for z in pair]
+    targets = [jnp.exp(jax.lax.fori_loop(0, rounds, balanced, jax.lax.stop_gradient(c) / epsilon)) for c in cosines]
+    found = [(q * jax.nn.log_softmax(scale * c + bias)).sum(1) for q, c in zip(targets, cosines[::-1], strict=True)]
+    return -mean(found[0] + found[1], axis) / 2
