@@ -431,6 +431,7 @@ def leaves():
                 "schedule.kind",
                 "evals.0.kind",
                 "model.decoder",
+                "model.heads",
                 "data.sources",
                 "data.views",
                 ".lora",

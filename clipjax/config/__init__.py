@@ -15,7 +15,7 @@ from clipjax.config.data import BPE, Clean, Data, Filter, Part, Tokenizer, Token
 from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
-from clipjax.config.model import Attention, Decoder, Model
+from clipjax.config.model import Attention, Decoder, Head, Model
 from clipjax.config.objective import (
     CUA,
     CUAXU,
@@ -48,11 +48,11 @@ from clipjax.config.unions import registered, require_registered
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Calibration", "Caption",
     "Captioning", "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip",
-    "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "ImageTower", "Init", "Instance",
-    "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim", "Part", "Preserve", "Probe", "Remembering", "Retrieval",
-    "Rsqrt", "Rule", "Run", "RunSuite", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Term",
-    "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer", "Uniformity",
-    "View", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from", "to_json",
+    "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "Head", "ImageTower", "Init",
+    "Instance", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim", "Part", "Preserve", "Probe", "Remembering",
+    "Retrieval", "Rsqrt", "Rule", "Run", "RunSuite", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Term",
+    "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer", "Uniformity", "View",
+    "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from", "to_json",
 ]  # fmt: skip
 
 
@@ -108,6 +108,23 @@ class Run(Strict, prefix=""):
     def model_in_use(self) -> Model:
         """The model as the train step runs it: without a captioning head that no term asks for."""
         return self.model if self.captioning else dataclasses.replace(self.model, decoder=None)
+
+    def deployed(self, heads: tuple[str, ...] = ()) -> "Run":
+        """The run of `Model.deployed`, without the terms that it can't serve. Raises ConfigError for an unknown head."""
+        model = self.model.deployed(heads)
+        if model == self.model:
+            return self
+        terms = tuple(term for term in self.objective if _served(term, model, self.data))
+        terms += () if any(term.weight for term in terms) else (Softmax(),)
+        return dataclasses.replace(self, model=model, objective=terms)
+
+
+def _served(term: Term, model: Model, data: Data) -> bool:
+    try:
+        term.check("", model, data)
+    except ConfigError:
+        return False
+    return True
 
 
 UNIONS = (Term, TrainingEvaluation)  # a config file can add its own classes to these: `clipjax.register`

@@ -1,5 +1,7 @@
-"""The model's part of a configuration: two towers, a captioning head, scale and bias."""
+"""The model's part of a configuration: two towers, a captioning head, heads of the objective's terms, scale and bias."""
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,12 +35,41 @@ class Decoder(Strict, prefix="model.decoder"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head(Strict, prefix="model.heads"):
+    """An MLP from a tower's pooled feature, as it is before the projection, to unit vectors that terms compare (SimCLR,
+    2002.05709). Each layer but the last has a LayerNorm and the tower's activation; a BatchNorm would mix examples. Only training
+    uses heads, and evaluations that name one.
+    """
+
+    name: str  # what terms call it, and its part of a parameter's path: heads/NAME/image/up/kernel
+    side: Literal["both", "image", "text"] = "both"  # the towers that have it
+    depth: int = 2  # linear maps, 1 to 3
+    hidden: int = 4096  # width between the linear maps
+    width: int = 256  # of its vectors
+    scale: float | None = None  # a logit scale of its own, learned, at the start; None: the terms' own, or the model's
+    predictor: bool = False  # a second MLP on its output, of two linear maps, for the terms that compare predictions
+
+    def __post_init__(self) -> None:
+        fits = re.fullmatch(r"[a-z][a-z0-9_]*", self.name) is not None and self.name != "blocks"
+        require(fits, "model.heads.name", self.name, "must be lower-case letters, digits and _, and not `blocks`")
+        require(1 <= self.depth <= 3, f"model.heads.{self.name}.depth", self.depth, "must be 1, 2 or 3")
+        for part in ("hidden", "width"):
+            require(getattr(self, part) > 0, f"model.heads.{self.name}.{part}", getattr(self, part), "must be positive")
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The towers that have it."""
+        return ("image", "text") if self.side == "both" else (self.side,)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model(Strict, prefix="model"):
     """Two towers, a captioning head where there is one, the logit scale and, for the sigmoid loss, the logit bias."""
 
     image: ImageTower = field(default_factory=ImageTower)  # from images to embeddings
     text: TextTower = field(default_factory=TextTower)  # from captions to embeddings
     decoder: Decoder | None = None  # the captioning head; None: the model has none
+    heads: tuple[Head, ...] = ()  # beside the projection to the embedding, for the terms that name them
     # The towers that it has. Only what is imported has one alone, without scale and bias: training needs both.
     towers: Literal["both", "image", "text"] = "both"
     init_scale: float = 1 / 0.07  # the logit scale t = 1/temperature at the start
@@ -67,9 +98,15 @@ class Model(Strict, prefix="model"):
             heads, width = self.decoder.heads, self.text.width
             require(width % heads == 0, "model.decoder.heads", heads, f"must divide model.text.width = {width}")
             require(self.text.causal, "model.text.causal", False, "model.decoder generates from left to right: it must be causal")
-        require(self.init_scale > 0, "model.init_scale", self.init_scale, "must be positive")
-        clamped = self.max_scale is None or 1 <= self.init_scale <= self.max_scale
-        require(clamped, "model.init_scale", self.init_scale, f"must lie in [1, max_scale = {self.max_scale}]")
+        names = tuple(head.name for head in self.heads)
+        require(len(set(names)) == len(names), "model.heads", names, "are their names, which must differ")
+        require(not names or self.towers == "both", "model.heads", names, "are for training, which needs both towers")
+        scales = {"model.init_scale": self.init_scale}
+        scales |= {f"model.heads.{head.name}.scale": head.scale for head in self.heads if head.scale is not None}
+        for name, scale in scales.items():
+            require(scale > 0, name, scale, "must be positive")
+            clamped = self.max_scale is None or 1 <= scale <= self.max_scale
+            require(clamped, name, scale, f"must lie in [1, max_scale = {self.max_scale}]")
         require(self.part is None or self.part >= 1, "model.part", self.part, "must be a number of tokens, at least 1, or None")
         require(self.unroll >= 1, "model.unroll", self.unroll, "must be at least 1")
 
@@ -77,6 +114,13 @@ class Model(Strict, prefix="model"):
     def embed_dim(self) -> int:
         tower = self.text if self.towers == "text" else self.image
         return tower.embed_dim or tower.width
+
+    def deployed(self, heads: tuple[str, ...] = ()) -> "Model":
+        """The model without what training alone needs: without its heads, but for those named. Raises ConfigError for another."""
+        known = {head.name: head for head in self.heads}
+        for name in heads:
+            require(name in known, "head", name, f"the run's model has {', '.join(known) or 'no heads'}")
+        return dataclasses.replace(self, heads=tuple(known[name] for name in heads)) if self.heads else self
 
     def require_towers(self, *names: Literal["image", "text"]) -> None:
         """Raises ConfigError where the model has not all of these towers."""

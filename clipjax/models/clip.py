@@ -1,4 +1,4 @@
-"""The model: two towers, a captioning head, the scalars of the loss; how parameters are initialised and bound to the model."""
+"""The model: two towers, a captioning head, terms' heads, scale and bias; how parameters are initialised and bound to it."""
 
 import functools
 import math
@@ -14,6 +14,7 @@ from clipjax import config
 from clipjax.models import decoder, text, vit
 from clipjax.models.decoder import Decoder
 from clipjax.models.facts import TowerFacts
+from clipjax.models.heads import Heads, Vectors
 from clipjax.models.layers import Scope, unit
 from clipjax.models.runner import DEFAULT_PART, ONE_DEVICE, Placement, Runner
 from clipjax.models.steps import make_layer_step, unstack_layers
@@ -38,7 +39,7 @@ DecodeStep = Callable[[Array, Array, CaptionCache], tuple[Float[Array, "b n v"],
 
 
 class CLIP(nnx.Module):
-    """Both towers, the captioning head where there is one, and the logit scale and bias."""
+    """Both towers, the captioning head and the terms' heads where there are some, and the logit scale and bias."""
 
     def __init__(self, cfg: config.Model, key: Key[Array, ""], attention: config.Attention = "exact") -> None:
         self.cfg = cfg
@@ -46,6 +47,7 @@ class CLIP(nnx.Module):
         self.image = None if cfg.towers == "text" else ViT(cfg.image, scope / "image")
         self.text = None if cfg.towers == "image" else TextTransformer(cfg.text, scope / "text")
         self.decoder = None if cfg.decoder is None else Decoder(cfg.decoder, cfg.text, cfg.image, scope / "decoder")
+        self.heads = Heads(cfg, scope / "heads") if cfg.heads else None
         # jnp.float32: a weakly typed scalar would make the train step compile again after the first update.
         both = cfg.towers == "both"
         self.log_scale = nnx.Param(jnp.float32(math.log(cfg.init_scale))) if both else None
@@ -59,11 +61,29 @@ class CLIP(nnx.Module):
 
     def image_features(self, images: UInt8[Array, "b s s 3"], placement: Placement = ONE_DEVICE) -> Float[Array, "b d"]:
         """Unit vectors, float32, of the image tower before its projection. Raises ConfigError without tower."""
-        return unit(self._image_tower(images, None, self._runner(placement), project=False)[0])
+        return unit(self._image_tower(images, None, self._runner(placement), features=True)[2])
+
+    def image_vectors(
+        self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, placement: Placement = ONE_DEVICE
+    ) -> Vectors:
+        """The embeddings of `encode_image`, and the heads' vectors, from one pass. Raises ConfigError without tower."""
+        runner = self._runner(placement)
+        z, _, feature = self._image_tower(images, keys, runner, features=self.heads is not None)
+        return self._vectors("image", z, feature, runner)
 
     def encode_text(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Float[Array, "b e"]:
         """Unit vectors, float32. Raises ConfigError without tower."""
         return unit(self._text_tower(tokens, self._runner(placement))[0])
+
+    def text_features(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Float[Array, "b d"]:
+        """Unit vectors, float32, of the text tower before its projection. Raises ConfigError without tower."""
+        return unit(self._text_tower(tokens, self._runner(placement), features=True)[2])
+
+    def text_vectors(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Vectors:
+        """The embeddings of `encode_text`, and the heads' vectors, from one pass. Raises ConfigError without tower."""
+        runner = self._runner(placement)
+        z, _, feature = self._text_tower(tokens, runner, features=self.heads is not None)
+        return self._vectors("text", z, feature, runner)
 
     def encode_pairs(
         self,
@@ -72,25 +92,26 @@ class CLIP(nnx.Module):
         keys: Key[Array, " b"] | None = None,
         parallel: Bool[Array, " b"] | None = None,
         placement: Placement = ONE_DEVICE,
-    ) -> tuple[Float[Array, "b e"], Float[Array, "bK e"], Float[Array, "bK t-1 d"]]:
-        """The embeddings of `encode_image` and `encode_text`, and the captioning head's states [bK, t-1, d] from the same pass.
+    ) -> tuple[Vectors, Vectors, Float[Array, "bK t-1 d"]]:
+        """What `image_vectors` and `text_vectors` give, and the captioning head's states [bK, t-1, d] from the same pass.
 
         Each state predicts the next token (`losses.token_nll` of the states and `words`). The K captions of an image come one
         after the other. `parallel`: true for images whose captions are predicted from the image alone.
         """
-        runner, captions = self._runner(placement), len(tokens) // len(images)
-        image, context = self._image_tower(images, keys, runner, tokens=True)
-        text, states = self._text_tower(tokens, runner, states=True)
+        runner, captions, features = self._runner(placement), len(tokens) // len(images), self.heads is not None
+        image, context, image_feature = self._image_tower(images, keys, runner, tokens=True, features=features)
+        text, states, text_feature = self._text_tower(tokens, runner, states=True, features=features)
         assert context is not None
         assert states is not None
         if captions > 1:
             context = jnp.repeat(context, captions, axis=0)
             parallel = None if parallel is None else jnp.repeat(parallel, captions, axis=0)
-        return unit(image), unit(text), self._head(states, context, runner, parallel)
+        vectors = self._vectors("image", image, image_feature, runner), self._vectors("text", text, text_feature, runner)
+        return *vectors, self._head(states, context, runner, parallel)
 
     def start_captions(self, images: UInt8[Array, "b s s 3"], beams: int, placement: Placement = ONE_DEVICE) -> CaptionCache:
         """An empty cache for `beams` captions of each image, with every layer's keys and values of the image's tokens."""
-        _, context = self._image_tower(images, None, self._runner(placement), tokens=True)
+        _, context, _ = self._image_tower(images, None, self._runner(placement), tokens=True)
         assert context is not None
         assert self.cfg.decoder is not None
 
@@ -121,6 +142,9 @@ class CLIP(nnx.Module):
     def words(self) -> Float[Array, "v d"]:
         """The output projection: a state of the captioning head times a row is the logit of that token of the vocabulary."""
         return (self._text_tower.tokens if self._head.output is None else self._head.output.kernel)[...]
+
+    def _vectors(self, side: str, z: Float[Array, "b e"], feature: Array | None, runner: Runner) -> Vectors:
+        return Vectors(unit(z)) if self.heads is None or feature is None else self.heads(side, z, feature, runner)
 
     @property
     def _image_tower(self) -> ViT:

@@ -43,9 +43,11 @@ class TextTransformer(nnx.Module):
 
     @jax.named_scope("text")
     def __call__(
-        self, tokens: Int[Array, "b t"], runner: Runner, states: bool = False
-    ) -> tuple[Float[Array, "b e"], Float[Array, "b t d"] | None]:
-        """Token ids -> embeddings, not normalised. With `states`, also each token's state after the last layer."""
+        self, tokens: Int[Array, "b t"], runner: Runner, states: bool = False, features: bool = False
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b t d"] | None, Float[Array, "b d"] | None]:
+        """Token ids -> embeddings, not normalised. With `states`, also each token's state after the last layer; with `features`,
+        vectors before the projection.
+        """
         x, mask, count = self.embed(tokens, look_up=runner.placement.look_up), None, len(tokens)
         if self.class_token is not None:
             last = jnp.broadcast_to(self.class_token[...] + self.positions[...][-1], (len(x), 1, self.cfg.width))
@@ -53,8 +55,9 @@ class TextTransformer(nnx.Module):
         x, tokens = (runner.to_chunks(a, self.cfg.positions) for a in (x, tokens))
         mask = None if mask is None else runner.to_chunks(mask, self.cfg.positions)
         x = runner.layers(self.blocks, x, mask, locked=locked_layers(self.cfg))
-        z = runner.from_chunks(runner.around_layers(TextTransformer.pool, self, x, tokens), count)
-        return z, runner.from_chunks(x[:, :, : self.cfg.length], count) if states else None
+        pool = functools.partial(TextTransformer.pool, features=features)
+        z, feature = runner.from_chunks(runner.around_layers(pool, self, x, tokens), count)
+        return z, runner.from_chunks(x[:, :, : self.cfg.length], count) if states else None, feature
 
     def embed(self, tokens: Int[Array, "b t"], start: int | Array = 0, look_up: LookUp = look_up) -> Float[Array, "b t d"]:
         """The first layer's input, of tokens at positions `start` and after."""
@@ -89,7 +92,9 @@ class TextTransformer(nnx.Module):
             real = jnp.concatenate([np.arange(tokens.shape[1])[None] < lengths(tokens)[:, None], first], axis=1)
         return jnp.asarray(np.tri(self.cfg.positions, dtype=bool)[None] & real[:, None])
 
-    def pool(self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
+    def pool(
+        self, x: Float[Array, "b t d"], tokens: Int[Array, "b t"], features: bool
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b d"] | None]:
         if self.cfg.pool == "eot":  # the causal mask hides the padding after it
             x = jnp.take_along_axis(x, lengths(tokens)[:, None, None] - 1, axis=1)[:, 0]
         elif self.cfg.pool == "eos":
@@ -97,7 +102,7 @@ class TextTransformer(nnx.Module):
         else:
             x = x[:, -1]
         x = self.norm(x)
-        return x if self.projection is None else self.projection(x)
+        return x if self.projection is None else self.projection(x), x if features else None
 
 
 def lengths(tokens: Int[Array, "b t"]) -> Int[Array, " b"]:

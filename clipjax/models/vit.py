@@ -55,10 +55,10 @@ class ViT(nnx.Module):
         keys: Key[Array, " b"] | None,
         runner: Runner,
         tokens: bool = False,
-        project: bool = True,
-    ) -> tuple[Float[Array, "b e"], Array | None]:
+        features: bool = False,
+    ) -> tuple[Float[Array, "b e"], Array | None, Array | None]:
         """Images [b, s, s, 3] in 0..255 -> embeddings, not normalised. With `tokens`, also the tokens [b, m, c] that a decoder
-        attends to. `keys`, one an example, turn patch dropout on. Without `project`, vectors [b, d] before the projection.
+        attends to; with `features`, vectors [b, d] before the projection. `keys`, one an example, turn patch dropout on.
         """
         # Split into patches as bytes, so that the fewest bytes move. All numbers of a patch are one axis: no padding on a TPU.
         # What fills no patch is left out at the right and at the bottom, as a convolution with this stride does.
@@ -66,7 +66,7 @@ class ViT(nnx.Module):
         patches = einops.rearrange(images[:, :whole, :whole], "b (y p) (x q) c -> b (y x) (p q c)", p=side, q=side)
         chunks = jax.tree.map(lambda x: runner.to_chunks(x, self.cfg.patches), (patches, keys))
         x = runner.layers(self.blocks, runner.around_layers(ViT.embed, self, *chunks), locked=locked_layers(self.cfg))
-        pooled = runner.around_layers(functools.partial(ViT.pool, with_tokens=tokens, project=project), self, x)
+        pooled = runner.around_layers(functools.partial(ViT.pool, with_tokens=tokens, features=features), self, x)
         return runner.from_chunks(pooled, len(images))
 
     def embed(self, patches: UInt8[Array, "b n f"], keys: Key[Array, " b"] | None) -> Float[Array, "b t d"]:
@@ -85,7 +85,9 @@ class ViT(nnx.Module):
             x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, cfg.width)), x], axis=1)
         return x if self.pre_norm is None else self.pre_norm(x)
 
-    def pool(self, x: Float[Array, "b t d"], with_tokens: bool, project: bool = True) -> tuple[Float[Array, "b e"], Array | None]:
+    def pool(
+        self, x: Float[Array, "b t d"], with_tokens: bool, features: bool
+    ) -> tuple[Float[Array, "b e"], Array | None, Array | None]:
         if self.cfg.pool == "cls":
             z, tokens = self.norm(x[:, 0]), self.norm(x[:, 1:]) if with_tokens else None
         elif self.pooler is not None and self.contrastive is None:  # "single"
@@ -102,8 +104,8 @@ class ViT(nnx.Module):
                 z = self.contrastive(tokens if self.cfg.pool == "cascade" else x)[:, 0]
             else:
                 z = getattr(self, self.cfg.pool)(x)
-        z = self.projection(z) if project and self.projection is not None else z
-        return z, tokens if with_tokens else None
+        projected = z if self.projection is None else self.projection(z)
+        return projected, tokens if with_tokens else None, z if features else None
 
 
 def drop_patches(x: Float[Array, "b n d"], keys: Key[Array, " b"], rate: float) -> Float[Array, "b m d"]:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from clipjax import config, losses, placement, sharding
 from clipjax.models import clip
+from clipjax.models.heads import Vectors
 from clipjax.models.text import lengths
 from clipjax.train import accumulate, memory, nonfinite
 from clipjax.train.memory import Memory
@@ -82,39 +83,46 @@ def make_train_step(
     return train_step
 
 
-def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> tuple[jax.Array, ...]:
-    """Embeddings of images [b, e], of texts [b, e] or [b, K, e]; with a captioning loss, -log p [b] of each image's captions."""
+def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> tuple[Any, ...]:
+    """Vectors of images [b, e], of texts [b, e] or [b, K, e]; with a captioning loss, -log p [b] of each image's captions."""
     model = clip.bind(run.model, stop_frozen(run.optim_in_use.rules, trainable.params), run.model.attention)
     *captions, length = rows["text"].shape
     tokens = rows["text"].reshape(-1, length)
     if run.embedded == "image":
-        return rows["embedded"], model.encode_text(tokens, towers.placement).reshape(*captions, -1)
+        return Vectors(rows["embedded"]), _of_captions(captions, model.text_vectors(tokens, towers.placement))
     if run.embedded == "text":
-        return model.encode_image(rows["image"], rows["keys"], towers.placement), rows["embedded"]
+        return model.image_vectors(rows["image"], rows["keys"], towers.placement), Vectors(rows["embedded"])
     if not run.captioning:
-        ztxt = model.encode_text(tokens, towers.placement)
-        return model.encode_image(rows["image"], rows["keys"], towers.placement), ztxt.reshape(*captions, -1)
+        text = model.text_vectors(tokens, towers.placement)
+        return model.image_vectors(rows["image"], rows["keys"], towers.placement), _of_captions(captions, text)
     parallel_share, parallel = run.model.decoder.parallel if run.model.decoder else 0, None
     if parallel_share:
         parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), parallel_share))(rows["keys"])
-    zimg, ztxt, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.placement)
+    image, text, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.placement)
     nll = losses.caption_nll(states, model.words, tokens, lengths(tokens), towers.token_nll)
-    return zimg, ztxt.reshape(*captions, -1), nll.reshape(len(zimg), -1).sum(1)
+    return image, _of_captions(captions, text), nll.reshape(len(rows["image"]), -1).sum(1)
+
+
+def _of_captions(captions: list[int], text: Vectors) -> Vectors:
+    """A row for each image: vectors [b K, e] -> [b, e] or [b, K, e]. `captions`: b, and K where there are several."""
+    return jax.tree.map(lambda x: x.reshape(*captions, -1), text)
 
 
 @jax.named_scope("loss")
 def _loss(
-    run: config.Run, mesh: Mesh, trainable: Trainable, z: tuple[jax.Array, ...], rows: StepInputs
+    run: config.Run, mesh: Mesh, trainable: Trainable, z: tuple[Any, ...], rows: StepInputs
 ) -> tuple[jax.Array, tuple[Metrics, Memory]]:
     """The loss of all embeddings, the values to log, and the values to store for the batch's examples (train/memory.py)."""
     on_shard = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
     objective = sharding.on_shards(on_shard, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))
     scalars = stop_frozen(run.optim_in_use.rules, trainable.params)
     teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
-    zimg, ztxt, *nll = z
-    predicted = lengths(rows["text"]).reshape(len(zimg), -1) - 1  # tokens of each caption
+    image, text, *nll = z
+    predicted = lengths(rows["text"]).reshape(len(rows["text"]), -1) - 1  # tokens of each caption
     caption = (nll[0], predicted.sum(1)) if run.captioning else None
-    inputs = losses.Rows(zimg, ztxt, rows.get("id"), teacher, rows["memory"] | trainable.temperatures, caption)
+    inputs = losses.Rows(
+        image.embedding, text.embedding, rows.get("id"), teacher, rows["memory"] | trainable.temperatures, caption
+    )
     loss, logged, remembered = objective(inputs, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
     return loss, (logged, remembered)
 

@@ -43,7 +43,8 @@ def inputs(n=4, length=LENGTH):
 @functools.partial(jax.jit, static_argnums=0)
 def pairs(cfg, params, images, tokens, parallel=None):
     """Embeddings of images and texts, and states: `CLIP.encode_pairs`."""
-    return bind(cfg, params).encode_pairs(images, tokens, None, parallel)
+    image, text, states = bind(cfg, params).encode_pairs(images, tokens, None, parallel)
+    return image.embedding, text.embedding, states
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +115,8 @@ def test_the_order_of_tokens_does_not_matter_to_poolers(cascade):
     m, order = bind(cfg, params), np.random.default_rng(0).permutation(16)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 16, 32)), jnp.float32)
     np.testing.assert_allclose(m.image.pooler(x), m.image.pooler(x[:, order]), atol=1e-5)
-    _, context = m.image(images, None, Runner(), tokens=True)
-    _, states = m.text(tokens, Runner(), states=True)
+    _, context, _ = m.image(images, None, Runner(), tokens=True)
+    _, states, _ = m.text(tokens, Runner(), states=True)
     assert context.shape == (4, 5, 24)
     got, want = (m.decoder(states, tokens, Runner()) for tokens in (context[:, ::-1], context))
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -145,7 +146,7 @@ def test_contrast_has_no_gradient_to_the_head(cascade):
         m = bind(cfg, params)
         image, text, states = m.encode_pairs(images, tokens)
         nll = token_nll(states.reshape(-1, 32), m.words, tokens[:, 1:].reshape(-1))
-        return clip_loss(image, text, jnp.float32(10.0)), nll.mean()
+        return clip_loss(image.embedding, text.embedding, jnp.float32(10.0)), nll.mean()
 
     contrast, caption = jax.jit(jax.jacrev(losses))(params)
     assert all(not np.any(g) for g in jax.tree.leaves(contrast["decoder"]))

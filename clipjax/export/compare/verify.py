@@ -128,8 +128,8 @@ def _encode(model: Model, params: Params, pixels: jax.Array, tokens: jax.Array) 
     if m.decoder is None:
         image, text, token_logits = m.encode_image(pixels), m.encode_text(tokens), ()
     else:
-        image, text, states = m.encode_pairs(pixels, tokens)
-        token_logits = (states @ m.words.T,)
+        *vectors, states = m.encode_pairs(pixels, tokens)
+        image, text, token_logits = vectors[0].embedding, vectors[1].embedding, (states @ m.words.T,)
     assert m.log_scale is not None
     logits = jnp.exp(m.log_scale[...]) * (image @ text.T)
     return image, text, logits if m.bias is None else logits + m.bias[...], *token_logits

@@ -1,0 +1,108 @@
+"""Heads: MLPs from a tower's pooled feature, before its projection, for the terms of the objective that name them."""
+
+import itertools
+import math
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from clipjax import config
+from clipjax.models.layers import MLP, Layer, LayerNorm, Linear, Scope, activate, unit
+from clipjax.models.runner import Runner
+
+
+class Vectors(NamedTuple):
+    """What a tower gives of its rows: unit vectors, float32. Those of heads are by the head's name."""
+
+    embedding: Float[Array, "b e"]
+    heads: dict[str, Float[Array, "b w"]] = {}
+    predicted: dict[str, Float[Array, "b w"]] = {}  # the same after the head's predictor, of heads with one
+
+
+class Projector(Layer):
+    """Linear maps `up`, `middle` and `down`, or the last of these. A LayerNorm and the activation follow each but the last."""
+
+    TENSOR_AXES: ClassVar = MLP.TENSOR_AXES | {"norm_up/scale": -1, "norm_up/bias": -1}  # hidden units
+
+    def __init__(self, scope: Scope, widths: tuple[int, ...], activation: config.Activation, eps: float) -> None:
+        """`widths`: of the input, between the maps, and of the output."""
+        self.activation = activation
+        self.down: Linear
+        self.names = (*("up", "middle")[: len(widths) - 2], "down")
+        for name, inner, outer in zip(self.names, widths[:-1], widths[1:], strict=True):
+            last = name == "down"
+            setattr(self, name, Linear(scope / name, (inner,), (outer,), std=inner**-0.5, bias=last))
+            if not last:
+                setattr(self, f"norm_{name}", LayerNorm(scope / f"norm_{name}", outer, eps))
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b w"]:
+        for name in self.names[:-1]:
+            x = activate(getattr(self, f"norm_{name}")(getattr(self, name)(x)), self.activation)
+        return self.down(x)
+
+
+class Head(nnx.Module):
+    """A projector, and a predictor if it has one, of each of its towers; and its logit scale, if that is its own."""
+
+    def __init__(self, cfg: config.Head, model: config.Model, scope: Scope) -> None:
+        for side in cfg.sides:
+            tower = getattr(model, side)
+            for name, widths in _widths(cfg, model, side).items():
+                setattr(self, name, Projector(scope / name, widths, tower.activation, tower.norm_eps))
+        self.log_scale = None if cfg.scale is None else nnx.Param(jnp.float32(math.log(cfg.scale)))
+
+
+class Heads(nnx.Module):
+    """All heads of a model, each under its name."""
+
+    def __init__(self, model: config.Model, scope: Scope) -> None:
+        self._cfgs = model.heads
+        for head in model.heads:
+            setattr(self, head.name, Head(head, model, scope / head.name))
+
+    @jax.named_scope("heads")
+    def __call__(self, side: str, z: Float[Array, "b e"], feature: Float[Array, "b d"], runner: Runner) -> Vectors:
+        """A tower's embeddings and pooled features, neither normalised -> its vectors."""
+        found = Vectors(unit(z), {}, {})
+        for cfg in self._cfgs:
+            if side in cfg.sides:
+                head = getattr(self, cfg.name)
+                x = _run(getattr(head, side), feature, runner)
+                found.heads[cfg.name] = unit(x)
+                if cfg.predictor:
+                    found.predicted[cfg.name] = unit(_run(getattr(head, f"{side}_predictor"), x, runner))
+        return found
+
+
+def _run(projector: Projector, x: Float[Array, "b d"], runner: Runner) -> Float[Array, "b w"]:
+    """As a part of a tower with one token: weights are gathered and rows are recomputed as there."""
+    return runner.from_chunks(runner.around_layers(Projector.__call__, projector, runner.to_chunks(x, 1)), len(x))
+
+
+def joined(vectors: Vectors, names: tuple[str, ...]) -> Float[Array, "b w"]:
+    """Unit vectors of several heads as one, whose cosines are the mean of theirs."""
+    return jnp.concatenate([vectors.heads[name] for name in names], axis=-1) / math.sqrt(len(names))
+
+
+def _widths(cfg: config.Head, model: config.Model, side: str) -> dict[str, tuple[int, ...]]:
+    """The widths of a tower's projector and predictor, by their names in a parameter's path."""
+    pooled = model.image.pooled_width if side == "image" else model.text.width
+    widths = {side: (pooled, *[cfg.hidden] * (cfg.depth - 1), cfg.width)}
+    return widths | ({f"{side}_predictor": (cfg.width, cfg.hidden, cfg.width)} if cfg.predictor else {})
+
+
+def flops(model: config.Model, side: str) -> int:
+    """FLOPs of a forward pass of all heads on one image, or on one text."""
+    found = (w for cfg in model.heads if side in cfg.sides for w in _widths(cfg, model, side).values())
+    return sum(2 * a * b for widths in found for a, b in itertools.pairwise(widths))
+
+
+def kept(model: config.Model, side: str, size: int) -> int:
+    """Bytes kept of one image or text for the backward pass: of a layer what goes into its LayerNorm, activation and product, of
+    the output its unit vector and gradient. `size`: bytes of a number of the towers' dtype.
+    """
+    found = [w for cfg in model.heads if side in cfg.sides for w in _widths(cfg, model, side).values()]
+    return sum(4 * size * sum(widths[1:-1]) + 8 * 4 * widths[-1] for widths in found)
