@@ -1,0 +1,61 @@
+"""Figures of a run that `clipjax eval` does not give: queries of two captions, and two stages' vectors together.
+
+Each function takes workdirs and gives lines as those of metrics.jsonl.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from method_data import halves, records
+from PIL import Image
+
+import clipjax
+
+Line = dict[str, Any]
+
+
+def unit(z: np.ndarray) -> np.ndarray:
+    return z / np.linalg.norm(z, axis=1, keepdims=True)
+
+
+def recall(scores: np.ndarray, among: np.ndarray | None = None) -> float:
+    """R@1 of the diagonal, among those columns [n, n] that are True, the query's own always. A tie is no hit."""
+    rivals = np.where(np.eye(len(scores), dtype=bool), -np.inf, scores)
+    if among is not None:
+        rivals = np.where(among, rivals, -np.inf)
+    return float((np.diag(scores) > rivals.max(1)).mean())
+
+
+def embedded(workdir: Path) -> tuple["clipjax.evals.loaded.LoadedRun", np.ndarray, list[str]]:
+    """The run, its vectors of the held-out pictures, and their names."""
+    model = clipjax.load(str(workdir))
+    held = list(records("test"))
+    return model, model.encode_image([Image.open(io.BytesIO(record.image)) for record in held]), [r.captions[0] for r in held]
+
+
+def of_halves(workdir: Path) -> list[Line]:
+    """Held-out pictures by the two halves of their names, as a sum and as a product of vectors, and by the first half alone."""
+    model, images, names = embedded(workdir)
+    nouns, tones = map(list, zip(*map(halves, names), strict=True))
+    y, z = model.encode_text(nouns), model.encode_text(tones)
+    queries = {"noun": y, "sum": unit(y + z), "product": y * z}
+    metrics = {f"recall@1_of_{name}": recall(query @ images.T) for name, query in queries.items()}
+    return [{"step": model.step, "task": "halves", "dataset": "emoji/test", "metrics": metrics}]
+
+
+def of_stages(first: Path, second: Path, centres: np.ndarray) -> list[Line]:
+    """Held-out pictures by their names: of two stages and of both together, among all and within the first stage's clusters."""
+    spaces = []
+    for workdir in (first, second):
+        model, images, names = embedded(workdir)
+        spaces.append((images, model.encode_text(names)))
+    cluster = (spaces[0][0] @ unit(centres).T).argmax(1)
+    same = cluster[:, None] == cluster[None, :]
+    metrics = {}
+    both = [np.concatenate([space[side] for space in spaces], 1) for side in (0, 1)]
+    for name, (images, texts) in zip(("first", "second", "both"), (*spaces, both), strict=True):
+        metrics[f"recall@1_{name}"] = recall(texts @ images.T)
+        metrics[f"recall@1_within_clusters_{name}"] = recall(texts @ images.T, same)
+    return [{"step": model.step, "task": "stages", "dataset": "emoji/test", "metrics": metrics}]

@@ -1,0 +1,96 @@
+"""The tables that benchmarks/methods.py prints: which runs an experiment compares, by which figures."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from method_runs import RUNS
+
+RESULTS = Path(__file__).parent / "results" / "methods"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of a table: a metric of metrics.jsonl at the end."""
+
+    title: str
+    task: str | None  # None: of the training step
+    metric: str
+    dataset: str | None = None  # None: any
+    form: str = ".3f"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a table compares."""
+
+    question: str
+    runs: tuple[str, ...]
+    figures: tuple[Figure, ...]
+
+
+TO_IMAGE = Figure("text to image, R@1", "zeroshot_retrieval", "image_retrieval_recall@1")
+TO_TEXT = Figure("image to text, R@1", "zeroshot_retrieval", "text_retrieval_recall@1")
+AUC = Figure("AUC of own against other pairs", "zeroshot_retrieval", "pair_auc", form=".4f")
+ACC1 = Figure("zero-shot acc1 among 3,789 names", "zeroshot_classification", "acc1")
+ACC5 = Figure("zero-shot acc5", "zeroshot_classification", "acc5")
+RANKME = Figure("RankMe of the images", "geometry", "rankme_image", "emoji/test", ".0f")
+UNIFORMITY = Figure("uniformity of the images", "geometry", "uniformity_image", "emoji/test", ".2f")
+ALIGNMENT = Figure("alignment", "geometry", "alignment", "emoji/test")
+SEPARABLE = Figure("linear separability, held-out pairs", "geometry", "linear_separability", "emoji/test")
+SEPARABLE_TRAIN = replace(SEPARABLE, title="linear separability, training pairs", dataset="emoji/train")
+CENTROID = Figure("centroid distance, held-out pairs", "geometry", "centroid_distance", "emoji/test")
+CENTROID_TRAIN = replace(CENTROID, title="centroid distance, training pairs", dataset="emoji/train")
+SAME = Figure("mAP of the same emoji in other skin tones", "instance_retrieval", "mean_average_precision")
+KNN = Figure("kNN of skin tones, k = 20", "probe", "knn_acc1@20")
+USUAL = (TO_IMAGE, TO_TEXT, AUC, ACC1)
+
+EXPERIMENTS = {
+    "baseline": Experiment("the plain run", ("clip",), (*USUAL, ACC5, UNIFORMITY, ALIGNMENT, RANKME, SAME, KNN)),
+    "gap": Experiment(
+        "do CUA and CUAXU close the gap at a temperature of .01?",
+        ("gap_clip", "gap_cua", "gap_cuaxu"),
+        (SEPARABLE_TRAIN, SEPARABLE, CENTROID_TRAIN, CENTROID, UNIFORMITY, RANKME, TO_IMAGE, TO_TEXT, ACC1, ACC5),
+    ),
+    "cacr": Experiment(
+        "does CACR train, and does it lose less where skin tones are thinned to one in eight?",
+        ("clip", "cacr", "thin_clip", "thin_cacr"),
+        (*USUAL, UNIFORMITY, ALIGNMENT, RANKME),
+    ),
+    "mann_whitney": Experiment("a higher AUC?", ("clip", "mann_whitney"), (*USUAL, UNIFORMITY, ALIGNMENT)),
+    "mixup": Experiment("more of held-out combinations?", ("clip", "mixup"), (*USUAL, KNN)),
+    "negative_captions": Experiment(
+        "does the model heed the order of words?",
+        ("clip", "negative_captions"),
+        (*USUAL, *(Figure(f"right against `{kind}`", "choice", f"{kind}_text_score") for kind in ("all",))),
+    ),
+    "symile": Experiment(
+        "a picture by the two halves of its name?",
+        ("pairs_halves", "symile_halves"),
+        tuple(Figure(f"R@1 by the {how}", "halves", f"recall@1_of_{how}") for how in ("noun", "sum", "product")),
+    ),
+}
+
+
+def found(figure: Figure, name: str, seed: int) -> float | None:
+    """A figure of the end of a run; None where it has none."""
+    value = None
+    for line in (RESULTS / name / str(seed) / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if figure.task is None:
+            value = entry.get(figure.metric, value)
+        elif entry.get("task") == figure.task and figure.dataset in (None, entry["dataset"]):
+            value = entry["metrics"].get(figure.metric, value)
+    return value
+
+
+def table(name: str) -> str:
+    """Markdown: a row a figure, a column a run, and in a cell all seeds that are there."""
+    experiment = EXPERIMENTS[name]
+    seeds = {run: sorted(int(path.name) for path in (RESULTS / run).glob("*")) for run in experiment.runs}
+    rows = ["| | " + " | ".join(RUNS[run].title for run in experiment.runs) + " |", "| --- " * (len(seeds) + 1) + "|"]
+    for figure in experiment.figures:
+        values = [[found(figure, run, seed) for seed in seeds[run]] for run in experiment.runs]
+        cells = [", ".join("–" if value is None else f"{value:{figure.form}}" for value in one) for one in values]
+        rows.append(f"| {figure.title} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
