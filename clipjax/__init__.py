@@ -43,7 +43,7 @@ def register(
     the same file replaces it.
     """
     from clipjax.config import ConfigError, Term, TrainingEvaluation  # here: `import clipjax` stays instant
-    from clipjax.config.objective import Binding
+    from clipjax.config.term import Binding
 
     source = sys._getframe(1).f_code.co_filename
     if isinstance(config_class, type) and issubclass(config_class, Term):

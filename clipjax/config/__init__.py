@@ -30,17 +30,16 @@ from clipjax.config.objective import (
     Isogclr,
     MultiPositive,
     Preserve,
-    Remembering,
     Sigmoid,
     Softmax,
     Sogclr,
-    Term,
     Uniformity,
     check_objective,
 )
 from clipjax.config.start import start_from
 from clipjax.config.suite import Suite, SuiteMean, SuiteSet
 from clipjax.config.tasks import Calibration, Choice, Composed, Instance, Probe, RunSuite, Transfer
+from clipjax.config.term import Pairs, Remembering, Term
 from clipjax.config.towers import SIZES, Activation, ImageTower, Lora, TextTower, size
 from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train, freezing
 from clipjax.config.unions import registered, require_registered
@@ -49,10 +48,11 @@ __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Calibration", "Caption",
     "Captioning", "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip",
     "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "Head", "ImageTower", "Init",
-    "Instance", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim", "Part", "Preserve", "Probe", "Remembering",
-    "Retrieval", "Rsqrt", "Rule", "Run", "RunSuite", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Term",
-    "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer", "Uniformity", "View",
-    "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from", "to_json",
+    "Instance", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim", "Pairs", "Part", "Preserve", "Probe",
+    "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "RunSuite", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean",
+    "SuiteSet", "Term", "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer",
+    "Uniformity", "View", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from",
+    "to_json",
 ]  # fmt: skip
 
 

@@ -4,66 +4,13 @@ A new term is its class here, its equation in clipjax.losses and a row of the ta
 bring a term of its own: `clipjax.register`.
 """
 
-import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from clipjax.config.data import Data
-from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, bounded, check_bounds, require
+from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, bounded, require
 from clipjax.config.model import Model
-from clipjax.config.unions import OpenUnion
-
-# bfloat16x3: float32 operands in three passes of bfloat16 (TPUs) or TF32 (GPUs); on CPUs it is float32.
-Products = Literal["float32", "bfloat16x3", "bfloat16"]
-Prefixes = tuple[int, ...] | None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
-
-
-@dataclass(frozen=True, kw_only=True)
-class Term(OpenUnion, run_field="objective"):
-    """A term of the objective. A class that derives from it gives `kind` its value, and adds what its equation needs."""
-
-    kind: str
-    weight: float = 1.0  # factor on the term in the sum; 0: the term is left out
-
-    def check(self, name: str, model: Model, data: Data) -> None:
-        """Raises ConfigError for an impossible value, or where the model or the data can't serve the term.
-
-        `name`: the term's place in the run, as objective.0.
-        """
-        NOT_NEGATIVE.require(f"{name}.weight", self.weight)  # here, not by a bound: a class may give the weight another default
-        check_bounds(self, name)
-
-
-@dataclass(frozen=True)
-class Binding:
-    """What a term's class is bound to."""
-
-    function: Callable[..., Any]  # (term, rows, scale, bias, axis) -> TermResult: see clipjax.losses.terms
-    flops: Callable[..., float] | None = None  # (term, sizes) -> FLOPs of a step: see clipjax.losses.flops; None: not counted
-    check: Callable[[Any, str, Model, Data], None] | None = None  # (term, name, model, data): as Term.check, after it
-
-
-class Remembering(Term):
-    """A term that remembers something of every training example (clipjax.train.memory). An objective can have one of them."""
-
-    examples: int  # a field of each class
-    gamma: float
-
-
-class Nested(Term):
-    """A term that can be the sum over several prefixes of the embeddings (Matryoshka, 2205.13147)."""
-
-    prefixes: Prefixes  # each class has it as its last field
-
-    def check(self, name: str, model: Model, data: Data) -> None:
-        super().check(name, model, data)
-        widths = self.prefixes
-        if widths is None:
-            return
-        ascending = len(widths) > 0 and widths[0] > 0 and all(a < b for a, b in itertools.pairwise(widths))
-        remedy = f"must be one or more widths in ascending order, the last at most the embedding's {model.embed_dim}"
-        require(ascending and max(widths) <= model.embed_dim, f"{name}.prefixes", widths, remedy)
+from clipjax.config.term import Nested, Pairs, Prefixes, Products, Remembering, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +159,7 @@ class Uniformity(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossUniformity(Term):
+class CrossUniformity(Pairs):
     """Uniformity between images and others' texts (2405.18570). Alone it drives them apart: use it with the other two."""
 
     kind: Literal["cross_uniformity"] = "cross_uniformity"
@@ -220,7 +167,7 @@ class CrossUniformity(Term):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alignment(Term):
+class Alignment(Pairs):
     """Mean squared distance within the pairs (2005.10242)."""
 
     kind: Literal["alignment"] = "alignment"

@@ -1,5 +1,6 @@
 """The FLOPs of the objective's terms in a training step, counted by hand: what a loss needs. A multiply-add counts 2."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from clipjax import config
@@ -12,6 +13,15 @@ class Sizes(NamedTuple):
     captions: int  # K, of an image
     width: int  # d, of the embeddings
     teacher: int | None = None  # width of a teacher's embeddings
+    views: int = 1  # V, of an image
+    heads: Mapping[str, int] = {}  # widths of the heads
+
+    def taken(self, term: config.Term) -> float:
+        """How many pairs of a view and a caption, two views or two captions a term takes. A head's counts by its width."""
+        if not isinstance(term, config.Pairs):
+            return self.views * self.captions
+        width = sum(self.heads.get(head, self.width) if head else self.width for head in term.heads) / self.width
+        return len(term.pairs(self.views, self.captions)) * width
 
     @property
     def one_pass(self) -> float:
@@ -31,7 +41,7 @@ def term_flops(term: config.Term, sizes: Sizes) -> float:
 
 def of_prefixes(term: Any, sizes: Sizes) -> float:
     """A pass over all pairs for each prefix."""
-    return sizes.captions * sum(n / sizes.width for n in term.prefixes or (sizes.width,)) * sizes.one_pass
+    return sizes.taken(term) * sum(n / sizes.width for n in term.prefixes or (sizes.width,)) * sizes.one_pass
 
 
 def of_sigmoid(term: config.Sigmoid, sizes: Sizes) -> float:
@@ -44,9 +54,9 @@ def of_hard_negative(term: config.HardNegative, sizes: Sizes) -> float:
     return (2 if term.beta else 1) * of_prefixes(term, sizes)
 
 
-def of_captions(term: Any, sizes: Sizes) -> float:
-    """A pass for each caption."""
-    return sizes.captions * sizes.one_pass
+def of_pairs(term: Any, sizes: Sizes) -> float:
+    """A pass for each pair of a view and a caption, or what else the term takes."""
+    return sizes.taken(term) * sizes.one_pass
 
 
 def of_main_caption(term: Any, sizes: Sizes) -> float:
@@ -56,22 +66,22 @@ def of_main_caption(term: Any, sizes: Sizes) -> float:
 
 def of_cwcl(term: config.Cwcl, sizes: Sizes) -> float:
     """A pass, the mean of q p^T, and the products with it."""
-    return sizes.captions * (sizes.one_pass + 8.0 * sizes.pairs * sizes.width**2)
+    return sizes.taken(term) * (sizes.one_pass + 8.0 * sizes.pairs * sizes.width**2)
 
 
 def of_cyclip(term: config.Cyclip, sizes: Sizes) -> float:
     """Three Gram matrices."""
-    return sizes.captions * 18.0 * sizes.pairs * sizes.width**2
+    return sizes.taken(term) * 18.0 * sizes.pairs * sizes.width**2
 
 
 def of_distillation(term: config.Distillation, sizes: Sizes) -> float:
     """A pass, and half a pass over the teacher's cosines, which have no gradient."""
-    return sizes.captions * sizes.one_pass * (1 + (sizes.teacher or sizes.width) / (2 * sizes.width))
+    return sizes.taken(term) * sizes.one_pass * (1 + (sizes.teacher or sizes.width) / (2 * sizes.width))
 
 
 def of_uniformity(term: config.Uniformity, sizes: Sizes) -> float:
-    """Three quarters of a pass for the images, and for each caption: one gradient serves both sides."""
-    return (1 + sizes.captions) * 0.75 * sizes.one_pass
+    """Three quarters of a pass for each view, and for each caption: one gradient serves both sides."""
+    return (sizes.views + sizes.captions) * 0.75 * sizes.one_pass
 
 
 def none(term: Any, sizes: Sizes) -> float:

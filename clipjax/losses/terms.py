@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from clipjax import config
-from clipjax.config.objective import Binding
+from clipjax.config.term import Binding
 from clipjax.losses import flops
 from clipjax.losses.batch import add_up
 from clipjax.losses.caption import caption_loss
@@ -21,7 +22,7 @@ from clipjax.losses.pairwise import Axis
 from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.ranking import Ranked, Ranking
 from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, preserved, uniformity
-from clipjax.losses.rows import PairLoss, Rows, TermResult, mean_over_captions, per_caption
+from clipjax.losses.rows import PairLoss, Rows, TermResult, main, mean_over, over_pairs
 from clipjax.losses.sigmoid import siglip_terms
 from clipjax.losses.softmax import clip_terms, decoupled_terms, hard_negative_terms
 from clipjax.losses.sogclr import ImageAndText, sogclr_loss
@@ -79,12 +80,16 @@ def _hard_negative(term: config.HardNegative, rows: Rows, scale: Scalar, bias: S
 
 
 def _multi_positive(term: config.MultiPositive, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
-    """Takes all captions at once."""
-    b, width = rows.image.shape
+    """Takes all captions at once, for each view."""
+    b, width = len(rows.text), rows.text.shape[-1]
     texts = rows.text.reshape(-1, width)
     first = 0 if axis is None else jax.lax.axis_index(axis) * b
     ids = first + jnp.arange(b) if rows.ids is None else rows.ids
-    return TermResult(multi_positive_loss(rows.image, texts, scale, ids, jnp.repeat(ids, len(texts) // b), axis=axis))
+
+    def of_view(image: Float[Array, "b e"]) -> Array:
+        return multi_positive_loss(image, texts, scale, ids, jnp.repeat(ids, len(texts) // b), axis=axis)
+
+    return TermResult(mean_over(of_view, rows.image))
 
 
 def _cwcl(term: config.Cwcl, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
@@ -106,9 +111,9 @@ def _distillation(term: config.Distillation, rows: Rows, scale: Scalar, bias: Sc
 
 
 def _preserve(term: config.Preserve, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
-    """Of several captions it takes the main one, whose vector the start's file has."""
+    """Of several captions and views it takes the main ones, whose vectors the start's file has."""
     assert rows.teacher is not None  # Preserve.check
-    sides = zip((rows.image, rows.text if rows.text.ndim == 2 else rows.text[:, 0]), rows.teacher, strict=True)
+    sides = zip((main(rows.image), main(rows.text)), rows.teacher, strict=True)
     parts = [preserved(z, start, axis=axis) for z, start in sides]
     return TermResult(add_up(term.mse * mse + term.cosine * cosine for mse, cosine in parts) / 2)
 
@@ -124,17 +129,16 @@ def _isogclr(term: config.Isogclr, rows: Rows, scale: Scalar, bias: Scalar | Non
 
 
 def _remembering(gamma: float, rows: Rows, scale: Scalar | ImageAndText, rho: float, axis: Axis) -> TermResult:
-    """SogCLR's value, and the updated averages. Of several captions it takes the main one."""
-    text = rows.text if rows.text.ndim == 2 else rows.text[:, 0]
+    """SogCLR's value, and the updated averages. Of several captions and views it takes the main ones."""
     past = rows.memory["log_u_image"], rows.memory["log_u_text"]
-    value, (image, text) = sogclr_loss(rows.image, text, scale, past, gamma, axis=axis, rho=rho)
+    value, (image, text) = sogclr_loss(main(rows.image), main(rows.text), scale, past, gamma, axis=axis, rho=rho)
     return TermResult(value, memory={"log_u_image": image, "log_u_text": text})
 
 
 def _uniformity(term: config.Uniformity, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
-    """The images' uniformity is computed once, not for each caption."""
+    """Of images and of texts on their own: the images' is computed once, not for each caption."""
     of = functools.partial(uniformity, axis=axis, t=term.t)
-    return TermResult((of(rows.image) + mean_over_captions(of, rows.text)) / 2)
+    return TermResult((mean_over(of, rows.image) + mean_over(of, rows.text)) / 2)
 
 
 def _cross_uniformity(term: config.CrossUniformity, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
@@ -151,20 +155,20 @@ def _caption(term: config.Caption, rows: Rows, scale: Scalar, bias: Scalar | Non
 
 
 TERMS = {
-    config.Softmax: Binding(per_caption(_per_prefix(_softmax)), flops.of_prefixes),
-    config.Sigmoid: Binding(per_caption(_per_prefix(_sigmoid)), flops.of_sigmoid),
-    config.Decoupled: Binding(per_caption(_per_prefix(_decoupled)), flops.of_prefixes),
-    config.HardNegative: Binding(per_caption(_per_prefix(_hard_negative)), flops.of_hard_negative),
-    config.MultiPositive: Binding(_multi_positive, flops.of_captions),
-    config.Cwcl: Binding(per_caption(_cwcl), flops.of_cwcl),
-    config.Cyclip: Binding(per_caption(_cyclip), flops.of_cyclip),
-    config.Distillation: Binding(per_caption(_distillation), flops.of_distillation),
+    config.Softmax: Binding(over_pairs(_per_prefix(_softmax)), flops.of_prefixes),
+    config.Sigmoid: Binding(over_pairs(_per_prefix(_sigmoid)), flops.of_sigmoid),
+    config.Decoupled: Binding(over_pairs(_per_prefix(_decoupled)), flops.of_prefixes),
+    config.HardNegative: Binding(over_pairs(_per_prefix(_hard_negative)), flops.of_hard_negative),
+    config.MultiPositive: Binding(_multi_positive, flops.of_pairs),
+    config.Cwcl: Binding(over_pairs(_cwcl), flops.of_cwcl),
+    config.Cyclip: Binding(over_pairs(_cyclip), flops.of_cyclip),
+    config.Distillation: Binding(over_pairs(_distillation), flops.of_distillation),
     config.Preserve: Binding(_preserve, flops.none),
     config.Sogclr: Binding(_sogclr, flops.of_main_caption),
     config.Isogclr: Binding(_isogclr, flops.of_main_caption),
     config.Uniformity: Binding(_uniformity, flops.of_uniformity),
-    config.CrossUniformity: Binding(per_caption(_cross_uniformity), flops.of_captions),
-    config.Alignment: Binding(per_caption(_alignment), flops.none),
+    config.CrossUniformity: Binding(over_pairs(_cross_uniformity), flops.of_pairs),
+    config.Alignment: Binding(over_pairs(_alignment), flops.none),
     config.Caption: Binding(_caption, flops.none),
 }
 config.Term.bind(TERMS)  # fails here, at import, where a class of clipjax's own has no row

@@ -14,12 +14,12 @@ def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = 
     `trained`: paths of the trained parameters; `teacher`: the width of a teacher's embeddings. What remat or micro-batches
     recompute is not counted.
     """
-    size, captions = run.train.batch_size, run.data.captions_per_image
+    size, captions = run.train.batch_size, run.data.texts_per_image
     parts = tower_flops(run.model_in_use, trained, captions, run.embedded)
     towers = {part if part == "decoder" else f"{part} tower": size * n for part, n in parts.items()}
     terms = [(i, term) for i, term in enumerate(run.objective) if term.weight]
     kinds = [term.kind for _, term in terms]
     names = [f"{term.kind} loss" + (f" {i}" if kinds.count(term.kind) > 1 else "") for i, term in terms]
-    sizes = Sizes(size, captions, run.model.embed_dim, teacher)
+    sizes = Sizes(size, captions, run.model.embed_dim, teacher, run.data.views_per_image)
     figures = [term_flops(term, sizes) for _, term in terms]
     return towers | {name: flops for name, flops in zip(names, figures, strict=True) if flops}

@@ -26,6 +26,20 @@ Metrics = dict[str, jax.Array]
 StepInputs = dict[str, Any]
 
 
+class Encoded(NamedTuple):
+    """What the towers make of the rows of a batch."""
+
+    image: Vectors  # [b, e], or [b, V, e] of several views
+    text: Vectors  # [b, e], or [b, K, e] of several captions
+    nll: jax.Array | None = None  # with a captioning loss: -log p [b] of each image's captions
+
+    @property
+    def heads(self) -> dict[str, losses.HeadRows]:
+        """The vectors of the heads, by name."""
+        found = (self.image.heads, self.text.heads, self.image.predicted, self.text.predicted)
+        return {name: losses.HeadRows(*(of_side.get(name) for of_side in found)) for name in found[0] | found[1]}
+
+
 class Trainable(NamedTuple):
     """What the loss is differentiated with respect to."""
 
@@ -35,8 +49,12 @@ class Trainable(NamedTuple):
 
 def example_keys(seed: int, name: str, step: jax.Array, index: jax.Array) -> jax.Array:
     """A random key for each example, from its index [b] in the dataset. Mesh, processes and micro-batches do not change it."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, step)))(index)
+    return jax.vmap(functools.partial(jax.random.fold_in, step_key(seed, name, step)))(index)
+
+
+def step_key(seed: int, name: str, step: jax.Array) -> jax.Array:
+    """A random key of a step, for the use of this name."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step)
 
 
 def make_train_step(
@@ -59,7 +77,8 @@ def make_train_step(
         keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
         past = memory.read(state.memory, batch["index"]) if state.memory else {}
         trainable = Trainable(state.params, memory.temperatures(past))
-        (loss, (logged, remembered)), gradient = value_and_grad(trainable, batch | {"keys": keys, "memory": past})
+        key = step_key(run.seed, "objective", state.step) if any(term.draws for term in run.objective) else None
+        (loss, (logged, remembered)), gradient = value_and_grad(trainable, batch | {"keys": keys, "memory": past}, key)
         updates, opt_state = tx.update(gradient.params, state.opt_state, state.params)
         params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
         choose = nonfinite.choice(run.train.nonfinite, loss, gradient.params)
@@ -83,24 +102,24 @@ def make_train_step(
     return train_step
 
 
-def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> tuple[Any, ...]:
-    """Vectors of images [b, e], of texts [b, e] or [b, K, e]; with a captioning loss, -log p [b] of each image's captions."""
+def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> Encoded:
+    """The vectors of images and texts, and -log p of the captions where a term asks for it."""
     model = clip.bind(run.model, stop_frozen(run.optim_in_use.rules, trainable.params), run.model.attention)
     *captions, length = rows["text"].shape
     tokens = rows["text"].reshape(-1, length)
     if run.embedded == "image":
-        return Vectors(rows["embedded"]), _of_captions(captions, model.text_vectors(tokens, towers.placement))
+        return Encoded(Vectors(rows["embedded"]), _of_captions(captions, model.text_vectors(tokens, towers.placement)))
     if run.embedded == "text":
-        return model.image_vectors(rows["image"], rows["keys"], towers.placement), Vectors(rows["embedded"])
+        return Encoded(model.image_vectors(rows["image"], rows["keys"], towers.placement), Vectors(rows["embedded"]))
     if not run.captioning:
         text = model.text_vectors(tokens, towers.placement)
-        return model.image_vectors(rows["image"], rows["keys"], towers.placement), _of_captions(captions, text)
+        return Encoded(model.image_vectors(rows["image"], rows["keys"], towers.placement), _of_captions(captions, text))
     parallel_share, parallel = run.model.decoder.parallel if run.model.decoder else 0, None
     if parallel_share:
         parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), parallel_share))(rows["keys"])
     image, text, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.placement)
     nll = losses.caption_nll(states, model.words, tokens, lengths(tokens), towers.token_nll)
-    return image, _of_captions(captions, text), nll.reshape(len(rows["image"]), -1).sum(1)
+    return Encoded(image, _of_captions(captions, text), nll.reshape(len(rows["image"]), -1).sum(1))
 
 
 def _of_captions(captions: list[int], text: Vectors) -> Vectors:
@@ -110,20 +129,28 @@ def _of_captions(captions: list[int], text: Vectors) -> Vectors:
 
 @jax.named_scope("loss")
 def _loss(
-    run: config.Run, mesh: Mesh, trainable: Trainable, z: tuple[Any, ...], rows: StepInputs
+    run: config.Run, mesh: Mesh, trainable: Trainable, z: Encoded, rows: StepInputs, key: jax.Array | None
 ) -> tuple[jax.Array, tuple[Metrics, Memory]]:
     """The loss of all embeddings, the values to log, and the values to store for the batch's examples (train/memory.py)."""
     on_shard = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
     objective = sharding.on_shards(on_shard, mesh, rows=1, out=(P(), P(), P(sharding.BATCH)))
-    scalars = stop_frozen(run.optim_in_use.rules, trainable.params)
+    weights = stop_frozen(run.optim_in_use.rules, trainable.params)
     teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
-    image, text, *nll = z
     predicted = lengths(rows["text"]).reshape(len(rows["text"]), -1) - 1  # tokens of each caption
-    caption = (nll[0], predicted.sum(1)) if run.captioning else None
     inputs = losses.Rows(
-        image.embedding, text.embedding, rows.get("id"), teacher, rows["memory"] | trainable.temperatures, caption
+        z.image.embedding,
+        z.text.embedding,
+        rows.get("id"),
+        teacher,
+        rows["memory"] | trainable.temperatures,
+        None if z.nll is None else (z.nll, predicted.sum(1)),
+        z.heads,
+        rows.get("label"),
+        weights.get("classes"),
     )
-    loss, logged, remembered = objective(inputs, jnp.exp(scalars["log_scale"]), scalars.get("bias"))
+    heads = weights.get("heads", {})
+    shared = losses.Shared({name: jnp.exp(head["log_scale"]) for name, head in heads.items() if "log_scale" in head}, key)
+    loss, logged, remembered = objective(inputs, jnp.exp(weights["log_scale"]), weights.get("bias"), shared)
     return loss, (logged, remembered)
 
 

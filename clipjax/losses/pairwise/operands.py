@@ -81,7 +81,8 @@ def masks(keep: KeptPairs, row_ids: Array | None, col_ids: Array | None, pairs: 
     same = None if row_ids is None or col_ids is None else equal_ids(row_ids, col_ids)
     others = ~pairs.own if own else None
     different = None if same is None else ~same
-    if different is not None and max(row_ids.ndim, col_ids.ndim) > 1:  # a row may have no id at all: its own pair equals none
+    several = any(ids is not None and ids.ndim > 1 for ids in (row_ids, col_ids))
+    if different is not None and several:  # a row may have no id at all: its own pair equals none
         different = both(different, others)
     positive = None if same is None else both(same, ~pairs.own if own else None)
     rule = {"all": None, "off_diagonal": others, "distinct": different, "same": positive}[keep]
