@@ -304,6 +304,28 @@ REFUSED = {
     ),
     "term weight, captions": (terms(config.Caption(weight=-1.0)), r"objective\.0\.weight = -1\.0: must not be negative"),
     "term weight nan": (lambda: config.Cwcl(weight=math.nan), r"objective\.Cwcl\.weight = nan: must be a finite number"),
+    "image place": (
+        terms(config.Softmax(images=(0, 1))),
+        r"objective\.0\.images = \(0, 1\): must be different places.* 1 of them",
+    ),
+    "text place": (
+        terms(config.Sigmoid(texts=())),
+        r"objective\.0\.texts = \(\): must be different places, from 0; the data have 1",
+    ),
+    "two of a side": (terms(config.Alignment(sides="text-text")), r"objective\.0\.sides = 'text-text': takes two or more"),
+    "unknown head": (
+        terms(config.Softmax(head="a")),
+        r"objective\.0\.head = 'a': must name model\.heads that have image and text:",
+    ),
+    "head of a side": (
+        terms(config.Softmax(head=("a", "b")), model=Model(heads=(config.Head(name="a"), config.Head(name="b", side="image")))),
+        r"objective\.0\.head = \('a', 'b'\): must name model\.heads that have image and text: a$",
+    ),
+    "prefixes of a head": (
+        terms(config.Softmax(head="a", prefixes=(8,)), model=Model(heads=(config.Head(name="a"),))),
+        r"objective\.0\.head = 'a': prefixes are of the model's own embeddings",
+    ),
+    "temperature": (terms(config.Softmax(temperature=0.0)), r"objective\.0\.temperature = 0\.0: must be positive and finite"),
     "image weight": (terms(config.Softmax(image_weight=1.1)), r"objective\.0\.image_weight = 1\.1: must lie in \[0, 1\]"),
     "smoothing": (terms(config.Softmax(label_smoothing=1.0)), r"objective\.0\.label_smoothing = 1\.0: must lie in \[0, 1\)"),
     "sigma": (terms(config.Decoupled(sigma=0.0)), r"objective\.0\.sigma = 0\.0: must be positive and finite"),
@@ -398,7 +420,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "model.dtype": "float32", "model.remat": "full", "model.part": 512, "model.attention": "cudnn", "optim.kind": "lion",
     "optim.mu_dtype": "bfloat16",
     "model.image.mean": (0.5, 0.5, 0.5), "model.image.std": (0.5, 0.5, 0.5), "objective.0.label_smoothing": 0.5,
-    "objective.0.sides": "all", "objective.0.images": (0,), "objective.0.texts": (0,), "objective.0.head": "local",
+    "objective.0.sides": "all", "objective.0.images": (0,), "objective.0.texts": (0,),
     "objective.0.temperature": 0.1, "objective.0.reduction": "sum", "objective.0.prefixes": (64,),
     "train.skip": ((3, 5),), "train.nonfinite": "skip",
     "init": config.Init(run="runs/a@3", state="all"), "data.order": "windows", "data.resizer": "fast", "data.max_bad": 0.5,
@@ -429,6 +451,7 @@ def leaves():
         if not name.endswith(
             (
                 "objective.0.kind",
+                "objective.0.head",
                 "tokenizer.kind",
                 "schedule.kind",
                 "evals.0.kind",

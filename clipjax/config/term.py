@@ -83,7 +83,10 @@ class Pairs(Term):
             require(fits, f"{name}.{field}", places, remedy)
         remedy = "takes two or more: see data.views, captions, captions_per_image and text_augment"
         require(len(self.pairs(*given.values())) > 0, f"{name}.sides", self.sides, remedy)
-        require(self.head != (), f"{name}.head", self.head, "must name a head, or be None for the model's own projection")
+        sides = {"image-image": {"image"}, "text-text": {"text"}}.get(self.sides, {"image", "text"})
+        known = {head.name for head in model.heads if sides <= {*head.sides}}
+        remedy = f"must name model.heads that have {' and '.join(sorted(sides))}: {', '.join(sorted(known)) or 'there is none'}"
+        require(self.head is None or (len(self.heads) > 0 and {*self.heads} <= known), f"{name}.head", self.head, remedy)
 
 
 def pairs_of(sides: str, views: int, captions: int) -> list[tuple[int, int]]:
