@@ -45,13 +45,14 @@ def of_halves(workdir: Path) -> list[Line]:
     return [{"step": model.step, "task": "halves", "dataset": "emoji/test", "metrics": metrics}]
 
 
-def of_stages(first: Path, second: Path, centres: np.ndarray) -> list[Line]:
+def of_stages(first: Path, second: Path, clusters: Path) -> list[Line]:
     """Held-out pictures by their names: of two stages and of both together, among all and within the first stage's clusters."""
     spaces = []
     for workdir in (first, second):
         model, images, names = embedded(workdir)
         spaces.append((images, model.encode_text(names)))
-    cluster = (spaces[0][0] @ unit(centres).T).argmax(1)
+    with np.load(clusters) as file:
+        cluster = (spaces[0][0] @ unit(file["centroid"]).T).argmax(1)
     same = cluster[:, None] == cluster[None, :]
     metrics = {}
     both = [np.concatenate([space[side] for space in spaces], 1) for side in (0, 1)]

@@ -13,12 +13,14 @@ from typing import Any
 
 import method_data
 import method_measures
+import numpy as np
 
 from clipjax import config as c
 from clipjax.config.load import load_config
 
 STEPS = 240
 SHAPE = dict(width=96, heads=3, mlp_dim=384, embed_dim=96)
+LANGUAGES = tuple("en es ja ko pt it fr de fa id zh ru tr ar".split())  # of emoji's names, in order
 TONES = "(medium-light|medium-dark|light|medium|dark) skin tone"
 WEAK = dict(crop=0.8, aspect=1.1)  # of `emoji_clip`
 STRONG = dict(crop=0.4, aspect=1.3, brightness=0.4, contrast=0.4, jitter=0.8, blur=0.3)  # names tell colours and directions
@@ -66,7 +68,7 @@ def clip(files: Path, *objective: c.Term, data: dict[str, Any] | None = None, mo
 def held(files: Path, *objective: c.Term) -> c.Run:
     """The contrastive gap's setting (2405.18570): the temperature is held at .01."""
     run = clip(files, *objective, model=dict(init_scale=100.0))
-    still = c.Rule("log_scale", lr=0.0)
+    still = c.Rule(pattern="log_scale", lr=0.0)
     more = (*run.evals, c.Geometry(data="emoji", split="train", every=STEPS))
     return replace(run, optim=replace(run.optim, rules=(still, *run.optim.rules)), evals=more)
 
@@ -85,18 +87,22 @@ def disrupted(files: Path) -> c.Run:
     return clip(files, c.Softmax(negatives="captions"), data=data)
 
 
-def views(files: Path, *terms: c.Term, heads: tuple[Any, ...] = (), strong: int = 1) -> c.Run:
-    """clip-rocket's recipe with one strong view and one changed caption, in place of two and two."""
+def views(files: Path, *terms: c.Term, strong: int, heads: tuple[Any, ...] = ()) -> c.Run:
+    """A weak view and strong ones, and as many changed captions as strong views."""
     seen = (c.View(**WEAK, name="weak"), *(c.View(**STRONG, name="strong") for _ in range(strong)))
     data = dict(augment=c.Augment(), views=seen, text_augment=c.TextAugment(delete=0.2, swap=0.1, count=strong))
     return clip(files, *terms, data=data, model=dict(heads=heads))
 
 
-def rocket(files: Path, *more: c.Term, predictor: bool = False) -> c.Run:
+def rocket(files: Path, more: str | None = None, weight: float = 1.0) -> c.Run:
+    """clip-rocket's recipe, and one of its baselines beside it."""
+    of_head = dict(head="local", images=(1, 2), texts=(1, 2))
     plain = c.Softmax(weight=1 / 3, images=(0,), texts=(0,))
-    local = c.Softmax(weight=2 / 3, head="local", label_smoothing=0.1, images=(1,), texts=(1,))
-    head = c.Head(name="local", depth=3, hidden=512, width=128, scale=10.0, predictor=predictor)
-    return views(files, plain, local, *more, heads=(head,))
+    terms = plain, c.Softmax(weight=2 / 3, label_smoothing=0.1, **of_head)
+    if more is not None:
+        terms = *terms, getattr(c, more)(weight=weight, **of_head)
+    head = c.Head(name="local", depth=3, hidden=512, width=128, scale=10.0, predictor=more == "Siamese")
+    return views(files, *terms, strong=2, heads=(head,))
 
 
 def embed_and_cluster(files: Path, classes: int, nearest: int) -> None:
@@ -106,6 +112,33 @@ def embed_and_cluster(files: Path, classes: int, nearest: int) -> None:
         words = ["embed", files / "clip", "--data", "emoji", "--split", "train", "--out", files / "clip.npz"]
         _clipjax(*words)
         _clipjax("cluster", files / "clip.npz", "--classes", classes, "--nearest", nearest, "--out", out)
+
+
+def clustered(files: Path, *objective: c.Term, classes: int, matrix: bool = False) -> c.Run:
+    model = dict(classes=c.Classes(count=classes)) if matrix else {}
+    return clip(files, *objective, data=dict(labels=f"{files}/clusters{classes}.npz"), model=model)
+
+
+def of_bases(files: Path) -> c.Run:
+    """A class for each emoji without its skin tone."""
+    with np.load(files / "bases.npz") as labels:
+        count = int(labels["label"].max()) + 1
+    data, model = dict(labels=f"{files}/bases.npz"), dict(classes=c.Classes(count=count))
+    return clip(files, c.Softmax(), c.Classify(), data=data, model=model)
+
+
+def heads(files: Path, names: tuple[str, ...]) -> c.Run:
+    made = tuple(c.Head(name=name, hidden=384, width=96, scale=1 / 0.07) for name in names)
+    return clip(files, c.Softmax(weight=0.5), c.Softmax(weight=0.5, head=names), model=dict(heads=made))
+
+
+def languages(files: Path, places: tuple[int, ...]) -> c.Run:
+    """English, Japanese and Chinese names, as captions in places, or one of them."""
+    run = clip(
+        files, c.Softmax(sides="all" if len(places) > 1 else "image-text"), data=dict(text_field="captions", captions=places)
+    )
+    found = (c.Retrieval(data="emoji", every=STEPS, text_field="captions", languages=LANGUAGES),)
+    return replace(run, model=replace(run.model, text=replace(run.model.text, length=24, vocab_size=4000)), evals=found)
 
 
 def _clipjax(*words: object) -> None:
@@ -127,6 +160,10 @@ RUNS = {
     "mann_whitney": Trained("Mann-Whitney", lambda files: clip(files, c.MannWhitney())),
     "mixup": Trained("CLIP + M3Co", lambda files: clip(files, c.Softmax(), c.Mixup(weight=0.1))),
     "negative_captions": Trained("negative captions", disrupted, lambda files: method_data.write_disrupted(files / "disrupted")),
+    "rocket": Trained("recipe", rocket),
+    "rocket_barlow": Trained("recipe + Barlow", lambda files: rocket(files, "Barlow")),
+    "rocket_siamese": Trained("recipe + Siamese", lambda files: rocket(files, "Siamese")),
+    "rocket_swap": Trained("recipe + Swap", lambda files: rocket(files, "Swap", 0.2)),
     "pairs_halves": Trained(
         "sum over pairs",
         lambda files: of_halves(files, c.Softmax(sides="all")),
@@ -139,4 +176,40 @@ RUNS = {
         lambda files: method_data.write_halves(files / "halves"),
         measure=lambda files: method_measures.of_halves(files / "symile_halves"),
     ),
+    "mcl": Trained(
+        "second stage",
+        lambda files: clustered(files, c.Softmax(negatives="same"), classes=10),
+        lambda files: embed_and_cluster(files, 10, 1),
+        after=("clip",),
+        measure=lambda files: method_measures.of_stages(files / "clip", files / "mcl", files / "clusters10.npz"),
+    ),
+    "mlcd": Trained(
+        "MLCD, images alone",
+        lambda files: clustered(files, c.Classify(loss="mlcd"), classes=256, matrix=True),
+        lambda files: embed_and_cluster(files, 256, 4),
+        after=("clip",),
+    ),
+    "mofi": Trained("CLIP + entities", of_bases, lambda files: method_data.write_base_labels(files / "bases.npz")),
+    "soft_labels": Trained(
+        "CLIP + soft labels",
+        lambda files: clip(files, c.Softmax(), c.Distillation(targets="labels"), data=dict(labels=f"{files}/words.npz")),
+        lambda files: method_data.write_word_labels(files / "words.npz"),
+    ),
+    "multi_similarity": Trained("Multi-Similarity", lambda files: clip(files, c.MultiSimilarity())),
+    "metrix": Trained("with mixtures", lambda files: clip(files, c.MultiSimilarity(mix=0.4))),
+    "pairs_views": Trained("sum over pairs", lambda files: views(files, c.Softmax(sides="all"), strong=1)),
+    "mv_infonce": Trained("MV-InfoNCE", lambda files: views(files, c.MultiView(form="infonce", sides="all"), strong=1)),
+    "mv_dhel": Trained("MV-DHEL", lambda files: views(files, c.MultiView(sides="all"), strong=1)),
+    "prototypes": Trained(
+        "CLIP + SwAV",
+        lambda files: clip(
+            files, c.Softmax(), c.Swap(prototypes=True, temperature=0.1), model=dict(classes=c.Classes(count=256))
+        ),
+    ),
+    "one_head": Trained("one head", lambda files: heads(files, ("a",))),
+    "three_heads": Trained("three heads", lambda files: heads(files, ("a", "b", "c"))),
+    "en": Trained("English", lambda files: languages(files, (0,))),
+    "ja": Trained("Japanese", lambda files: languages(files, (2,))),
+    "zh": Trained("Chinese", lambda files: languages(files, (10,))),
+    "en_ja_zh": Trained("all pairs", lambda files: languages(files, (0, 2, 10))),
 }

@@ -43,7 +43,18 @@ CENTROID = Figure("centroid distance, held-out pairs", "geometry", "centroid_dis
 CENTROID_TRAIN = replace(CENTROID, title="centroid distance, training pairs", dataset="emoji/train")
 SAME = Figure("mAP of the same emoji in other skin tones", "instance_retrieval", "mean_average_precision")
 KNN = Figure("kNN of skin tones, k = 20", "probe", "knn_acc1@20")
+DISRUPTIONS = ("shuffle_all_words", "shuffle_within_trigrams", "shuffle_trigrams", "replace_word")
 USUAL = (TO_IMAGE, TO_TEXT, AUC, ACC1)
+STAGES = tuple(
+    Figure(f"text to image, R@1{where}, {stage}", "stages", f"recall@1{infix}_{stage}")
+    for where, infix in (("", ""), (" within clusters", "_within_clusters"))
+    for stage in ("first", "second", "both")
+)
+LANGUAGES = tuple(
+    replace(one, title=f"{one.title}, {name}", metric=f"{one.metric}_{short}")
+    for short, name in (("en", "English"), ("ja", "Japanese"), ("zh", "Chinese"))
+    for one in (TO_IMAGE, TO_TEXT)
+)
 
 EXPERIMENTS = {
     "baseline": Experiment("the plain run", ("clip",), (*USUAL, ACC5, UNIFORMITY, ALIGNMENT, RANKME, SAME, KNN)),
@@ -62,13 +73,31 @@ EXPERIMENTS = {
     "negative_captions": Experiment(
         "does the model heed the order of words?",
         ("clip", "negative_captions"),
-        (*USUAL, *(Figure(f"right against `{kind}`", "choice", f"{kind}_text_score") for kind in ("all",))),
+        (*USUAL, *(Figure(f"right against `{kind}`", "choice", f"text_score_{kind}") for kind in DISRUPTIONS)),
     ),
     "symile": Experiment(
         "a picture by the two halves of its name?",
         ("pairs_halves", "symile_halves"),
         tuple(Figure(f"R@1 by the {how}", "halves", f"recall@1_of_{how}") for how in ("noun", "sum", "product")),
     ),
+    "rocket": Experiment(
+        "is the recipe better, and do its baselines add to it?",
+        ("clip", "rocket", "rocket_barlow", "rocket_siamese", "rocket_swap"),
+        (*USUAL, KNN),
+    ),
+    "mcl": Experiment("what does a second stage within ten clusters learn?", ("mcl",), (*STAGES, *USUAL)),
+    "pairs": Experiment("are languages better together?", ("en", "ja", "zh", "en_ja_zh"), LANGUAGES),
+    "multi_view": Experiment(
+        "more dimensions than by a sum over pairs?",
+        ("pairs_views", "mv_infonce", "mv_dhel"),
+        (*USUAL, UNIFORMITY, ALIGNMENT, RANKME),
+    ),
+    "multi_similarity": Experiment("a thresholded loss, and mixtures?", ("clip", "multi_similarity", "metrix"), (*USUAL, KNN)),
+    "soft_labels": Experiment("words of the names as soft targets?", ("clip", "soft_labels"), (*USUAL, SAME, KNN)),
+    "mlcd": Experiment("image vectors from clusters of a plain run?", ("clip", "mlcd"), (SAME, KNN, RANKME)),
+    "mofi": Experiment("entities beside names?", ("clip", "mofi"), (*USUAL, SAME, KNN)),
+    "prototypes": Experiment("balanced assignments to prototypes?", ("clip", "prototypes"), (*USUAL, RANKME)),
+    "amcl": Experiment("three heads or one?", ("clip", "one_head", "three_heads"), (*USUAL, KNN)),
 }
 
 

@@ -31,15 +31,14 @@ def config():
 """
 
 
-def train(name: str, seed: int, root: Path) -> None:
-    """The run `name` of a seed, where its metrics aren't kept already."""
+def train(name: str, seed: int, root: Path, workdir: bool = False) -> None:
+    """The run `name` of a seed, where its metrics aren't kept already; `workdir`: or where its weights are not there."""
     kept = RESULTS / name / str(seed) / "metrics.jsonl"
     files = (root / str(seed)).resolve()
-    needed = RUNS[name].after
-    for other in needed:
-        train(other, seed, root)
-    if kept.exists():
+    if kept.exists() and (not workdir or (files / name).exists()):
         return
+    for other in RUNS[name].after:
+        train(other, seed, root, workdir=True)
     files.mkdir(parents=True, exist_ok=True)
     method_data.write_bases(files / "bases")
     RUNS[name].prepare(files)
@@ -48,7 +47,7 @@ def train(name: str, seed: int, root: Path) -> None:
     subprocess.run([sys.executable, "-m", "clipjax.cli", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
     lines = [json.dumps(line) + "\n" for line in RUNS[name].measure(files)]
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text((files / name / "metrics.jsonl").read_text() + "".join(lines))
+    kept.write_text(((files / name / "metrics.jsonl").read_text() + "".join(lines)).replace(f"{files}/", ""))
 
 
 def main() -> None:
