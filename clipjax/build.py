@@ -14,7 +14,7 @@ from clipjax.data import reading
 from clipjax.data.pipeline import check_source, train_batches
 from clipjax.data.source import Source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.data.vectors import EMBEDDED, Vectors
+from clipjax.data.vectors import EMBEDDED, LABELS, Vectors
 from clipjax.train.loop import Batches
 from clipjax.train.origin import Origin
 from clipjax.train.weights import Weights
@@ -99,11 +99,22 @@ def embedded(run: config.Run, source: Source) -> Vectors | None:
     return found
 
 
+def labels(run: config.Run, source: Source) -> Vectors | None:
+    """The classes of the examples, which run.data.labels names; None if it names none. Raises ConfigError if they belong to other
+    data."""
+    return Vectors(run.data.labels, source, jax.process_index() > 0, LABELS) if run.data.labels else None
+
+
 def batches(
-    run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Vectors | None = None, embedded: Vectors | None = None
+    run: config.Run,
+    source: Source,
+    tokenizer: Tokenizer,
+    teacher: Vectors | None = None,
+    embedded: Vectors | None = None,
+    labels: Vectors | None = None,
 ) -> Batches:
-    """A function that opens this process's training batches at a step. `teacher`, `embedded`: the results of the functions with
-    these names."""
+    """A function that opens this process's training batches at a step. `teacher`, `embedded`, `labels`: the results of the
+    functions with these names."""
     open_batches = functools.partial(
         train_batches,
         source,
@@ -117,5 +128,6 @@ def batches(
         process_count=jax.process_count(),
         teacher=teacher,
         embedded=embedded,
+        labels=labels,
     )
     return lambda step: open_batches(start_step=step)

@@ -78,9 +78,9 @@ def train(args: argparse.Namespace) -> None:
             source = open_source(run.data)
         distributed.agree("the number of examples", len(source))
         workdir = recognized(workdir, source, args.accept_new_data)
-        teacher, embedded = build.teacher(run, source), build.embedded(run, source)
+        teacher, embedded, labels = build.teacher(run, source), build.embedded(run, source), build.labels(run, source)
         tokenizer = build.tokenizer(run, workdir, source)
-        batches = build.batches(run, source, tokenizer, teacher, embedded)
+        batches = build.batches(run, source, tokenizer, teacher, embedded, labels)
         evaluators = make_evaluators(run, mesh, tokenizer, workdir.path)
         check = dict(check=agreement(run, mesh, tokenizer, source, embedded)) if embedded else {}
         loop.train(run, workdir, batches, evaluators, mesh, source, range(profile.start, min(profile.stop, steps)), **check)

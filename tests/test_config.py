@@ -409,6 +409,7 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "model.image.embed_dim": None, "model.text.heads": 16, "model.text.embed_dim": None, "mesh.data": 4,
     "objective.0.dtype": "bfloat16", "evals.0.data": "emoji", "data.spec": "tfds:coco_captions", "mesh.shard_optimizer": True,
     "data.image_field": "picture", "data.text_field": "title", "data.ids": "caption", "data.teacher": "teacher.npz",
+    "data.labels": "labels.npz",
     "optim.clip_norm": 1.0, "optim.ema": 0.5, "optim.b1": 0.5, "train.keep_every": 1000, "train.wandb": "team/project",
     "optim.b2": 0.5, "train.best": "zeroshot_retrieval/emoji/test/text_retrieval_recall@1", "model.init_bias": -10.0,
     "data.augment.crop": 0.5, "data.augment.brightness": 0.5, "data.augment.contrast": 0.5, "data.augment.saturation": 0.5,

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from clipjax import aot, cli, config, losses, plan, sharding
@@ -126,6 +127,15 @@ def test_a_batch_has_what_the_data_adds(tmp_path):
     }
     compiled = plan.compile_run(cfg, jax.devices())
     assert compiled.cost.flops > 0
+
+
+@pytest.mark.parametrize(("name", "count"), [("own", 1), ("elsewhere.npz", 1), ("labels.npz", 3)])
+def test_a_batch_has_the_labels_of_the_file(tmp_path, name, count):
+    np.savez(tmp_path / "labels.npz", label=np.zeros((5, 3), np.int32), key=[*"abcde"])
+    labels = name if name == "own" else str(tmp_path / name)
+    cfg = tiny.run(data=config.Data(spec="emoji", labels=labels))
+    label = plan.abstract_batch(cfg, sharding.make_mesh(cfg.mesh))["label"]
+    assert (label.shape, str(label.dtype)) == ((16, count), "int32")
 
 
 # By hand and in the program

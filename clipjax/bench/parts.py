@@ -1,5 +1,6 @@
 """What the parts of a training example cost: read, decode, resize, tokenise, the rest, stack; and the transfer of a batch."""
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -28,18 +29,16 @@ PARTS = ("read", "decode", "resize", "tokenise", "rest", "stack")  # of which a 
 T = TypeVar("T")
 
 
-def measure(
-    run: config.Run, source: Source, tokenizer: Tokenizer, teacher: Vectors | None, embedded: Vectors | None
-) -> dict[str, float]:
+def measure(run: config.Run, source: Source, tokenizer: Tokenizer, *keyed: Vectors | None) -> dict[str, float]:
     """Medians, in microseconds an example: each of PARTS, in CPU time of a thread; `wait`, for which `read` waits for the storage
     beside that; and `transfer`, from the host's memory to one device, of the clock.
 
     `rest` is what else there is: the order, random generators, the choice of a caption, checks. Raises ConfigError where hardly
-    an example can be used."""
+    an example can be used. `keyed`: the teacher, the embeddings and the labels of `clipjax.build`."""
     size, batch_size = run.model.image.image_size, run.train.batch_size
     order = training_order(source, run.data, batch_size, run.seed, 0, batch_size)
     reader = training_reader(source, order, lambda step: step)
-    timed = _Timed(TrainingExample(source, order, reader, tokenizer, run.data, size, teacher, embedded))
+    timed = _Timed(TrainingExample(source, order, reader, tokenizer, run.data, size, *keyed))
     places = (divmod(i, batch_size) for i in range(TRIED))
     try:
         usable = (one for step, place in places if (one := timed.example(step, place)) is not None)
@@ -57,9 +56,7 @@ class _Timed:
     def __init__(self, make: TrainingExample) -> None:
         self._make = make
         self._held = _Held()
-        self._from_held = TrainingExample(
-            make.source, make.order, self._held, make.tokenizer, make.data, make.size, make.teacher, make.embedded
-        )
+        self._from_held = dataclasses.replace(make, reader=self._held)
 
     def example(self, step: int, place: int) -> tuple[dict[str, float], Batch] | None:
         """The seconds of each part, and the example. None for one that can't be used."""

@@ -108,6 +108,9 @@ class Data(Strict, prefix="data"):
     # an id are no negatives of each other.
     ids: Literal["caption"] | None = None
     teacher: str | None = None  # an .npz that `clipjax embed` wrote of these examples, for Distillation and Preserve
+    # Classes of each example: an .npz that `clipjax cluster` wrote, or any with `key` str [n] and `label` int [n, l],
+    # where -1 is none; `own`: the dataset's.
+    labels: str | None = None
     # An .npz that `clipjax embed` wrote of these examples, with the weights of the start. It stands for the tower with
     # `unlock = 0`, which then does not run; of the image tower, no image is read.
     embeddings: str | None = None
@@ -142,6 +145,8 @@ class Data(Strict, prefix="data"):
                 require(all(given) or not any(given), f"data.sources.{name}", None, "must be given for all sources, or for none")
             twice = self.sources[0].weight is not None and self.sources[0].repeat is not None
             require(not twice, "data.sources.repeat", self.sources[0].repeat, "goes without weight: give one of the two")
+            remedy = "several datasets number their classes each in its own way: give a file, with the keys of all"
+            require(self.labels != "own", "data.labels", self.labels, remedy)
         else:
             check_spec(self.spec, "data.spec")
         for name in ("captions_per_image", "workers", "lanes", "window", "max_pixels", "prefetch_bytes"):

@@ -43,6 +43,7 @@ class TrainingExample:
     size: int
     teacher: Vectors | None
     embedded: Vectors | None = None  # of a tower that does not run
+    labels: Vectors | None = None
     parts: tuple[config.Data, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +108,7 @@ class TrainingExample:
         }
         if data.ids == "caption":
             arrays["id"] = np.int32(captions.caption_id(record.captions[0]))
-        for vectors in (self.teacher, self.embedded):
+        for vectors in (self.teacher, self.embedded, self.labels):
             arrays |= {} if vectors is None else vectors[number]
         return arrays
 

@@ -26,7 +26,7 @@ from clipjax.data.ordering.sequential import Sequential
 from clipjax.data.prefetch import Batch, BatchStream, Workers
 from clipjax.data.source import Source
 from clipjax.data.tokenizer import Tokenizer
-from clipjax.data.vectors import Vectors
+from clipjax.data.vectors import LABELS, Vectors
 
 SCALARS = 64  # bytes of an example, at most, beside its image, text and vectors
 SAMPLE = 1000  # examples that are read to find one with enough captions
@@ -46,6 +46,7 @@ def train_batches(
     process_count: int = 1,
     teacher: Vectors | None = None,
     embedded: Vectors | None = None,
+    labels: Vectors | None = None,
 ) -> BatchStream:
     """This process's share of every global batch of `batch_size` examples, from `start_step` finished steps on. It never ends.
     The batches that `skip` names (`config.Train.skip`) are left out, and no image of them is read.
@@ -61,8 +62,8 @@ def train_batches(
     - `truncated` bool [b], or [b, K]: the caption was too long;
     - with `data.ids`, `id` int32 [b] of the main caption (`captions.caption_id`);
     - with `data.teacher`, `teacher_image` and `teacher_text` (of the main caption) float32 [b, f]. `teacher`: that file, open;
-    - with `embedded`, the vectors of a tower that does not run, these as `embedded` float32 [b, e]. Where they stand for images
-      there is no `image`, and none is read.
+    - with `data.labels`, `label` int32 [b, l]: classes, -1: none. `labels`: that file, open;
+    - with `embedded`, of a tower that does not run, `embedded` float32 [b, e]; where that is the image tower, no `image`.
 
     At each visit captions are chosen (`captions.choose`), or those in the places `data.captions` are taken. The shares of all
     processes, joined in the order of their indices, are the batch that a single process would get. No example comes twice in a
@@ -71,18 +72,16 @@ def train_batches(
     Raises ConfigError as `check_source` and `Vectors` do, and for a batch that the processes can't divide equally."""
     local = _local_batch(batch_size, process_count)
     check_source(source, data, batch_size)
-    check_resizer(data.resizer)
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
-    if teacher is None and data.teacher is not None:
-        teacher = Vectors(data.teacher, source)
     own = _Own(config.Train(skip=skip).place, start_step, batch_size, local, process_index)
     order = training_order(source, data, batch_size, seed, process_index * local, local)
     reader = training_reader(source, order, own.batch)
-    make_example = TrainingExample(source, order, reader, tokenizer, data, image_size, teacher, embedded)
-    examples = _by_position(make_example, batch_size, seed)
-    numbers = tokenizer.length * data.texts_per_image + sum(v.numbers for v in (teacher, embedded) if v is not None)
+    teacher = teacher or (Vectors(data.teacher, source) if data.teacher else None)
+    keyed = teacher, embedded, labels or (Vectors(data.labels, source, use=LABELS) if data.labels else None)
+    make_example = TrainingExample(source, order, reader, tokenizer, data, image_size, *keyed)
+    numbers = tokenizer.length * data.texts_per_image + sum(v.numbers for v in keyed if v is not None)
     workers = _workers(data, image_size, 4 * numbers + SCALARS)
-    return BatchStream(_Picked(examples, own), local, workers, closing=reader.close)
+    return BatchStream(_Picked(_by_position(make_example, batch_size, seed), own), local, workers, closing=reader.close)
 
 
 def _by_position(make_example: TrainingExample, batch_size: int, seed: int) -> grain.MapDataset:
@@ -141,7 +140,9 @@ def _workers(data: config.Data, size: int, others: int) -> Workers:
 
 def check_source(source: Source, data: config.Data, batch_size: int) -> None:
     """Raises ConfigError for a source with fewer examples than a batch, a mixture whose shares a batch can't have, images
-    alone, or no example of `data.captions_per_image` captions, or with a caption in all places of `data.captions`."""
+    alone, or no example of `data.captions_per_image` captions, or with a caption in all places of `data.captions`; and where the
+    resizer's package is absent."""
+    check_resizer(data.resizer)
     n, k = len(source), max((data.captions_per_image, *(place + 1 for place in data.captions)))
     remedy = f"is more than the {n} examples of {source.name}: use at most {n}"
     require(batch_size <= n, "train.batch_size", batch_size, remedy)

@@ -1,15 +1,16 @@
-"""Embeddings of the training examples, from a file that `clipjax embed RUN --data SPEC --out FILE.npz` wrote: a teacher's, or
-those of a tower that is not trained and need not run."""
+"""Rows of an .npz for the training examples, found by key: embeddings that `clipjax embed` wrote, a teacher's or those of a tower
+that is not trained and need not run; and labels, which `clipjax cluster` wrote, or the dataset's own."""
 
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import SEEK_CUR
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from clipjax.config import ConfigError
 from clipjax.data import reading
@@ -20,19 +21,27 @@ from clipjax.files import local_path
 KEY = "key"
 
 
+WRITTEN = "`clipjax embed RUN --data SPEC --split SPLIT --out FILE.npz`"
+CLUSTERED = "`clipjax cluster EMB.npz --classes C --out FILE.npz`"
+
+
 class Use(NamedTuple):
-    """What the vectors of a file are for."""
+    """What the rows of a file are for."""
 
     field: str  # that names the file
     arrays: Mapping[str, str]  # those of the file that are read, and their names in a batch
+    dtype: str = "float32"  # in a batch
+    by: str = WRITTEN  # the command that writes it
 
 
 TEACHER = Use("data.teacher", MappingProxyType({"image": "teacher_image", "text": "teacher_text"}))
 EMBEDDED = {side: Use("data.embeddings", MappingProxyType({side: "embedded"})) for side in ("image", "text")}
+LABELS = Use("data.labels", MappingProxyType({"label": "label"}), "int32", CLUSTERED)
+OWN = "own"  # in the place of a file of labels: those of the dataset itself
 
 
 class Vectors:
-    """The vectors of every example of a source, matched by key. Of several rows with the same key the first counts.
+    """The vectors, or labels, of every example of a source, matched by key. Of several rows with the same key the first counts.
 
     They stay in the file and are memory-mapped, so that workers share them. It can be pickled."""
 
@@ -40,10 +49,13 @@ class Vectors:
         """Reads the key of every record, with a progress line unless `quiet`. Decodes only the images of examples without a row:
         one that can't be read needs no row, because another example replaces it.
 
-        Raises ConfigError where the file or an array of it is missing, or is not what `clipjax embed` writes, and where examples
-        have no row."""
-        self.use, self._path = use, local_path(use.field, path).expanduser()
-        self.name = f"{use.field} = {path!r}"
+        Raises ConfigError where the file or an array of it is missing, or is not what `use.by` writes, and where examples have no
+        row. The labels OWN are of the records themselves; it raises ConfigError where no example has any."""
+        self.use, self.name = use, f"{use.field} = {path!r}"
+        if use is LABELS and path == OWN:
+            self._path, self._rows, self._arrays = None, range(len(source)), {"label": self._own(source, quiet)}
+            return
+        self._path = local_path(use.field, path).expanduser()
         keys = self._open()
         row_of: dict[str, int] = {}
         for row, key in enumerate(keys):
@@ -53,13 +65,20 @@ class Vectors:
         missing = next((x.number for x in shown(source, absent) if x.record.captions), None)
         if missing is not None:
             what = f"has no row for {len(absent):,} of the {len(source):,} examples of {source.name}"
-            remedy = "write it from the same dataset and split with `clipjax embed`"
+            remedy = f"write it from the same dataset and split with {self._command}"
             raise ConfigError(f"{self.name}: {what}, the first with key {source.text(missing).key!r}; {remedy}")
+        if use is LABELS and self._arrays["label"].min() < -1:
+            raise ConfigError(f"{self.name}: must hold classes from 0 on, and -1 for none; write it with {use.by}")
 
     @property
     def width(self) -> int:
-        """Numbers of a vector."""
+        """Numbers of a vector, or labels of an example."""
         return next(iter(self._arrays.values())).shape[1]
+
+    @property
+    def highest(self) -> int:
+        """The highest label."""
+        return int(self._arrays["label"].max())
 
     @property
     def numbers(self) -> int:
@@ -70,39 +89,62 @@ class Vectors:
         return bool(self._rows[i] >= 0)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """float32 [f] under each of the names in a batch, of the source's example i; a text's is that of the main caption."""
+        """float32 [f], or labels int32 [l], under each of the names in a batch, of the source's example i; a text's vector is of
+        the main caption."""
         row = self._rows[i]
         if row < 0:  # it was unreadable when the rows were matched, and is readable now
-            raise ConfigError(f"{self.name}: has no row for number {i} of the examples; write it again with `clipjax embed`")
-        return {name: np.array(self._arrays[side][row], np.float32) for side, name in self.use.arrays.items()}
+            raise ConfigError(f"{self.name}: has no row for number {i} of the examples; write it again with {self._command}")
+        return {name: np.array(self._arrays[side][row], self.use.dtype) for side, name in self.use.arrays.items()}
 
     def __getstate__(self) -> tuple:
-        return self.use.field, dict(self.use.arrays), self._path, self.name, self._rows
+        use = self.use._replace(arrays=dict(self.use.arrays))
+        return use, self._path, self.name, self._rows, None if self._path else self._arrays
 
     def __setstate__(self, state: tuple) -> None:
-        field, arrays, self._path, self.name, self._rows = state
-        self.use = Use(field, arrays)
-        self._open()
+        self.use, self._path, self.name, self._rows, arrays = state
+        if arrays is None:
+            self._open()
+        else:
+            self._arrays = arrays
+
+    @property
+    def _command(self) -> str:
+        return " ".join(self.use.by.split()[:2]) + "`"
 
     def _open(self) -> list[str]:
-        """Maps the vectors and reads the keys."""
-        remedy = "write it with `clipjax embed RUN --data SPEC --split SPLIT --out FILE.npz`"
-        if not self._path.is_file():
-            raise ConfigError(f"{self.name}: there is no such file; {remedy}")
-        sides = list(self.use.arrays)
-        try:
-            self._arrays = {side: memory_mapped(self._path, side) for side in sides}
-            keys = memory_mapped(self._path, KEY)
-        except KeyError as e:
-            raise ConfigError(f"{self.name}: must hold arrays {', '.join(sides)} and {KEY}; {remedy}") from e
-        except (zipfile.BadZipFile, ValueError, OSError) as e:  # truncated, or of another kind
-            raise ConfigError(f"{self.name}: is not an .npz that can be read ({e}); {remedy}") from e
-        found = ", ".join(f"{side} {array.dtype} {array.shape}" for side, array in self._arrays.items()) + f", key {keys.dtype}"
-        first = self._arrays[sides[0]]
-        vectors = all(x.ndim == 2 and x.shape == first.shape and x.dtype.kind == "f" for x in self._arrays.values())
-        if not vectors or keys.shape != (len(first),) or keys.dtype.kind != "U":
-            raise ConfigError(f"{self.name}: must hold {' and '.join(sides)} float [n, f] and key str [n], not {found}; {remedy}")
+        """Maps the arrays and reads the keys."""
+        assert self._path is not None
+        self._arrays, keys = keyed_arrays(self._path, self.name, list(self.use.arrays), self.use)
         return keys.tolist()
+
+    def _own(self, source: Source, quiet: bool) -> Int[np.ndarray, "n l"]:
+        """The classes of each example; of one that has fewer than others, -1 in the further places."""
+        found = [record.labels or (record.label,) for record in reading.texts(source, quiet)]
+        table = np.full((len(found), max(map(len, found), default=1)), -1, np.int32)
+        for row, labels in zip(table, found, strict=True):
+            row[: len(labels)] = labels
+        if not (table >= 0).any():
+            raise ConfigError(f"{self.name}: {source.name} has no class label; name its field with data.label_field")
+        return table
+
+
+def keyed_arrays(path: Path, name: str, wanted: Sequence[str], use: Use) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The arrays `wanted` of an .npz, [n, f] each, mapped, and its keys, str [n]. Raises ConfigError, and names it `name`."""
+    remedy = f"write it with {use.by}"
+    if not path.is_file():
+        raise ConfigError(f"{name}: there is no such file; {remedy}")
+    try:
+        arrays, keys = {side: memory_mapped(path, side) for side in wanted}, memory_mapped(path, KEY)
+    except KeyError as e:
+        raise ConfigError(f"{name}: must hold arrays {', '.join(wanted)} and {KEY}; {remedy}") from e
+    except (zipfile.BadZipFile, ValueError, OSError) as e:  # truncated, or of another kind
+        raise ConfigError(f"{name}: is not an .npz that can be read ({e}); {remedy}") from e
+    found = ", ".join(f"{side} {array.dtype} {array.shape}" for side, array in arrays.items()) + f", key {keys.dtype}"
+    kind, first = use.dtype.rstrip("32"), arrays[wanted[0]]
+    fits = all(x.ndim == 2 and x.shape == first.shape and x.dtype.kind == kind[0] for x in arrays.values())
+    if not fits or keys.shape != (len(first),) or keys.dtype.kind != "U":
+        raise ConfigError(f"{name}: must hold {' and '.join(wanted)} {kind} [n, f] and key str [n], not {found}; {remedy}")
+    return arrays, keys
 
 
 def memory_mapped(path: Path, name: str) -> np.ndarray:

@@ -63,6 +63,8 @@ def abstract_batch(run: config.Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
         shapes["id"] = ("int32", ())
     if (width := teacher_width(run)) is not None:
         shapes |= {f"teacher_{side}": ("float32", (width,)) for side in ("image", "text")}
+    if run.data.labels is not None:
+        shapes["label"] = ("int32", (label_count(run),))
     rows = sharding.over_rows(mesh)
     return {k: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows) for k, (dtype, shape) in shapes.items()}
 
@@ -71,9 +73,19 @@ def teacher_width(run: config.Run) -> int | None:
     """The width of data.teacher's embeddings; None without a teacher. If this machine has not the file: the model's width."""
     if run.data.teacher is None:
         return None
-    from clipjax.data.vectors import TEACHER, memory_mapped
-
-    path = local_path("data.teacher", run.data.teacher).expanduser()
-    width = memory_mapped(path, next(iter(TEACHER.arrays))).shape[1] if path.is_file() else run.model.embed_dim
+    width = _width("data.teacher", run.data.teacher, "image") or run.model.embed_dim
     check_teacher(run.objective, run.model, width)
     return width
+
+
+def label_count(run: config.Run) -> int:
+    """Classes of an example, of data.labels. The dataset's own, and those of a file that this machine has not, count as one."""
+    return (run.data.labels not in (None, "own") and _width("data.labels", run.data.labels, "label")) or 1
+
+
+def _width(field: str, file: str | None, array: str) -> int | None:
+    """The width of an array of a keyed file; None if this machine has not the file."""
+    from clipjax.data.vectors import memory_mapped
+
+    path = local_path(field, str(file)).expanduser()
+    return memory_mapped(path, array).shape[1] if path.is_file() else None

@@ -33,7 +33,7 @@ from clipjax.train.workdir import Workdir, evaluated, note_evaluations, qualifie
 # Opens this process's batches, beginning with the one that follows a number of finished steps.
 Batches = Callable[[int], AbstractContextManager[Iterator[dict[str, np.ndarray]]]]
 # Keys of a batch that the step may read.
-ON_DEVICE = ("image", "text", "index", "id", "teacher_image", "teacher_text", "embedded")
+ON_DEVICE = ("image", "text", "index", "id", "teacher_image", "teacher_text", "embedded", "label")
 STEPS_AHEAD = 2  # how many steps the host may be ahead: the devices never wait for it, and the clock stays exact
 
 
