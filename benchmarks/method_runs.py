@@ -17,10 +17,10 @@ import numpy as np
 
 from clipjax import config as c
 from clipjax.config.load import load_config
+from clipjax.data.sets.emoji import LANGUAGES
 
 STEPS = 240
 SHAPE = dict(width=96, heads=3, mlp_dim=384, embed_dim=96)
-LANGUAGES = tuple("en es ja ko pt it fr de fa id zh ru tr ar".split())  # of emoji's names, in order
 TONES = "(medium-light|medium-dark|light|medium|dark) skin tone"
 WEAK = dict(crop=0.8, aspect=1.1)  # of `emoji_clip`
 STRONG = dict(crop=0.4, aspect=1.3, brightness=0.4, contrast=0.4, jitter=0.8, blur=0.3)  # names tell colours and directions
