@@ -26,6 +26,9 @@ WEAK = dict(crop=0.8, aspect=1.1)  # of `emoji_clip`
 STRONG = dict(crop=0.4, aspect=1.3, brightness=0.4, contrast=0.4, jitter=0.8, blur=0.3)  # names tell colours and directions
 
 
+Fields = dict[str, Any] | None
+
+
 @dataclass(frozen=True)
 class Trained:
     """A run that can be trained."""
@@ -37,20 +40,20 @@ class Trained:
     measure: Callable[[Path], Iterable[dict[str, Any]]] = field(default=lambda files: ())  # further lines of metrics.jsonl
 
 
-def evals(files: Path) -> tuple[c.TrainingEvaluation, ...]:
-    """At the end of every run. Equal names of emoji without skin tone are the same thing in the search by an image."""
+def evals(files: Path, more: tuple[str, ...] = ()) -> tuple[c.TrainingEvaluation, ...]:
+    """At the end of every run, and those of `more`: in the search by an image, emoji that differ in skin tone are the same."""
     common = dict(data="emoji", every=STEPS)
-    return (
-        c.Retrieval(**common),
-        c.Zeroshot(**common, templates="plain"),
-        c.Geometry(**common),
-        c.Choice(**common),
-        c.Instance(data=f"tsv:{files}/bases/test.tsv", every=STEPS),
-        c.Probe(**common, methods=("knn",), label_pattern=TONES),
+    others = dict(
+        choice=c.Choice(**common),
+        same=c.Instance(data=f"tsv:{files}/bases/test.tsv", every=STEPS),
+        knn=c.Probe(**common, methods=("knn",), label_pattern=TONES),
+        train=c.Geometry(data="emoji", split="train", every=STEPS),
     )
+    plain = c.Retrieval(**common), c.Zeroshot(**common, templates="plain"), c.Geometry(**common)
+    return (*plain, *(others[name] for name in more))
 
 
-def clip(files: Path, *objective: c.Term, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None) -> c.Run:
+def clip(files: Path, *objective: c.Term, more: tuple[str, ...] = (), data: Fields = None, model: Fields = None) -> c.Run:
     """The plain run with another objective and other fields, and the evaluations that tables are made of."""
     run = load_config("emoji_clip")
     towers = dict(image=replace(run.model.image, depth=3, **SHAPE), text=replace(run.model.text, depth=2, **SHAPE), unroll=3)
@@ -61,16 +64,15 @@ def clip(files: Path, *objective: c.Term, data: dict[str, Any] | None = None, mo
         objective=objective or run.objective,
         optim=replace(run.optim, lr=2e-3),
         train=replace(run.train, steps=STEPS, checkpoint_every=STEPS),
-        evals=evals(files),
+        evals=evals(files, more),
     )
 
 
 def held(files: Path, *objective: c.Term) -> c.Run:
     """The contrastive gap's setting (2405.18570): the temperature is held at .01."""
-    run = clip(files, *objective, model=dict(init_scale=100.0))
+    run = clip(files, *objective, more=("train",), model=dict(init_scale=100.0))
     still = c.Rule(pattern="log_scale", lr=0.0)
-    more = (*run.evals, c.Geometry(data="emoji", split="train", every=STEPS))
-    return replace(run, optim=replace(run.optim, rules=(still, *run.optim.rules)), evals=more)
+    return replace(run, optim=replace(run.optim, rules=(still, *run.optim.rules)))
 
 
 def thinned(files: Path, *objective: c.Term) -> c.Run:
@@ -84,7 +86,7 @@ def of_halves(files: Path, *objective: c.Term, **model: Any) -> c.Run:
 
 def disrupted(files: Path) -> c.Run:
     data = dict(spec=f"tsv:{files}/disrupted/train.tsv", split="train", captions=(0, 1))
-    return clip(files, c.Softmax(negatives="captions"), data=data)
+    return clip(files, c.Softmax(negatives="captions"), more=("choice",), data=data)
 
 
 def views(files: Path, *terms: c.Term, strong: int, heads: tuple[Any, ...] = ()) -> c.Run:
@@ -116,7 +118,8 @@ def embed_and_cluster(files: Path, classes: int, nearest: int) -> None:
 
 def clustered(files: Path, *objective: c.Term, classes: int, matrix: bool = False) -> c.Run:
     model = dict(classes=c.Classes(count=classes)) if matrix else {}
-    return clip(files, *objective, data=dict(labels=f"{files}/clusters{classes}.npz"), model=model)
+    labels = dict(labels=f"{files}/clusters{classes}.npz")
+    return clip(files, *objective, more=("same", "knn"), data=labels, model=model)
 
 
 def of_bases(files: Path) -> c.Run:
@@ -124,7 +127,7 @@ def of_bases(files: Path) -> c.Run:
     with np.load(files / "bases.npz") as labels:
         count = int(labels["label"].max()) + 1
     data, model = dict(labels=f"{files}/bases.npz"), dict(classes=c.Classes(count=count))
-    return clip(files, c.Softmax(), c.Classify(), data=data, model=model)
+    return clip(files, c.Softmax(), c.Classify(), more=("same", "knn"), data=data, model=model)
 
 
 def heads(files: Path, names: tuple[str, ...]) -> c.Run:
@@ -146,7 +149,7 @@ def _clipjax(*words: object) -> None:
 
 
 RUNS = {
-    "clip": Trained("CLIP", clip),
+    "clip": Trained("CLIP", lambda files: clip(files, more=("choice", "same", "knn"))),
     "gap_clip": Trained("CLIP", held),
     "gap_cua": Trained("CUA", lambda files: held(files, *c.CUA)),
     "gap_cuaxu": Trained("CUAXU", lambda files: held(files, *c.CUAXU)),
@@ -192,7 +195,9 @@ RUNS = {
     "mofi": Trained("CLIP + entities", of_bases, lambda files: method_data.write_base_labels(files / "bases.npz")),
     "soft_labels": Trained(
         "CLIP + soft labels",
-        lambda files: clip(files, c.Softmax(), c.Distillation(targets="labels"), data=dict(labels=f"{files}/words.npz")),
+        lambda files: clip(
+            files, c.Softmax(), c.Distillation(targets="labels"), more=("same", "knn"), data=dict(labels=f"{files}/words.npz")
+        ),
         lambda files: method_data.write_word_labels(files / "words.npz"),
     ),
     "multi_similarity": Trained("Multi-Similarity", lambda files: clip(files, c.MultiSimilarity())),

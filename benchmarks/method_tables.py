@@ -69,7 +69,7 @@ EXPERIMENTS = {
         (*USUAL, UNIFORMITY, ALIGNMENT, RANKME),
     ),
     "mann_whitney": Experiment("a higher AUC?", ("clip", "mann_whitney"), (*USUAL, UNIFORMITY, ALIGNMENT)),
-    "mixup": Experiment("more of held-out combinations?", ("clip", "mixup"), (*USUAL, KNN)),
+    "mixup": Experiment("more of held-out combinations?", ("clip", "mixup"), (*USUAL, ALIGNMENT)),
     "negative_captions": Experiment(
         "does the model heed the order of words?",
         ("clip", "negative_captions"),
@@ -83,7 +83,7 @@ EXPERIMENTS = {
     "rocket": Experiment(
         "is the recipe better, and do its baselines add to it?",
         ("clip", "rocket", "rocket_barlow", "rocket_siamese", "rocket_swap"),
-        (*USUAL, KNN),
+        (*USUAL, RANKME),
     ),
     "mcl": Experiment("what does a second stage within ten clusters learn?", ("mcl",), (*STAGES, *USUAL)),
     "pairs": Experiment("are languages better together?", ("en", "ja", "zh", "en_ja_zh"), LANGUAGES),
@@ -92,12 +92,14 @@ EXPERIMENTS = {
         ("pairs_views", "mv_infonce", "mv_dhel"),
         (*USUAL, UNIFORMITY, ALIGNMENT, RANKME),
     ),
-    "multi_similarity": Experiment("a thresholded loss, and mixtures?", ("clip", "multi_similarity", "metrix"), (*USUAL, KNN)),
+    "multi_similarity": Experiment(
+        "a thresholded loss, and mixtures?", ("clip", "multi_similarity", "metrix"), (*USUAL, ALIGNMENT)
+    ),
     "soft_labels": Experiment("words of the names as soft targets?", ("clip", "soft_labels"), (*USUAL, SAME, KNN)),
     "mlcd": Experiment("image vectors from clusters of a plain run?", ("clip", "mlcd"), (SAME, KNN, RANKME)),
     "mofi": Experiment("entities beside names?", ("clip", "mofi"), (*USUAL, SAME, KNN)),
     "prototypes": Experiment("balanced assignments to prototypes?", ("clip", "prototypes"), (*USUAL, RANKME)),
-    "amcl": Experiment("three heads or one?", ("clip", "one_head", "three_heads"), (*USUAL, KNN)),
+    "amcl": Experiment("three heads or one?", ("clip", "one_head", "three_heads"), (*USUAL, RANKME)),
 }
 
 
