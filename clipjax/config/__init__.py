@@ -43,16 +43,17 @@ from clipjax.config.term import Pairs, Remembering, Term
 from clipjax.config.towers import SIZES, Activation, ImageTower, Lora, TextTower, size
 from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train, freezing
 from clipjax.config.unions import registered, require_registered
+from clipjax.config.views import Barlow, MultiView, Siamese, Swap, Symile
 
 __all__ = [
-    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Calibration", "Caption",
-    "Captioning", "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl", "Cyclip",
-    "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "Head", "ImageTower", "Init",
-    "Instance", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "Optim", "Pairs", "Part", "Preserve", "Probe",
-    "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "RunSuite", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean",
-    "SuiteSet", "Term", "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer",
-    "Uniformity", "View", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from",
-    "to_json",
+    "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Barlow", "Calibration",
+    "Caption", "Captioning", "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl",
+    "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "Head", "ImageTower",
+    "Init", "Instance", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "MultiView", "Optim", "Pairs", "Part",
+    "Preserve", "Probe", "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "RunSuite", "Siamese", "Sigmoid", "Softmax",
+    "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Swap", "Symile", "Term", "TextAugment", "TextTower", "Tokenizer",
+    "TokenizerFile", "Train", "TrainingEvaluation", "Transfer", "Uniformity", "View", "Zeroshot", "from_json",
+    "identity_differences", "lines", "require", "size", "start_from", "to_json",
 ]  # fmt: skip
 
 

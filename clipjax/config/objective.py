@@ -11,6 +11,7 @@ from clipjax.config.data import Data
 from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, bounded, require
 from clipjax.config.model import Model
 from clipjax.config.term import Nested, Pairs, Prefixes, Products, Remembering, Term
+from clipjax.config.views import Barlow, MultiView, Siamese, Swap, Symile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ class Caption(Term):
 
 
 Term.include(
+    *(Symile, MultiView, Barlow, Siamese, Swap),
     *(Softmax, Sigmoid, Decoupled, HardNegative, MultiPositive, Cwcl, Cyclip, Distillation, Preserve),
     *(Sogclr, Isogclr, Uniformity, CrossUniformity, Alignment, Caption),
 )

@@ -59,6 +59,29 @@ def of_pairs(term: Any, sizes: Sizes) -> float:
     return sizes.taken(term) * sizes.one_pass
 
 
+def of_symile(term: config.Symile | config.MultiView, sizes: Sizes) -> float:
+    """A pass for each view and caption."""
+    given = sizes.views, sizes.captions
+    return term.count(*given) / len(term.pairs(*given)) * of_pairs(term, sizes)
+
+
+def of_multi_view(term: config.MultiView, sizes: Sizes) -> float:
+    """A pass for each two views and captions, in either order and each with itself; or for each with itself alone."""
+    count = term.count(sizes.views, sizes.captions) if term.form == "infonce" else 1
+    return count * of_symile(term, sizes)
+
+
+def of_barlow(term: config.Barlow, sizes: Sizes) -> float:
+    """A Gram matrix of each pair and head."""
+    widths = (sizes.heads.get(head or "", sizes.width) for head in term.heads)
+    return 6.0 * sizes.pairs * len(term.pairs(sizes.views, sizes.captions)) * sum(w * w for w in widths)
+
+
+def of_swap(term: config.Swap, sizes: Sizes) -> float:
+    """A distillation, and 4 r - 2 quarters of a pass that have no gradient. To prototypes: nothing of B^2, not counted."""
+    return 0.0 if term.prototypes else (term.rounds + 1) * of_pairs(term, sizes)
+
+
 def of_main_caption(term: Any, sizes: Sizes) -> float:
     """A pass for the main caption alone."""
     return sizes.one_pass

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from clipjax import config
 from clipjax.config.term import Binding
-from clipjax.losses import flops
+from clipjax.losses import flops, views
 from clipjax.losses.batch import add_up
 from clipjax.losses.caption import caption_loss
 from clipjax.losses.matryoshka import prefix
@@ -22,7 +22,7 @@ from clipjax.losses.pairwise import Axis
 from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.ranking import Ranked, Ranking
 from clipjax.losses.regularizers import alignment, cross_uniformity, cyclip, preserved, uniformity
-from clipjax.losses.rows import PairLoss, Rows, TermResult, main, mean_over, over_pairs
+from clipjax.losses.rows import PairLoss, Rows, TermResult, main, mean_over, over_heads, over_pairs
 from clipjax.losses.sigmoid import siglip_terms
 from clipjax.losses.softmax import clip_terms, decoupled_terms, hard_negative_terms
 from clipjax.losses.sogclr import ImageAndText, sogclr_loss
@@ -170,5 +170,10 @@ TERMS = {
     config.CrossUniformity: Binding(over_pairs(_cross_uniformity), flops.of_pairs),
     config.Alignment: Binding(over_pairs(_alignment), flops.none),
     config.Caption: Binding(_caption, flops.none),
+    config.Symile: Binding(over_heads(views.of_symile), flops.of_symile),
+    config.MultiView: Binding(over_heads(views.of_multi_view), flops.of_multi_view),
+    config.Barlow: Binding(over_pairs(views.of_barlow), flops.of_barlow),
+    config.Siamese: Binding(views.of_siamese, flops.none),
+    config.Swap: Binding(over_heads(views.of_swap), flops.of_swap),
 }
 config.Term.bind(TERMS)  # fails here, at import, where a class of clipjax's own has no row

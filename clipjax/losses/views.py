@@ -1,20 +1,25 @@
-"""Losses of several views, or modalities, of an example at once, over the global batch. All vectors are unit vectors.
+"""Losses and terms of several views, or modalities, of an example at once, over the global batch. All vectors are unit vectors.
 
 Under `shard_map` over `axis`, b is the local batch and the result is the same on every device; outside, axis is None.
 """
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from clipjax.losses.batch import einsum, following, log_mean_exp, mean, size
+from clipjax import config
+from clipjax.losses.batch import add_up, einsum, following, log_mean_exp, mean, size
 from clipjax.losses.pairwise import Axis, pairwise_cross_entropy, pairwise_logsumexp
 from clipjax.losses.pairwise.axes import device_index
 from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.pairwise.partials import finite
+from clipjax.losses.ranking import Ranked
+from clipjax.losses.regularizers import alignment, barlow
+from clipjax.losses.rows import HeadRows, Logged, Rows, TermResult, mean_over_pairs, over_pairs, vectors_of
 from clipjax.models.layers import unit
 
 
@@ -119,3 +124,51 @@ def prototype_loss(
     targets = [jnp.exp(jax.lax.fori_loop(0, rounds, balanced, jax.lax.stop_gradient(c) / epsilon)) for c in cosines]
     found = [(q * jax.nn.log_softmax(scale * c + bias)).sum(1) for q, c in zip(targets, cosines[::-1], strict=True)]
     return -mean(found[0] + found[1], axis) / 2
+
+
+def of_symile(term: config.Symile, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> tuple[Array, Logged]:
+    return symile_loss(_together(term, rows), scale, axis=axis), {}
+
+
+def of_multi_view(term: config.MultiView, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> tuple[Array, Logged]:
+    return multi_view_loss(_together(term, rows), scale, term.form, axis=axis, ids=rows.ids), {}
+
+
+def _together(term: config.Pairs, rows: Rows) -> Float[Array, "n b e"]:
+    """All views, and then all captions, that the term takes."""
+    views, captions = vectors_of(rows.image), vectors_of(rows.text)
+    return jnp.stack({"image-image": views, "text-text": captions}.get(term.sides, views + captions))
+
+
+def of_barlow(term: config.Barlow, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    return barlow(rows.image, rows.text, term.off, term.scale, axis=axis), None
+
+
+def of_siamese(term: config.Siamese, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
+    """A head's vectors, and beside each what its predictor makes of it."""
+    heads = {n: HeadRows(_beside(h.image, h.image_predicted), _beside(h.text, h.text_predicted)) for n, h in rows.heads.items()}
+    return over_pairs(_predicted)(term, dataclasses.replace(rows, heads=heads), scale, bias, axis)
+
+
+def _predicted(term: config.Siamese, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
+    (x, x_predicted), (y, y_predicted) = jnp.split(rows.image, 2, 1), jnp.split(rows.text, 2, 1)
+    parts = (x_predicted, y), (y_predicted, x)
+    return add_up(alignment(z, jax.lax.stop_gradient(target), axis=axis) for z, target in parts) / 2, None
+
+
+def of_swap(term: config.Swap, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> tuple[Array, Logged]:
+    """To prototypes; or of each view and caption to each other, beside which stand the next view and the next caption."""
+
+    def of_pair(x: Array, y: Array) -> tuple[Array, Logged]:
+        if rows.classes is not None and term.prototypes:
+            return prototype_loss((x, y), scale, rows.classes, term.epsilon, term.rounds, axis=axis), {}
+        (x, next_x), (y, next_y) = jnp.split(x, 2, 1), jnp.split(y, 2, 1)
+        return swap_loss((x, y), scale, (next_x, next_y), term.epsilon, term.rounds, axis=axis), {}
+
+    sides = rows.image, rows.text
+    image, text = sides if term.prototypes else (_beside(z, z if z.ndim == 2 else jnp.roll(z, -1, 1)) for z in sides)
+    return mean_over_pairs(of_pair, term.sides, dataclasses.replace(rows, image=image, text=text))
+
+
+def _beside(z: Any, other: Any) -> Any:
+    return None if other is None else jnp.concatenate([z, other], -1)

@@ -1,6 +1,7 @@
 """The losses of several views and of several modalities against float64, their golden values, and what must hold of them."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,23 @@ import numpy as np
 import optax
 import pytest
 
-from clipjax.losses import alignment, barlow, clip_loss, multi_view_loss, pairwise, prototype_loss, swap_loss, symile_loss
+from clipjax import config
+from clipjax.losses import (
+    HeadRows,
+    Rows,
+    Shared,
+    Sizes,
+    alignment,
+    barlow,
+    clip_loss,
+    multi_view_loss,
+    objective,
+    pairwise,
+    prototype_loss,
+    swap_loss,
+    symile_loss,
+    term_flops,
+)
 from clipjax.losses.views import column_offsets
 from tests.losses import reference as ref
 from tests.losses.meshes import axis_of, pulled
@@ -263,3 +280,83 @@ def test_symile_learns_what_no_pair_of_modalities_shows():
     a, b, c = tables
     for i, j in np.ndindex(2, 2):
         assert np.argmax(c @ (a[i] * b[j])) == i ^ j
+
+
+def some_rows():
+    """Two views and two captions, of the model and of a head with a predictor and a scale, and prototypes."""
+    x, y, z, w, _ = (jnp.float32(a) for a in random_views())
+    image, text = jnp.stack([x, z], 1), jnp.stack([y, -x], 1)
+    head = HeadRows(text, image, jnp.stack([z, y], 1), jnp.stack([x, -z], 1))
+    return Rows(image, text, jnp.asarray(IDS), heads={"local": head}, classes=w, shared=Shared({"local": jnp.float32(T_SWAP)}))
+
+
+def test_terms_are_their_equations():
+    rows = some_rows()
+    terms, found = [], []
+
+    def run(rows):
+        (x, z), (y, v) = (jnp.unstack(a, axis=1) for a in (rows.image, rows.text))  # as the head has them: texts and images
+        head, w, ids = rows.heads["local"], rows.classes, rows.ids
+        (p, q), (r, _) = (jnp.unstack(a, axis=1) for a in (head.image_predicted, head.text_predicted))
+
+        def mean(fn, *of):
+            return sum(fn(*args) for args in of) / len(of)
+
+        def swap(a, b, c, d):
+            return swap_loss((a, b), T_SWAP, (c, d), 0.05, 3)
+
+        wanted = {
+            config.Symile(): symile_loss(jnp.stack([x, z, y, v]), T),
+            config.Symile(images=(1,), temperature=0.5): symile_loss(jnp.stack([z, y, v]), 2.0),
+            config.MultiView(form="infonce"): multi_view_loss(jnp.stack([x, z, y, v]), 5.0, "infonce", ids=ids),
+            config.MultiView(sides="image-image", temperature=0.1): multi_view_loss(jnp.stack([x, z]), 10.0, ids=ids),
+            config.MultiView(head="local", texts=(1,)): multi_view_loss(jnp.stack([y, v, z]), 5.0, ids=ids),
+            config.Barlow(texts=(0,), off=0.5, scale=2.0): mean(barlow, (x, y, 0.5, 2.0), (z, y, 0.5, 2.0)),
+            config.Siamese(head="local", texts=(0,)): mean(alignment, (p, x), (r, y), (q, x), (r, v)),
+            config.Siamese(head="local", sides="image-image"): mean(alignment, (p, v), (q, y)),
+            config.Swap(images=(0,), temperature=0.1): mean(swap, (x, y, x, v), (x, v, x, y)),
+            config.Swap(head="local"): mean(swap, (y, x, v, z), (y, z, v, x), (v, x, y, z), (v, z, y, x)),
+            config.Swap(sides="image-image", prototypes=True, temperature=0.1): prototype_loss((x, z), 10.0, w, 0.05, 3),
+        }
+        terms.extend(wanted)
+        return [(objective((term,), rows, jnp.float32(T), None)[:2], want) for term, want in wanted.items()]
+
+    found = jax.jit(run)(rows)
+    for term, ((loss, logged), want) in zip(terms, found, strict=True):
+        np.testing.assert_allclose(loss, want, rtol=2e-6, err_msg=str(term))
+        assert logged == {f"{term.kind}_loss": loss}
+
+
+def test_flops():
+    """8 B^2 d a pass; of infonce one for each two views, of swap a distillation's 12 and 20 more."""
+    sizes = Sizes(100, 2, 16, views=2, heads={"local": 8})
+    wanted = {
+        config.Symile(): 4 * 8,
+        config.Symile(images=(0,)): 3 * 8,
+        config.MultiView(sides="image-image"): 2 * 8,
+        config.MultiView(form="infonce", head="local"): 16 * 8 / 2,
+        config.Swap(texts=(0,)): 2 * (12 + 20),
+        config.Siamese(head="local"): 0,
+    }
+    assert {term: term_flops(term, sizes) for term in wanted} == {term: n * 100**2 * 16 for term, n in wanted.items()}
+    assert term_flops(config.Barlow(head=("local", "local")), sizes) == 2 * 4 * 6 * 100 * 8**2
+
+
+@pytest.mark.parametrize(
+    ("term", "model", "data", "message"),
+    [
+        (config.Symile(), {}, {"captions": (0, 1)}, "model.max_scale = 100.0: objective.0 has products of 3 unit vectors"),
+        (config.Symile(), {"max_scale": None}, {}, "objective.0.texts = None: Symile takes three"),
+        (config.Siamese(), {}, {}, "objective.0.head = None: must name a head"),
+        (config.Swap(), {}, {}, "objective.0.images = None: the targets are another pair's"),
+        (config.Swap(sides="all"), {}, {"captions": (0, 1)}, "objective.0.sides = 'all': must be image-text"),
+        (config.Swap(prototypes=True), {}, {}, "model.classes = None: objective.0 needs them"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(term, model, data, message):
+    with pytest.raises(config.ConfigError, match=re.escape(message)):
+        term.check("objective.0", config.Model(**model), config.Data(spec="emoji", **data))
+
+
+def test_symile_with_a_temperature_of_its_own_leaves_the_models_scale():
+    config.Symile(temperature=0.01).check("objective.0", config.Model(), config.Data(spec="emoji", captions=(0, 1)))

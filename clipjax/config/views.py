@@ -1,0 +1,82 @@
+"""Terms of several views or modalities of an example, and baselines without contrast. Their equations: clipjax.losses.views."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+from clipjax.config.data import Data
+from clipjax.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, bounded, require
+from clipjax.config.model import Model
+from clipjax.config.term import Pairs
+
+
+class Together(Pairs):
+    """A term of all views and captions of an example at once, or of those of one side by `sides`."""
+
+    def count(self, views: int, captions: int) -> int:
+        """How many it takes, of so many views and captions."""
+        return len({*itertools.chain(*self.pairs(views, captions))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symile(Together):
+    """Symile: products of three modalities or more (2411.01053), which are views and captions: see data.captions."""
+
+    kind: Literal["symile"] = "symile"
+
+    def check(self, name: str, model: Model, data: Data) -> None:
+        super().check(name, model, data)
+        count = self.count(data.views_per_image, data.texts_per_image)
+        require(count > 2, f"{name}.texts", self.texts, "Symile takes three views and captions or more: see data.captions")
+        free = self.temperature is not None or model.max_scale is None
+        remedy = f"{name} has products of {count} unit vectors, which are small: set None, and init_scale to 100 or more"
+        require(free, "model.max_scale", model.max_scale, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiView(Together):
+    """MV-InfoNCE and MV-DHEL (2507.06979): one loss of all views and captions of an example."""
+
+    kind: Literal["multi_view"] = "multi_view"
+    form: Literal["infonce", "dhel"] = "dhel"  # dhel contrasts each view and caption with its own place in other examples alone
+    temperature: float = bounded(POSITIVE, 0.2)  # fixed: with a learned one dhel has no minimum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Barlow(Pairs):
+    """Barlow Twins (2103.03230) of images and texts, BarLIP (2305.08675): correlations of coordinates over the global batch."""
+
+    kind: Literal["barlow"] = "barlow"
+    off: float = bounded(NOT_NEGATIVE, 5e-3)  # factor on the squares off the diagonal
+    scale: float = bounded(POSITIVE, 0.025)  # factor on all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Siamese(Pairs):
+    """SimSiam (2011.10566) of images and texts, SiamLIP (2305.08675): a head's predictions towards the other side, held."""
+
+    kind: Literal["siamese"] = "siamese"
+
+    def check(self, name: str, model: Model, data: Data) -> None:
+        super().check(name, model, data)
+        able = {head.name for head in model.heads if head.predictor}
+        require({*self.heads} <= able, f"{name}.head", self.head, "must name a head of model.heads with predictor = True")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap(Pairs):
+    """SwALIP (2305.08675): towards balanced assignments of another pair of views; with prototypes SwAV (2006.09882)."""
+
+    kind: Literal["swap"] = "swap"
+    epsilon: float = bounded(POSITIVE, 0.05)  # temperature of the assignments
+    rounds: int = bounded(COUNT, 3)  # of Sinkhorn's algorithm
+    prototypes: bool = False  # assign both to the vectors of model.classes, not each to the batch's other side
+
+    def check(self, name: str, model: Model, data: Data) -> None:
+        super().check(name, model, data)
+        if self.prototypes:
+            remedy = f"{name} needs them, of the width of its vectors: they are the prototypes"
+            return require(getattr(model, "classes", None) is not None, "model.classes", None, remedy)
+        require(self.sides == "image-text", f"{name}.sides", self.sides, "must be image-text, but for prototypes = True")
+        several = len(self.pairs(data.views_per_image, data.texts_per_image)) > 1
+        require(several, f"{name}.images", self.images, "the targets are another pair's: give two views or captions")
