@@ -10,23 +10,15 @@ from clipjax.config.model import Model
 from clipjax.config.term import Pairs
 
 
-class Together(Pairs):
-    """A term of all views and captions of an example at once, or of those of one side by `sides`."""
-
-    def count(self, views: int, captions: int) -> int:
-        """How many it takes, of so many views and captions."""
-        return len({*itertools.chain(*self.pairs(views, captions))})
-
-
 @dataclass(frozen=True, kw_only=True)
-class Symile(Together):
+class Symile(Pairs):
     """Symile: products of three modalities or more (2411.01053), which are views and captions: see data.captions."""
 
     kind: Literal["symile"] = "symile"
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
-        count = self.count(data.views_per_image, data.texts_per_image)
+        count = len({*itertools.chain(*self.pairs(data.views_per_image, data.texts_per_image))})
         require(count > 2, f"{name}.texts", self.texts, "Symile takes three views and captions or more: see data.captions")
         free = self.temperature is not None or model.max_scale is None
         remedy = f"{name} has products of {count} unit vectors, which are small: set None, and init_scale to 100 or more"
@@ -34,7 +26,7 @@ class Symile(Together):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiView(Together):
+class MultiView(Pairs):
     """MV-InfoNCE and MV-DHEL (2507.06979): one loss of all views and captions of an example."""
 
     kind: Literal["multi_view"] = "multi_view"

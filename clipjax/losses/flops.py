@@ -1,5 +1,6 @@
 """The FLOPs of the objective's terms in a training step, counted by hand: what a loss needs. A multiply-add counts 2."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -59,16 +60,12 @@ def of_pairs(term: Any, sizes: Sizes) -> float:
     return sizes.taken(term) * sizes.one_pass
 
 
-def of_symile(term: config.Symile | config.MultiView, sizes: Sizes) -> float:
-    """A pass for each view and caption."""
-    given = sizes.views, sizes.captions
-    return term.count(*given) / len(term.pairs(*given)) * of_pairs(term, sizes)
-
-
-def of_multi_view(term: config.MultiView, sizes: Sizes) -> float:
-    """A pass for each two views and captions, in either order and each with itself; or for each with itself alone."""
-    count = term.count(sizes.views, sizes.captions) if term.form == "infonce" else 1
-    return count * of_symile(term, sizes)
+def of_together(term: config.Symile | config.MultiView, sizes: Sizes) -> float:
+    """A pass for each view and caption; of infonce for each two in either order, and for each with itself."""
+    pairs = term.pairs(sizes.views, sizes.captions)
+    count = len({*itertools.chain(*pairs)})
+    passes = count**2 if isinstance(term, config.MultiView) and term.form == "infonce" else count
+    return passes / len(pairs) * of_pairs(term, sizes)
 
 
 def of_barlow(term: config.Barlow, sizes: Sizes) -> float:
@@ -78,7 +75,7 @@ def of_barlow(term: config.Barlow, sizes: Sizes) -> float:
 
 
 def of_swap(term: config.Swap, sizes: Sizes) -> float:
-    """A distillation, and 4 r - 2 quarters of a pass that have no gradient. To prototypes: nothing of B^2, not counted."""
+    """A distillation, and 4 r - 2 quarters of a pass without gradient. To prototypes: nothing in B^2, which is not counted."""
     return 0.0 if term.prototypes else (term.rounds + 1) * of_pairs(term, sizes)
 
 
