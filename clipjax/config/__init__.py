@@ -15,6 +15,7 @@ from clipjax.config.data import BPE, Clean, Data, Filter, Part, Tokenizer, Token
 from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
+from clipjax.config.metric import MannWhitney, Mixup, MultiSimilarity, Repulsion
 from clipjax.config.model import Attention, Decoder, Head, Model
 from clipjax.config.objective import (
     CUA,
@@ -49,11 +50,12 @@ __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Barlow", "Calibration",
     "Caption", "Captioning", "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl",
     "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "Head", "ImageTower",
-    "Init", "Instance", "Isogclr", "Lora", "Mesh", "Model", "MultiPositive", "MultiView", "Optim", "Pairs", "Part",
-    "Preserve", "Probe", "Remembering", "Retrieval", "Rsqrt", "Rule", "Run", "RunSuite", "Siamese", "Sigmoid", "Softmax",
-    "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Swap", "Symile", "Term", "TextAugment", "TextTower", "Tokenizer",
-    "TokenizerFile", "Train", "TrainingEvaluation", "Transfer", "Uniformity", "View", "Zeroshot", "from_json",
-    "identity_differences", "lines", "require", "size", "start_from", "to_json",
+    "Init", "Instance", "Isogclr", "Lora", "MannWhitney", "Mesh", "Mixup", "Model", "MultiPositive", "MultiSimilarity",
+    "MultiView", "Optim", "Pairs", "Part", "Preserve", "Probe", "Remembering", "Repulsion", "Retrieval", "Rsqrt", "Rule",
+    "Run", "RunSuite", "Siamese", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Swap", "Symile",
+    "Term", "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer",
+    "Uniformity", "View", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from",
+    "to_json",
 ]  # fmt: skip
 
 

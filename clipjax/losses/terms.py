@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from clipjax import config
 from clipjax.config.term import Binding
-from clipjax.losses import flops, views
+from clipjax.losses import flops, metric, views
 from clipjax.losses.batch import add_up
 from clipjax.losses.caption import caption_loss
 from clipjax.losses.matryoshka import prefix
@@ -170,6 +170,10 @@ TERMS = {
     config.CrossUniformity: Binding(over_pairs(_cross_uniformity), flops.of_pairs),
     config.Alignment: Binding(over_pairs(_alignment), flops.none),
     config.Caption: Binding(_caption, flops.none),
+    config.Repulsion: Binding(over_heads(metric.repulsion), flops.of_pairs),
+    config.MannWhitney: Binding(over_pairs(metric.mann_whitney), flops.of_mann_whitney),
+    config.MultiSimilarity: Binding(over_pairs(metric.multi_similarity), flops.of_pairs),
+    config.Mixup: Binding(over_pairs(metric.mixup), flops.of_mixup),
     config.Symile: Binding(over_heads(views.of_symile), flops.of_together),
     config.MultiView: Binding(over_heads(views.of_multi_view), flops.of_together),
     config.Barlow: Binding(over_pairs(views.of_barlow), flops.of_barlow),
