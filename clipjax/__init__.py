@@ -1,7 +1,7 @@
 """clipjax trains CLIP-style image-text models with JAX on TPU and GPU meshes."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -10,17 +10,18 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 
-def load(run: str, dtype: Literal["float32", "bfloat16"] | None = None) -> "LoadedRun":
+def load(run: str, dtype: Literal["float32", "bfloat16"] | None = None, heads: Sequence[str] = ()) -> "LoadedRun":
     """The model of `RUN` or `RUN@STEP`, for `encode_image(images)` and `encode_text(texts)`: unit vectors, float32 [n, e].
 
-    `dtype` of the towers' arithmetic, `float32` or `bfloat16`; None: as in training.
+    `dtype` of the towers' arithmetic, `float32` or `bfloat16`; None: as in training. `heads`: give the vectors of these heads as
+    one, in place of embeddings; its cosines are the mean of theirs.
     """
     from clipjax import environment  # here: `import clipjax` and `clipjax --help` stay instant
 
     environment.quiet()
     from clipjax.evals.loaded import LoadedRun
 
-    return LoadedRun(str(run), dtype)
+    return LoadedRun(str(run), dtype, heads)
 
 
 def register(

@@ -67,3 +67,12 @@ DATASET = (
     argument("--clean", None, "what is done to texts, prompts too, before they are tokens; else as in training", choices=CLEAN),
 )
 DATA = (*RUN, *DATASET)
+VECTORS = (
+    argument(
+        "--head",
+        "NAME",
+        "take the vectors of this head in place of embeddings; of several, as a,b, the mean of their cosines",
+        lambda names: tuple(names.split(",")),
+    ),
+    argument("--features", None, "embeddings, or before the projection", choices=("embedding", "tower"), default="embedding"),
+)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import clipjax
 from clipjax import config
 from clipjax.arguments import writable_file
-from clipjax.commands import dataset, first, load, say
+from clipjax.commands import dataset, first, load, of_features, say
 from clipjax.config.data import dataset_name
 from clipjax.config.tasks import ProbeMethod
 
@@ -111,9 +111,10 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any
     png = (args.png or writable_file(str(default))) if "png" in args else None
     model = load(args)
     tokenizer = None if model.run.model.towers == "image" else model.tokenizer
-    evaluation = prepare(wanted, model.encoder, tokenizer, model.run)
+    encoder, of = of_features(model, args)
+    evaluation = prepare(wanted, encoder, tokenizer, model.run)
     results = evaluation.run(model.params)
-    result = report(evaluation.dataset, model.name, f"step {model.step}", wanted.task, results.metrics)
+    result = report(evaluation.dataset, model.name, f"step {model.step}{of}", wanted.task, results.metrics)
     numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves
     say(json.dumps(result | {"metrics": numbers}, indent=2, ensure_ascii=False))
     if args.json:

@@ -5,9 +5,9 @@ from typing import get_args
 from clipjax import eval_commands
 from clipjax.arguments import local_folder, nonnegative, positive, writable_file, writable_folder
 from clipjax.config.tasks import ProbeMethod
-from clipjax.declared import DATA, DATASET, RUN, argument, command, json_out
+from clipjax.declared import DATA, DATASET, RUN, VECTORS, argument, command, json_out
 
-METHODS, FEATURES = get_args(ProbeMethod), ("embedding", "tower")
+METHODS = get_args(ProbeMethod)
 LEARNED = (
     argument("--train", "SPLIT", "the split that is learned from, or a share of one, as train#0-80", default="train"),
     argument("--label-pattern", "REGEX", "the class is what this finds in the main caption; else it is the label"),
@@ -34,6 +34,7 @@ EVAL_COMMANDS = (
         eval_commands.eval_zeroshot,
         "zero-shot classification: acc1, acc5, mean-per-class recall",
         *DATA,
+        VECTORS,
         *PROMPTS,
         argument(
             "--predictions", "FILE", "also write a csv of the five nearest classes of each image, with cosines", writable_file
@@ -45,6 +46,7 @@ EVAL_COMMANDS = (
         eval_commands.eval_retrieval,
         "image-text retrieval: recall at 1, 5 and 10 in both directions",
         *DATA,
+        VECTORS,
         argument(
             "--languages",
             "NAMES",
@@ -87,7 +89,7 @@ EVAL_COMMANDS = (
         *DATA,
         *LEARNED,
         argument("--methods", None, "which classifiers; else all", nargs="+", choices=METHODS),
-        argument("--features", None, "of images: embeddings, or before the projection", choices=FEATURES, default=FEATURES[0]),
+        VECTORS,
         json_out("the result, with the accuracy of each C,"),
     ),
     command(

@@ -3,7 +3,7 @@
 from clipjax import commands, data_commands, weight_commands
 from clipjax.arguments import local, local_folder, place, positive, step_range, writable_file, writable_folder
 from clipjax.bench import BATCHES, CPU_DEVICES, LOSSES
-from clipjax.declared import DATA, FIELDS, RUN, SPEC, argument, command, json_out
+from clipjax.declared import DATA, FIELDS, RUN, SPEC, VECTORS, argument, command, json_out
 from clipjax.eval_options import EVAL_COMMANDS
 
 ORIGINS = ("open_clip", "transformers", "big_vision")
@@ -60,6 +60,7 @@ COMMANDS = (
         commands.embed,
         "write a dataset's embeddings: arrays image, text (where there are captions) and key; float32 unit vectors",
         *DATA,
+        VECTORS,
         argument("--out", "FILE.npz", "file to write", writable_file, required=True),
     ),
     command(

@@ -133,26 +133,27 @@ def look_up(name: str, field: str = "RUN") -> tuple[Path, int, config.Run]:
             return workdir, step, read_config(reader, step)
 
 
-def load_params(name: str, mesh: Mesh) -> tuple[config.Run, clip.Params, int]:
+def load_params(name: str, mesh: Mesh, heads: bool = False) -> tuple[config.Run, clip.Params, int]:
     """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
 
-    Adapters of low rank are merged into their kernels: neither the configuration nor the weights have them. Raises as `look_up`.
+    Adapters of low rank are merged into their kernels: neither the configuration nor the weights have them. Only with
+    `heads` do the weights have the terms' heads. Raises as `look_up`.
     """
     workdir, step, run = look_up(name)
-    model, params = load_weights(workdir, step, run, mesh)
+    model, params = load_weights(workdir, step, run, mesh, heads=heads)
     return dataclasses.replace(run, model=model), params, step
 
 
 def load_weights(
-    workdir: Path, step: int, run: config.Run, mesh: Mesh, parts: Collection[str] = ()
+    workdir: Path, step: int, run: config.Run, mesh: Mesh, parts: Collection[str] = (), heads: bool = False
 ) -> tuple[config.Model, clip.Params]:
     """The model and the weights of `load_params`, of a checkpoint of `run`. `parts`: the parts of the tree to read, as `image`;
-    none: all. Raises DamagedError where they can't be read.
+    none: all, but heads only with `heads`. Raises DamagedError where they can't be read.
     """
     tree = jax.eval_shape(lambda: clip.init(run.model, run.seed))
-    wanted = {part: below for part, below in tree.items() if not parts or part in parts}
-    target = sharding.shapes(wanted, mesh, part=bool(parts))
-    options = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target), partial_restore=bool(parts))
+    wanted = {part: below for part, below in tree.items() if part in parts or (not parts and (heads or part != clip.HEADS))}
+    target, partial = sharding.shapes(wanted, mesh, part=bool(parts)), wanted.keys() != tree.keys()
+    options = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial)
     item = "params" if run.optim.ema is None else "ema"
     with reading(workdir, step), _reader(workdir) as reader:
         params = reader.restore(step, args=ocp.args.Composite(**{item: options}))[item]

@@ -93,6 +93,7 @@ def check_tensor(model: config.Model, mesh: Mesh) -> None:
     """Raises ConfigError unless mesh.tensor divides all that is sharded over it. Else that would be replicated."""
     n = mesh.shape["tensor"]
     sizes = {f"model.{t}.{name}": size for t, facts in clip.facts(model).items() for name, size in facts.tensor_sizes.items()}
+    sizes |= {f"model.heads.{head.name}.hidden": head.hidden for head in model.heads}
     wrong = ", ".join(f"{name} = {size}" for name, size in sizes.items() if size % n)
     remedy = f"must divide the heads and MLP widths, and does not divide {wrong}; use a divisor of {math.gcd(*sizes.values())}"
     config.require(not wrong, "mesh.tensor", n, remedy)

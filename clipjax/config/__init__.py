@@ -112,23 +112,6 @@ class Run(Strict, prefix=""):
         """The model as the train step runs it: without a captioning head that no term asks for."""
         return self.model if self.captioning else dataclasses.replace(self.model, decoder=None)
 
-    def deployed(self, heads: tuple[str, ...] = ()) -> "Run":
-        """The run of `Model.deployed`, without the terms that it can't serve. Raises ConfigError for an unknown head."""
-        model = self.model.deployed(heads)
-        if model == self.model:
-            return self
-        terms = tuple(term for term in self.objective if _served(term, model, self.data))
-        terms += () if any(term.weight for term in terms) else (Softmax(),)
-        return dataclasses.replace(self, model=model, objective=terms)
-
-
-def _served(term: Term, model: Model, data: Data) -> bool:
-    try:
-        term.check("", model, data)
-    except ConfigError:
-        return False
-    return True
-
 
 UNIONS = (Term, TrainingEvaluation)  # a config file can add its own classes to these: `clipjax.register`
 

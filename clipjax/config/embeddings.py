@@ -15,6 +15,7 @@ def check_embeddings(model: Model, data: Data) -> None:
     require(len(frozen) > 0, "data.embeddings", file, remedy)
     require(len(frozen) < 2, "data.embeddings", file, "with both towers frozen there is nothing left to train")
     require(model.decoder is None, "data.embeddings", file, "model.decoder needs what both towers compute: leave one out")
+    require(not model.heads, "data.embeddings", file, "model.heads need what the towers compute: leave one out")
     if frozen == ["text"]:
         k = data.captions_per_image
         require(k == 1, "data.captions_per_image", k, "data.embeddings have the main caption of each image alone: use 1")

@@ -1,6 +1,5 @@
 """The model's part of a configuration: two towers, a captioning head, heads of the objective's terms, scale and bias."""
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -114,13 +113,6 @@ class Model(Strict, prefix="model"):
     def embed_dim(self) -> int:
         tower = self.text if self.towers == "text" else self.image
         return tower.embed_dim or tower.width
-
-    def deployed(self, heads: tuple[str, ...] = ()) -> "Model":
-        """The model without what training alone needs: without its heads, but for those named. Raises ConfigError for another."""
-        known = {head.name: head for head in self.heads}
-        for name in heads:
-            require(name in known, "head", name, f"the run's model has {', '.join(known) or 'no heads'}")
-        return dataclasses.replace(self, heads=tuple(known[name] for name in heads)) if self.heads else self
 
     def require_towers(self, *names: Literal["image", "text"]) -> None:
         """Raises ConfigError where the model has not all of these towers."""

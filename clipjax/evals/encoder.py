@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from clipjax import config, distributed, preemption
 from clipjax.data.bar import bar
 from clipjax.evals.store import VECTORS, Store, checksum
 from clipjax.models.clip import Params, bind
+from clipjax.models.heads import Side, joined
 from clipjax.placement import make_placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
-Features = Literal["embedding", "tower"]
+Features = Literal["embedding", "tower"] | tuple[str, ...]  # names of heads
 Batch = dict[str, np.ndarray]  # this process's rows
 CACHE_BYTES = 256 * 2**20  # if a dataset's batches need at most so much, they stay in host memory between evaluations
 IN_FLIGHT = 2  # batches that the devices may compute at a time: bounds memory, and keeps the devices busy
@@ -137,24 +139,44 @@ class Encoder(BatchedModel):
     def __init__(
         self, model: config.Model, mesh: Mesh, batch_size: int, features: Features = "embedding", store: Store | None = None
     ) -> None:
-        """`features` of images: the embedding, or what the tower gives before its projection. `store`: where vectors are kept."""
+        """`features`: the embedding, what the tower gives before its projection, or heads' vectors as one, whose cosines are the
+        mean of theirs. `store`: where vectors are kept.
+        """
         super().__init__(model, mesh, batch_size)
         self.features: Features = features
         self.store = store
         self._weights: tuple[Params, str] | None = None  # the latest, and their checksum
         rows, placement = over_rows(mesh), make_placement(mesh, model.dtype)
 
-        def image(params: Params, x: Array) -> Array:
-            clip = bind(model, params)
-            return clip.encode_image(x, placement=placement) if features == "embedding" else clip.image_features(x, placement)
+        def encode(side: Side, params: Params, x: Array) -> Array:
+            clip, tower, _ = bind(model, params), features == "tower", self.width(side)
+            vectors = clip.image_vectors(x, None, placement, tower) if side == "image" else clip.text_vectors(x, placement, tower)
+            if isinstance(features, str):
+                return vectors.embedding if vectors.feature is None else vectors.feature
+            return joined([vectors.heads[name] for name in features])
 
-        self._towers = {
-            "image": jax.jit(image, out_shardings=rows),
-            "text": jax.jit(lambda params, x: bind(model, params).encode_text(x, placement), out_shardings=rows),
-        }
+        self._towers = {side: jax.jit(functools.partial(encode, side), out_shardings=rows) for side in get_args(Side)}
         stacked = NamedSharding(mesh, P(None, BATCH))
         self._allocate = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
         self._write = jax.jit(_write, donate_argnums=0, out_shardings=stacked)
+
+    def width(self, side: Side) -> int:
+        """The width of a side's vectors. Raises ConfigError for a head that it lacks."""
+        model = self.model
+        if self.features == "embedding":
+            return model.embed_dim
+        if self.features == "tower":
+            return model.image.pooled_width if side == "image" else model.text.width
+        known = {head.name: head.width for head in model.heads if side in head.sides}
+        for name in self.features:
+            config.require(name in known, "--head", name, f"the {side} tower has {', '.join(known) or 'no heads'}")
+        return sum(known[name] for name in self.features)
+
+    def require_comparable(self) -> None:
+        """Raises ConfigError where images can't be compared with texts: before the projections they may differ in width."""
+        image, text = self.width("image"), self.width("text")
+        remedy = f"has {image} numbers of an image and {text} of a text: their cosines need the same, as of embeddings"
+        config.require(image == text, "--features", self.features, remedy)
 
     def giving(self, features: Features) -> "Encoder":
         """This encoder, or one of other features with the same store."""
@@ -231,7 +253,7 @@ class Encoder(BatchedModel):
 
     def _empty(self, n: int) -> Embeddings:
         shape = n, self.batch_size
-        return Embeddings(jnp.zeros((*shape, self.model.embed_dim)), jnp.full(shape, -1, jnp.int32))
+        return Embeddings(jnp.zeros((*shape, self.width("image"))), jnp.full(shape, -1, jnp.int32))
 
 
 def _write(into: Embeddings, batch: Embeddings, i: int) -> Embeddings:

@@ -21,24 +21,27 @@ from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
 from clipjax.evals.given import ImageLike
 from clipjax.files import resolve
 from clipjax.generate import GREEDY, Captioner, Decoding
+from clipjax.models.heads import Side
 from clipjax.restore import load_params
 
 
 class LoadedRun:
     """A run's weights, tokenizer and preprocessing on all devices. The weights are sharded as in training where that fits."""
 
-    def __init__(self, name: str, dtype: Literal["float32", "bfloat16"] | None = None) -> None:
-        """`name` is `RUN` or `RUN@STEP`. `dtype` of the arithmetic, None: as in training; the results are float32.
+    def __init__(self, name: str, dtype: Literal["float32", "bfloat16"] | None = None, heads: Sequence[str] = ()) -> None:
+        """`name` is `RUN` or `RUN@STEP`. `dtype` of the arithmetic, None: as in training; the results are float32. `heads`: as
+        in `clipjax.load`.
 
-        Raises ConfigError where there is no such run or checkpoint, and for another dtype.
+        Raises ConfigError where there is no such run, checkpoint or head, and for another dtype.
         """
         self.workdir = split_name(name)[0]
         self.name = resolve(self.workdir).name
         self.mesh = mesh_for(config.from_json((self.workdir / "config.json").read_text(encoding="utf-8")).mesh)
         with _without_advice():
-            run, self.params, self.step = load_params(name, self.mesh)
+            run, self.params, self.step = load_params(name, self.mesh, bool(heads))
         self.run = run if dtype is None else replace(run, model=replace(run.model, dtype=dtype))
-        self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size)
+        features = tuple(heads) or "embedding"
+        self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size, features)
         self._encoders: dict[int, Encoder] = {self.encoder.batch_size: self.encoder}
         self._captioners: dict[tuple[int, Decoding], Captioner] = {}
 
@@ -97,7 +100,7 @@ class LoadedRun:
     def _encoder(self, rows: int) -> Encoder:
         size = self._batch_size(rows)
         if size not in self._encoders:
-            self._encoders[size] = Encoder(self.run.model, self.mesh, size)
+            self._encoders[size] = Encoder(self.run.model, self.mesh, size, self.encoder.features)
         return self._encoders[size]
 
     def _batch_size(self, rows: int) -> int:
@@ -107,7 +110,7 @@ class LoadedRun:
     def _pixels(self, images: Sequence[ImageLike]) -> np.ndarray:
         return given.pixels(images, self.run.model.image.image_size, self.run.data.resize)
 
-    def _encode(self, kind: str, rows: np.ndarray) -> np.ndarray:
+    def _encode(self, kind: Side, rows: np.ndarray) -> np.ndarray:
         encoder = self._encoder(len(rows))
 
         def read() -> Iterator[Batch]:
@@ -115,7 +118,7 @@ class LoadedRun:
 
         batches = CachedBatches(read, encoder.batch_count(len(rows)), kind, f"{kind}s")
         results = [to_host(z) for z, _ in encoder.stream(self.params, batches)]
-        return np.concatenate([np.empty((0, self.run.model.embed_dim), np.float32), *results])[: len(rows)]
+        return np.concatenate([np.empty((0, self.encoder.width(kind)), np.float32), *results])[: len(rows)]
 
 
 def mesh_for(trained: config.Mesh) -> Mesh:

@@ -37,7 +37,7 @@ class ProbeEvaluation(Evaluation):
         """Classes are as in `labels.shared_classes`. Needs no captions."""
         splits = open_splits(data, cfg.train)
         classes, examples = shared_classes([source for source, _ in splits], cfg.label_pattern)
-        encoder = encoder.giving(cfg.features)
+        encoder = encoder.giving("tower") if cfg.features == "tower" else encoder
         train, test = (
             LabelledImages(encoder, image_batches(encoder, source, own, captioned=False), labelled)
             for (source, own), labelled in zip(splits, examples, strict=True)

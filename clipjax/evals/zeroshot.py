@@ -74,7 +74,7 @@ class ZeroshotEvaluation(Evaluation):
 
     def class_embeddings(self, params: Params) -> Float[Array, "c e"]:
         """unit(mean over templates of unit(text)) of every class (2103.00020, section 3.1.4), float32, replicated."""
-        shape = len(self.classes.names), self.encoder.model.embed_dim
+        shape = len(self.classes.names), self.encoder.width("text")
         total = jnp.zeros(shape, jnp.float32, device=replicated(self.encoder.mesh))
         for z, rest in self.encoder.stream(params, self.prompts):
             total = self._add(total, z, rest["label"])

@@ -1,6 +1,7 @@
 """The weighted mean of runs' weights: WiSE-FT (2109.01903), of a start and its fine-tuned run; soups (2203.05482), of several."""
 
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,17 +21,7 @@ from clipjax.models.lora import without
 from clipjax.restore import load_params, look_up, split_name
 
 # Fields of a model in which the runs may differ: what training does, not what the weights mean.
-TRAINING = (
-    "init_scale",
-    "init_bias",
-    "max_scale",
-    "dtype",
-    "remat",
-    "unroll",
-    "image.patch_dropout",
-    "image.unlock",
-    "text.unlock",
-)
+TRAINING = r"init_scale|init_bias|max_scale|dtype|remat|unroll|image\.patch_dropout|image\.unlock|text\.unlock|(classes|heads).*"
 ROUNDING = 1e-6  # by which the weights' sum may miss 1
 
 
@@ -87,7 +78,7 @@ def _meaning(opened: _Opened) -> dict[str, str]:
     """Field -> value, of all that the runs must have in common."""
     run, words = opened.run, opened.tokenizer
     rows = (row.split(" = ", 1) for row in config.lines(run.model, "model"))
-    fields = {name: value for name, value in rows if name.removeprefix("model.") not in TRAINING}
+    fields = {name: value for name, value in rows if not re.fullmatch(TRAINING, name.removeprefix("model."))}
     bias = "None" if run.model.init_bias is None else "a number"  # only with one have the weights a bias
     fields |= {"model.init_bias": bias, "data.resize": repr(run.data.resize), "tokenizer.clean": repr(run.tokenizer.clean)}
     tokens = "" if words is None else f"{words.backend.to_str()} {words.pad_id}"

@@ -7,7 +7,7 @@ import jax
 from clipjax.chips import chip_of
 from clipjax.config import Model, Run
 from clipjax.config.towers import locked_layers
-from clipjax.models import clip
+from clipjax.models import clip, heads
 from clipjax.train.optimizer import trained_names
 
 
@@ -35,7 +35,7 @@ def model_flops(model: Model, trained: Collection[str] | None = None, captions: 
 def tower_flops(
     model: Model, trained: Collection[str] | None = None, captions: int = 1, embedded: str | None = None
 ) -> dict[str, float]:
-    """`model_flops` of each tower: `image`, `text` and, with its output projection, `decoder`."""
+    """`model_flops` of each tower: `image`, `text`, with its output projection `decoder`, and `heads` together."""
     found = {}
     for tower, facts in clip.facts(model).items():
         if tower == embedded:
@@ -43,7 +43,9 @@ def tower_flops(
         passes = _passes(model, tower, trained)
         own = (passes - 1) * facts.adapters if passes <= 2 else 0  # the gradient of adapters whose kernels get none
         found[tower] = float((captions if facts.per_caption else 1) * (facts.flops * passes + own))
-    return found
+    counts = {"image": 1, "text": captions}
+    of_heads = sum(3.0 * n * heads.flops(model, side) for side, n in counts.items() if side != embedded)
+    return found | ({"heads": of_heads} if of_heads else {})
 
 
 def _passes(model: Model, tower: str, trained: Collection[str] | None) -> float:

@@ -1,5 +1,6 @@
 """The model: two towers, a captioning head, terms' heads, scale and bias; how parameters are initialised and bound to it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from clipjax import config
 from clipjax.models import decoder, text, vit
 from clipjax.models.decoder import Decoder
 from clipjax.models.facts import TowerFacts
-from clipjax.models.heads import Heads, Vectors
+from clipjax.models.heads import Heads, Side, Vectors
 from clipjax.models.layers import Scope, unit
 from clipjax.models.runner import DEFAULT_PART, ONE_DEVICE, Placement, Runner
 from clipjax.models.steps import make_layer_step, unstack_layers
 from clipjax.models.text import TextTransformer
 from clipjax.models.vit import ViT
 
+HEADS = "heads"  # the part of the parameters that evaluations read only where they name a head
 Params = dict[str, Any]  # nested by the parts of a path: params["image"]["blocks"]["norm1"]["scale"]
 
 
@@ -47,7 +49,7 @@ class CLIP(nnx.Module):
         self.image = None if cfg.towers == "text" else ViT(cfg.image, scope / "image")
         self.text = None if cfg.towers == "image" else TextTransformer(cfg.text, scope / "text")
         self.decoder = None if cfg.decoder is None else Decoder(cfg.decoder, cfg.text, cfg.image, scope / "decoder")
-        self.heads = Heads(cfg, scope / "heads") if cfg.heads else None
+        self.heads = Heads(cfg, scope / HEADS) if cfg.heads else None
         # jnp.float32: a weakly typed scalar would make the train step compile again after the first update.
         both = cfg.towers == "both"
         self.log_scale = nnx.Param(jnp.float32(math.log(cfg.init_scale))) if both else None
@@ -57,33 +59,29 @@ class CLIP(nnx.Module):
         self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, placement: Placement = ONE_DEVICE
     ) -> Float[Array, "b e"]:
         """Unit vectors, float32. `keys`, one an example, turn on what is random in training. Raises ConfigError without tower."""
-        return unit(self._image_tower(images, keys, self._runner(placement))[0])
-
-    def image_features(self, images: UInt8[Array, "b s s 3"], placement: Placement = ONE_DEVICE) -> Float[Array, "b d"]:
-        """Unit vectors, float32, of the image tower before its projection. Raises ConfigError without tower."""
-        return unit(self._image_tower(images, None, self._runner(placement), features=True)[2])
-
-    def image_vectors(
-        self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, placement: Placement = ONE_DEVICE
-    ) -> Vectors:
-        """The embeddings of `encode_image`, and the heads' vectors, from one pass. Raises ConfigError without tower."""
-        runner = self._runner(placement)
-        z, _, feature = self._image_tower(images, keys, runner, features=self.heads is not None)
-        return self._vectors("image", z, feature, runner)
+        return self.image_vectors(images, keys, placement).embedding
 
     def encode_text(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Float[Array, "b e"]:
         """Unit vectors, float32. Raises ConfigError without tower."""
-        return unit(self._text_tower(tokens, self._runner(placement))[0])
+        return self.text_vectors(tokens, placement).embedding
 
-    def text_features(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Float[Array, "b d"]:
-        """Unit vectors, float32, of the text tower before its projection. Raises ConfigError without tower."""
-        return unit(self._text_tower(tokens, self._runner(placement), features=True)[2])
-
-    def text_vectors(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Vectors:
-        """The embeddings of `encode_text`, and the heads' vectors, from one pass. Raises ConfigError without tower."""
+    def image_vectors(
+        self,
+        images: UInt8[Array, "b s s 3"],
+        keys: Key[Array, " b"] | None = None,
+        placement: Placement = ONE_DEVICE,
+        feature: bool = False,
+    ) -> Vectors:
+        """All vectors of images from one pass, `keys` as in `encode_image`. `feature`: also that before the projection."""
         runner = self._runner(placement)
-        z, _, feature = self._text_tower(tokens, runner, features=self.heads is not None)
-        return self._vectors("text", z, feature, runner)
+        z, _, x = self._image_tower(images, keys, runner, features=feature or self.heads is not None)
+        return self._vectors("image", z, x, runner, feature)
+
+    def text_vectors(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE, feature: bool = False) -> Vectors:
+        """All vectors of texts from one pass. `feature`: also that before the projection."""
+        runner = self._runner(placement)
+        z, _, x = self._text_tower(tokens, runner, features=feature or self.heads is not None)
+        return self._vectors("text", z, x, runner, feature)
 
     def encode_pairs(
         self,
@@ -143,8 +141,9 @@ class CLIP(nnx.Module):
         """The output projection: a state of the captioning head times a row is the logit of that token of the vocabulary."""
         return (self._text_tower.tokens if self._head.output is None else self._head.output.kernel)[...]
 
-    def _vectors(self, side: str, z: Float[Array, "b e"], feature: Array | None, runner: Runner) -> Vectors:
-        return Vectors(unit(z)) if self.heads is None or feature is None else self.heads(side, z, feature, runner)
+    def _vectors(self, side: Side, z: Float[Array, "b e"], x: Array | None, runner: Runner, feature: bool = False) -> Vectors:
+        of_heads = ({}, {}) if self.heads is None or x is None else self.heads(side, x, runner)
+        return Vectors(unit(z), *of_heads, unit(x) if feature and x is not None else None)
 
     @property
     def _image_tower(self) -> ViT:
@@ -189,6 +188,7 @@ def _graph(cfg: config.Model, attention: config.Attention) -> nnx.GraphDef:
 
 def bind(cfg: config.Model, params: Params, attention: config.Attention = "exact") -> CLIP:
     """The model with these parameters: arrays, tracers or shapes. `attention`: `cfg.attention` in a training step; all else, as
-    an evaluation, runs on any device.
+    an evaluation, runs on any device. Without heads where the parameters have none.
     """
+    cfg = cfg if HEADS in params else dataclasses.replace(cfg, heads=())
     return nnx.merge(_graph(cfg, attention), nnx.State(jax.tree.map(nnx.Param, params)))

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +11,28 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from clipjax import config
-from clipjax.models.layers import MLP, Layer, LayerNorm, Linear, Scope, activate, unit
+from clipjax.models.layers import LayerNorm, Linear, Scope, activate, unit
 from clipjax.models.runner import Runner
+
+Side = Literal["image", "text"]
+ByName = dict[str, Float[Array, "b w"]]
 
 
 class Vectors(NamedTuple):
-    """What a tower gives of its rows: unit vectors, float32. Those of heads are by the head's name."""
+    """What a tower gives of its rows: unit vectors, float32."""
 
     embedding: Float[Array, "b e"]
-    heads: dict[str, Float[Array, "b w"]] = {}
-    predicted: dict[str, Float[Array, "b w"]] = {}  # the same after the head's predictor, of heads with one
+    heads: ByName = {}
+    predicted: ByName = {}  # the heads' after their predictors, of heads with one
+    feature: Float[Array, "b d"] | None = None  # before the projection, where it is asked for
 
 
-class Projector(Layer):
+class Projector(nnx.Module):
     """Linear maps `up`, `middle` and `down`, or the last of these. A LayerNorm and the activation follow each but the last."""
-
-    TENSOR_AXES: ClassVar = MLP.TENSOR_AXES | {"norm_up/scale": -1, "norm_up/bias": -1}  # hidden units
 
     def __init__(self, scope: Scope, widths: tuple[int, ...], activation: config.Activation, eps: float) -> None:
         """`widths`: of the input, between the maps, and of the output."""
-        self.activation = activation
+        self.activation: config.Activation = activation
         self.down: Linear
         self.names = (*("up", "middle")[: len(widths) - 2], "down")
         for name, inner, outer in zip(self.names, widths[:-1], widths[1:], strict=True):
@@ -64,17 +67,17 @@ class Heads(nnx.Module):
             setattr(self, head.name, Head(head, model, scope / head.name))
 
     @jax.named_scope("heads")
-    def __call__(self, side: str, z: Float[Array, "b e"], feature: Float[Array, "b d"], runner: Runner) -> Vectors:
-        """A tower's embeddings and pooled features, neither normalised -> its vectors."""
-        found = Vectors(unit(z), {}, {})
+    def __call__(self, side: Side, feature: Float[Array, "b d"], runner: Runner) -> tuple[ByName, ByName]:
+        """A tower's pooled features -> the unit vectors of its heads, and those after the predictors."""
+        found, predicted = {}, {}
         for cfg in self._cfgs:
             if side in cfg.sides:
                 head = getattr(self, cfg.name)
                 x = _run(getattr(head, side), feature, runner)
-                found.heads[cfg.name] = unit(x)
+                found[cfg.name] = unit(x)
                 if cfg.predictor:
-                    found.predicted[cfg.name] = unit(_run(getattr(head, f"{side}_predictor"), x, runner))
-        return found
+                    predicted[cfg.name] = unit(_run(getattr(head, f"{side}_predictor"), x, runner))
+        return found, predicted
 
 
 def _run(projector: Projector, x: Float[Array, "b d"], runner: Runner) -> Float[Array, "b w"]:
@@ -82,9 +85,9 @@ def _run(projector: Projector, x: Float[Array, "b d"], runner: Runner) -> Float[
     return runner.from_chunks(runner.around_layers(Projector.__call__, projector, runner.to_chunks(x, 1)), len(x))
 
 
-def joined(vectors: Vectors, names: tuple[str, ...]) -> Float[Array, "b w"]:
-    """Unit vectors of several heads as one, whose cosines are the mean of theirs."""
-    return jnp.concatenate([vectors.heads[name] for name in names], axis=-1) / math.sqrt(len(names))
+def joined(heads: Sequence[Float[Array, "b w"]]) -> Float[Array, "b w"]:
+    """Unit vectors of heads as one, whose cosines are the mean of theirs."""
+    return jnp.concatenate(heads, axis=-1) / math.sqrt(len(heads))
 
 
 def _widths(cfg: config.Head, model: config.Model, side: str) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = 
     """
     size, captions = run.train.batch_size, run.data.texts_per_image
     parts = tower_flops(run.model_in_use, trained, captions, run.embedded)
-    towers = {part if part == "decoder" else f"{part} tower": size * n for part, n in parts.items()}
+    towers = {part if part in ("decoder", "heads") else f"{part} tower": size * n for part, n in parts.items()}
     terms = [(i, term) for i, term in enumerate(run.objective) if term.weight]
     kinds = [term.kind for _, term in terms]
     names = [f"{term.kind} loss" + (f" {i}" if kinds.count(term.kind) > 1 else "") for i, term in terms]

@@ -172,7 +172,9 @@ def layer_factors(name: str, depths: Mapping[str, int], decay: float, locked: Ma
     (2106.08254, optim_factory.py `LayerDecayValueAssigner`) and timm have it. 0 of the first `locked` layers.
     """
     tower, _, part = name.partition("/")
-    depth, part = depths.get(tower, 0), part.partition("/")[0]
+    if tower not in depths:  # a head may have any name
+        return None
+    depth, part = depths[tower], part.partition("/")[0]
     if part == "blocks":
         layers = np.arange(depth)
         factors = np.where(layers < locked.get(tower, 0), 0.0, decay ** (depth - layers))
@@ -182,10 +184,15 @@ def layer_factors(name: str, depths: Mapping[str, int], decay: float, locked: Ma
 
 
 def clamp_scale(params: Params, max_scale: float | None) -> Params:
-    """`params` with log_scale clamped to [0, log max_scale]. Call it after the update: in the loss it would stop the gradient."""
+    """`params` with log_scale, and that of each head, clamped to [0, log max_scale]. Call it after the update: in the loss it
+    would stop the gradient.
+    """
     if max_scale is None:
         return params
-    return params | {"log_scale": jnp.clip(params["log_scale"], 0.0, math.log(max_scale))}
+    most = math.log(max_scale)
+    return jax.tree.map_with_path(
+        lambda path, p: jnp.clip(p, 0.0, most) if _name(path).split("/")[-1] == "log_scale" else p, params
+    )
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.typing.ArrayLike) -> Params:

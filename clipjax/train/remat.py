@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from clipjax import aot, config, distributed, sharding
 from clipjax.chips import chip_of
-from clipjax.models import clip
+from clipjax.models import clip, heads
 from clipjax.models.facts import Layout
 from clipjax.models.runner import CHUNKED_POLICIES, DEFAULT_PART, chunk_count
 from clipjax.train.remat_time import MADE, PARTS, Work, seconds
@@ -120,6 +120,7 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: in
     if params > sharding.own_bytes(state.params):  # gathered in the towers' dtype; B/16 at 128 pairs: 2.5 GiB, compiled 2.0
         copies += layout.size / 4
     row = 3 * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings and their gradients, some copies
+    row += heads.kept(run.model, "image", layout.size) + run.data.captions_per_image * heads.kept(run.model, "text", layout.size)
     kept, weights, layer = 0, 0, 0.0
     for facts, chunks, examples in work(run, mesh, policy, part):
         kept += chunks * examples * facts.kept(policy, layout)  # with the rows that fill the last chunk

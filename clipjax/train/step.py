@@ -90,6 +90,8 @@ def make_train_step(
             ema = choose(ema_update(state.ema, params, decay, nonfinite.updates(state)), state.ema)
         norms = {"grad_norm": gradient.params, "param_norm": params, "update_norm": updates}
         scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
+        own = {name: head["log_scale"] for name, head in params.get("heads", {}).items() if "log_scale" in head}
+        scalars |= {f"{name}_scale": jnp.exp(log_scale) for name, log_scale in own.items()}
         if (rate := next_rate(run.optim, run.train.steps, state.opt_state)) is not None:
             scalars["lr"] = rate
         metrics = {"loss": loss} | logged | scalars | {name: optax.tree.norm(tree) for name, tree in norms.items()}

@@ -44,7 +44,7 @@ def test_the_mesh_is_that_of_training_where_it_fits(trained, available):
 def save(run: config.Run, workdir: Path) -> Path:
     """The folder of a run that has its first weights."""
     mesh = make_mesh(run.mesh)
-    state = initial_state(run, make_optimizer(run.optim, 3000, jax.eval_shape(lambda: clip.init(MODEL, 0))), mesh)
+    state = initial_state(run, make_optimizer(run.optim, 3000, jax.eval_shape(lambda: clip.init(run.model, 0))), mesh)
     save_config(run, workdir)
     TOKENIZER.save(workdir / "tokenizer.json")
     with Checkpoints(workdir, run) as checkpoints:
