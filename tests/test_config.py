@@ -325,6 +325,30 @@ REFUSED = {
         terms(config.Softmax(head="a", prefixes=(8,)), model=Model(heads=(config.Head(name="a"),))),
         r"objective\.0\.head = 'a': prefixes are of the model's own embeddings",
     ),
+    "captions that are not there": (
+        terms(config.Softmax(negatives="captions")),
+        r"objective\.0\.texts = None: objective\.0\.negatives = 'captions' needs two captions or more",
+    ),
+    "negatives without labels": (
+        terms(config.Softmax(negatives="same")),
+        r"data\.labels = None: objective\.0\.negatives = 'same'",
+    ),
+    "negatives and smoothing": (
+        terms(config.Softmax(negatives="captions", label_smoothing=0.1)),
+        r"objective\.0\.label_smoothing = 0\.1: must be 0: it counts all others",
+    ),
+    "image weight without images": (
+        terms(config.Softmax(sides="all", image_weight=0.75)),
+        r"objective\.0\.image_weight = 0\.75: must be 0\.5: objective\.0\.sides has pairs without an image and a text",
+    ),
+    "targets without labels": (
+        terms(config.Distillation(targets="labels", classes=9)),
+        r"data\.labels = None: objective\.0\.targets",
+    ),
+    "targets of some labels": (
+        terms(config.Distillation(targets="labels"), data=Data(spec="emoji", labels="own")),
+        r"objective\.0\.classes = None: set the number of labels",
+    ),
     "temperature": (terms(config.Softmax(temperature=0.0)), r"objective\.0\.temperature = 0\.0: must be positive and finite"),
     "image weight": (terms(config.Softmax(image_weight=1.1)), r"objective\.0\.image_weight = 1\.1: must lie in \[0, 1\]"),
     "smoothing": (terms(config.Softmax(label_smoothing=1.0)), r"objective\.0\.label_smoothing = 1\.0: must lie in \[0, 1\)"),
@@ -453,6 +477,7 @@ def leaves():
             (
                 "objective.0.kind",
                 "objective.0.head",
+                "objective.0.negatives",
                 "tokenizer.kind",
                 "schedule.kind",
                 "evals.0.kind",
@@ -516,6 +541,7 @@ def test_another_kind_differs_by_every_field_that_only_one_has():
         "objective.1.label_smoothing: 'absent' -> 0.0",
         "objective.1.reduction: 'absent' -> 'mean'",
         "objective.1.dtype: 'absent' -> 'float32'",
+        "objective.1.negatives: 'absent' -> 'others'",
         "objective.1.prefixes: 'absent' -> None",
     ]
 

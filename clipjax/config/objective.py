@@ -24,7 +24,30 @@ class Softmax(Nested):
     label_smoothing: float = bounded(BELOW_ONE, 0.0)  # share of the target that is spread evenly over a row
     reduction: Literal["mean", "sum"] = "mean"  # of the two directions; ALIGN (2102.05918) takes the sum, and smooths by 0.1
     dtype: Products = "float32"  # of the operands of its products, whose sums are float32
+    # An image's negatives. others: the captions of all others; same: of those that share one of data.labels with it (2402.11816);
+    # captions: of all others, and every caption but the first of each image, which is wrong on purpose (2210.01936).
+    negatives: Literal["others", "same", "captions"] = "others"
     prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
+
+    @property
+    def together(self) -> bool:
+        return self.negatives == "captions"
+
+    def check(self, name: str, model: Model, data: Data) -> None:
+        super().check(name, model, data)
+        if self.sides != "image-text":
+            remedy = f"must be 0.5: {name}.sides has pairs without an image and a text"
+            require(self.image_weight == 0.5, f"{name}.image_weight", self.image_weight, remedy)
+            require(not self.together, f"{name}.sides", self.sides, "must be 'image-text': negatives = 'captions' are an image's")
+        if self.negatives != "others":
+            remedy = f"must be 0: it counts all others, and {name}.negatives = {self.negatives!r}"
+            require(self.label_smoothing == 0, f"{name}.label_smoothing", self.label_smoothing, remedy)
+        if self.negatives == "same":
+            require(data.labels is not None, "data.labels", None, f"{name}.negatives = 'same' needs labels")
+            require(data.ids is None, "data.ids", data.ids, f"{name}.negatives = 'same' does not look at ids: leave it out")
+        several = len(self.pairs(1, data.texts_per_image)) > 1
+        remedy = f"{name}.negatives = 'captions' needs two captions or more: see data.text_augment, captions, captions_per_image"
+        require(several or not self.together, f"{name}.texts", self.texts, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +116,19 @@ class Cyclip(Term):
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Term):
-    """Soft targets from a teacher's embeddings of the same data, which data.teacher names."""
+    """Soft targets: from a teacher's embeddings of the same data, which data.teacher names, or from data.labels (2405.20462)."""
 
     kind: Literal["distillation"] = "distillation"
-    teacher_scale: float = bounded(POSITIVE, 100.0)  # the teacher's own logit scale
+    targets: Literal["teacher", "labels"] = "teacher"  # labels: the cosines of two examples' sets of labels
+    classes: int | None = bounded(COUNT, None)  # with targets = "labels": labels are less than this number
+    teacher_scale: float = bounded(POSITIVE, 100.0)  # the teacher's own logit scale; 10 is sharp for labels
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
+        if self.targets == "labels":
+            require(data.labels is not None, "data.labels", None, f"{name}.targets = 'labels' needs labels")
+            require(self.classes is not None, f"{name}.classes", None, "set the number of labels: targets = 'labels'")
+            return
         remedy = f"{name} needs an .npz that `clipjax embed` wrote of these examples"
         require(data.teacher is not None, "data.teacher", None, remedy)
 

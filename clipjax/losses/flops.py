@@ -106,7 +106,7 @@ def of_cyclip(term: config.Cyclip, sizes: Sizes) -> float:
 
 def of_distillation(term: config.Distillation, sizes: Sizes) -> float:
     """A pass, and half a pass over the teacher's cosines, which have no gradient."""
-    return sizes.taken(term) * sizes.one_pass * (1 + (sizes.teacher or sizes.width) / (2 * sizes.width))
+    return sizes.taken(term) * sizes.one_pass * (1 + (term.classes or sizes.teacher or sizes.width) / (2 * sizes.width))
 
 
 def of_uniformity(term: config.Uniformity, sizes: Sizes) -> float:

@@ -86,10 +86,12 @@ def over_pairs(loss: PairLoss) -> TermFunction:
 
     @functools.wraps(loss)
     def of_head(term: Any, rows: Rows, scale: Any, bias: Any, axis: Axis) -> tuple[Array, Logged]:
-        def of_pair(image: Float[Array, "b e"], text: Float[Array, "b e"]) -> tuple[Array, Logged]:
+        def of_pair(image: Float[Array, "b e"], text: Vectors) -> tuple[Array, Logged]:
             value, ranking = loss(term, dataclasses.replace(rows, image=image, text=text), scale, bias, axis)
             return value, {} if ranking is None else summary(ranking, axis)
 
+        if isinstance(term, Pairs) and term.together:
+            return mean_over(lambda image: of_pair(image, rows.text), rows.image)
         return mean_over_pairs(of_pair, term.sides if isinstance(term, Pairs) else "image-text", rows)
 
     return over_heads(of_head)

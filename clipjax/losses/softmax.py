@@ -19,21 +19,37 @@ from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.pairwise.partials import finite
 from clipjax.losses.ranking import Ranked, Ranking, loss_alone
 
-Ids = Int[Array, " b"] | None
+Ids = Int[Array, "b ..."] | None
 
 
 def reduce_negatives(
-    zimg: Array, ztxt: Array, scale: Scalar, axis: Axis, ids: Ids = None, dtype: jax.typing.DTypeLike = jnp.float32
+    zimg: Array,
+    ztxt: Array,
+    scale: Scalar,
+    axis: Axis,
+    ids: Ids = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    keep: Literal["distinct", "same"] = "distinct",
 ) -> Reduced:
-    """The log-sum-exp of every row and every column of the logits over its negatives."""
-    if ids is None:
-        return pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="off_diagonal", dtype=dtype)
-    return pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="distinct", ids=(ids, ids), dtype=dtype)
+    """The log-sum-exp of every row and every column of the logits over its negatives: those of another id, or of the same.
+
+    Of several captions [b, K, e] the first is an image's own; the others are negatives of every image, and no columns of theirs
+    are in the result.
+    """
+    k = 1 if ztxt.ndim == 2 else ztxt.shape[1]
+    both = None if ids is None else (ids, ids)
+    if k > 1:  # the primitive takes the first of K columns of a row for its own
+        ztxt = ztxt.reshape(-1, ztxt.shape[-1])
+        both = None if ids is None else (ids, jnp.where(jnp.arange(k) > 0, -1, ids[:, None]).reshape(-1))
+    found = pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="off_diagonal" if ids is None else keep, ids=both, dtype=dtype)
+    if k == 1:
+        return found
+    return found._replace(cols=found.sides[1][::k], col_max=found.maxima[1][::k], col_positive=None)
 
 
 def clip_terms(
     zimg: Float[Array, "b e"],
-    ztxt: Float[Array, "b e"],
+    ztxt: Float[Array, "b e"] | Float[Array, "b K e"],
     scale: Scalar,
     *,
     axis: Axis = None,
@@ -41,17 +57,19 @@ def clip_terms(
     label_smoothing: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
     ids: Ids = None,
+    keep: Literal["distinct", "same"] = "distinct",
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Ranked:
-    """CLIP's symmetric cross-entropy (2103.00020).
+    """CLIP's symmetric cross-entropy (2103.00020). Of K captions the first is an image's own, the others negatives of all images.
 
     `image_weight`: the weight of the direction image -> text; both weights add up to 1 (ConVIRT's lambda, 2010.00747).
     `label_smoothing`: the part of the target that is spread evenly over a row's own pair and its negatives. `reduction="sum"` is
-    twice the mean (ALIGN, 2102.05918). `dtype`: of the operands of the products, float32 (six passes on a TPU), bfloat16x3
-    (three) or bfloat16; docs/losses.md has their errors.
+    twice the mean (ALIGN, 2102.05918). `keep`: the negatives have another id, or with "same" an id in common, of ids [b, l];
+    label smoothing knows neither that nor several captions. `dtype`: of the operands of the products, float32 (six passes on a
+    TPU), bfloat16x3 (three) or bfloat16; docs/losses.md has their errors.
     """
-    own = (zimg * ztxt).sum(1)
-    found = reduce_negatives(zimg, ztxt, scale, axis, ids, dtype)
+    own = (zimg * (ztxt if ztxt.ndim == 2 else ztxt[:, 0])).sum(1)
+    found = reduce_negatives(zimg, ztxt, scale, axis, ids, dtype, keep)
     # log(1 + sum_{j != i} exp(s_ij - s_ii)): s_ii is subtracted before the exponential, so a small loss keeps its digits.
     rows, cols = (jax.nn.softplus(lse - scale * own) for lse in found.sides)
     if label_smoothing:  # adds eps (s_ii - mean of the row's logits). That mean needs only the sum of the other side

@@ -85,3 +85,24 @@ def distillation_loss(
     """
     rows, cols = pairwise_cross_entropy(zimg, ztxt, scale, timg, ttxt, teacher_scale, axis=axis)
     return mean(rows + cols, axis) / 2
+
+
+def label_targets_loss(
+    zimg: Float[Array, "b e"],
+    ztxt: Float[Array, "b e"],
+    scale: Scalar,
+    labels: Int[Array, "b l"],
+    classes: int,
+    target_scale: Scalar,
+    *,
+    axis: Axis = None,
+) -> Float[Array, ""]:
+    """`distillation_loss` where the teacher's vectors are the sets of labels: s shared of m and n labels have cosine s/sqrt(m n).
+
+    Labels are in [0, classes); -1 is none. An example without labels adds 0 to the sum and 1 to the count.
+    """
+    sets = jax.nn.one_hot(labels, classes).max(1)
+    count = sets.sum(1, keepdims=True)
+    sets = sets * jax.lax.rsqrt(jnp.maximum(count, 1))
+    rows, cols = pairwise_cross_entropy(zimg, ztxt, scale, sets, sets, target_scale, axis=axis)
+    return mean(jnp.where(count[:, 0] > 0, rows + cols, 0), axis) / 2
