@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from method_data import halves, records
+from method_data import TONE, halves, records
 from PIL import Image
 
 import clipjax
+from clipjax.evals.geometry import rankme
 
 Line = dict[str, Any]
 
@@ -26,6 +27,31 @@ def recall(scores: np.ndarray, among: np.ndarray | None = None) -> float:
     if among is not None:
         rivals = np.where(among, rivals, -np.inf)
     return float((np.diag(scores) > rivals.max(1)).mean())
+
+
+def neighbours(train: np.ndarray, test: np.ndarray, of_train: list[str], of_test: list[str], k: int = 20) -> float:
+    """Share of test vectors whose k nearest training vectors vote for their class, by exp(cosine / .07)."""
+    classes = sorted(set(of_train))
+    member = np.array([[name == one for one in classes] for name in of_train], float)
+    cosines = test @ train.T
+    cosines[cosines < np.sort(cosines, 1)[:, -k, None]] = -np.inf
+    votes = np.exp(cosines / 0.07) @ member
+    return float(np.mean([classes[best] == name for best, name in zip(votes.argmax(1), of_test, strict=True)]))
+
+
+def of_features(workdir: Path, head: str) -> list[Line]:
+    """Skin tones of held-out pictures by their nearest training pictures: by the head's vectors, and by the tower's before it."""
+    toned = {split: [r for r in records(split) if len(TONE.findall(r.captions[0])) == 1] for split in ("train", "test")}
+    pictures = {split: [Image.open(io.BytesIO(r.image)) for r in some] for split, some in toned.items()}
+    tones = {split: [halves(r.captions[0])[1] for r in some] for split, some in toned.items()}
+    after, before = clipjax.load(str(workdir), heads=(head,)), clipjax.load(str(workdir))
+    before.encoder = before.encoder.giving("tower")
+    metrics = {}
+    for name, model in (("before", before), ("after", after)):
+        train, test = (unit(model.encode_image(pictures[split])) for split in ("train", "test"))
+        metrics[f"knn_acc1@20_{name}"] = neighbours(train, test, tones["train"], tones["test"])
+        metrics[f"rankme_{name}"] = rankme(np.linalg.svd(test, compute_uv=False))
+    return [{"step": after.step, "task": "features", "dataset": "emoji/test", "metrics": metrics}]
 
 
 def embedded(workdir: Path) -> tuple["clipjax.evals.loaded.LoadedRun", np.ndarray, list[str]]:

@@ -211,6 +211,11 @@ RUNS = {
             files, c.Softmax(), c.Swap(prototypes=True, temperature=0.1), model=dict(classes=c.Classes(count=256))
         ),
     ),
+    "head": Trained(
+        "a head alone",
+        lambda files: clip(files, c.Softmax(head="top"), model=dict(heads=(c.Head(name="top", hidden=384, width=96),))),
+        measure=lambda files: method_measures.of_features(files / "head", "top"),
+    ),
     "one_head": Trained("one head", lambda files: heads(files, ("a",))),
     "three_heads": Trained("three heads", lambda files: heads(files, ("a", "b", "c"))),
     "en": Trained("English", lambda files: languages(files, (0,))),

@@ -99,6 +99,18 @@ EXPERIMENTS = {
     "mlcd": Experiment("image vectors from clusters of a plain run?", ("clip", "mlcd"), (SAME, KNN, RANKME)),
     "mofi": Experiment("entities beside names?", ("clip", "mofi"), (*USUAL, SAME, KNN)),
     "prototypes": Experiment("balanced assignments to prototypes?", ("clip", "prototypes"), (*USUAL, RANKME)),
+    "features": Experiment(
+        "are features better before a head?",
+        ("head",),
+        tuple(
+            Figure(f"{title} {where} the head", "features", f"{metric}_{where}", form=form)
+            for title, metric, form in (
+                ("kNN of skin tones, k = 20,", "knn_acc1@20", ".3f"),
+                ("RankMe of the images", "rankme", ".0f"),
+            )
+            for where in ("before", "after")
+        ),
+    ),
     "amcl": Experiment("three heads or one?", ("clip", "one_head", "three_heads"), (*USUAL, RANKME)),
 }
 
