@@ -17,9 +17,13 @@ def check_embeddings(model: Model, data: Data) -> None:
     require(model.decoder is None, "data.embeddings", file, "model.decoder needs what both towers compute: leave one out")
     require(not model.heads, "data.embeddings", file, "model.heads need what the towers compute: leave one out")
     if frozen == ["text"]:
-        k = data.captions_per_image
-        require(k == 1, "data.captions_per_image", k, "data.embeddings have the main caption of each image alone: use 1")
+        k, copies = data.captions_per_image, data.text_augment.count
+        remedy = "data.embeddings have the main caption of each image alone"
+        require(k == 1, "data.captions_per_image", k, f"{remedy}: use 1")
+        require(data.captions in ((), (0,)), "data.captions", data.captions, f"{remedy}: leave it out")
+        require(copies == 0, "data.text_augment.count", copies, f"{remedy}: use 0")
         return
+    require(not data.views, "data.views", len(data.views), "data.embeddings are of whole images: leave them out")
     for part in data.parts:
         augments = part.augment != Augment()
         require(not augments, "data.augment", part.augment, "data.embeddings are of whole images: leave one out")

@@ -92,7 +92,7 @@ class MultiPositive(Term):
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
-        several = data.captions_per_image > 1 or data.ids is not None
+        several = data.texts_per_image > 1 or data.ids is not None
         remedy = f"{name} needs several captions an image: set it to 2 or more, or data.ids to caption"
         require(several, "data.captions_per_image", data.captions_per_image, remedy)
 

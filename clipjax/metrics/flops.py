@@ -14,26 +14,28 @@ from clipjax.train.optimizer import trained_names
 def run_flops(run: Run, params: clip.Params) -> float:
     """`model_flops` of a run. `params`: anything with its parameters' names."""
     trained = trained_names(run.optim_in_use.rules, params)
-    return model_flops(run.model_in_use, trained, run.data.captions_per_image, run.embedded)
+    return model_flops(run.model_in_use, trained, run.data.texts_per_image, run.embedded, run.data.views_per_image)
 
 
-def model_flops(model: Model, trained: Collection[str] | None = None, captions: int = 1, embedded: str | None = None) -> float:
+def model_flops(
+    model: Model, trained: Collection[str] | None = None, captions: int = 1, embedded: str | None = None, views: int = 1
+) -> float:
     """FLOPs of a training step per image; a multiply-add counts 2.
 
     For a tower whose blocks are trained they are 3 times the forward pass, and less if some are locked or have adapters;
     2 times if the gradient only passes through the blocks; once if nothing below its head is trained. `trained`: paths of the
-    trained parameters, as `image/blocks/mlp/up/kernel`; None: all. `captions`: captions of an image.
+    trained parameters, as `image/blocks/mlp/up/kernel`; None: all. `captions`, `views`: of an image.
     `embedded`: a tower that does not run (data.embeddings).
 
     Only dot products count, and not those that the backward pass recomputes. Causal attention counts in full, as it is computed
     and as others count it. Left out are the poolers' queries, which are computed once a batch, and the loss, 8 B d a pair (below
     1 % of B/16's step up to B = 256k).
     """
-    return sum(tower_flops(model, trained, captions, embedded).values())
+    return sum(tower_flops(model, trained, captions, embedded, views).values())
 
 
 def tower_flops(
-    model: Model, trained: Collection[str] | None = None, captions: int = 1, embedded: str | None = None
+    model: Model, trained: Collection[str] | None = None, captions: int = 1, embedded: str | None = None, views: int = 1
 ) -> dict[str, float]:
     """`model_flops` of each tower: `image`, `text`, with its output projection `decoder`, and `heads` together."""
     found = {}
@@ -42,8 +44,8 @@ def tower_flops(
             continue
         passes = _passes(model, tower, trained)
         own = (passes - 1) * facts.adapters if passes <= 2 else 0  # the gradient of adapters whose kernels get none
-        found[tower] = float((captions if facts.per_caption else 1) * (facts.flops * passes + own))
-    counts = {"image": 1, "text": captions}
+        found[tower] = float((captions if facts.per_caption else views) * (facts.flops * passes + own))
+    counts = {"image": views, "text": captions}
     of_heads = sum(3.0 * n * heads.flops(model, side) for side, n in counts.items() if side != embedded)
     return found | ({"heads": of_heads} if of_heads else {})
 

@@ -85,22 +85,26 @@ class CLIP(nnx.Module):
 
     def encode_pairs(
         self,
-        images: UInt8[Array, "b s s 3"],
+        images: UInt8[Array, "bV s s 3"],
         tokens: Int[Array, "bK t"],
-        keys: Key[Array, " b"] | None = None,
+        keys: Key[Array, " bV"] | None = None,
         parallel: Bool[Array, " b"] | None = None,
         placement: Placement = ONE_DEVICE,
+        views: int = 1,
     ) -> tuple[Vectors, Vectors, Float[Array, "bK t-1 d"]]:
         """What `image_vectors` and `text_vectors` give, and the captioning head's states [bK, t-1, d] from the same pass.
 
         Each state predicts the next token (`losses.token_nll` of the states and `words`). The K captions of an image come one
-        after the other. `parallel`: true for images whose captions are predicted from the image alone.
+        after the other, and so do its V views, of which the captioning head sees the first. `parallel`: true for images whose
+        captions are predicted from the image alone.
         """
-        runner, captions, features = self._runner(placement), len(tokens) // len(images), self.heads is not None
+        runner, captions, features = self._runner(placement), len(tokens) * views // len(images), self.heads is not None
         image, context, image_feature = self._image_tower(images, keys, runner, tokens=True, features=features)
         text, states, text_feature = self._text_tower(tokens, runner, states=True, features=features)
         assert context is not None
         assert states is not None
+        if views > 1:
+            context = context.reshape(-1, views, *context.shape[1:])[:, 0]
         if captions > 1:
             context = jnp.repeat(context, captions, axis=0)
             parallel = None if parallel is None else jnp.repeat(parallel, captions, axis=0)

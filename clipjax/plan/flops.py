@@ -15,7 +15,7 @@ def step_flops(run: config.Run, trained: Collection[str], teacher: int | None = 
     recompute is not counted.
     """
     size, captions = run.train.batch_size, run.data.texts_per_image
-    parts = tower_flops(run.model_in_use, trained, captions, run.embedded)
+    parts = tower_flops(run.model_in_use, trained, captions, run.embedded, run.data.views_per_image)
     towers = {part if part in ("decoder", "heads") else f"{part} tower": size * n for part, n in parts.items()}
     terms = [(i, term) for i, term in enumerate(run.objective) if term.weight]
     kinds = [term.kind for _, term in terms]

@@ -48,11 +48,11 @@ def state_of(run: config.Run, mesh: Mesh) -> TrainState:
 
 def abstract_batch(run: config.Run, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The global batch that the loop gives to the devices: uint8 images, token ids, indices, and what `run.data` adds."""
-    size, captions = run.train.batch_size, run.data.captions_per_image
-    text = (captions, run.model.text.length) if captions > 1 else (run.model.text.length,)
+    size, side = run.train.batch_size, run.model.image.image_size
+    views, texts = ((n,) if n > 1 else () for n in (run.data.views_per_image, run.data.texts_per_image))
     shapes = {
-        "image": ("uint8", (run.model.image.image_size, run.model.image.image_size, 3)),
-        "text": ("int32", text),
+        "image": ("uint8", (*views, side, side, 3)),
+        "text": ("int32", (*texts, run.model.text.length)),
         "index": ("int32", ()),
     }
     if run.embedded is not None:

@@ -99,7 +99,7 @@ def work(run: config.Run, mesh: Mesh, policy: str, part: int | None = None) -> l
     found = []
     for tower, facts in clip.facts(run.model).items():
         if tower != run.embedded:
-            examples = rows * (run.data.captions_per_image if facts.per_caption else 1)
+            examples = rows * (run.data.texts_per_image if facts.per_caption else run.data.views_per_image)
             most = max(1, (part or DEFAULT_PART) // facts.tokens)
             n = chunk_count(examples, most) if policy in CHUNKED_POLICIES else 1
             found.append(Work(facts, n, -(-examples // n)))
@@ -119,8 +119,9 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: in
     params = sharding.own_bytes(state.params, gathered="data")  # as the towers get them
     if params > sharding.own_bytes(state.params):  # gathered in the towers' dtype; B/16 at 128 pairs: 2.5 GiB, compiled 2.0
         copies += layout.size / 4
-    row = 3 * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings and their gradients, some copies
-    row += heads.kept(run.model, "image", layout.size) + run.data.captions_per_image * heads.kept(run.model, "text", layout.size)
+    views, texts = run.data.views_per_image, run.data.texts_per_image
+    row = 3 * views * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings, gradients, some copies
+    row += views * heads.kept(run.model, "image", layout.size) + texts * heads.kept(run.model, "text", layout.size)
     kept, weights, layer = 0, 0, 0.0
     for facts, chunks, examples in work(run, mesh, policy, part):
         kept += chunks * examples * facts.kept(policy, layout)  # with the rows that fill the last chunk

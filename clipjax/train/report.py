@@ -114,7 +114,7 @@ class Report:
             share = f"{100 * total['filtered'] / examples:.2g}%"
             say(f"{total['filtered']:,} of {examples:,} examples ({share}) were left out by data.filter, and others used instead")
         if total["truncated"]:
-            captions, length = examples * self._run.data.captions_per_image, self._run.model.text.length
+            captions, length = examples * self._run.data.texts_per_image, self._run.model.text.length
             say(f"{total['truncated']:,} of {captions:,} captions were truncated to model.text.length = {length} tokens")
 
     def _rates(self) -> dict[str, float]:

@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 
     image: Vectors  # [b, e], or [b, V, e] of several views
     text: Vectors  # [b, e], or [b, K, e] of several captions
-    nll: jax.Array | None = None  # with a captioning loss: -log p [b] of each image's captions
+    nll: jax.Array | None = None  # with a captioning loss: -log p [b] of each image's captions, given its first view
 
     @property
     def heads(self) -> dict[str, losses.HeadRows]:
@@ -110,23 +110,41 @@ def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, row
     *captions, length = rows["text"].shape
     tokens = rows["text"].reshape(-1, length)
     if run.embedded == "image":
-        return Encoded(Vectors(rows["embedded"]), _of_captions(captions, model.text_vectors(tokens, towers.placement)))
+        return Encoded(Vectors(rows["embedded"]), _by_example(captions, model.text_vectors(tokens, towers.placement)))
+    views, images, keys = _views(rows)
     if run.embedded == "text":
-        return Encoded(model.image_vectors(rows["image"], rows["keys"], towers.placement), Vectors(rows["embedded"]))
+        return Encoded(_by_example(views, model.image_vectors(images, keys, towers.placement)), Vectors(rows["embedded"]))
     if not run.captioning:
         text = model.text_vectors(tokens, towers.placement)
-        return Encoded(model.image_vectors(rows["image"], rows["keys"], towers.placement), _of_captions(captions, text))
+        return Encoded(_by_example(views, model.image_vectors(images, keys, towers.placement)), _by_example(captions, text))
     parallel_share, parallel = run.model.decoder.parallel if run.model.decoder else 0, None
     if parallel_share:
         parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), parallel_share))(rows["keys"])
-    image, text, states = model.encode_pairs(rows["image"], tokens, rows["keys"], parallel, towers.placement)
+    image, text, states = model.encode_pairs(images, tokens, keys, parallel, towers.placement, run.data.views_per_image)
     nll = losses.caption_nll(states, model.words, tokens, lengths(tokens), towers.token_nll)
-    return Encoded(image, _of_captions(captions, text), nll.reshape(len(rows["image"]), -1).sum(1))
+    return Encoded(_by_example(views, image), _by_example(captions, text), _of_captions(run, nll.reshape(captions[0], -1)))
 
 
-def _of_captions(captions: list[int], text: Vectors) -> Vectors:
-    """A row for each image: vectors [b K, e] -> [b, e] or [b, K, e]. `captions`: b, and K where there are several."""
-    return jax.tree.map(lambda x: x.reshape(*captions, -1), text)
+def _by_example(shape: list[int], vectors: Vectors) -> Vectors:
+    """Vectors [b K, e] -> [b, e] or [b, K, e]. `shape`: b, and K where an example has several."""
+    return jax.tree.map(lambda x: x.reshape(*shape, -1), vectors)
+
+
+def _views(rows: StepInputs) -> tuple[list[int], jax.Array, jax.Array]:
+    """b, and V where there are several, all views [b V, s, s, 3], those of an image one after the other, and a key for each."""
+    images, keys = rows["image"], rows["keys"]
+    *views, height, width, channels = images.shape
+    if len(views) > 1:
+        of_views = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = jax.vmap(of_views, (0, None))(keys, 2 + jnp.arange(views[1])).reshape(-1)  # 1 is that of `parallel`
+        images = images.reshape(-1, height, width, channels)
+    return views, images, keys
+
+
+def _of_captions(run: config.Run, numbers: jax.Array) -> jax.Array:
+    """Sums [b] over each example's captions, of numbers [b, K] of its texts: a decoder does not learn changed copies."""
+    copies = run.data.text_augment.count
+    return (numbers[:, :-copies] if copies else numbers).sum(1)
 
 
 @jax.named_scope("loss")
@@ -145,7 +163,7 @@ def _loss(
         rows.get("id"),
         teacher,
         rows["memory"] | trainable.temperatures,
-        None if z.nll is None else (z.nll, predicted.sum(1)),
+        None if z.nll is None else (z.nll, _of_captions(run, predicted)),
         z.heads,
         rows.get("label"),
         weights.get("classes"),
