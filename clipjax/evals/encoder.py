@@ -172,12 +172,6 @@ class Encoder(BatchedModel):
             config.require(name in known, "--head", name, f"the {side} tower has {', '.join(known) or 'no heads'}")
         return sum(known[name] for name in self.features)
 
-    def require_comparable(self) -> None:
-        """Raises ConfigError where images can't be compared with texts: before the projections they may differ in width."""
-        image, text = self.width("image"), self.width("text")
-        remedy = f"has {image} numbers of an image and {text} of a text: their cosines need the same, as of embeddings"
-        config.require(image == text, "--features", self.features, remedy)
-
     def giving(self, features: Features) -> "Encoder":
         """This encoder, or one of other features with the same store."""
         if features == self.features:

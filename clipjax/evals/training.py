@@ -92,7 +92,9 @@ def prepare_on(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: T
         config.require(divided(data.spec), "data", data.spec, f"{remedy} = train#0-95 and the evaluation's = train#95-100")
     if class_of(wanted).reads_text:
         encoder.model.require_towers("text")
-        encoder.require_comparable()
+        image, text = encoder.width("image"), encoder.width("text")
+        remedy = f"are {image} numbers of an image and {text} of a text, which have no cosine: take embeddings or a head"
+        config.require(image == text, "--features", encoder.features, remedy)
     return class_of(wanted).prepare(encoder, tokenizer and tokenizer.cleaning(wanted.clean), data, wanted)
 
 

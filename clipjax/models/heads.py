@@ -101,11 +101,3 @@ def flops(model: config.Model, side: str) -> int:
     """FLOPs of a forward pass of all heads on one image, or on one text."""
     found = (w for cfg in model.heads if side in cfg.sides for w in _widths(cfg, model, side).values())
     return sum(2 * a * b for widths in found for a, b in itertools.pairwise(widths))
-
-
-def kept(model: config.Model, side: str, size: int) -> int:
-    """Bytes kept of one image or text for the backward pass: of a layer what goes into its LayerNorm, activation and product, of
-    the output its unit vector and gradient. `size`: bytes of a number of the towers' dtype.
-    """
-    found = [w for cfg in model.heads if side in cfg.sides for w in _widths(cfg, model, side).values()]
-    return sum(4 * size * sum(widths[1:-1]) + 8 * 4 * widths[-1] for widths in found)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from clipjax import aot, config, distributed, sharding
 from clipjax.chips import chip_of
-from clipjax.models import clip, heads
+from clipjax.models import clip
 from clipjax.models.facts import Layout
 from clipjax.models.runner import CHUNKED_POLICIES, DEFAULT_PART, chunk_count
 from clipjax.train.remat_time import MADE, PARTS, Work, seconds
@@ -119,9 +119,8 @@ def needed(run: config.Run, mesh: Mesh, state: TrainState, policy: str, part: in
     params = sharding.own_bytes(state.params, gathered="data")  # as the towers get them
     if params > sharding.own_bytes(state.params):  # gathered in the towers' dtype; B/16 at 128 pairs: 2.5 GiB, compiled 2.0
         copies += layout.size / 4
-    views, texts = run.data.views_per_image, run.data.texts_per_image
+    views = run.data.views_per_image
     row = 3 * views * run.model.image.image_size**2 + 8 * 4 * run.model.embed_dim  # pixels; embeddings, gradients, some copies
-    row += views * heads.kept(run.model, "image", layout.size) + texts * heads.kept(run.model, "text", layout.size)
     kept, weights, layer = 0, 0, 0.0
     for facts, chunks, examples in work(run, mesh, policy, part):
         kept += chunks * examples * facts.kept(policy, layout)  # with the rows that fill the last chunk
