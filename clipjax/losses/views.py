@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from clipjax import config
-from clipjax.losses.batch import add_up, einsum, following, log_mean_exp, mean, size
+from clipjax.losses.batch import add_up, einsum, following, log_mean_exp, mean
 from clipjax.losses.pairwise import Axis, pairwise_cross_entropy, pairwise_logsumexp
 from clipjax.losses.pairwise.axes import device_index
 from clipjax.losses.pairwise.operands import Scalar
@@ -26,8 +26,8 @@ from clipjax.models.layers import unit
 def symile_loss(modalities: Float[Array, "M b e"], scale: Scalar, *, axis: Axis = None) -> Float[Array, ""]:
     """Mean over the modalities a of the cross-entropy of t <a_i, b_i, c_i> among t <a_i, b_j, c_{j+1}>, j != i (2411.01053).
 
-    <a, b, c> is the sum over the coordinates of a b c: the products b c are the columns of a pass. The paper shuffles b and c;
-    here the n-th of the others is shifted by n examples, whatever the mesh. Of two modalities it is CLIP's loss.
+    <a, b, c> is the sum over the coordinates of a b c. The paper shuffles b and c; here the n-th of the others is shifted by n
+    examples, whatever the mesh. Of two modalities it is CLIP's loss.
     """
 
     def of_anchor(order: Array) -> Array:
@@ -35,7 +35,7 @@ def symile_loss(modalities: Float[Array, "M b e"], scale: Scalar, *, axis: Axis 
         own = scale * (anchor * jnp.stack(others).prod(0)).sum(1)
         for n in range(1, len(others)):
             others[n:] = [following(z, axis) for z in others[n:]]
-        columns = jnp.stack(others).prod(0)
+        columns = jnp.stack(others).prod(0)  # so that a pass over all pairs does
         found = pairwise_logsumexp(anchor, columns, scale, axis=axis, keep="off_diagonal", columns=False)
         return mean(jax.nn.softplus(found.rows - own), axis)
 
@@ -55,11 +55,9 @@ def multi_view_loss(
 
     "infonce": N_i is half the sum over l, and over (j, m) other than (i, l), of exp(t u_il . u_jm), so the value is at least 0.
     "dhel": N_i is the product over l of the sums over j != i of exp(t u_il . u_jl); there is no lower bound. Equal `ids` are no
-    negatives; an example without any counts as 0. Raises ValueError for one view, and with "dhel" for one example.
+    negatives; an example without any counts as 0.
     """
     count, b = views.shape[:2]
-    if count < 2 or (form == "dhel" and size(views[0], axis) < 2):
-        raise ValueError(f"multi_view_loss({form!r}) of {count} views and {b} examples: give two views, to 'dhel' two examples")
     ids = device_index(axis) * b + jnp.arange(b) if ids is None else ids
     first, second = np.triu_indices(count, 1)
     positives = jax.nn.logsumexp(scale * einsum("pbe,pbe->pb", views[first], views[second]), 0)
