@@ -136,8 +136,8 @@ def look_up(name: str, field: str = "RUN") -> tuple[Path, int, config.Run]:
 def load_params(name: str, mesh: Mesh, heads: bool = False) -> tuple[config.Run, clip.Params, int]:
     """The configuration, the weights that evaluation uses (the moving average where there is one) and the step of `RUN[@STEP]`.
 
-    Adapters of low rank are merged into their kernels: neither the configuration nor the weights have them. Only with
-    `heads` do the weights have the terms' heads. Raises as `look_up`.
+    Adapters of low rank are merged into their kernels: neither the configuration nor the weights have them. The weights have no
+    class vectors, and only with `heads` the terms' heads. Raises as `look_up`.
     """
     workdir, step, run = look_up(name)
     model, params = load_weights(workdir, step, run, mesh, heads=heads)
@@ -148,10 +148,11 @@ def load_weights(
     workdir: Path, step: int, run: config.Run, mesh: Mesh, parts: Collection[str] = (), heads: bool = False
 ) -> tuple[config.Model, clip.Params]:
     """The model and the weights of `load_params`, of a checkpoint of `run`. `parts`: the parts of the tree to read, as `image`;
-    none: all, but heads only with `heads`. Raises DamagedError where they can't be read.
+    none: all but class vectors, and heads only with `heads`. Raises DamagedError where they can't be read.
     """
     tree = jax.eval_shape(lambda: clip.init(run.model, run.seed))
-    wanted = {part: below for part, below in tree.items() if part in parts or (not parts and (heads or part != clip.HEADS))}
+    left = {clip.CLASSES, *(() if heads else (clip.HEADS,))}
+    wanted = {part: below for part, below in tree.items() if part in parts or (not parts and part not in left)}
     target, partial = sharding.shapes(wanted, mesh, part=bool(parts)), wanted.keys() != tree.keys()
     options = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial)
     item = "params" if run.optim.ema is None else "ema"

@@ -1,10 +1,10 @@
 """The mesh; which axis of a parameter is sharded over which mesh axis; how a process's batch becomes a global array.
 
-The batch is sharded over `data` and `fsdp`, heads and MLP width over `tensor` (models.layers.TENSOR_AXES). Of a parameter's other
-axes, the largest that the size of `fsdp` divides is sharded over `fsdp`. Vectors of a few KB are not: each would cost transfers
-and save next to nothing. What cannot be sharded is known by name, and too much of it is an error. Where devices come in slices
-that a slower network joins, the outer part of `data` is the mesh axis `slice`. So weights, which are sharded over `fsdp` and
-`tensor`, never leave a slice, and the losses' ring goes round within a slice before it goes to the next one.
+The batch and class vectors are sharded over `data` and `fsdp`, heads and MLP width over `tensor` (models.layers.TENSOR_AXES). Of
+a parameter's other axes, the largest that the size of `fsdp` divides is sharded over `fsdp`. Vectors of a few KB are not: each
+would cost transfers and save next to nothing. What cannot be sharded is known by name, and too much of it is an error. Where
+devices come in slices that a slower network joins, the outer part of `data` is the mesh axis `slice`. So weights, which are
+sharded over `fsdp` and `tensor`, never leave a slice, and the losses' ring goes round within a slice before it goes to the next.
 """
 
 import functools
@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipjax import config
+from clipjax.config.model import CLASS_ROWS
 from clipjax.models import clip
 from clipjax.models.layers import TENSOR_AXES
 
@@ -99,6 +100,15 @@ def check_tensor(model: config.Model, mesh: Mesh) -> None:
     config.require(not wrong, "mesh.tensor", n, remedy)
 
 
+def check_classes(model: config.Model, mesh: Mesh) -> None:
+    """Raises ConfigError unless the mesh divides the class matrix, of which each device of the batch has a part."""
+    if model.classes is not None:
+        rows, n = model.classes.rows, batch_devices(mesh)
+        near = -(-rows // math.lcm(CLASS_ROWS, n)) * math.lcm(CLASS_ROWS, n)
+        remedy = f"its matrix has {rows:,} rows, which {n} devices of mesh axes data x fsdp do not divide; try {near:,}"
+        config.require(rows % n == 0, "model.classes.count", model.classes.count, remedy)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
@@ -160,7 +170,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, over_data
     `over_data`: the first axis that is left, and that `data` divides, is sharded over `data`. It may be that of the layers, as
     the towers get gathered weights.
     """
-    if path.startswith("memory/"):  # a row for each training example
+    of_classes = path.split("/")[-1] == clip.CLASSES and len(shape) > 1 and shape[0] % batch_devices(mesh) == 0
+    if of_classes or path.startswith("memory/"):  # a row for each class, or for each training example
         return P(BATCH)
     axes: list[str | None] = [None] * len(shape)
     axis = TENSOR_AXES.get("/".join(path.split("/")[-2:]), 0)

@@ -16,7 +16,7 @@ from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.metric import MannWhitney, Mixup, MultiSimilarity, Repulsion
-from clipjax.config.model import Attention, Decoder, Head, Model
+from clipjax.config.model import Attention, Classes, Decoder, Head, Model
 from clipjax.config.objective import (
     CUA,
     CUAXU,
@@ -48,8 +48,8 @@ from clipjax.config.views import Barlow, MultiView, Siamese, Swap, Symile
 
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Barlow", "Calibration",
-    "Caption", "Captioning", "Choice", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity", "Cwcl",
-    "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "Head", "ImageTower",
+    "Caption", "Captioning", "Choice", "Classes", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity",
+    "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "Head", "ImageTower",
     "Init", "Instance", "Isogclr", "Lora", "MannWhitney", "Mesh", "Mixup", "Model", "MultiPositive", "MultiSimilarity",
     "MultiView", "Optim", "Pairs", "Part", "Preserve", "Probe", "Remembering", "Repulsion", "Retrieval", "Rsqrt", "Rule",
     "Run", "RunSuite", "Siamese", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Swap", "Symile",

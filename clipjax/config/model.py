@@ -8,6 +8,7 @@ from clipjax.config.fields import Strict, free, require
 from clipjax.config.towers import ImageTower, TextTower, size
 
 Attention = Literal["exact", "cudnn", "pallas"]
+CLASS_ROWS = 1024  # the rows of the class matrix are a multiple of this: any power of two of devices, up to it, divides them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,23 @@ class Head(Strict, prefix="model.heads"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Classes(Strict, prefix="model.classes"):
+    """Vectors of classes, which terms of the objective compare embeddings with. They are for training alone."""
+
+    count: int  # number of classes: labels are below it
+    width: int | None = None  # numbers of a vector; None: as many as an embedding has
+
+    def __post_init__(self) -> None:
+        require(self.count > 0, "model.classes.count", self.count, "must be positive")
+        require(self.width is None or self.width > 0, "model.classes.width", self.width, "must be positive or None")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix that is stored, on any mesh: those after `count` are zeros, so that devices have equal parts."""
+        return -(-self.count // CLASS_ROWS) * CLASS_ROWS
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model(Strict, prefix="model"):
     """Two towers, a captioning head where there is one, the logit scale and, for the sigmoid loss, the logit bias."""
 
@@ -69,6 +87,7 @@ class Model(Strict, prefix="model"):
     text: TextTower = field(default_factory=TextTower)  # from captions to embeddings
     decoder: Decoder | None = None  # the captioning head; None: the model has none
     heads: tuple[Head, ...] = ()  # beside the projection to the embedding, for the terms that name them
+    classes: Classes | None = None  # vectors of classes for data.labels, in training alone; None: the model has none
     # The towers that it has. Only what is imported has one alone, without scale and bias: training needs both.
     towers: Literal["both", "image", "text"] = "both"
     init_scale: float = 1 / 0.07  # the logit scale t = 1/temperature at the start
@@ -113,6 +132,11 @@ class Model(Strict, prefix="model"):
     def embed_dim(self) -> int:
         tower = self.text if self.towers == "text" else self.image
         return tower.embed_dim or tower.width
+
+    @property
+    def class_shape(self) -> tuple[int, int] | None:
+        """Of the matrix of class vectors; None without classes."""
+        return None if self.classes is None else (self.classes.rows, self.classes.width or self.embed_dim)
 
     def require_towers(self, *names: Literal["image", "text"]) -> None:
         """Raises ConfigError where the model has not all of these towers."""

@@ -68,13 +68,13 @@ def _read(name: str, field: str) -> "Run":
 
 
 def _trained_whole(model: "Model") -> "Model":
-    """The model without what says that only a part of it trains, and without the heads of its terms."""
+    """The model without what says that only a part of it trains, and without heads and classes, which are of the objective."""
     towers = {}
     for name in ("image", "text"):
         tower = getattr(model, name)
         own = {f.name: f.default for f in dataclasses.fields(tower) if f.name in OF_TRAINING}
         towers[name] = dataclasses.replace(tower, **own)
-    return dataclasses.replace(model, heads=(), **towers)
+    return dataclasses.replace(model, heads=(), classes=None, **towers)
 
 
 def _model(sources: dict[str, "Run"]) -> "Model":

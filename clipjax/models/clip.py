@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from clipjax.models.steps import make_layer_step, unstack_layers
 from clipjax.models.text import TextTransformer
 from clipjax.models.vit import ViT
 
+CLASSES = "classes"  # the parameter that holds the class vectors, which only the loss reads
 HEADS = "heads"  # the part of the parameters that evaluations read only where they name a head
 Params = dict[str, Any]  # nested by the parts of a path: params["image"]["blocks"]["norm1"]["scale"]
 
@@ -182,7 +184,22 @@ def facts(cfg: config.Model) -> dict[str, TowerFacts]:
 
 def init(cfg: config.Model, seed: int) -> Params:
     """Fresh float32 parameters: a pure function of the configuration and the seed."""
-    return nnx.to_pure_dict(nnx.state(CLIP(cfg, jax.random.key(seed))))
+    params = nnx.to_pure_dict(nnx.state(CLIP(cfg, jax.random.key(seed))))
+    return params if cfg.classes is None else params | {CLASSES: _class_vectors(cfg, jax.random.key(seed))}
+
+
+def _class_vectors(cfg: config.Model, key: Key[Array, ""]) -> Float[Array, "c d"]:
+    """Normal, of mean length 1; zeros for the rows that are no class."""
+    assert cfg.classes is not None
+    assert cfg.class_shape is not None
+    drawn = jax.random.normal(jax.random.fold_in(key, zlib.crc32(CLASSES.encode())), cfg.class_shape)
+    is_class = jnp.arange(cfg.classes.rows) < cfg.classes.count
+    return jnp.where(is_class[:, None], drawn / math.sqrt(cfg.class_shape[1]), 0)
+
+
+def without_classes(params: Params) -> Params:
+    """The parameters without the class vectors: what the towers and evaluations read."""
+    return {part: below for part, below in params.items() if part != CLASSES}
 
 
 @functools.cache
@@ -192,7 +209,7 @@ def _graph(cfg: config.Model, attention: config.Attention) -> nnx.GraphDef:
 
 def bind(cfg: config.Model, params: Params, attention: config.Attention = "exact") -> CLIP:
     """The model with these parameters: arrays, tracers or shapes. `attention`: `cfg.attention` in a training step; all else, as
-    an evaluation, runs on any device. Without heads where the parameters have none.
+    an evaluation, runs on any device. Without heads where the parameters have none. Class vectors are no part of it.
     """
     cfg = cfg if HEADS in params else dataclasses.replace(cfg, heads=())
-    return nnx.merge(_graph(cfg, attention), nnx.State(jax.tree.map(nnx.Param, params)))
+    return nnx.merge(_graph(cfg, attention), nnx.State(jax.tree.map(nnx.Param, without_classes(params))))

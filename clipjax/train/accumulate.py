@@ -19,14 +19,18 @@ from clipjax.placement import Towers
 from clipjax.sharding import BATCH
 
 Tree = Any  # of arrays
-Encode = Callable[[Tree, Tree], Tree]  # (params, rows) -> embeddings
+Part = Callable[[Tree], Tree]  # params -> those that `Encode` reads
+Encode = Callable[[Tree, Tree], Tree]  # (part of params, rows) -> embeddings
 Loss = Callable[[Tree, Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (params, embeddings, rows, shared) -> (value, aux)
 # (params, rows, shared) -> ((value, aux), gradient)
 ValueAndGrad = Callable[[Tree, Tree, Tree], tuple[tuple[jax.Array, Tree], Tree]]
 
 
-def value_and_grad(encode: Encode, loss: Loss, mesh: Mesh, towers: Towers, micro_batches: int) -> ValueAndGrad:
-    """`(params, rows, shared) -> ((value, aux), gradient)` of `loss(params, encode(params, rows), rows, shared) -> (value, aux)`.
+def value_and_grad(
+    encode: Encode, loss: Loss, mesh: Mesh, towers: Towers, micro_batches: int, part: Part = lambda params: params
+) -> ValueAndGrad:
+    """`(params, rows, shared) -> ((value, aux), gradient)` of `loss(params, z, rows, shared) -> (value, aux)`, where z is
+    `encode(part(params), rows)`.
 
     `rows` are arrays [B, ...] sharded over the devices of the batch; `shared` is what the loss takes beside them. `encode` maps
     examples one by one: row i of its result depends on row i of `rows` alone, so it may be called with any part of them. If
@@ -35,11 +39,13 @@ def value_and_grad(encode: Encode, loss: Loss, mesh: Mesh, towers: Towers, micro
     B / micro_batches examples exist at a time, and the towers' forward pass runs twice.
     """
     if micro_batches > 1:
-        return TwoPasses(encode, loss, mesh, towers, jnp.arange(micro_batches))
+        return TwoPasses(encode, loss, mesh, towers, jnp.arange(micro_batches), part)
     encode_batch = over_devices(
         lambda params, rows: encode(towers.full(params), rows), mesh, towers, (towers.specs, P(BATCH)), P(BATCH)
     )
-    return jax.value_and_grad(lambda params, rows, shared: loss(params, encode_batch(params, rows), rows, shared), has_aux=True)
+    return jax.value_and_grad(
+        lambda params, rows, shared: loss(params, encode_batch(part(params), rows), rows, shared), has_aux=True
+    )
 
 
 def over_devices(
@@ -58,14 +64,16 @@ class TwoPasses:
     mesh: Mesh
     towers: Towers
     indices: jax.Array  # of the micro-batches: 0, 1, ...
+    part: Part
 
     def __call__(self, params: Tree, rows: Tree, shared: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
         specs = self.towers.specs
-        z = over_devices(self.forward, self.mesh, self.towers, (specs, P(BATCH)), P(BATCH))(params, rows)
+        read, place = jax.vjp(self.part, params)
+        z = over_devices(self.forward, self.mesh, self.towers, (specs, P(BATCH)), P(BATCH))(read, rows)
         # The loss reads scale and bias directly, so `grads` is their full gradient. The towers add none to it.
         value, (grads, dz) = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)(params, z, rows, shared)
         backward = over_devices(self.backward, self.mesh, self.towers, (specs, P(BATCH), P(BATCH)), specs)
-        return value, jax.tree.map(jnp.add, grads, backward(params, rows, dz))
+        return value, jax.tree.map(jnp.add, grads, *place(backward(read, rows, dz)))
 
     def forward(self, params: Tree, rows: Tree) -> Tree:
         """Embeddings of all rows [b, ...], micro-batch by micro-batch."""

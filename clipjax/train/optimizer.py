@@ -101,7 +101,7 @@ def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
     shapes = {_name(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
     found: dict[str, Rule] = {}
     for name in shapes:
-        if rule := next((r for r in rules if re.fullmatch(r.pattern, name)), None):
+        if rule := _first(rules, name):
             found[name] = rule
     if missed := [f"{name} {shape}" for name, shape in shapes.items() if name not in found]:
         raise ConfigError(f"optim.rules: no rule matches {', '.join(missed)}; end the list with Rule(pattern='.*')")
@@ -113,15 +113,25 @@ def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
     return found
 
 
+def _first(rules: tuple[Rule, ...], name: str) -> Rule | None:
+    return next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
+
+
 def trained_names(rules: tuple[Rule, ...], params: Params) -> set[str]:
     """The paths of the parameters that are trained: those whose rule has lr > 0."""
     return {name for name, rule in match_rules(rules, params).items() if rule.lr != 0}
 
 
 def stop_frozen(rules: tuple[Rule, ...], params: Params) -> Params:
-    """`params` for the forward pass; frozen ones get no gradient. So XLA leaves out their part of the backward pass."""
-    trained = trained_names(rules, params)
-    return jax.tree.map_with_path(lambda path, p: p if _name(path) in trained else jax.lax.stop_gradient(p), params)
+    """`params`, all or a part, for the forward pass; frozen ones get no gradient. So XLA leaves out their part of the backward
+    pass.
+    """
+
+    def stop(path: tuple, p: Any) -> Any:
+        rule = _first(rules, _name(path))
+        return jax.lax.stop_gradient(p) if rule is None or rule.lr == 0 else p
+
+    return jax.tree.map_with_path(stop, params)
 
 
 def optimizer_of(run: Run, params: Params) -> optax.GradientTransformation:

@@ -29,21 +29,21 @@ class TrainState:
     step: jax.Array  # int32 [], finished steps
     params: clip.Params  # float32 master weights
     opt_state: optax.OptState
-    ema: clip.Params | None  # moving average of the weights, where optim.ema asks for one
+    ema: clip.Params | None  # moving average of the weights but for class vectors, where optim.ema asks for one
     memory: Memory = dataclasses.field(default_factory=dict)  # values of every example (see train/memory.py)
     # int32 []: with train.nonfinite = skip, how many steps before this one, in a row, were not finite
     skipped_in_row: jax.Array | None = None
 
     @property
     def evaluated(self) -> clip.Params:
-        """The weights that evaluations use: the moving average, if there is one."""
-        return self.params if self.ema is None else self.ema
+        """The weights that evaluations use: the moving average, if there is one; without class vectors."""
+        return clip.without_classes(self.params) if self.ema is None else self.ema
 
 
 def _fresh(run: config.Run, tx: optax.GradientTransformation, devices: int, given: Mapping[str, jax.Array]) -> TrainState:
     drawn = clip.init(run.model, run.seed)
     params = jax.tree.map_with_path(lambda path, p: given.get(sharding.keystr(path), p), drawn)
-    ema = params if run.optim.ema is not None else None
+    ema = clip.without_classes(params) if run.optim.ema is not None else None
     zero = jnp.zeros((), jnp.int32)
     in_row = zero if run.train.nonfinite == "skip" else None
     return TrainState(zero, params, tx.init(params), ema, memory.initial(run, devices), in_row)
@@ -60,6 +60,7 @@ def abstract_state(run: config.Run, tx: optax.GradientTransformation, mesh: Mesh
     Raises ConfigError where the mesh would replicate what it should shard.
     """
     sharding.check_tensor(run.model, mesh)
+    sharding.check_classes(run.model, mesh)
     state = state_shapes(run, tx, sharding.batch_devices(mesh))
     return sharding.shapes(state, mesh, over_data=over_data(run, mesh, state.params))
 
@@ -70,10 +71,13 @@ def over_data(run: config.Run, mesh: Mesh, params: clip.Params) -> set[str]:
 
 
 def weight_specs(run: config.Run, mesh: Mesh) -> Any:
-    """The PartitionSpecs of the parameters in the state. P() for all if mesh.shard_optimizer does not shard them."""
+    """The PartitionSpecs of the parameters in the state that the towers read. P() for all if mesh.shard_optimizer does not shard
+    them.
+    """
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
     names = over_data(run, mesh, params)
-    return jax.tree.map(lambda x: x.spec, sharding.shardings({"params": params}, mesh, names)["params"]) if names else P()
+    placed = sharding.shardings({"params": params}, mesh, names)["params"]
+    return jax.tree.map(lambda x: x.spec, clip.without_classes(placed)) if names else P()
 
 
 def initial_state(

@@ -71,7 +71,7 @@ def make_train_step(
     replicated: Any = P()
     towers = placement.towers(mesh, run.model.dtype, Trainable(weight_specs(run, mesh), replicated))
     encode, compute_loss = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh)
-    value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, towers, run.train.micro_batches)
+    value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, towers, run.train.micro_batches, _encoded)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
@@ -87,7 +87,7 @@ def make_train_step(
         if state.ema is None or decay is None:
             ema = None
         else:
-            ema = choose(ema_update(state.ema, params, decay, nonfinite.updates(state)), state.ema)
+            ema = choose(ema_update(state.ema, clip.without_classes(params), decay, nonfinite.updates(state)), state.ema)
         norms = {"grad_norm": gradient.params, "param_norm": params, "update_norm": updates}
         scalars = {"scale": jnp.exp(params["log_scale"])} | ({"bias": params["bias"]} if "bias" in params else {})
         own = {name: head["log_scale"] for name, head in params.get("heads", {}).items() if "log_scale" in head}
@@ -102,6 +102,11 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, remembered, in_row), metrics | counts
 
     return train_step
+
+
+def _encoded(trainable: Trainable) -> Trainable:
+    """What `_encode` reads. Class vectors stay with the devices that have them."""
+    return trainable._replace(params=clip.without_classes(trainable.params))
 
 
 def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> Encoded:
