@@ -155,6 +155,9 @@ def test_a_batch_has_the_labels_of_the_file(tmp_path, name, count):
         (config.Uniformity(), 4),
         (config.CrossUniformity(), 2),
         (config.Alignment(), 0),
+        (config.Repulsion(), 2),
+        (config.MannWhitney(), 0),
+        (config.MultiSimilarity(), 2),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )

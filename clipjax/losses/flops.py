@@ -79,14 +79,10 @@ def of_swap(term: config.Swap, sizes: Sizes) -> float:
     return 0.0 if term.prototypes else (term.rounds + 1) * of_pairs(term, sizes)
 
 
-def of_mann_whitney(term: config.MannWhitney, sizes: Sizes) -> float:
-    """Two passes, one a direction, of three quarters each, as the sigmoid's."""
-    return 1.5 * of_pairs(term, sizes)
-
-
-def of_mixup(term: config.Mixup, sizes: Sizes) -> float:
-    """A pass for each side that is mixed."""
-    return (2 if term.mix == "both" else 1) * of_pairs(term, sizes)
+def of_metric(term: config.MannWhitney | config.Mixup, sizes: Sizes) -> float:
+    """Three quarters of a pass for each direction of Mann-Whitney, as of the sigmoid; a pass for each side that Mixup mixes."""
+    passes = 1.5 if isinstance(term, config.MannWhitney) else 2 if term.mix == "both" else 1
+    return passes * of_pairs(term, sizes)
 
 
 def of_main_caption(term: Any, sizes: Sizes) -> float:

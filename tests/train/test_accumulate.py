@@ -104,7 +104,7 @@ CASES = {
     "8, one device": (run_of(8), ONE),
     "2, fsdp and tensor": (run_of(2), MIXED),
     "8, sigmoid": (run_of(8, SIGLIP), EIGHT),
-    "4, CUAXU": (run_of(4, objective=config.CUAXU), EIGHT),
+    "4, CUAXU and mixtures": (run_of(4, objective=(*config.CUAXU, config.Mixup(mix="image"))), EIGHT),
     "4, captions, ids and a teacher": (run_of(4, objective=TERMS, data=SEVERAL), EIGHT),
     "1, optimizer over data": (run_of(1, mesh=OVER_DATA), EIGHT),
     "4, optimizer over data": (run_of(4, SIGLIP, mesh=OVER_DATA), EIGHT),
