@@ -44,8 +44,7 @@ def of_features(workdir: Path, head: str) -> list[Line]:
     toned = {split: [r for r in records(split) if len(TONE.findall(r.captions[0])) == 1] for split in ("train", "test")}
     pictures = {split: [Image.open(io.BytesIO(r.image)) for r in some] for split, some in toned.items()}
     tones = {split: [halves(r.captions[0])[1] for r in some] for split, some in toned.items()}
-    after, before = clipjax.load(str(workdir), heads=(head,)), clipjax.load(str(workdir))
-    before.encoder = before.encoder.giving("tower")
+    after, before = clipjax.load(str(workdir), features=(head,)), clipjax.load(str(workdir), features="tower")
     metrics = {}
     for name, model in (("before", before), ("after", after)):
         train, test = (unit(model.encode_image(pictures[split])) for split in ("train", "test"))

@@ -1,7 +1,7 @@
 """clipjax trains CLIP-style image-text models with JAX on TPU and GPU meshes."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -10,18 +10,22 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 
-def load(run: str, dtype: Literal["float32", "bfloat16"] | None = None, heads: Sequence[str] = ()) -> "LoadedRun":
+def load(
+    run: str,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    features: Literal["embedding", "tower"] | tuple[str, ...] = "embedding",
+) -> "LoadedRun":
     """The model of `RUN` or `RUN@STEP`, for `encode_image(images)` and `encode_text(texts)`: unit vectors, float32 [n, e].
 
-    `dtype` of the towers' arithmetic, `float32` or `bfloat16`; None: as in training. `heads`: give the vectors of these heads as
-    one, in place of embeddings; its cosines are the mean of theirs.
+    `dtype` of the towers' arithmetic, `float32` or `bfloat16`; None: as in training. `features`: the vectors that it gives:
+    embeddings, those before the projection, or of the heads of these names as one, whose cosines are the mean of theirs.
     """
     from clipjax import environment  # here: `import clipjax` and `clipjax --help` stay instant
 
     environment.quiet()
     from clipjax.evals.loaded import LoadedRun
 
-    return LoadedRun(str(run), dtype, heads)
+    return LoadedRun(str(run), dtype, features)
 
 
 def register(

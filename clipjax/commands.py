@@ -14,7 +14,6 @@ from clipjax.config.override import override
 from clipjax.config.packaged import packaged_config, packaged_configs, summary
 
 if TYPE_CHECKING:
-    from clipjax.evals.encoder import Encoder
     from clipjax.evals.loaded import LoadedRun
 
 
@@ -94,14 +93,8 @@ def load(args: argparse.Namespace, name: str | None = None) -> "LoadedRun":
     register(args)
     distributed.start()
     environment.keep_programs()
-    return clipjax.load(name or args.workdir, heads=getattr(args, "head", None) or ())
-
-
-def of_features(model: "LoadedRun", args: argparse.Namespace) -> tuple["Encoder", str]:
-    """The encoder of what --head or --features ask for, where the command has them, and its name for a report."""
-    if getattr(args, "features", None) == "tower":
-        return model.encoder.giving("tower"), ", before the projection"
-    return model.encoder, f", head {', '.join(args.head)}" if getattr(args, "head", None) else ""
+    features = getattr(args, "head", None) or getattr(args, "features", "embedding")
+    return clipjax.load(name or args.workdir, features=features)
 
 
 def register(args: argparse.Namespace) -> None:
@@ -139,7 +132,7 @@ def embed(args: argparse.Namespace) -> None:
     clean = fields.pop("clean")
     tokenizer = None if model.run.model.towers == "image" else model.tokenizer.cleaning(clean)
     data = eval_data(model.run, fields.pop("data"), **fields)
-    arrays = embed(of_features(model, args)[0], model.params, tokenizer, data)
+    arrays = embed(model.encoder, model.params, tokenizer, data)
     write_npz(args.out, arrays)
     say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 

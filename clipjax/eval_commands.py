@@ -8,7 +8,7 @@ from typing import Any, get_args
 import clipjax
 from clipjax import config
 from clipjax.arguments import writable_file
-from clipjax.commands import dataset, first, load, of_features, say
+from clipjax.commands import dataset, first, load, say
 from clipjax.config.data import dataset_name
 from clipjax.config.tasks import ProbeMethod
 
@@ -111,8 +111,9 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any
     png = (args.png or writable_file(str(default))) if "png" in args else None
     model = load(args)
     tokenizer = None if model.run.model.towers == "image" else model.tokenizer
-    encoder, of = of_features(model, args)
-    evaluation = prepare(wanted, encoder, tokenizer, model.run)
+    features = model.encoder.features
+    of = "" if features == "embedding" else f", {features if isinstance(features, str) else 'head ' + ', '.join(features)}"
+    evaluation = prepare(wanted, model.encoder, tokenizer, model.run)
     results = evaluation.run(model.params)
     result = report(evaluation.dataset, model.name, f"step {model.step}{of}", wanted.task, results.metrics)
     numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves

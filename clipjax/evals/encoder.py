@@ -143,6 +143,8 @@ class Encoder(BatchedModel):
         mean of theirs. `store`: where vectors are kept.
         """
         super().__init__(model, mesh, batch_size)
+        known = isinstance(features, tuple) or features in ("embedding", "tower")
+        config.require(known, "features", features, "must be embedding or tower, or a tuple of heads' names")
         self.features: Features = features
         self.store = store
         self._weights: tuple[Params, str] | None = None  # the latest, and their checksum

@@ -17,7 +17,7 @@ from clipjax.checkpoint import TOKENIZER
 from clipjax.config.start import split_name
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import given
-from clipjax.evals.encoder import Batch, CachedBatches, Encoder, to_host
+from clipjax.evals.encoder import Batch, CachedBatches, Encoder, Features, to_host
 from clipjax.evals.given import ImageLike
 from clipjax.files import resolve
 from clipjax.generate import GREEDY, Captioner, Decoding
@@ -28,19 +28,18 @@ from clipjax.restore import load_params
 class LoadedRun:
     """A run's weights, tokenizer and preprocessing on all devices. The weights are sharded as in training where that fits."""
 
-    def __init__(self, name: str, dtype: Literal["float32", "bfloat16"] | None = None, heads: Sequence[str] = ()) -> None:
-        """`name` is `RUN` or `RUN@STEP`. `dtype` of the arithmetic, None: as in training; the results are float32. `heads`: as
-        in `clipjax.load`.
+    def __init__(self, name: str, dtype: Literal["float32", "bfloat16"] | None = None, features: Features = "embedding") -> None:
+        """`name` is `RUN` or `RUN@STEP`. `dtype` of the arithmetic, None: as in training; the results are float32. `features`: as
+        of `Encoder`.
 
-        Raises ConfigError where there is no such run, checkpoint or head, and for another dtype.
+        Raises ConfigError where there is no such run or checkpoint, and for another dtype.
         """
         self.workdir = split_name(name)[0]
         self.name = resolve(self.workdir).name
         self.mesh = mesh_for(config.from_json((self.workdir / "config.json").read_text(encoding="utf-8")).mesh)
         with _without_advice():
-            run, self.params, self.step = load_params(name, self.mesh, bool(heads))
+            run, self.params, self.step = load_params(name, self.mesh, heads=isinstance(features, tuple))
         self.run = run if dtype is None else replace(run, model=replace(run.model, dtype=dtype))
-        features = tuple(heads) or "embedding"
         self.encoder = Encoder(self.run.model, self.mesh, self.run.train.eval_batch_size, features)
         self._encoders: dict[int, Encoder] = {self.encoder.batch_size: self.encoder}
         self._captioners: dict[tuple[int, Decoding], Captioner] = {}

@@ -74,23 +74,26 @@ def workdir(tmp_path_factory):
 
 def test_only_who_names_a_head_reads_it(workdir):
     folder, params = workdir
-    plain, one, both = (clipjax.load(folder, heads=names) for names in ((), ("b",), ("a", "b")))
+    plain, tower, one, both = (clipjax.load(folder, features=f) for f in ("embedding", "tower", ("b",), ("a", "b")))
     assert "heads" not in plain.params
     kernel = both.params["heads"]["a"]["image"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size / 4
     bound, ids = clip.bind(plain.run.model, params), TOKENIZER.encode(WORDS)[0]
-    want = bound.text_vectors(ids)
+    want = bound.text_vectors(ids, feature=True)
     np.testing.assert_allclose(plain.encode_text(WORDS), want.embedding, atol=1e-6)
+    np.testing.assert_allclose(tower.encode_text(WORDS), want.feature, atol=1e-6)
     np.testing.assert_allclose(one.encode_text(WORDS), want.heads["b"], atol=1e-6)
     z = both.encode_text(WORDS)
     mean = sum(np.asarray(want.heads[n] @ want.heads[n].T) for n in "ab") / 2
     np.testing.assert_allclose(z @ z.T, mean, atol=1e-5)
     with pytest.raises(ConfigError, match=r"--head = 'c': the text tower has a, b"):
-        clipjax.load(folder, heads=("c",)).encode_text(WORDS)
+        clipjax.load(folder, features=("c",)).encode_text(WORDS)
+    with pytest.raises(ConfigError, match=r"^features = 'a': must be embedding or tower, or a tuple of heads' names"):
+        clipjax.load(folder, features="a")
 
     saved = json.loads((folder / "config.json").read_text())  # another mesh
     (folder / "config.json").write_text(json.dumps(saved | {"mesh": dict(data=-1, fsdp=1, tensor=1, shard_optimizer=None)}))
-    np.testing.assert_allclose(clipjax.load(folder, heads=("a", "b")).encode_text(WORDS), z, atol=1e-6)
+    np.testing.assert_allclose(clipjax.load(folder, features=("a", "b")).encode_text(WORDS), z, atol=1e-6)
 
 
 def test_what_comes_out_of_a_run_with_heads_has_none(workdir, tmp_path):
