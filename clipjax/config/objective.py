@@ -35,19 +35,21 @@ class Softmax(Nested):
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
-        if self.sides != "image-text":
-            remedy = f"must be 0.5: {name}.sides has pairs without an image and a text"
-            require(self.image_weight == 0.5, f"{name}.image_weight", self.image_weight, remedy)
-            require(not self.together, f"{name}.sides", self.sides, "must be 'image-text': negatives = 'captions' are an image's")
-        if self.negatives != "others":
-            remedy = f"must be 0: it counts all others, and {name}.negatives = {self.negatives!r}"
-            require(self.label_smoothing == 0, f"{name}.label_smoothing", self.label_smoothing, remedy)
+        remedy = f"must be 0.5: {name}.sides has pairs without an image and a text"
+        require(self.sides == "image-text" or self.image_weight == 0.5, f"{name}.image_weight", self.image_weight, remedy)
+        if self.negatives == "others":
+            return
+        remedy = f"must be 0: it counts all others, and {name}.negatives = {self.negatives!r}"
+        require(self.label_smoothing == 0, f"{name}.label_smoothing", self.label_smoothing, remedy)
         if self.negatives == "same":
             require(data.labels is not None, "data.labels", None, f"{name}.negatives = 'same' needs labels")
             require(data.ids is None, "data.ids", data.ids, f"{name}.negatives = 'same' does not look at ids: leave it out")
-        several = len(self.pairs(1, data.texts_per_image)) > 1
+            return
+        require(
+            self.sides == "image-text", f"{name}.sides", self.sides, "must be 'image-text': negatives = 'captions' are an image's"
+        )
         remedy = f"{name}.negatives = 'captions' needs two captions or more: see data.text_augment, captions, captions_per_image"
-        require(several or not self.together, f"{name}.texts", self.texts, remedy)
+        require(len(self.pairs(1, data.texts_per_image)) > 1, f"{name}.texts", self.texts, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

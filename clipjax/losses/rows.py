@@ -18,8 +18,6 @@ from clipjax.losses.ranking import Ranked, summary
 
 Logged = dict[str, Float[Array, ""]]
 Memory = dict[str, Float[Array, " b"]]  # names as in clipjax.train.memory
-
-
 Vectors = Float[Array, "b e"] | Float[Array, "b n e"]  # of one view (caption) an example, or of each of n
 
 
@@ -90,9 +88,9 @@ def over_pairs(loss: PairLoss) -> TermFunction:
             value, ranking = loss(term, dataclasses.replace(rows, image=image, text=text), scale, bias, axis)
             return value, {} if ranking is None else summary(ranking, axis)
 
-        if isinstance(term, Pairs) and term.together:
+        if getattr(term, "together", False):
             return mean_over(lambda image: of_pair(image, rows.text), rows.image)
-        return mean_over_pairs(of_pair, term.sides if isinstance(term, Pairs) else "image-text", rows)
+        return mean_over_pairs(of_pair, getattr(term, "sides", "image-text"), rows)
 
     return over_heads(of_head)
 
@@ -105,30 +103,29 @@ def over_heads(loss: HeadLoss) -> TermFunction:
 
     @functools.wraps(loss)
     def of_term(term: Any, rows: Rows, scale: Any, bias: Any, axis: Axis) -> TermResult:
-        heads = term.heads if isinstance(term, Pairs) else (None,)
-        found = [loss(term, taken(term, rows, head), scale_of(term, rows, head, scale), bias, axis) for head in heads]
-        value = found[0][0] if len(found) == 1 else add_up(value for value, _ in found) / len(found)
-        logged = {head: ranking for head, (_, ranking) in zip(heads, found, strict=True)}
-        return TermResult(
-            value, {f"{head}_{k}" if head else k: x for head, of_head in logged.items() for k, x in of_head.items()}
-        )
+        if not isinstance(term, Pairs):
+            return TermResult(*loss(term, rows, scale, bias, axis))
+        values, logged = [], {}
+        for head in term.heads:
+            value, ranking = loss(term, taken(term, rows, head), scale_of(term, rows, head, scale), bias, axis)
+            values.append(value)
+            logged |= {f"{head}_{name}" if head else name: x for name, x in ranking.items()}
+        return TermResult(values[0] if len(values) == 1 else add_up(values) / len(values), logged)
 
     return of_term
 
 
-def taken(term: Any, rows: Rows, head: str | None) -> Rows:
+def taken(term: Pairs, rows: Rows, head: str | None) -> Rows:
     """`rows` with the images and texts that the term takes, of this head, in the places that it names."""
-    if not isinstance(term, Pairs):
-        return rows
     own = rows if head is None else rows.heads[head]
     return dataclasses.replace(rows, image=in_places(own.image, term.images), text=in_places(own.text, term.texts))
 
 
-def scale_of(term: Any, rows: Rows, head: str | None, scale: Any) -> Any:
+def scale_of(term: Pairs, rows: Rows, head: str | None, scale: Any) -> Any:
     """The logit scale of a term: its own fixed one, else the head's where it learns one, else the model's."""
-    if isinstance(term, Pairs) and term.temperature is not None:
+    if term.temperature is not None:
         return jnp.float32(1 / term.temperature)
-    return rows.shared.head_scales.get(head, scale) if head else scale
+    return rows.shared.head_scales.get(head or "", scale)
 
 
 def in_places(z: Vectors | None, places: tuple[int, ...] | None) -> Any:

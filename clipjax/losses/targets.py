@@ -77,32 +77,20 @@ def distillation_loss(
     teacher_scale: Scalar,
     *,
     axis: Axis = None,
+    some: Bool[Array, " b"] | None = None,
 ) -> Float[Array, ""]:
     """Cross-entropy towards a teacher's softmax over the global batch, the mean of both directions.
 
     This is open_clip's DistillClipLoss. The teacher has a scale of its own and no gradient; its unit vectors may have another
-    width.
+    width. An example that is not among `some` adds 0 to the sum and 1 to the count.
     """
     rows, cols = pairwise_cross_entropy(zimg, ztxt, scale, timg, ttxt, teacher_scale, axis=axis)
-    return mean(rows + cols, axis) / 2
+    return mean(rows + cols if some is None else jnp.where(some, rows + cols, 0), axis) / 2
 
 
-def label_targets_loss(
-    zimg: Float[Array, "b e"],
-    ztxt: Float[Array, "b e"],
-    scale: Scalar,
-    labels: Int[Array, "b l"],
-    classes: int,
-    target_scale: Scalar,
-    *,
-    axis: Axis = None,
-) -> Float[Array, ""]:
-    """`distillation_loss` where the teacher's vectors are the sets of labels: s shared of m and n labels have cosine s/sqrt(m n).
-
-    Labels are in [0, classes); -1 is none. An example without labels adds 0 to the sum and 1 to the count.
+def label_sets(labels: Int[Array, "b l"], classes: int) -> Float[Array, "b classes"]:
+    """Vectors whose cosine is s / sqrt(m n) where sets of m and n labels share s. Labels are in [0, classes); -1 is none, and
+    an example of none has zeros.
     """
     sets = jax.nn.one_hot(labels, classes).max(1)
-    count = sets.sum(1, keepdims=True)
-    sets = sets * jax.lax.rsqrt(jnp.maximum(count, 1))
-    rows, cols = pairwise_cross_entropy(zimg, ztxt, scale, sets, sets, target_scale, axis=axis)
-    return mean(jnp.where(count[:, 0] > 0, rows + cols, 0), axis) / 2
+    return sets * jax.lax.rsqrt(jnp.maximum(sets.sum(1, keepdims=True), 1))

@@ -26,7 +26,7 @@ from clipjax.losses.rows import PairLoss, Rows, TermResult, main, mean_over, ove
 from clipjax.losses.sigmoid import siglip_terms
 from clipjax.losses.softmax import clip_terms, decoupled_terms, hard_negative_terms
 from clipjax.losses.sogclr import ImageAndText, sogclr_loss
-from clipjax.losses.targets import cwcl_terms, distillation_loss, label_targets_loss, multi_positive_loss
+from clipjax.losses.targets import cwcl_terms, distillation_loss, label_sets, multi_positive_loss
 
 
 def _per_prefix(loss: PairLoss) -> PairLoss:
@@ -108,7 +108,10 @@ def _cyclip(term: config.Cyclip, rows: Rows, scale: Scalar, bias: Scalar | None,
 
 def _distillation(term: config.Distillation, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
     if term.targets == "labels":
-        return label_targets_loss(rows.image, rows.text, scale, rows.labels, term.classes, term.teacher_scale, axis=axis), None
+        assert rows.labels is not None  # Distillation.check
+        assert term.classes is not None
+        sets, some = label_sets(rows.labels, term.classes), (rows.labels >= 0).any(1)
+        return distillation_loss(rows.image, rows.text, scale, sets, sets, term.teacher_scale, axis=axis, some=some), None
     assert rows.teacher is not None  # Distillation.check
     return distillation_loss(rows.image, rows.text, scale, rows.teacher[0], rows.teacher[1], term.teacher_scale, axis=axis), None
 

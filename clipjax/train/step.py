@@ -162,17 +162,9 @@ def _loss(
     weights = stop_frozen(run.optim_in_use.rules, trainable.params)
     teacher = (rows["teacher_image"], rows["teacher_text"]) if "teacher_image" in rows else None
     predicted = lengths(rows["text"]).reshape(len(rows["text"]), -1) - 1  # tokens of each caption
-    inputs = losses.Rows(
-        z.image.embedding,
-        z.text.embedding,
-        rows.get("id"),
-        teacher,
-        rows["memory"] | trainable.temperatures,
-        None if z.nll is None else (z.nll, _of_captions(run, predicted)),
-        z.heads,
-        rows.get("label"),
-        weights.get("classes"),
-    )
+    caption = None if z.nll is None else (z.nll, _of_captions(run, predicted))
+    past, labels, classes = rows["memory"] | trainable.temperatures, rows.get("label"), weights.get("classes")
+    inputs = losses.Rows(z.image.embedding, z.text.embedding, rows.get("id"), teacher, past, caption, z.heads, labels, classes)
     heads = weights.get("heads", {})
     shared = losses.Shared({name: jnp.exp(head["log_scale"]) for name, head in heads.items() if "log_scale" in head}, key)
     loss, logged, remembered = objective(inputs, jnp.exp(weights["log_scale"]), weights.get("bias"), shared)

@@ -36,22 +36,14 @@ class PairwiseOptions:
 
 
 def make_options(
-    x: Array,
-    y: Array,
-    axis: Axis,
-    tile: int | None,
-    travel: Travel | None,
-    dtype: jax.typing.DTypeLike,
-    *,
-    own: bool = True,
-    **kw: Any,
+    x: Array, y: Array, axis: Axis, tile: int | None, travel: Travel | None, dtype: jax.typing.DTypeLike, **kw: Any
 ) -> PairwiseOptions:
     """Raises ValueError for shapes that do not fit. `tile` None: as this platform likes it."""
-    if x.shape[1] != y.shape[1] or (own and len(y) % len(x)):
+    if x.shape[1] != y.shape[1] or (kw.get("own", True) and len(y) % len(x)):
         raise ValueError(f"x {x.shape} and y {y.shape}: widths must be equal, and len(y) a multiple of len(x)")
     operands, gpu = jnp.dtype(jnp.float32 if dtype == X3 else dtype), _platform() == "gpu"
     tile = tile or (GPU_TILE if gpu else TILE)
-    return PairwiseOptions(axis, tile, choose(travel, len(y), y.shape[1], axis), operands, _precision(dtype, gpu), own=own, **kw)
+    return PairwiseOptions(axis, tile, choose(travel, len(y), y.shape[1], axis), operands, _precision(dtype, gpu), **kw)
 
 
 def _platform() -> str:
@@ -81,9 +73,8 @@ def masks(keep: KeptPairs, row_ids: Array | None, col_ids: Array | None, pairs: 
     same = None if row_ids is None or col_ids is None else equal_ids(row_ids, col_ids)
     others = ~pairs.own if own else None
     different = None if same is None else ~same
-    several = any(ids is not None and ids.ndim > 1 for ids in (row_ids, col_ids))
-    if different is not None and several:  # a row may have no id at all: its own pair equals none
-        different = both(different, others)
+    if different is not None and any(ids is not None and ids.ndim > 1 for ids in (row_ids, col_ids)):
+        different = both(different, others)  # the own pair, too, of a row without any id
     positive = None if same is None else both(same, ~pairs.own if own else None)
     rule = {"all": None, "off_diagonal": others, "distinct": different, "same": positive}[keep]
     return both(rule, pairs.real), None if positive is None else both(positive, pairs.real)
