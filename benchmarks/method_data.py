@@ -15,6 +15,7 @@ TONE = re.compile(r" ?\b(medium-light|medium-dark|light|medium|dark) skin tone")
 PLAIN = "no skin tone"  # the second half of a name that has no skin tone
 LABELS = 8  # words of a name that count as its labels, at most
 COMMON = 5  # names in which such a word stands at least
+WITHIN = {"skin", "tone"}  # words that tell nothing by themselves
 
 
 def records(split: str = "train") -> Iterator[Record]:
@@ -84,7 +85,7 @@ def write_word_labels(file: Path) -> None:
     for words in names:
         for word in set(words):
             count[word] = count.get(word, 0) + 1
-    numbers = {word: i for i, word in enumerate(sorted(word for word, n in count.items() if n >= COMMON))}
+    numbers = {word: i for i, word in enumerate(sorted(word for word, n in count.items() if n >= COMMON and word not in WITHIN))}
     labels = np.full((len(names), LABELS), -1, np.int32)
     for row, words in zip(labels, names, strict=True):
         own = sorted({numbers[word] for word in words if word in numbers})[:LABELS]

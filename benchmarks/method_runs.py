@@ -122,12 +122,23 @@ def clustered(files: Path, *objective: c.Term, classes: int, matrix: bool = Fals
     return clip(files, *objective, more=("same", "knn"), data=labels, model=model)
 
 
+def labels_of(file: Path) -> int:
+    with np.load(file) as labels:
+        return int(labels["label"].max()) + 1
+
+
 def of_bases(files: Path) -> c.Run:
     """A class for each emoji without its skin tone."""
-    with np.load(files / "bases.npz") as labels:
-        count = int(labels["label"].max()) + 1
-    data, model = dict(labels=f"{files}/bases.npz"), dict(classes=c.Classes(count=count))
-    return clip(files, c.Softmax(), c.Classify(), more=("same", "knn"), data=data, model=model)
+    file = files / "bases.npz"
+    classes = dict(classes=c.Classes(count=labels_of(file)))
+    return clip(files, c.Softmax(), c.Classify(), more=("same", "knn"), data=dict(labels=str(file)), model=classes)
+
+
+def of_words(files: Path) -> c.Run:
+    """Soft targets: how many words of two names are the same."""
+    file = files / "words.npz"
+    soft = c.Distillation(targets="labels", classes=labels_of(file), teacher_scale=10.0)
+    return clip(files, c.Softmax(), soft, more=("same", "knn"), data=dict(labels=str(file)))
 
 
 def heads(files: Path, names: tuple[str, ...]) -> c.Run:
@@ -193,13 +204,7 @@ RUNS = {
         after=("clip",),
     ),
     "mofi": Trained("CLIP + entities", of_bases, lambda files: method_data.write_base_labels(files / "bases.npz")),
-    "soft_labels": Trained(
-        "CLIP + soft labels",
-        lambda files: clip(
-            files, c.Softmax(), c.Distillation(targets="labels"), more=("same", "knn"), data=dict(labels=f"{files}/words.npz")
-        ),
-        lambda files: method_data.write_word_labels(files / "words.npz"),
-    ),
+    "soft_labels": Trained("CLIP + soft labels", of_words, lambda files: method_data.write_word_labels(files / "words.npz")),
     "multi_similarity": Trained("Multi-Similarity", lambda files: clip(files, c.MultiSimilarity())),
     "metrix": Trained("with mixtures", lambda files: clip(files, c.MultiSimilarity(mix=0.4))),
     "pairs_views": Trained("sum over pairs", lambda files: views(files, c.Softmax(sides="all"), strong=1)),
