@@ -137,6 +137,16 @@ def embed(args: argparse.Namespace) -> None:
     say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))
 
 
+def cluster(args: argparse.Namespace) -> None:
+    """`clipjax cluster`: writes the labels of a file of embeddings."""
+    from clipjax.evals.embed import write_npz
+    from clipjax.evals.kmeans import cluster
+
+    found, keys = cluster(str(args.embeddings), args.classes, args.nearest, args.side, args.seed)
+    write_npz(args.out, {"key": keys, "label": found.label, "centroid": found.centroid})
+    say(f"{args.out}: {found}")
+
+
 def caption(args: argparse.Namespace) -> None:
     """`clipjax caption`: generates captions of image files, and of the images of datasets."""
     from clipjax.evals.pictures import pictures

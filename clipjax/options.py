@@ -64,6 +64,17 @@ COMMANDS = (
         argument("--out", "FILE.npz", "file to write", writable_file, required=True),
     ),
     command(
+        "cluster",
+        commands.cluster,
+        "cluster embeddings by k-means, and write each example's nearest clusters: labels for data.labels",
+        argument("embeddings", "EMB.npz", "a file of `clipjax embed`", local),
+        argument("--classes", "C", "number of clusters", positive, required=True),
+        argument("--nearest", "L", "labels of an example: its L nearest clusters, the nearest first", positive, default=1),
+        argument("--side", None, "both: by the mean of both cosines", choices=("image", "text", "both"), default="image"),
+        argument("--seed", "N", "seed of the start", int, default=0),
+        argument("--out", "LABELS.npz", "file to write: arrays key, label and centroid", writable_file, required=True),
+    ),
+    command(
         "caption",
         commands.caption,
         "generate captions of images: greedily, by beam search (--beams), or by sampling (--temperature, --top-k, --top-p)",
