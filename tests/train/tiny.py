@@ -52,10 +52,11 @@ def batches(cfg: config.Run, steps: int) -> list[dict[str, np.ndarray]]:
     """Noise that has the shapes of a run's batches."""
     rng = np.random.default_rng(0)
     size, image, text = cfg.train.batch_size, cfg.model.image, cfg.model.text
+    views, texts = ((n,) if n > 1 else () for n in (cfg.data.views_per_image, cfg.data.texts_per_image))
     return [
         {
-            "image": rng.integers(0, 256, (size, image.image_size, image.image_size, 3), np.uint8),
-            "text": rng.integers(0, text.vocab_size, (size, text.length), np.int32),
+            "image": rng.integers(0, 256, (size, *views, image.image_size, image.image_size, 3), np.uint8),
+            "text": rng.integers(0, text.vocab_size, (size, *texts, text.length), np.int32),
             "index": np.arange(step * size, (step + 1) * size, dtype=np.int32),
         }
         for step in range(steps)
