@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from clipjax.losses.batch import einsum, log_mean_exp, mean, occurrences, size
 from clipjax.losses.pairwise import Axis, Reduced, pairwise_logsumexp
+from clipjax.losses.pairwise.axes import device_index
 from clipjax.losses.pairwise.operands import Scalar
 from clipjax.losses.pairwise.partials import finite
-from clipjax.losses.ranking import Ranked, Ranking, loss_alone
+from clipjax.losses.ranking import TIE, Ranked, Ranking, loss_alone
 
 Ids = Int[Array, "b ..."] | None
 
@@ -33,18 +34,17 @@ def reduce_negatives(
 ) -> Reduced:
     """The log-sum-exp of every row and every column of the logits over its negatives: those of another id, or of the same.
 
-    Of several captions [b, K, e] the first is an image's own; the others are negatives of every image, and no columns of theirs
-    are in the result.
+    Of captions [b, K, e] the first is an image's own; the others are negatives of every image, and no columns of the result. One
+    that is the first unchanged, as a single word that was to be shuffled, is no negative of its image.
     """
-    k = 1 if ztxt.ndim == 2 else ztxt.shape[1]
-    both = None if ids is None else (ids, ids)
+    k, both = 1 if ztxt.ndim == 2 else ztxt.shape[1], None if ids is None else (ids, ids)
     if k > 1:  # the primitive takes the first of K columns of a row for its own
+        own = device_index(axis) * len(zimg) + jnp.arange(len(zimg)) if ids is None else ids
+        unchanged = (ztxt * ztxt[:, :1]).sum(-1) > 1 - TIE
+        both = own, jnp.where(unchanged, own[:, None], -1).reshape(-1)  # -1 equals none
         ztxt = ztxt.reshape(-1, ztxt.shape[-1])
-        both = None if ids is None else (ids, jnp.where(jnp.arange(k) > 0, -1, ids[:, None]).reshape(-1))
-    found = pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="off_diagonal" if ids is None else keep, ids=both, dtype=dtype)
-    if k == 1:
-        return found
-    return found._replace(cols=found.sides[1][::k], col_max=found.maxima[1][::k], col_positive=None)
+    found = pairwise_logsumexp(zimg, ztxt, scale, axis=axis, keep="off_diagonal" if both is None else keep, ids=both, dtype=dtype)
+    return found if k == 1 else found._replace(cols=found.sides[1][::k], col_max=found.maxima[1][::k], col_positive=None)
 
 
 def clip_terms(

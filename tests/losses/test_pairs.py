@@ -164,15 +164,20 @@ def test_golden_values_of_methods_f():
     np.testing.assert_allclose(found, [2.3445089836, 4.2437574194, 0.8824125883, 0.0001879161], rtol=2e-6)
 
 
-def test_negative_captions_of_equal_ids_still_count():
+def test_wrong_captions_of_equal_ids_count_and_unchanged_ones_do_not():
     """Images of one id are no negatives of each other, but the wrong captions of both are negatives of either."""
-    image, text = IMAGE[:2, 0], TEXT[:2]
+    image, text = IMAGE[:2, 0], TEXT[:2].copy()
+    text[1, 2] = text[1, 0]  # unchanged
     term, rows = config.Softmax(negatives="captions", image_weight=1.0), Rows(jnp.float32(image), jnp.float32(text))
-    rows = dataclasses.replace(rows, ids=jnp.int32([7, 7]))
-    found = jax.jit(functools.partial(losses.objective, (term,)))(rows, jnp.float32(SCALE), None)[0]
-    wrong = SCALE * image @ np.concatenate(views(text)[1:]).T
-    own = SCALE * (image * text[:, 0]).sum(1)
-    np.testing.assert_allclose(found, np.mean(np.log(np.exp(own) + np.exp(wrong).sum(1)) - own), rtol=1e-6)
+    own, wrong = SCALE * (image * text[:, 0]).sum(1), SCALE * np.einsum("ie,jke->ijk", image, text[:, 1:])
+    wrong[1, 1, 1] = -np.inf
+    others = np.exp(SCALE * image @ text[:, 0].T)[[0, 1], [1, 0]]
+    run = jax.jit(lambda ids: losses.objective((term,), dataclasses.replace(rows, ids=ids), SCALE, None)[0])
+    for ids, negatives in ((jnp.int32([3, 5]), others), (jnp.int32([7, 7]), 0)):
+        if ids[0] == 7:  # the other's caption unchanged has the id, too
+            wrong[0, 1, 1] = -np.inf
+        want = np.log(np.exp(own) + np.exp(wrong).sum((1, 2)) + negatives) - own
+        np.testing.assert_allclose(run(ids), want.mean(), rtol=1e-6)
 
 
 def test_rankings_are_of_images_and_texts_and_bear_the_name_of_a_head():
