@@ -1,28 +1,21 @@
-"""Terms of metric learning and of mixtures. Their equations are in clipjax.losses.metric and clipjax.losses.mixup."""
+"""Terms of metric learning and of mixtures, whose equations are in clipjax.losses.metric."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from clipjax.config.data import Data
-from clipjax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, bounded, require
-from clipjax.config.model import Model
+from clipjax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, Range, bounded
 from clipjax.config.term import Pairs
 
-
-class OwnScales(Pairs):
-    """A term with fixed scales of its own. A learned one would grow without limit."""
-
-    def check(self, name: str, model: Model, data: Data) -> None:
-        super().check(name, model, data)
-        remedy = "leave it out: this term has no temperature, but scales that are fields of its own"
-        require(self.temperature is None, f"{name}.temperature", self.temperature, remedy)
+UNUSED = Range(math.inf, -math.inf, "leave it out: this term has no temperature, but scales that are fields of its own")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repulsion(OwnScales):
+class Repulsion(Pairs):
     """CACR: far positives attract most, and near negatives repel most (2105.03746)."""
 
     kind: Literal["repulsion"] = "repulsion"
+    temperature: float | None = bounded(UNUSED, None)  # must be None
     alpha: float = bounded(NOT_NEGATIVE, 1.0)  # factor on the attraction
     beta: float = bounded(NOT_NEGATIVE, 1.0)  # factor on the repulsion
     tau_positive: float = bounded(NOT_NEGATIVE, 1.0)  # how much more the far ones of an example's positive pairs attract
@@ -38,30 +31,25 @@ class MannWhitney(Pairs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiSimilarity(OwnScales):
+class MultiSimilarity(Pairs):
     """Multi-Similarity (1904.06627), and Metrix's mixtures beside it (2106.04990)."""
 
+    draws: ClassVar[bool] = True
     kind: Literal["multi_similarity"] = "multi_similarity"
+    temperature: float | None = bounded(UNUSED, None)  # must be None
     alpha: float = bounded(POSITIVE, 2.0)  # scale of the positives
     beta: float = bounded(POSITIVE, 50.0)  # scale of the negatives
     offset: float = 0.5  # cosine that positives are to exceed, and negatives to stay below
     mix: float = bounded(NOT_NEGATIVE, 0.0)  # weight of the mixtures with the next example; 0.4 in Metrix
-
-    @property
-    def draws(self) -> bool:
-        return self.mix > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixup(Pairs):
     """M3CoL: a mixture of two examples is to find both partners, each by its share (2409.17777)."""
 
+    draws: ClassVar[bool] = True
     kind: Literal["mixup"] = "mixup"
     mix: Literal["image", "text", "both"] = "both"  # the side whose vectors are mixed; both: each in turn, and their mean
     concentration: float = bounded(POSITIVE, 0.15)  # of the Beta distribution of the shares; small: most are near 0 or 1
     share: float = bounded(SHARE, 0.5)  # part of the examples that are mixed
     temperature: float | None = bounded(POSITIVE, 0.1)  # fixed; None: the learned one
-
-    @property
-    def draws(self) -> bool:
-        return True

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from clipjax.config.data import Data
 from clipjax.config.fields import NOT_NEGATIVE, POSITIVE, bounded, check_bounds, require
@@ -19,6 +19,7 @@ Prefixes = tuple[int, ...] | None  # widths whose losses add up (Matryoshka, 220
 class Term(OpenUnion, run_field="objective"):
     """A term of the objective. A class that derives from it gives `kind` its value, and adds what its equation needs."""
 
+    draws: ClassVar[bool] = False  # whether a class may take random numbers, from the key of the step
     kind: str
     weight: float = 1.0  # factor on the term in the sum; 0: the term is left out
 
@@ -29,11 +30,6 @@ class Term(OpenUnion, run_field="objective"):
         """
         NOT_NEGATIVE.require(f"{name}.weight", self.weight)  # here, not by a bound: a class may give the weight another default
         check_bounds(self, name)
-
-    @property
-    def draws(self) -> bool:
-        """Whether it takes random numbers, from the key of the step."""
-        return False
 
 
 @dataclass(frozen=True)

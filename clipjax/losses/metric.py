@@ -26,12 +26,11 @@ from clipjax.losses.softmax import reduce_negatives, unless_empty
 def repulsion(term: config.Repulsion, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> tuple[Array, Logged]:
     """CACR (2105.03746): alpha times attraction and beta times repulsion, of squared distances c.
 
-    Attraction is sum_k w_k c_k over all positive pairs of an example, w = softmax(tau c). Repulsion is (1 / tau) log sum_{j != i}
-    exp(-tau c_ij), in both directions: it has CACR's gradient, that of -sum_j w_ij c_ij with w_i = softmax_j(-tau c_i), and
-    differs by the entropy of w_i over tau. All weights are constants.
+    Attraction: sum_k w_k c_k over an example's positive pairs, w = softmax(tau c). Repulsion: (1 / tau) log sum_j exp(-tau c_ij),
+    j != i, which has the gradient of CACR's -sum_j w_j c_ij, w = softmax(-tau c_i), and adds w's entropy / tau. All w are held.
     """
-    tau, views, captions = term.tau_negative, vectors_of(rows.image), vectors_of(rows.text)
-    pairs, z = pairs_of(term.sides, len(views), len(captions)), views + captions
+    tau, (views, captions) = term.tau_negative, map(vectors_of, (rows.image, rows.text))
+    z, pairs = views + captions, pairs_of(term.sides, len(views), len(captions))
     distances = jnp.stack([((z[i] - z[j]) ** 2).sum(1) for i, j in pairs], 1)
     weights = jax.lax.stop_gradient(jax.nn.softmax(term.tau_positive * distances))
 
