@@ -22,7 +22,7 @@ from clipjax.config.fields import Strict
 from clipjax.config.load import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NEEDED = {"spec": "emoji", "path": "tokenizer.json", "pattern": ".*", "examples": 10}
+NEEDED = {"spec": "emoji", "path": "tokenizer.json", "pattern": ".*", "examples": 10, "name": "a", "count": 10}
 
 SET = dict(name="a", evaluation=config.Retrieval(data="emoji"), main=("a",))
 ONE_OF_SEVERAL = {  # what a class needs of fields that all have defaults, or of those that others have with other values
@@ -37,7 +37,7 @@ def classes(base: type = Strict) -> list[type]:
     """Every configuration class of clipjax's own that has objects."""
     found = [cls for direct in base.__subclasses__() for cls in (direct, *classes(direct))]
     own = [cls for cls in found if cls.__module__.startswith("clipjax.") and "__dataclass_fields__" in vars(cls)]
-    return list(dict.fromkeys(cls for cls in own if cls not in (Term, TrainingEvaluation)))
+    return list(dict.fromkeys(cls for cls in own if cls not in (Term, config.Pairs, TrainingEvaluation)))
 
 
 def made(cls: type, **values: object) -> Strict:
@@ -70,7 +70,8 @@ def test_every_field_refuses_what_is_not_of_its_type_and_says_its_name(cls, name
     for value in WRONG:
         fits = type(value) in kinds or (float in kinds and type(value) is int) or (tuple in kinds and type(value) is list)
         wrong_number = isinstance(value, float) and math.isnan(value)
-        of_text = hint == tuple[str, ...] and isinstance(value, tuple) and all(isinstance(x, str) for x in value)
+        texts = isinstance(value, tuple) and all(isinstance(x, str) for x in value)
+        of_text = texts and tuple[str, ...] in (hint, *typing.get_args(hint))
         wrong_content = isinstance(value, tuple | list) and not of_text
         if fits and not wrong_number and not wrong_content:
             continue
