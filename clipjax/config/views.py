@@ -6,6 +6,7 @@ from typing import Literal
 
 from clipjax.config.data import Data
 from clipjax.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, bounded, require
+from clipjax.config.metric import UNUSED
 from clipjax.config.model import Model
 from clipjax.config.term import Pairs
 
@@ -39,6 +40,7 @@ class Barlow(Pairs):
     """Barlow Twins (2103.03230) of images and texts, BarLIP (2305.08675): correlations of coordinates over the global batch."""
 
     kind: Literal["barlow"] = "barlow"
+    temperature: float | None = bounded(UNUSED, None)  # must be None
     off: float = bounded(NOT_NEGATIVE, 5e-3)  # factor on the squares off the diagonal
     scale: float = bounded(POSITIVE, 0.025)  # factor on all
 
@@ -48,6 +50,7 @@ class Siamese(Pairs):
     """SimSiam (2011.10566) of images and texts, SiamLIP (2305.08675): a head's predictions towards the other side, held."""
 
     kind: Literal["siamese"] = "siamese"
+    temperature: float | None = bounded(UNUSED, None)  # must be None
 
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
@@ -67,8 +70,12 @@ class Swap(Pairs):
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
         if self.prototypes:
-            remedy = f"{name} needs them, of the width of its vectors: they are the prototypes"
-            return require(getattr(model, "classes", None) is not None, "model.classes", None, remedy)
+            widths = {head.name: head.width for head in model.heads}
+            taken = {widths.get(head or "", model.embed_dim) for head in self.heads}
+            remedy = f"{name} takes them as prototypes: set them, as wide as its vectors"
+            return require(
+                model.class_shape is not None and taken == {model.class_shape[1]}, "model.classes", model.classes, remedy
+            )
         require(self.sides == "image-text", f"{name}.sides", self.sides, "must be image-text, but for prototypes = True")
         several = len(self.pairs(data.views_per_image, data.texts_per_image)) > 1
         require(several, f"{name}.images", self.images, "the targets are another pair's: give two views or captions")

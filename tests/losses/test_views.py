@@ -347,7 +347,9 @@ def test_flops():
         (config.Siamese(), {}, {}, "objective.0.head = None: must name a head"),
         (config.Swap(), {}, {}, "objective.0.images = None: the targets are another pair's"),
         (config.Swap(sides="all"), {}, {"captions": (0, 1)}, "objective.0.sides = 'all': must be image-text"),
-        (config.Swap(prototypes=True), {}, {}, "model.classes = None: objective.0 needs them"),
+        (config.Swap(prototypes=True), {}, {}, "model.classes = None: objective.0 takes them"),
+        (config.Swap(prototypes=True), {"classes": config.Classes(count=9, width=8)}, {}, "width=8): objective.0 takes them"),
+        (config.Barlow(temperature=0.1), {}, {}, "objective.0.temperature = 0.1: leave it out"),
     ],
 )
 def test_what_cannot_be_served_is_refused(term, model, data, message):
