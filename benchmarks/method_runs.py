@@ -109,11 +109,11 @@ def rocket(files: Path, more: str | None = None, weight: float = 1.0) -> c.Run:
 
 def embed_and_cluster(files: Path, classes: int, nearest: int) -> None:
     """Clusters of the plain run's pictures."""
-    out = files / f"clusters{classes}.npz"
+    vectors, out = files / "clip.npz", files / f"clusters{classes}.npz"
+    if not vectors.exists():
+        _clipjax("embed", files / "clip", "--data", "emoji", "--split", "train", "--out", vectors)
     if not out.exists():
-        words = ["embed", files / "clip", "--data", "emoji", "--split", "train", "--out", files / "clip.npz"]
-        _clipjax(*words)
-        _clipjax("cluster", files / "clip.npz", "--classes", classes, "--nearest", nearest, "--out", out)
+        _clipjax("cluster", vectors, "--classes", classes, "--nearest", nearest, "--out", out)
 
 
 def clustered(files: Path, *objective: c.Term, classes: int, matrix: bool = False) -> c.Run:
