@@ -22,6 +22,9 @@ from clipjax.losses.regularizers import alignment, barlow
 from clipjax.losses.rows import HeadRows, Logged, Rows, TermResult, mean_over_pairs, over_pairs, vectors_of
 from clipjax.models.layers import unit
 
+Form = Literal["infonce", "dhel"]
+Pair = tuple[Float[Array, "b e"], Float[Array, "b e"]]
+
 
 def symile_loss(modalities: Float[Array, "M b e"], scale: Scalar, *, axis: Axis = None) -> Float[Array, ""]:
     """Mean over the modalities a of the cross-entropy of t <a_i, b_i, c_i> among t <a_i, b_j, c_{j+1}>, j != i (2411.01053).
@@ -44,12 +47,7 @@ def symile_loss(modalities: Float[Array, "M b e"], scale: Scalar, *, axis: Axis 
 
 
 def multi_view_loss(
-    views: Float[Array, "V b e"],
-    scale: Scalar,
-    form: Literal["infonce", "dhel"] = "dhel",
-    *,
-    axis: Axis = None,
-    ids: Int[Array, " b"] | None = None,
+    views: Float[Array, "V b e"], scale: Scalar, form: Form = "dhel", *, axis: Axis = None, ids: Int[Array, " b"] | None = None
 ) -> Float[Array, ""]:
     """Mean over i of log N_i - log P_i, with P_i the sum over views l < m of exp(t u_il . u_im) (2507.06979).
 
@@ -90,12 +88,10 @@ def column_offsets(x: Float[Array, "b e"], y: Float[Array, "b e"], epsilon: floa
     return jax.lax.fori_loop(1, rounds, lambda _, g: balanced(y, x, balanced(x, y, g)), start)
 
 
-def swap_loss(
-    pair: tuple[Array, Array], scale: Scalar, other: tuple[Array, Array], epsilon: float, rounds: int, *, axis: Axis = None
-) -> Float[Array, ""]:
+def swap_loss(pair: Pair, scale: Scalar, other: Pair, epsilon: float, rounds: int, *, axis: Axis = None) -> Float[Array, ""]:
     """SwALIP (2305.08675): the mean of images towards their assignments to the batch's texts, and of texts to its images.
 
-    The assignments are those of another pair of views [b, e], which has no gradient.
+    The assignments are those of another pair, which has no gradient.
     """
     x, y = jax.lax.stop_gradient(other)
     of_y, of_x, one = *(column_offsets(*sides, epsilon, rounds, axis) for sides in ((x, y), (y, x))), jnp.ones(len(x))
@@ -105,7 +101,7 @@ def swap_loss(
 
 
 def prototype_loss(
-    pair: tuple[Array, Array], scale: Scalar, prototypes: Float[Array, "k e"], epsilon: float, rounds: int, *, axis: Axis = None
+    pair: Pair, scale: Scalar, prototypes: Float[Array, "k e"], epsilon: float, rounds: int, *, axis: Axis = None
 ) -> Float[Array, ""]:
     """SwAV (2006.09882): the mean of x towards y's assignments to all prototypes, and of y towards those of x.
 
@@ -124,18 +120,13 @@ def prototype_loss(
     return -mean(found[0] + found[1], axis) / 2
 
 
-def of_symile(term: config.Symile, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> tuple[Array, Logged]:
-    return symile_loss(_together(term, rows), scale, axis=axis), {}
-
-
-def of_multi_view(term: config.MultiView, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> tuple[Array, Logged]:
-    return multi_view_loss(_together(term, rows), scale, term.form, axis=axis, ids=rows.ids), {}
-
-
-def _together(term: config.Pairs, rows: Rows) -> Float[Array, "n b e"]:
-    """All views, and then all captions, that the term takes."""
+def of_together(term: Any, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> tuple[Array, Logged]:
+    """Symile or MultiView of all views, and then all captions, that the term takes."""
     views, captions = vectors_of(rows.image), vectors_of(rows.text)
-    return jnp.stack({"image-image": views, "text-text": captions}.get(term.sides, views + captions))
+    z = jnp.stack({"image-image": views, "text-text": captions}.get(term.sides, views + captions))
+    if isinstance(term, config.Symile):
+        return symile_loss(z, scale, axis=axis), {}
+    return multi_view_loss(z, scale, term.form, axis=axis, ids=rows.ids), {}
 
 
 def of_barlow(term: config.Barlow, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
