@@ -101,8 +101,16 @@ def embedded(run: config.Run, source: Source) -> Vectors | None:
 
 def labels(run: config.Run, source: Source) -> Vectors | None:
     """The classes of the examples, which run.data.labels names; None if it names none. Raises ConfigError if they belong to other
-    data."""
-    return Vectors(run.data.labels, source, jax.process_index() > 0, LABELS) if run.data.labels else None
+    data, or are more than the model or a term has."""
+    if run.data.labels is None:
+        return None
+    found = Vectors(run.data.labels, source, jax.process_index() > 0, LABELS)
+    counts = {"model.classes.count": run.model.classes.count} if run.model.classes else {}
+    counts |= {f"objective.{i}.classes": x.classes for i, x in enumerate(run.objective) if isinstance(x, config.Distillation)}
+    for name, count in counts.items():
+        remedy = f"labels must be less, and {run.data.labels} has one of {found.highest}"
+        config.require(count is None or found.highest < count, name, count, remedy)
+    return found
 
 
 def batches(

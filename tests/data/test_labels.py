@@ -1,11 +1,13 @@
 import itertools
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clipjax import build, config
 from clipjax.config import ConfigError, Data, Part
 from clipjax.data.pipeline import train_batches
 from clipjax.data.sources import open_source
@@ -58,6 +60,15 @@ def test_a_file_of_something_else_is_refused(images_tsv, tmp_path, arrays, messa
     path = saved(tmp_path, **arrays)
     with pytest.raises(ConfigError, match=r"^data\.labels = '.*labels\.npz': " + message):
         Vectors(path, open_source(Data(spec=f"tsv:{images_tsv}")), use=LABELS)
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_labels_are_fewer_than_what_is_learned_of_them(images_tsv, tmp_path, count):
+    """Highest is 8: of 8 classes there is no ninth."""
+    data = Data(spec=f"tsv:{images_tsv}", labels=saved(tmp_path, label=CLASSES))
+    run = config.Run(data=data, objective=(config.Distillation(targets="labels", classes=count),))
+    with pytest.raises(ConfigError, match=r"^objective\.0\.classes = 8: .* has one of 8$") if count == 8 else nullcontext():
+        build.labels(run, open_source(data))
 
 
 def test_the_datasets_own_label(tokenizer, images_tsv, tmp_path):
