@@ -206,12 +206,13 @@ def test_golden():
 def test_symile_is_softmax_where_it_must_be():
     """Of two modalities; and of a third that is constant, at scale t / sqrt(d), but for the constant's own anchor."""
     x, y = (jnp.float32(z) for z in random_views()[:2])
-    np.testing.assert_allclose(symile_loss(jnp.stack([x, y]), T), clip_loss(x, y, T), rtol=1e-6)
+    symile = jax.jit(symile_loss)
+    np.testing.assert_allclose(symile(jnp.stack([x, y]), T), clip_loss(x, y, T), rtol=1e-6)
     constant = jnp.full_like(x, WIDTH**-0.5)
     shifted, own = (T * WIDTH**-0.5 * (np.float64(x) * z).sum(1) for z in (np.roll(np.float64(y), -1, 0), np.float64(y)))
     of_constant = cross_entropy(np.where(np.eye(ROWS, dtype=bool), own[:, None], shifted[None]))
     want = (2 * clip_loss(x, y, T * WIDTH**-0.5) + of_constant) / 3
-    np.testing.assert_allclose(symile_loss(jnp.stack([x, y, constant]), T), want, rtol=1e-6)
+    np.testing.assert_allclose(symile(jnp.stack([x, y, constant]), T), want, rtol=1e-6)
 
 
 def test_closed_forms():
@@ -303,7 +304,6 @@ def test_terms_are_their_equations():
             return swap_loss((a, b), T_SWAP, (c, d), 0.05, 3)
 
         wanted = {
-            config.Symile(): symile_loss(jnp.stack([x, z, y, v]), T),
             config.Symile(images=(1,), temperature=0.5): symile_loss(jnp.stack([z, y, v]), 2.0),
             config.MultiView(form="infonce"): multi_view_loss(jnp.stack([x, z, y, v]), 5.0, "infonce", ids=ids),
             config.MultiView(sides="image-image", temperature=0.1): multi_view_loss(jnp.stack([x, z]), 10.0, ids=ids),
@@ -311,7 +311,6 @@ def test_terms_are_their_equations():
             config.Barlow(texts=(0,), off=0.5, scale=2.0): mean(barlow, (x, y, 0.5, 2.0), (z, y, 0.5, 2.0)),
             config.Siamese(head="local", texts=(0,)): mean(alignment, (p, x), (r, y), (q, x), (r, v)),
             config.Siamese(head="local", sides="image-image"): mean(alignment, (p, v), (q, y)),
-            config.Swap(images=(0,), temperature=0.1): mean(swap, (x, y, x, v), (x, v, x, y)),
             config.Swap(head="local"): mean(swap, (y, x, v, z), (y, z, v, x), (v, x, y, z), (v, z, y, x)),
             config.Swap(sides="image-image", prototypes=True, temperature=0.1): prototype_loss((x, z), 10.0, w, 0.05, 3),
         }
