@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import config
+from clipjax import config, sharding
 from clipjax.config import ConfigError, Head
 from clipjax.models import clip, heads
 from clipjax.models.runner import Runner
@@ -131,6 +131,17 @@ REFUSED = {
     "width": (lambda: Head(name="a", width=0), r"model\.heads\.a\.width = 0: must be positive"),
     "twice": (lambda: config.Model(heads=(Head(name="a"), Head(name="a"))), r"model\.heads = \('a', 'a'\): .* must differ"),
     "scale": (lambda: config.Model(heads=(Head(name="a", scale=0.5),)), r"model\.heads\.a\.scale = 0\.5: must lie in \[1, max"),
+    "embedded": (
+        lambda: config.Run(
+            data=config.Data(spec="emoji", embeddings="a.npz"),
+            model=config.Model(image=config.ImageTower(unlock=0), heads=(Head(name="a"),)),
+        ),
+        r"data\.embeddings = 'a\.npz': model\.heads need what the towers compute",
+    ),
+    "tensor": (
+        lambda: sharding.check_tensor(MODEL, tiny.mesh_of(1, 1, 8)),
+        r"mesh\.tensor = 8: .* does not divide .*model\.heads\.b\.hidden = 20, model\.heads\.c\.hidden = 12; use a divisor of 4$",
+    ),
     "one tower": (lambda: config.Model(towers="image", heads=(Head(name="a"),)), r"model\.heads = \('a',\): .* both towers"),
 }
 
