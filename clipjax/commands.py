@@ -93,7 +93,7 @@ def load(args: argparse.Namespace, name: str | None = None) -> "LoadedRun":
     register(args)
     distributed.start()
     environment.keep_programs()
-    features = getattr(args, "head", None) or getattr(args, "features", "embedding")
+    features: Any = getattr(args, "head", None) or getattr(args, "features", "embedding")
     return clipjax.load(name or args.workdir, features=features)
 
 

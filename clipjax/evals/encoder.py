@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -19,7 +20,7 @@ from clipjax import config, distributed, preemption
 from clipjax.data.bar import bar
 from clipjax.evals.store import VECTORS, Store, checksum
 from clipjax.models.clip import Params, bind
-from clipjax.models.heads import Side, joined
+from clipjax.models.heads import Side
 from clipjax.placement import make_placement
 from clipjax.sharding import BATCH, batch_devices, over_rows, to_global
 
@@ -151,28 +152,19 @@ class Encoder(BatchedModel):
         rows, placement = over_rows(mesh), make_placement(mesh, model.dtype)
 
         def encode(side: Side, params: Params, x: Array) -> Array:
-            clip, tower, _ = bind(model, params), features == "tower", self.width(side)
+            clip, tower = bind(model, params), features == "tower"
             vectors = clip.image_vectors(x, None, placement, tower) if side == "image" else clip.text_vectors(x, placement, tower)
             if isinstance(features, str):
                 return vectors.embedding if vectors.feature is None else vectors.feature
-            return joined([vectors.heads[name] for name in features])
+            for name in features:
+                known = ", ".join(vectors.heads) or "no heads"
+                config.require(name in vectors.heads, "--head", name, f"the {side} tower has {known}")
+            return jnp.concatenate([vectors.heads[name] for name in features], axis=-1) / math.sqrt(len(features))
 
         self._towers = {side: jax.jit(functools.partial(encode, side), out_shardings=rows) for side in get_args(Side)}
         stacked = NamedSharding(mesh, P(None, BATCH))
-        self._allocate = jax.jit(self._empty, static_argnums=0, out_shardings=stacked)
+        self._allocate = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=stacked)
         self._write = jax.jit(_write, donate_argnums=0, out_shardings=stacked)
-
-    def width(self, side: Side) -> int:
-        """The width of a side's vectors. Raises ConfigError for a head that it lacks."""
-        model = self.model
-        if self.features == "embedding":
-            return model.embed_dim
-        if self.features == "tower":
-            return model.image.pooled_width if side == "image" else model.text.width
-        known = {head.name: head.width for head in model.heads if side in head.sides}
-        for name in self.features:
-            config.require(name in known, "--head", name, f"the {side} tower has {', '.join(known) or 'no heads'}")
-        return sum(known[name] for name in self.features)
 
     def giving(self, features: Features) -> "Encoder":
         """This encoder, or one of other features with the same store."""
@@ -242,14 +234,15 @@ class Encoder(BatchedModel):
 
     def embed(self, params: Params, batches: CachedBatches) -> Embeddings:
         """The unit vectors of all batches, sharded over the devices. Each batch is written in place as it is computed."""
-        result = self._allocate(len(batches))
+        result = None
         for i, (z, rest) in enumerate(self.stream(params, batches)):
+            result = result or self._allocate(len(batches), z.shape[-1])
             result = self._write(result, Embeddings(z, rest["index"]), i)
-        return result
+        return result or self._allocate(0, self.model.embed_dim)
 
-    def _empty(self, n: int) -> Embeddings:
+    def _empty(self, n: int, width: int) -> Embeddings:
         shape = n, self.batch_size
-        return Embeddings(jnp.zeros((*shape, self.width("image"))), jnp.full(shape, -1, jnp.int32))
+        return Embeddings(jnp.zeros((*shape, width)), jnp.full(shape, -1, jnp.int32))
 
 
 def _write(into: Embeddings, batch: Embeddings, i: int) -> Embeddings:

@@ -117,7 +117,7 @@ class LoadedRun:
 
         batches = CachedBatches(read, encoder.batch_count(len(rows)), kind, f"{kind}s")
         results = [to_host(z) for z, _ in encoder.stream(self.params, batches)]
-        return np.concatenate([np.empty((0, self.encoder.width(kind)), np.float32), *results])[: len(rows)]
+        return np.concatenate(results or [np.empty((0, self.run.model.embed_dim), np.float32)])[: len(rows)]
 
 
 def mesh_for(trained: config.Mesh) -> Mesh:

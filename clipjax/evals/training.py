@@ -92,9 +92,9 @@ def prepare_on(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: T
         config.require(divided(data.spec), "data", data.spec, f"{remedy} = train#0-95 and the evaluation's = train#95-100")
     if class_of(wanted).reads_text:
         encoder.model.require_towers("text")
-        image, text = encoder.width("image"), encoder.width("text")
+        image, text = encoder.model.image.pooled_width, encoder.model.text.width
         remedy = f"are {image} numbers of an image and {text} of a text, which have no cosine: take embeddings or a head"
-        config.require(image == text, "--features", encoder.features, remedy)
+        config.require(encoder.features != "tower" or image == text, "--features", "tower", remedy)
     return class_of(wanted).prepare(encoder, tokenizer and tokenizer.cleaning(wanted.clean), data, wanted)
 
 

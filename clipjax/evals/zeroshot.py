@@ -74,9 +74,11 @@ class ZeroshotEvaluation(Evaluation):
 
     def class_embeddings(self, params: Params) -> Float[Array, "c e"]:
         """unit(mean over templates of unit(text)) of every class (2103.00020, section 3.1.4), float32, replicated."""
-        shape = len(self.classes.names), self.encoder.width("text")
-        total = jnp.zeros(shape, jnp.float32, device=replicated(self.encoder.mesh))
+        total = None
         for z, rest in self.encoder.stream(params, self.prompts):
+            if total is None:
+                shape = len(self.classes.names), z.shape[-1]
+                total = jnp.zeros(shape, jnp.float32, device=replicated(self.encoder.mesh))
             total = self._add(total, z, rest["label"])
         return self._unit(total)  # a sum and not a mean: its length does not matter
 

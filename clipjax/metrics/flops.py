@@ -46,7 +46,7 @@ def tower_flops(
         own = (passes - 1) * facts.adapters if passes <= 2 else 0  # the gradient of adapters whose kernels get none
         found[tower] = float((captions if facts.per_caption else views) * (facts.flops * passes + own))
     counts = {"image": views, "text": captions}
-    of_heads = sum(3.0 * n * heads.flops(model, side) for side, n in counts.items() if side != embedded)
+    of_heads = sum(3.0 * n * heads.flops(model, side) for side, n in counts.items())
     return found | ({"heads": of_heads} if of_heads else {})
 
 

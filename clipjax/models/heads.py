@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,64 +29,45 @@ class Vectors(NamedTuple):
 class Projector(nnx.Module):
     """Linear maps `up`, `middle` and `down`, or the last of these. A LayerNorm and the activation follow each but the last."""
 
-    def __init__(self, scope: Scope, widths: tuple[int, ...], activation: config.Activation, eps: float) -> None:
+    def __init__(self, scope: Scope, widths: tuple[int, ...], tower: config.ImageTower | config.TextTower) -> None:
         """`widths`: of the input, between the maps, and of the output."""
-        self.activation: config.Activation = activation
-        self.down: Linear
+        self.activation: config.Activation = tower.activation
         self.names = (*("up", "middle")[: len(widths) - 2], "down")
         for name, inner, outer in zip(self.names, widths[:-1], widths[1:], strict=True):
-            last = name == "down"
-            setattr(self, name, Linear(scope / name, (inner,), (outer,), std=inner**-0.5, bias=last))
-            if not last:
-                setattr(self, f"norm_{name}", LayerNorm(scope / f"norm_{name}", outer, eps))
+            setattr(self, name, Linear(scope / name, (inner,), (outer,), std=inner**-0.5, bias=name == "down"))
+            if name != "down":
+                setattr(self, f"norm_{name}", LayerNorm(scope / f"norm_{name}", outer, tower.norm_eps))
 
     def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b w"]:
         for name in self.names[:-1]:
             x = activate(getattr(self, f"norm_{name}")(getattr(self, name)(x)), self.activation)
-        return self.down(x)
-
-
-class Head(nnx.Module):
-    """A projector, and a predictor if it has one, of each of its towers; and its logit scale, if that is its own."""
-
-    def __init__(self, cfg: config.Head, model: config.Model, scope: Scope) -> None:
-        for side in cfg.sides:
-            tower = getattr(model, side)
-            for name, widths in _widths(cfg, model, side).items():
-                setattr(self, name, Projector(scope / name, widths, tower.activation, tower.norm_eps))
-        self.log_scale = None if cfg.scale is None else nnx.Param(jnp.float32(math.log(cfg.scale)))
+        return getattr(self, self.names[-1])(x)
 
 
 class Heads(nnx.Module):
-    """All heads of a model, each under its name."""
+    """All heads of a model. Each has, under its name, the parts of `_widths` of its towers, and its logit scale if it has one."""
 
     def __init__(self, model: config.Model, scope: Scope) -> None:
         self._cfgs = model.heads
-        for head in model.heads:
-            setattr(self, head.name, Head(head, model, scope / head.name))
+        for cfg in model.heads:
+            parts: dict[str, Any] = {} if cfg.scale is None else {"log_scale": nnx.Param(jnp.float32(math.log(cfg.scale)))}
+            for side in cfg.sides:
+                for name, widths in _widths(cfg, model, side).items():
+                    parts[name] = Projector(scope / cfg.name / name, widths, getattr(model, side))
+            setattr(self, cfg.name, nnx.Dict(parts))
 
     @jax.named_scope("heads")
     def __call__(self, side: Side, feature: Float[Array, "b d"], runner: Runner) -> tuple[ByName, ByName]:
         """A tower's pooled features -> the unit vectors of its heads, and those after the predictors."""
-        found, predicted = {}, {}
-        for cfg in self._cfgs:
-            if side in cfg.sides:
-                head = getattr(self, cfg.name)
-                x = _run(getattr(head, side), feature, runner)
-                found[cfg.name] = unit(x)
-                if cfg.predictor:
-                    predicted[cfg.name] = unit(_run(getattr(head, f"{side}_predictor"), x, runner))
-        return found, predicted
 
+        def run(projector: Projector, x: Array) -> Array:  # as a part of a tower with one token
+            return runner.from_chunks(runner.around_layers(Projector.__call__, projector, runner.to_chunks(x, 1)), len(x))
 
-def _run(projector: Projector, x: Float[Array, "b d"], runner: Runner) -> Float[Array, "b w"]:
-    """As a part of a tower with one token: weights are gathered and rows are recomputed as there."""
-    return runner.from_chunks(runner.around_layers(Projector.__call__, projector, runner.to_chunks(x, 1)), len(x))
-
-
-def joined(heads: Sequence[Float[Array, "b w"]]) -> Float[Array, "b w"]:
-    """Unit vectors of heads as one, whose cosines are the mean of theirs."""
-    return jnp.concatenate(heads, axis=-1) / math.sqrt(len(heads))
+        heads = {cfg.name: getattr(self, cfg.name) for cfg in self._cfgs if side in cfg.sides}
+        found = {name: run(head[side], feature) for name, head in heads.items()}
+        predictors = {name: head[f"{side}_predictor"] for name, head in heads.items() if f"{side}_predictor" in head}
+        predicted = {name: unit(run(predictor, found[name])) for name, predictor in predictors.items()}
+        return {name: unit(x) for name, x in found.items()}, predicted
 
 
 def _widths(cfg: config.Head, model: config.Model, side: str) -> dict[str, tuple[int, ...]]:
