@@ -66,7 +66,7 @@ EXPERIMENTS = {
     "cacr": Experiment(
         "does CACR train, and does it lose less where skin tones are thinned to one in eight?",
         ("clip", "cacr", "thin_clip", "thin_cacr"),
-        (*USUAL, UNIFORMITY, ALIGNMENT, RANKME),
+        (*USUAL, UNIFORMITY, ALIGNMENT, RANKME, SEPARABLE),
     ),
     "mann_whitney": Experiment("a higher AUC?", ("clip", "mann_whitney"), (*USUAL, UNIFORMITY, ALIGNMENT)),
     "mixup": Experiment("more of held-out combinations?", ("clip", "mixup"), (*USUAL, ALIGNMENT)),
@@ -128,12 +128,13 @@ def found(figure: Figure, name: str, seed: int) -> float | None:
 
 
 def table(name: str) -> str:
-    """Markdown: a row a figure, a column a run, and in a cell all seeds that are there."""
+    """Markdown: a row a figure, a column a run that is there, and in a cell its seeds in order."""
     experiment = EXPERIMENTS[name]
-    seeds = {run: sorted(int(path.name) for path in (RESULTS / run).glob("*")) for run in experiment.runs}
-    rows = ["| | " + " | ".join(RUNS[run].title for run in experiment.runs) + " |", "| --- " * (len(seeds) + 1) + "|"]
+    kept = {run: sorted(int(path.name) for path in (RESULTS / run).glob("*")) for run in experiment.runs}
+    seeds = {run: some for run, some in kept.items() if some}
+    rows = ["| | " + " | ".join(RUNS[run].title for run in seeds) + " |", "| --- " * (len(seeds) + 1) + "|"]
     for figure in experiment.figures:
-        values = [[found(figure, run, seed) for seed in seeds[run]] for run in experiment.runs]
+        values = [[found(figure, run, seed) for seed in some] for run, some in seeds.items()]
         cells = [", ".join("–" if value is None else f"{value:{figure.form}}" for value in one) for one in values]
         rows.append(f"| {figure.title} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
