@@ -112,13 +112,20 @@ def test_the_program_is_the_one_that_trains(sharded):
 
 
 def test_a_batch_has_what_the_data_adds(tmp_path):
-    data = config.Data(spec="emoji", captions_per_image=3, ids="caption", teacher=str(tmp_path / "elsewhere.npz"))
+    data = config.Data(
+        spec="emoji",
+        views=(config.View(), config.View(crop=0.5)),
+        captions_per_image=2,
+        text_augment=config.TextAugment(count=1),
+        ids="caption",
+        teacher=str(tmp_path / "elsewhere.npz"),
+    )
     cfg = tiny.run(objective=(config.MultiPositive(), config.Distillation()), data=data)
     mesh = sharding.make_mesh(cfg.mesh)
     batch = plan.abstract_batch(cfg, mesh)
     shapes = {name: (x.shape, str(x.dtype)) for name, x in batch.items()}
     assert shapes == {
-        "image": ((16, 16, 16, 3), "uint8"),
+        "image": ((16, 2, 16, 16, 3), "uint8"),
         "text": ((16, 3, 8), "int32"),
         "index": ((16,), "int32"),
         "id": ((16,), "int32"),
@@ -185,6 +192,9 @@ def test_flops_by_part():
     assert list(many) == ["image tower", "text tower", "multi_positive loss", "softmax loss 1", "softmax loss 3"]
     assert many["text tower"] == 3 * one["text tower"]
     assert many["image tower"] == one["image tower"]
+    data = config.Data(spec="emoji", views=(config.View(),) * 3, captions=(1, 0), text_augment=config.TextAugment(count=2))
+    viewed = step_flops(tiny.run(data=data), {"image/blocks/x", "text/blocks/x"})
+    assert [viewed[name] / one[name] for name in one] == [3, 4, 12]
     assert many["softmax loss 1"] == 3 * one["softmax loss"]
 
 

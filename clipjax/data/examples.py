@@ -130,7 +130,7 @@ class TrainingExample:
         chosen = [record.captions[i] for i in places]
         if data.text_augment.count == 0:
             return chosen
-        own = image.apart(rng, COPIES)
+        own = image.generator(rng, COPIES)
         return chosen + [captions.changed(chosen[0], data.text_augment, own) for _ in range(data.text_augment.count)]
 
     @property

@@ -54,7 +54,7 @@ def training(stored: bytes | Path, size: int, data: Data, rng: np.random.Generat
 def decoded_crops(stored: bytes | Path, size: int, data: Data, rng: np.random.Generator) -> list[Crop]:
     """A stored image, decoded once, and the part of it that each view shows. Raises as `training` does."""
     augments = data.views or (data.augment,)
-    draws = [rng, *(apart(rng, i) for i in range(1, len(augments)))]
+    draws = [rng, *(generator(rng, i) for i in range(1, len(augments)))]
     with opened(stored, data.max_pixels) as image:
         check(image, size, data)
         filters.check_size(data.filter, *image.size)
@@ -74,7 +74,7 @@ def decoded_crops(stored: bytes | Path, size: int, data: Data, rng: np.random.Ge
         return [Crop(pixels, box, scale, turn, *own) for box, own in zip(boxes, zip(augments, draws, strict=True), strict=True)]
 
 
-def apart(rng: np.random.Generator, n: int) -> np.random.Generator:
+def generator(rng: np.random.Generator, n: int) -> np.random.Generator:
     """The n-th generator beside `rng`, which is left as it is: their draws do not meet. n = 0 would be a copy of it."""
     return np.random.Generator(rng.bit_generator.jumped(n))  # pyright: ignore
 
