@@ -29,10 +29,6 @@ class Softmax(Nested):
     negatives: Literal["others", "same", "captions"] = "others"
     prefixes: Prefixes = None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
-    @property
-    def together(self) -> bool:
-        return self.negatives == "captions"
-
     def check(self, name: str, model: Model, data: Data) -> None:
         super().check(name, model, data)
         remedy = f"must be 0.5: {name}.sides has pairs without an image and a text"
@@ -45,9 +41,8 @@ class Softmax(Nested):
             require(data.labels is not None, "data.labels", None, f"{name}.negatives = 'same' needs labels")
             require(data.ids is None, "data.ids", data.ids, f"{name}.negatives = 'same' does not look at ids: leave it out")
             return
-        require(
-            self.sides == "image-text", f"{name}.sides", self.sides, "must be 'image-text': negatives = 'captions' are an image's"
-        )
+        remedy = "must be 'image-text': negatives = 'captions' are an image's"
+        require(self.sides == "image-text", f"{name}.sides", self.sides, remedy)
         remedy = f"{name}.negatives = 'captions' needs two captions or more: see data.text_augment, captions, captions_per_image"
         require(len(self.pairs(1, data.texts_per_image)) > 1, f"{name}.texts", self.texts, remedy)
 

@@ -64,11 +64,6 @@ class Pairs(Term):
         """The names of its heads; None stands for the model's own projection."""
         return self.head if isinstance(self.head, tuple) else (self.head,)
 
-    @property
-    def together(self) -> bool:
-        """Whether it takes all captions at once, for each view."""
-        return False
-
     def pairs(self, views: int, captions: int) -> list[tuple[int, int]]:
         """What it takes the mean over, of so many views and captions an example: see `pairs_of`."""
         named = (self.images, views), (self.texts, captions)

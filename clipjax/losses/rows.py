@@ -88,7 +88,7 @@ def over_pairs(loss: PairLoss) -> TermFunction:
             value, ranking = loss(term, dataclasses.replace(rows, image=image, text=text), scale, bias, axis)
             return value, {} if ranking is None else summary(ranking, axis)
 
-        if getattr(term, "together", False):
+        if getattr(term, "negatives", "") == "captions":  # all captions at once
             return mean_over(lambda image: of_pair(image, rows.text), rows.image)
         return mean_over_pairs(of_pair, getattr(term, "sides", "image-text"), rows)
 
