@@ -484,6 +484,7 @@ def leaves():
                 "evals.0.kind",
                 "model.decoder",
                 "model.heads",
+                "model.classes",
                 "data.sources",
                 "data.views",
                 ".lora",
