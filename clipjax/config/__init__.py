@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clipjax.config.augment import Augment, TextAugment, View
+from clipjax.config.classify import Classify
 from clipjax.config.data import BPE, Clean, Data, Filter, Part, Tokenizer, TokenizerFile
 from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
@@ -48,12 +49,12 @@ from clipjax.config.views import Barlow, MultiView, Siamese, Swap, Symile
 
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Barlow", "Calibration",
-    "Caption", "Captioning", "Choice", "Classes", "Clean", "Composed", "ConfigError", "Constant", "Cosine", "CrossUniformity",
-    "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative", "Head", "ImageTower",
-    "Init", "Instance", "Isogclr", "Lora", "MannWhitney", "Mesh", "Mixup", "Model", "MultiPositive", "MultiSimilarity",
-    "MultiView", "Optim", "Pairs", "Part", "Preserve", "Probe", "Remembering", "Repulsion", "Retrieval", "Rsqrt", "Rule",
-    "Run", "RunSuite", "Siamese", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Swap", "Symile",
-    "Term", "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer",
+    "Caption", "Captioning", "Choice", "Classes", "Classify", "Clean", "Composed", "ConfigError", "Constant", "Cosine",
+    "CrossUniformity", "Cwcl", "Cyclip", "Data", "Decoder", "Decoupled", "Distillation", "Filter", "Geometry", "HardNegative",
+    "Head", "ImageTower", "Init", "Instance", "Isogclr", "Lora", "MannWhitney", "Mesh", "Mixup", "Model", "MultiPositive",
+    "MultiSimilarity", "MultiView", "Optim", "Pairs", "Part", "Preserve", "Probe", "Remembering", "Repulsion", "Retrieval",
+    "Rsqrt", "Rule", "Run", "RunSuite", "Siamese", "Sigmoid", "Softmax", "Sogclr", "Suite", "SuiteMean", "SuiteSet", "Swap",
+    "Symile", "Term", "TextAugment", "TextTower", "Tokenizer", "TokenizerFile", "Train", "TrainingEvaluation", "Transfer",
     "Uniformity", "View", "Zeroshot", "from_json", "identity_differences", "lines", "require", "size", "start_from",
     "to_json",
 ]  # fmt: skip

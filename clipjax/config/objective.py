@@ -7,6 +7,7 @@ bring a term of its own: `clipjax.register`.
 from dataclasses import dataclass
 from typing import Literal
 
+from clipjax.config.classify import Classify
 from clipjax.config.data import Data
 from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, bounded, require
 from clipjax.config.metric import MannWhitney, Mixup, MultiSimilarity, Repulsion
@@ -218,7 +219,7 @@ Term.include(
     *(Symile, MultiView, Barlow, Siamese, Swap),
     *(Softmax, Sigmoid, Decoupled, HardNegative, MultiPositive, Cwcl, Cyclip, Distillation, Preserve),
     *(Sogclr, Isogclr, Uniformity, CrossUniformity, Alignment, Caption),
-    *(Repulsion, MannWhitney, MultiSimilarity, Mixup),
+    *(Repulsion, MannWhitney, MultiSimilarity, Mixup, Classify),
 )
 
 # The contrastive-gap paper's losses (2405.18570). It holds the temperature at 0.01: model.init_scale = 100 and a rule that

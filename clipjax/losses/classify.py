@@ -71,8 +71,9 @@ def own_classes(classes: Float[Array, "c d"], labels: Int[Array, "b l"], axis: A
 
     def visit(found: Partial, source: Array | int, labels: Array) -> tuple[Partial, Partial]:
         here = (labels >= first) & (labels < first + len(classes))
-        rows = classes[jnp.where(here, labels - first, 0)]
-        return found, Partial((jnp.where(here[..., None], rows, 0),))
+        # Filled by the gather itself: a mask would be kept for the backward pass, as large as the result, for each hop.
+        at = jnp.where(here, labels - first, len(classes))
+        return found, Partial((classes.at[at].get(mode="fill", fill_value=0),))
 
     nothing = vary(Partial((jnp.zeros((*labels.shape, classes.shape[1]), classes.dtype),)), axis)
     rings = rings_of(axis, device_index(axis))

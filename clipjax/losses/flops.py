@@ -16,6 +16,7 @@ class Sizes(NamedTuple):
     teacher: int | None = None  # width of a teacher's embeddings
     views: int = 1  # V, of an image
     heads: Mapping[str, int] = {}  # widths of the heads
+    classes: int = 0  # model.classes.count
 
     def taken(self, term: config.Term) -> float:
         """How many pairs of a view and a caption, two views or two captions a term takes. A head's counts by its width."""
@@ -108,6 +109,12 @@ def of_distillation(term: config.Distillation, sizes: Sizes) -> float:
 def of_uniformity(term: config.Uniformity, sizes: Sizes) -> float:
     """Three quarters of a pass for each view, and for each caption: one gradient serves both sides."""
     return (sizes.views + sizes.captions) * 0.75 * sizes.one_pass
+
+
+def of_classify(term: config.Classify, sizes: Sizes) -> float:
+    """A pass over all views (captions) and the classes that are drawn."""
+    rows = sizes.pairs * (sizes.views if term.side == "image" else sizes.captions)
+    return 8.0 * rows * term.sampled * sizes.classes * sizes.heads.get(term.head or "", sizes.width)
 
 
 def none(term: Any, sizes: Sizes) -> float:

@@ -47,7 +47,7 @@ def sample(devices: int) -> np.ndarray:
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("shape", "devices", "travel"),
-    [(None, 1, "ring"), ((4, 1), 4, "ring"), ((8, 1), 8, "gather"), ((2, 2, 1, 2), 4, "ring")],
+    [(None, 1, "ring"), ((8, 1), 8, "gather"), ((2, 2, 1, 2), 4, "ring")],
 )
 def test_both_forms_of_all_classes_and_of_a_sample(shape, devices, travel, monkeypatch):
     monkeypatch.setattr(tiles, "GATHER", 0 if travel == "ring" else tiles.GATHER)

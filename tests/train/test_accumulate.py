@@ -49,6 +49,9 @@ def batch_of(run):
         for name in ("teacher_image", "teacher_text"):
             z = rng.standard_normal((size, 12), np.float32)
             batch[name] = z / np.linalg.norm(z, axis=1, keepdims=True)
+    if run.data.labels:
+        labels = np.tile(np.arange(-1, run.model.classes.count, dtype=np.int32), (size, 1))
+        batch["label"] = rng.permuted(labels, axis=1)[:, :3]
     return batch
 
 

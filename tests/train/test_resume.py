@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 
 import clipjax
-from clipjax import config
+from clipjax import config, sharding
+from clipjax.models import clip
+from clipjax.restore import newest, restore
+from clipjax.train.optimizer import optimizer_of
+from clipjax.train.state import abstract_state
 from tests.conftest import CACHE
 
 pytestmark = pytest.mark.optimized
 
-CONFIG = Path(__file__).with_name("tiny_emoji.py")
+CONFIG = Path(__file__).with_name("tiny_heads.py")
 
 
 def command(workdir, *overrides):
@@ -68,7 +72,12 @@ def evaluations(workdir):
 
 
 def same_weights(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), clipjax.load(a).params, clipjax.load(b).params))
+    """All that is saved: weights, heads, class vectors, moments, moving average."""
+    steps, runs = zip(*map(newest, (a, b)), strict=True)
+    mesh = sharding.make_mesh(runs[0].mesh)
+    tx = optimizer_of(runs[0], jax.eval_shape(lambda: clip.init(runs[0].model, 0)))
+    states = [restore(workdir, step, abstract_state(runs[0], tx, mesh)) for workdir, step in zip((a, b), steps, strict=True)]
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), *states))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +119,9 @@ def test_the_workdir_says_it_all(straight):
     norms = {"grad_norm", "param_norm", "update_norm"}
     data = {"replaced", "filtered", "truncated", "bad_share", "filtered_share", "examples_seen", "epoch", "data_wait"}
     times = {"examples_per_second", "save_seconds", "eval_seconds", "useful_share"}
-    assert line.keys() == {"step", "loss", "softmax_loss", "scale", "lr", "skipped_steps"} | ranking | norms | data | times
+    losses = {"loss", "softmax_0_loss", "softmax_1_loss", "classify_loss"}
+    ranking |= {f"a_{name}" for name in ranking}
+    assert line.keys() == {"step", "scale", "a_scale", "lr", "skipped_steps"} | losses | ranking | norms | data | times
     assert [line["step"] for line in evaluations(straight)] == [50, 100, 150]
     assert all(line.keys() == {"step", "task", "dataset", "metrics"} for line in evaluations(straight))
     ranks = {f"{found}_retrieval_{middle}_rank" for found in ("image", "text") for middle in ("mean", "median")}
