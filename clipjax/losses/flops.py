@@ -76,8 +76,9 @@ def of_barlow(term: config.Barlow, sizes: Sizes) -> float:
 
 
 def of_swap(term: config.Swap, sizes: Sizes) -> float:
-    """A distillation, and 4 r - 2 quarters of a pass without gradient. To prototypes: nothing in B^2, which is not counted."""
-    return 0.0 if term.prototypes else (term.rounds + 1) * of_pairs(term, sizes)
+    """A distillation, and 4 r - 2 quarters of a pass without gradient. To prototypes: their products with both sides."""
+    of_one = 12.0 * sizes.pairs * sizes.classes * sizes.width if term.prototypes else (term.rounds + 1) * sizes.one_pass
+    return sizes.taken(term) * of_one
 
 
 def of_metric(term: config.MannWhitney | config.Mixup, sizes: Sizes) -> float:

@@ -325,13 +325,14 @@ def test_terms_are_their_equations():
 
 def test_flops():
     """8 B^2 d a pass; of infonce one for each two views, of swap a distillation's 12 and 20 more."""
-    sizes = Sizes(100, 2, 16, views=2, heads={"local": 8})
+    sizes = Sizes(100, 2, 16, views=2, heads={"local": 8}, classes=50)
     wanted = {
         config.Symile(): 4 * 8,
         config.Symile(images=(0,)): 3 * 8,
         config.MultiView(sides="image-image"): 2 * 8,
         config.MultiView(form="infonce", head="local"): 16 * 8 / 2,
         config.Swap(texts=(0,)): 2 * (12 + 20),
+        config.Swap(prototypes=True, texts=(0,)): 2 * 12 / 2,
         config.Siamese(head="local"): 0,
     }
     assert {term: term_flops(term, sizes) for term in wanted} == {term: n * 100**2 * 16 for term, n in wanted.items()}
