@@ -4,6 +4,7 @@ A class is a row of a matrix [n c, d], of which each of n devices has c. Rows ne
 class: it pads the matrix. Inside `shard_map` over `axis`, b is the local batch; outside, axis is None.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -39,7 +40,7 @@ def class_loss(
     anew by `key`, which every device has. Sums over N are not scaled up by it.
     """
     b, views, d = z.shape
-    own = scale * einsum("bvd,bld->bvl", z, unit(own_classes(classes, labels, axis))).reshape(b * views, -1)
+    own = scale * own_cosines(z, classes, labels, axis).reshape(b * views, -1)
     labels = jnp.repeat(labels, views, 0)
     vectors, numbers = classes, device_index(axis) * len(classes) + jnp.arange(len(classes))
     if sampled < 1:
@@ -62,22 +63,55 @@ def class_loss(
     return mean(jnp.where(labelled, losses, 0), axis)
 
 
-def own_classes(classes: Float[Array, "c d"], labels: Int[Array, "b l"], axis: Axis) -> Float[Array, "b l d"]:
-    """The rows of the matrix that the labels name, zeros for -1.
+def own_cosines(
+    z: Float[Array, "b V d"], classes: Float[Array, "c d"], labels: Int[Array, "b l"], axis: Axis
+) -> Float[Array, "b V l"]:
+    """Cosines with the classes that the labels name; 0 for -1.
 
-    The labels go around all devices, and each adds the rows that it has: what a device holds does not grow with their number.
+    The vectors and their labels go around all devices. Each adds the cosines with the classes that it has; on the way of the
+    backward pass, the gradients. So what a device holds does not grow with the number of devices.
     """
-    first = device_index(axis) * len(classes)
+    return _own_cosines(axis, *vary((z, classes, labels), axis))
 
-    def visit(found: Partial, source: Array | int, labels: Array) -> tuple[Partial, Partial]:
-        here = (labels >= first) & (labels < first + len(classes))
-        # Filled by the gather itself: a mask would be kept for the backward pass, as large as the result, for each hop.
-        at = jnp.where(here, labels - first, len(classes))
-        return found, Partial((classes.at[at].get(mode="fill", fill_value=0),))
 
-    nothing = vary(Partial((jnp.zeros((*labels.shape, classes.shape[1]), classes.dtype),)), axis)
-    rings = rings_of(axis, device_index(axis))
-    return go_round(rings, visit, Partial(), vary(labels, axis), nothing)[1].total[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _own_cosines(axis: Axis, z: Array, classes: Array, labels: Array) -> Array:
+    def visit(found: Partial, source: Array | int, piece: tuple[Array, Array]) -> tuple[Partial, Partial]:
+        return found, Partial((_cosines(piece[0], _rows(classes, _places(classes, piece[1], axis))),))
+
+    nothing = vary(Partial((jnp.zeros((*z.shape[:2], labels.shape[1])),)), axis)
+    return go_round(rings_of(axis, device_index(axis)), visit, Partial(), (z, labels), nothing)[1].total[0]
+
+
+def _own_cosines_bwd(axis: Axis, residuals: tuple[Array, ...], ct: Array) -> tuple[Array, Array, None]:
+    z, classes, labels = residuals
+
+    def visit(found: Partial, source: Array | int, piece: tuple[Array, ...]) -> tuple[Partial, Partial]:
+        z, labels, ct = piece
+        places = _places(classes, labels, axis)
+        dz, to_rows = jax.vjp(_cosines, z, _rows(classes, places))[1](ct)
+        return Partial((found.total[0].at[places].add(to_rows, mode="drop"),)), Partial((dz,))
+
+    rings, nothing = rings_of(axis, device_index(axis)), Partial((jnp.zeros_like(z),))
+    found, of_piece = go_round(rings, visit, Partial((jnp.zeros_like(classes),)), (z, labels, ct), nothing)
+    return of_piece.total[0], found.total[0], None
+
+
+_own_cosines.defvjp(lambda axis, *args: (_own_cosines(axis, *args), args), _own_cosines_bwd)
+
+
+def _cosines(z: Float[Array, "b V d"], rows: Float[Array, "b l d"]) -> Float[Array, "b V l"]:
+    return einsum("bvd,bld->bvl", z, unit(rows))
+
+
+def _places(classes: Array, labels: Array, axis: Axis) -> Int[Array, "b l"]:
+    """Where the labels' rows are on this device; after its last row for those that are on another."""
+    at = labels - device_index(axis) * len(classes)
+    return jnp.where((labels >= 0) & (at >= 0) & (at < len(classes)), at, len(classes))
+
+
+def _rows(classes: Array, places: Array) -> Float[Array, "b l d"]:
+    return classes.at[places].get(mode="fill", fill_value=0)
 
 
 def _sample(count: int, share: float, key: Key[Array, ""] | None, axis: Axis) -> Int[Array, " m"]:

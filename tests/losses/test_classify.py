@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.losses.classify import class_loss, own_classes
+from clipjax.losses.classify import class_loss, own_cosines
 from clipjax.losses.pairwise import operands, tiles
 from tests.losses import reference as ref
 from tests.losses.meshes import axis_of, pulled
@@ -97,15 +97,17 @@ def test_where_all_cosines_are_zero_it_is_the_logarithm_of_the_numbers():
 
 
 @pytest.mark.parametrize("shape", [None, (4, 2)])
-def test_the_vectors_of_own_classes_come_from_their_devices(shape):
-    ct = RNG.normal(size=(B, 3, WIDTH))
-    labels = np.where(RNG.random((B, 3)) < 0.3, -1, RNG.integers(0, ROWS, (B, 3)))
+def test_cosines_with_own_classes_come_from_their_devices(shape):
+    ct, found_in = RNG.normal(size=(B, VIEWS, 3)), np.where(RNG.random((B, 3)) < 0.3, -1, RNG.integers(0, CLASSES, (B, 3)))
 
-    def own(w, labels):
-        return own_classes(w, labels, axis_of(shape))
+    def dense(z, w):
+        cos = np.einsum("bvd,bld->bvl", z, ref.unit_rows(np.where(w.real == 0, 1, w))[found_in])
+        return np.where(found_in[:, None] < 0, 0, cos)
 
-    found, (grad,) = pulled(own, shape)([jnp.float32(W)], jnp.float32(ct), [jnp.int32(labels)])
-    np.testing.assert_array_equal(found, np.where(labels[..., None] < 0, 0, np.float32(W)[labels]))
-    want = np.zeros_like(W)
-    np.add.at(want, labels[labels >= 0], ct[labels >= 0])
-    np.testing.assert_allclose(grad, want, rtol=0, atol=1e-6)
+    def own(z, w, labels):
+        return own_cosines(z, w, labels, axis_of(shape))
+
+    found, grads = pulled(own, shape)([jnp.float32(Z), jnp.float32(W)], jnp.float32(ct), [jnp.int32(found_in)])
+    np.testing.assert_allclose(found, dense(Z, W), rtol=0, atol=3e-7)
+    for got, want in zip(grads, ref.gradients(lambda z, w: (ct * dense(z, w)).sum(), Z, W), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())

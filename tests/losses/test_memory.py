@@ -1,10 +1,13 @@
 """What a device holds and computes for a loss, by compilers: memory linear in its share of the batch, and few products."""
 
+import functools
+
 import jax
 import pytest
 
 from clipjax import aot, config, sharding
 from clipjax.bench.loss_forms import columns_travel, lower, streamed
+from clipjax.losses.classify import class_loss
 
 MIB = 2**20
 
@@ -52,3 +55,21 @@ def test_a_million_pairs_on_eight_chips(name):
     assert found.peak_bytes <= 2048 * MIB
     assert found.cost.overlapped > 0  # a permute is under way while a product runs
     assert flops <= {"softmax": 9, "sigmoid": 7}[name]
+
+
+@pytest.mark.slow
+def test_a_million_classes_on_a_pod():
+    """MLCD of 32,768 images with 8 labels each, and a tenth of the classes: beside these, their weights and the gradients."""
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
+    mesh = sharding.make_mesh(config.Mesh(), aot.tpu_devices("v5e:16x16"))
+    loss = functools.partial(class_loss, scale=16.0, axis=sharding.BATCH, form="mlcd", sampled=0.1)
+    of_rows = sharding.on_shards(lambda z, w, labels, key: loss(z[:, None], w, labels, key=key), mesh, rows=3)
+
+    def gradient(z, w, labels, seed):
+        return jax.grad(lambda z, w: of_rows(z, w, labels, jax.random.key(seed)), (0, 1))(z, w)
+
+    rows, count = sharding.over_rows(mesh), config.Classes(count=1_000_000).rows
+    given = ((32_768, 768), "float32"), ((count, 768), "float32"), ((32_768, 8), "int32")
+    shapes = [jax.ShapeDtypeStruct(*x, sharding=rows) for x in given]
+    lowered = jax.jit(gradient, out_shardings=(rows, rows)).lower(*shapes, jax.ShapeDtypeStruct((), "uint32"))
+    assert aot.compile(lowered).peak_bytes - 2 * count // 256 * 768 * 4 <= 50 * MIB
