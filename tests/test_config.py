@@ -453,7 +453,6 @@ OTHER = {  # a valid other value where adding or negating would not give one
     "tokenizer.clean": "web", "evals.0.image_field": "a", "evals.0.text_field": "a", "evals.0.label_field": "a",
     "evals.0.clean": "web", "model.towers": "image", "optim.rules.0.layer_decay": 0.5, "optim.rules.1.layer_decay": 0.5,
     "model.image.unlock": 2, "model.text.unlock": 2, "evals.0.languages": ("en", "ja"),
-    "model.classes": config.Classes(count=9),
 }  # fmt: skip
 BASE = Run(
     data=Data(spec="emoji", filter=config.Filter(number="a", at_least=0.5)),
