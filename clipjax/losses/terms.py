@@ -167,7 +167,7 @@ def _classify(term: config.Classify, rows: Rows, scale: Scalar, bias: Scalar | N
     assert rows.labels is not None
     vectors = getattr(rows if term.head is None else rows.heads[term.head], term.side)
     z = vectors.reshape(len(vectors), -1, vectors.shape[-1])
-    options = dict(axis=axis, form=term.loss, sampled=term.sampled, key=rows.shared.key)
+    options = dict[str, Any](axis=axis, form=term.loss, sampled=term.sampled, key=rows.shared.key)
     return TermResult(class_loss(z, rows.classes, rows.labels, term.scale, **options))
 
 
