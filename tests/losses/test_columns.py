@@ -72,7 +72,6 @@ def test_columns_that_are_nobodys_own(shape, options):
     check(shape, W, (LABELS, NUMBERS), {"all": np.True_, "distinct": ~same, "same": same}, own=False, **options)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("shape", "options"),
     [(None, dict(tile=7)), ((4, 1), dict(travel="gather", tile=3)), ((8, 1), dict(travel="ring", tile=1000))],

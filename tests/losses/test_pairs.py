@@ -104,7 +104,6 @@ def dense(terms, x, y, a_image, a_text, b_image, b_text, t, h):
     return [equation(x, y, (a_image, a_text), (b_image, b_text), t, h) for _, equation in terms]
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("terms", "shape", "travel"),
     [(PLACES, (2, 4), "gather"), (NEGATIVES, (4, 1), "ring"), (NEGATIVES, None, "gather")],
@@ -178,6 +177,17 @@ def test_wrong_captions_of_equal_ids_count_and_unchanged_ones_do_not():
             wrong[0, 1, 1] = -np.inf
         want = np.log(np.exp(own) + np.exp(wrong).sum((1, 2)) + negatives) - own
         np.testing.assert_allclose(run(ids), want.mean(), rtol=1e-6)
+
+
+def test_labels_in_the_limits():
+    """All of one label are all negatives, of labels of their own none; and sharp targets of such labels are the own pairs."""
+    image, text = jnp.float32(IMAGE[:, 0]), jnp.float32(TEXT[:, 0])
+    terms = config.Softmax(negatives="same"), config.Distillation(targets="labels", classes=B, teacher_scale=100.0)
+    run = jax.jit(lambda labels: losses.objective(terms, Rows(image, text, labels=labels[:, None]), SCALE, None)[1])
+    plain, one, own = ref.clip(IMAGE[:, 0], TEXT[:, 0], SCALE), run(jnp.zeros(B, int)), run(jnp.arange(B))
+    assert (one["softmax_loss"], own["softmax_loss"]) == (pytest.approx(plain, rel=1e-6), 0)
+    assert own["distillation_loss"] == pytest.approx(plain, rel=1e-6)
+    assert run(jnp.full(B, -1))["distillation_loss"] == 0
 
 
 def test_rankings_are_of_images_and_texts_and_bear_the_name_of_a_head():
