@@ -70,14 +70,7 @@ def _decoupled(term: config.Decoupled, rows: Rows, scale: Scalar, bias: Scalar |
 
 def _hard_negative(term: config.HardNegative, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
     return hard_negative_terms(
-        rows.image,
-        rows.text,
-        scale,
-        axis=axis,
-        alpha=term.alpha,
-        beta=term.beta,
-        stop_gradient=term.stop_gradient,
-        ids=rows.ids,
+        rows.image, rows.text, scale, axis=axis, alpha=term.alpha, beta=term.beta, stop_gradient=term.stop_gradient, ids=rows.ids
     )
 
 
