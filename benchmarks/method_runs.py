@@ -97,14 +97,15 @@ def views(files: Path, *terms: c.Term, strong: int, heads: tuple[Any, ...] = ())
 
 
 def rocket(files: Path, more: str | None = None, weight: float = 1.0) -> c.Run:
-    """clip-rocket's recipe, and one of its baselines beside it."""
-    of_head = dict(head="local", images=(1, 2), texts=(1, 2))
+    """clip-rocket's recipe with one strong view and one changed caption, and one of its baselines beside it."""
+    count = 2 if more == "Swap" else 1  # whose targets are another pair's
+    of_head = dict(head="local", images=(1, 2)[:count], texts=(1, 2)[:count])
     plain = c.Softmax(weight=1 / 3, images=(0,), texts=(0,))
     terms = plain, c.Softmax(weight=2 / 3, label_smoothing=0.1, **of_head)
     if more is not None:
         terms = *terms, getattr(c, more)(weight=weight, **of_head)
-    head = c.Head(name="local", depth=3, hidden=512, width=128, scale=10.0, predictor=more == "Siamese")
-    return views(files, *terms, strong=2, heads=(head,))
+    head = c.Head(name="local", depth=3, hidden=384, width=96, scale=10.0, predictor=more == "Siamese")
+    return views(files, *terms, strong=count, heads=(head,))
 
 
 def embed_and_cluster(files: Path, classes: int, nearest: int) -> None:
