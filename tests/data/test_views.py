@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from clipjax.config import Augment, ConfigError, Data, Filter, TextAugment, View
+from clipjax.config import Augment, ConfigError, Data, Filter, Part, TextAugment, View
 from clipjax.data.captions import changed
 from clipjax.data.faults import FAULTS, NO_CAPTION
 from clipjax.data.images import image as images
@@ -185,6 +185,11 @@ def test_captions_in_places_and_examples_without_one(words, conditions):
             assert number < 10 or not conditions.max_characters
             assert fault == (1 + FAULTS.index(NO_CAPTION) if index % 4 == 0 else 0)
             assert filtered == bool(index % 4 and index >= 10 and conditions.max_characters)
+
+
+def test_a_mixture_has_the_views_of_all_its_parts():
+    data = Data(sources=(Part(spec="emoji"), Part(spec="emoji", filter=Filter(min_side=9))), views=(View(), View(flip=True)))
+    assert [part.views for part in data.parts] == [data.views] * 2
 
 
 def test_places_that_no_example_has_are_refused():
