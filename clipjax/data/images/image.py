@@ -68,7 +68,7 @@ def decoded_crops(stored: bytes | Path, size: int, data: Data, rng: np.random.Ge
             for augment, own in zip(augments, draws, strict=True)
         ]
         boxes = [stored_box(box, *image.size, turn) for box in shown]
-        scale = _draft(image, min(boxes, key=_shorter), size)
+        scale = _draft(image, min(boxes, key=lambda box: min(box[2] - box[0], box[3] - box[1])), size)
         image.load()
         pixels = rgb(image)
         return [Crop(pixels, box, scale, turn, *own) for box, own in zip(boxes, zip(augments, draws, strict=True), strict=True)]
@@ -163,14 +163,10 @@ def _limit_pillow(max_pixels: int) -> None:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def _shorter(box: Box) -> float:
-    return min(box[2] - box[0], box[3] - box[1])
-
-
 def _draft(image: Image.Image, box: Box, size: int) -> int:
     """Has a JPEG decoded at 1/s of its size, where `box` then still has `size` pixels on each side. Returns s: 1, 2, 4 or 8."""
     width, height = image.size
-    shortest = _shorter(box)
+    shortest = min(box[2] - box[0], box[3] - box[1])
     scale = next((s for s in (8, 4, 2) if shortest >= s * size), 1)
     if image.format not in DRAFTED or scale == 1:
         return 1
