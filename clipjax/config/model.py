@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clipjax.config.fields import Strict, free, require
+from clipjax.config.fields import COUNT, POSITIVE, Range, Strict, bounded, check_bounds, free, require
 from clipjax.config.towers import ImageTower, TextTower, size
 
 Attention = Literal["exact", "cudnn", "pallas"]
@@ -43,18 +43,16 @@ class Head(Strict, prefix="model.heads"):
 
     name: str  # what terms call it, and its part of a parameter's path: heads/NAME/image/up/kernel
     side: Literal["both", "image", "text"] = "both"  # the towers that have it
-    depth: int = 2  # linear maps, 1 to 3
-    hidden: int = 4096  # width between the linear maps
-    width: int = 256  # of its vectors
-    scale: float | None = None  # a logit scale of its own, learned, at the start; None: the terms' own, or the model's
+    depth: int = bounded(Range(1, 4, "must be 1, 2 or 3"), 2)  # linear maps, 1 to 3
+    hidden: int = bounded(COUNT, 4096)  # width between the linear maps
+    width: int = bounded(COUNT, 256)  # of its vectors
+    scale: float | None = bounded(POSITIVE, None)  # a learned logit scale of its own, at the start; None: the terms' or the model's
     predictor: bool = False  # a second MLP on its output, of two linear maps, for the terms that compare predictions
 
     def __post_init__(self) -> None:
         fits = re.fullmatch(r"[a-z][a-z0-9_]*", self.name) is not None and self.name != "blocks"
         require(fits, "model.heads.name", self.name, "must be lower-case letters, digits and _, and not `blocks`")
-        require(1 <= self.depth <= 3, f"model.heads.{self.name}.depth", self.depth, "must be 1, 2 or 3")
-        for part in ("hidden", "width"):
-            require(getattr(self, part) > 0, f"model.heads.{self.name}.{part}", getattr(self, part), "must be positive")
+        check_bounds(self, f"model.heads.{self.name}")
 
     @property
     def sides(self) -> tuple[str, ...]:
