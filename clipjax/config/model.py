@@ -46,7 +46,7 @@ class Head(Strict, prefix="model.heads"):
     depth: int = bounded(Range(1, 4, "must be 1, 2 or 3"), 2)  # linear maps, 1 to 3
     hidden: int = bounded(COUNT, 4096)  # width between the linear maps
     width: int = bounded(COUNT, 256)  # of its vectors
-    scale: float | None = bounded(POSITIVE, None)  # a learned logit scale of its own, at the start; None: the terms' or the model's
+    scale: float | None = bounded(POSITIVE, None)  # its own learned logit scale, at the start; None: the term's or the model's
     predictor: bool = False  # a second MLP on its output, of two linear maps, for the terms that compare predictions
 
     def __post_init__(self) -> None:
