@@ -99,6 +99,9 @@ OVER_DATA = config.Mesh(shard_optimizer=True)
 TERMS = (config.Softmax(), config.MultiPositive(), config.Distillation())
 SEVERAL = config.Data(spec="emoji", captions_per_image=2, ids="caption", teacher="teacher.npz")
 VIEWS = config.Data(spec="emoji", views=(config.View(), config.View(crop=0.5)), text_augment=config.TextAugment(count=1))
+HEADED = dataclasses.replace(CLIP, heads=(config.Head(name="local", hidden=32, width=16, scale=10.0),))
+LOCAL = config.Softmax(head="local", images=(1,), texts=(1,))
+OF_VIEWS = (*config.CUAXU, LOCAL, config.Mixup(mix="image", images=(0,)))
 CASES = {
     "2": (run_of(2), EIGHT),
     "4": (run_of(4), EIGHT),
@@ -106,9 +109,8 @@ CASES = {
     "8, one device": (run_of(8), ONE),
     "2, fsdp and tensor": (run_of(2), MIXED),
     "8, sigmoid": (run_of(8, SIGLIP), EIGHT),
-    "4, CUAXU and mixtures": (run_of(4, objective=(*config.CUAXU, config.Mixup(mix="image"))), EIGHT),
+    "4, CUAXU, mixtures, views, copies and a head": (run_of(4, HEADED, objective=OF_VIEWS, data=VIEWS), EIGHT),
     "4, captions, ids and a teacher": (run_of(4, objective=TERMS, data=SEVERAL), EIGHT),
-    "4, views and copies": (run_of(4, objective=(config.Softmax(sides="all"),), data=VIEWS), EIGHT),
     "1, optimizer over data": (run_of(1, mesh=OVER_DATA), EIGHT),
     "4, optimizer over data": (run_of(4, SIGLIP, mesh=OVER_DATA), EIGHT),
     "4, captioning": (run_of(4, COCA), EIGHT),
