@@ -73,7 +73,7 @@ class TermResult(NamedTuple):
 # and bias is None for a model without one; `axis` are the mesh axes that the global batch is sharded over, or None.
 TermFunction = Callable[[Any, Rows, Any, Any, Axis], TermResult]
 PairLoss = Callable[[Any, Rows, Any, Any, Axis], Ranked]  # the same, but of one pair: rows.image and rows.text are [b, e]
-HeadLoss = Callable[[Any, Rows, Any, Any, Axis], tuple[Array, Logged]]  # the same, but of one head: see `taken`
+HeadLoss = Callable[[Any, Rows, Any, Any, Axis], tuple[Array, Logged]]  # the same, but of one head: see `over_heads`
 
 
 def over_pairs(loss: PairLoss) -> TermFunction:
@@ -96,9 +96,10 @@ def over_pairs(loss: PairLoss) -> TermFunction:
 
 
 def over_heads(loss: HeadLoss) -> TermFunction:
-    """A term from a loss of one head's images and texts, all at once: the mean over the term's heads, each at its own scale.
+    """A term from a loss of the images and texts that it takes, all at once, of one head: the mean over the heads that it names.
 
-    Accuracies and cosines of a head bear its name.
+    The scale is the term's own fixed one, else the head's where it learns one, else the model's. Accuracies and cosines of a head
+    bear its name.
     """
 
     @functools.wraps(loss)
@@ -107,25 +108,16 @@ def over_heads(loss: HeadLoss) -> TermFunction:
             return TermResult(*loss(term, rows, scale, bias, axis))
         values, logged = [], {}
         for head in term.heads:
-            value, ranking = loss(term, taken(term, rows, head), scale_of(term, rows, head, scale), bias, axis)
+            own = rows if head is None else rows.heads[head]
+            taken = dataclasses.replace(rows, image=in_places(own.image, term.images), text=in_places(own.text, term.texts))
+            learned = rows.shared.head_scales.get(head or "", scale)
+            used = learned if term.temperature is None else jnp.float32(1 / term.temperature)
+            value, ranking = loss(term, taken, used, bias, axis)
             values.append(value)
             logged |= {f"{head}_{name}" if head else name: x for name, x in ranking.items()}
         return TermResult(values[0] if len(values) == 1 else add_up(values) / len(values), logged)
 
     return of_term
-
-
-def taken(term: Pairs, rows: Rows, head: str | None) -> Rows:
-    """`rows` with the images and texts that the term takes, of this head, in the places that it names."""
-    own = rows if head is None else rows.heads[head]
-    return dataclasses.replace(rows, image=in_places(own.image, term.images), text=in_places(own.text, term.texts))
-
-
-def scale_of(term: Pairs, rows: Rows, head: str | None, scale: Any) -> Any:
-    """The logit scale of a term: its own fixed one, else the head's where it learns one, else the model's."""
-    if term.temperature is not None:
-        return jnp.float32(1 / term.temperature)
-    return rows.shared.head_scales.get(head or "", scale)
 
 
 def in_places(z: Vectors | None, places: tuple[int, ...] | None) -> Any:
