@@ -113,16 +113,9 @@ def labels(run: config.Run, source: Source) -> Vectors | None:
     return found
 
 
-def batches(
-    run: config.Run,
-    source: Source,
-    tokenizer: Tokenizer,
-    teacher: Vectors | None = None,
-    embedded: Vectors | None = None,
-    labels: Vectors | None = None,
-) -> Batches:
-    """A function that opens this process's training batches at a step. `teacher`, `embedded`, `labels`: the results of the
-    functions with these names."""
+def batches(run: config.Run, source: Source, tokenizer: Tokenizer, **keyed: Vectors | None) -> Batches:
+    """A function that opens this process's training batches at a step. `keyed`: `teacher`, `embedded` and `labels`, the results
+    of the functions with these names."""
     open_batches = functools.partial(
         train_batches,
         source,
@@ -134,8 +127,6 @@ def batches(
         skip=run.train.skip,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        teacher=teacher,
-        embedded=embedded,
-        labels=labels,
+        **keyed,
     )
     return lambda step: open_batches(start_step=step)

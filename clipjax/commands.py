@@ -80,7 +80,7 @@ def train(args: argparse.Namespace) -> None:
         workdir = recognized(workdir, source, args.accept_new_data)
         teacher, embedded, labels = build.teacher(run, source), build.embedded(run, source), build.labels(run, source)
         tokenizer = build.tokenizer(run, workdir, source)
-        batches = build.batches(run, source, tokenizer, teacher, embedded, labels)
+        batches = build.batches(run, source, tokenizer, teacher=teacher, embedded=embedded, labels=labels)
         evaluators = make_evaluators(run, mesh, tokenizer, workdir.path)
         check = dict(check=agreement(run, mesh, tokenizer, source, embedded)) if embedded else {}
         loop.train(run, workdir, batches, evaluators, mesh, source, range(profile.start, min(profile.stop, steps)), **check)
@@ -144,7 +144,9 @@ def cluster(args: argparse.Namespace) -> None:
 
     found, keys = cluster(str(args.embeddings), args.classes, args.nearest, args.side, args.seed)
     write_npz(args.out, {"key": keys, "label": found.label, "centroid": found.centroid})
-    say(f"{args.out}: {found}")
+    used = len({*found.label[:, 0].tolist()})
+    counts = f"{len(keys):,} rows in {used:,} of {args.classes:,} clusters after {found.rounds} rounds"
+    say(f"{args.out}: {counts}; mean cosine with the centroid {found.cosine:.3f}")
 
 
 def caption(args: argparse.Namespace) -> None:

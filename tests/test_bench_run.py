@@ -146,7 +146,7 @@ def test_parts_of_an_example(tmp_path, capsys):
     source = reading.open_source(tiny_emoji.config().data)
     run = tiny_emoji.config()
     tokenizer = reading.build.tokenizer(run, Workdir(tmp_path), source)
-    found = parts.measure(run, source, tokenizer, None, None)
+    found = parts.measure(run, source, tokenizer)
     assert list(found)[:-1] == ["read", "wait", "decode", "resize", "tokenise", "rest", "stack"]
     assert min(found[part] for part in ("read", "decode", "resize", "tokenise", "stack", "transfer")) > 0
     said = list(parts.lines(found))
@@ -164,18 +164,18 @@ def test_parts_of_data_that_can_hardly_be_used(tmp_path, monkeypatch):
     source = reading.open_source(run.data)
     tokenizer = Tokenizer.train(["one", "two"], 300, lowercase=True, length=run.model.text.length)
     monkeypatch.setattr(parts, "TRIED", 40)
-    assert parts.measure(run, source, tokenizer, None, None)["decode"] > 0
+    assert parts.measure(run, source, tokenizer)["decode"] > 0
     (tmp_path / "b.png").write_bytes(b"torn")
     with pytest.raises(config.ConfigError, match=r"hardly any of 40 examples of tsv:.* can be used"):
-        parts.measure(run, source, tokenizer, None, None)
+        parts.measure(run, source, tokenizer)
 
 
 def test_what_is_read_is_what_trains(monkeypatch):
     seen, real = [], reading.build.batches
 
-    def spied(*args):
+    def spied(*args, **keyed):
         seen.append(args[0])
-        return real(*args)
+        return real(*args, **keyed)
 
     monkeypatch.setattr(reading.build, "batches", spied)
     run = tiny_emoji.config()

@@ -59,14 +59,14 @@ def measure(run: config.Run, seconds: float) -> InputRates:
     source = open_source(run.data)
     with tempfile.TemporaryDirectory() as folder:  # for the tokenizer that is trained or loaded
         tokens = build.tokenizer(run, Workdir(Path(folder)), source)
-    keyed = build.teacher(run, source), build.embedded(run, source), build.labels(run, source)
-    found = parts.measure(run, source, tokens, *keyed)
+    keyed = dict(teacher=build.teacher(run, source), embedded=build.embedded(run, source), labels=build.labels(run, source))
+    found = parts.measure(run, source, tokens, **keyed)
     total = sum(found[part] for part in parts.PARTS)
     cores = min(run.data.workers, _cores())
     streams = {}
     for kind in KINDS if run.data.order == "random" else KINDS[:1]:  # chunks are read ahead for threads only
         of_kind = dataclasses.replace(run, data=dataclasses.replace(run.data, worker_kind=kind))
-        batches = build.batches(of_kind, source, tokens, *keyed)
+        batches = build.batches(of_kind, source, tokens, **keyed)
         streams[kind] = _stream(batches, run.train.batch_size, seconds, total / cores * 1e-6)
     return InputRates(
         dataset=source.name,

@@ -29,7 +29,7 @@ PARTS = ("read", "decode", "resize", "tokenise", "rest", "stack")  # of which a 
 T = TypeVar("T")
 
 
-def measure(run: config.Run, source: Source, tokenizer: Tokenizer, *keyed: Vectors | None) -> dict[str, float]:
+def measure(run: config.Run, source: Source, tokenizer: Tokenizer, **keyed: Vectors | None) -> dict[str, float]:
     """Medians, in microseconds an example: each of PARTS, in CPU time of a thread; `wait`, for which `read` waits for the storage
     beside that; and `transfer`, from the host's memory to one device, of the clock.
 
@@ -38,7 +38,7 @@ def measure(run: config.Run, source: Source, tokenizer: Tokenizer, *keyed: Vecto
     size, batch_size = run.model.image.image_size, run.train.batch_size
     order = training_order(source, run.data, batch_size, run.seed, 0, batch_size)
     reader = training_reader(source, order, lambda step: step)
-    timed = _Timed(TrainingExample(source, order, reader, tokenizer, run.data, size, *keyed))
+    timed = _Timed(TrainingExample(source, order, reader, tokenizer, run.data, size, **keyed))
     places = (divmod(i, batch_size) for i in range(TRIED))
     try:
         usable = (one for step, place in places if (one := timed.example(step, place)) is not None)

@@ -41,7 +41,7 @@ class TrainingExample:
     tokenizer: Tokenizer
     data: config.Data
     size: int
-    teacher: Vectors | None
+    teacher: Vectors | None = None
     embedded: Vectors | None = None  # of a tower that does not run
     labels: Vectors | None = None
     parts: tuple[config.Data, ...] = field(init=False)

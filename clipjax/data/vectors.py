@@ -3,7 +3,7 @@ that is not trained and need not run; and labels, which `clipjax cluster` wrote,
 
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import SEEK_CUR
 from pathlib import Path
 from types import MappingProxyType
@@ -56,16 +56,16 @@ class Vectors:
             self._path, self._rows, self._arrays = None, range(len(source)), {"label": self._own(source, quiet)}
             return
         self._path = local_path(use.field, path).expanduser()
-        keys = self._open()
+        self._arrays, keys = keyed_arrays(self._path, self.name, use)
         row_of: dict[str, int] = {}
-        for row, key in enumerate(keys):
+        for row, key in enumerate(keys.tolist()):
             row_of.setdefault(key, row)
         self._rows = np.fromiter((row_of.get(record.key, -1) for record in reading.texts(source, quiet)), np.int32, len(source))
         absent = np.flatnonzero(self._rows < 0).tolist()
         missing = next((x.number for x in shown(source, absent) if x.record.captions), None)
         if missing is not None:
             what = f"has no row for {len(absent):,} of the {len(source):,} examples of {source.name}"
-            remedy = f"write it from the same dataset and split with {self._command}"
+            remedy = f"write it from the same dataset and split with {use.by}"
             raise ConfigError(f"{self.name}: {what}, the first with key {source.text(missing).key!r}; {remedy}")
         if use is LABELS and self._arrays["label"].min() < -1:
             raise ConfigError(f"{self.name}: must hold classes from 0 on, and -1 for none; write it with {use.by}")
@@ -93,7 +93,7 @@ class Vectors:
         the main caption."""
         row = self._rows[i]
         if row < 0:  # it was unreadable when the rows were matched, and is readable now
-            raise ConfigError(f"{self.name}: has no row for number {i} of the examples; write it again with {self._command}")
+            raise ConfigError(f"{self.name}: has no row for number {i} of the examples; write it again with {self.use.by}")
         return {name: np.array(self._arrays[side][row], self.use.dtype) for side, name in self.use.arrays.items()}
 
     def __getstate__(self) -> tuple:
@@ -102,20 +102,7 @@ class Vectors:
 
     def __setstate__(self, state: tuple) -> None:
         self.use, self._path, self.name, self._rows, arrays = state
-        if arrays is None:
-            self._open()
-        else:
-            self._arrays = arrays
-
-    @property
-    def _command(self) -> str:
-        return " ".join(self.use.by.split()[:2]) + "`"
-
-    def _open(self) -> list[str]:
-        """Maps the arrays and reads the keys."""
-        assert self._path is not None
-        self._arrays, keys = keyed_arrays(self._path, self.name, list(self.use.arrays), self.use)
-        return keys.tolist()
+        self._arrays = arrays or keyed_arrays(self._path, self.name, self.use)[0]
 
     def _own(self, source: Source, quiet: bool) -> Int[np.ndarray, "n l"]:
         """The classes of each example; of one that has fewer than others, -1 in the further places."""
@@ -128,9 +115,9 @@ class Vectors:
         return table
 
 
-def keyed_arrays(path: Path, name: str, wanted: Sequence[str], use: Use) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The arrays `wanted` of an .npz, [n, f] each, mapped, and its keys, str [n]. Raises ConfigError, and names it `name`."""
-    remedy = f"write it with {use.by}"
+def keyed_arrays(path: Path, name: str, use: Use) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The arrays of an .npz, [n, f] each, mapped, and its keys, str [n]. Raises ConfigError, and names it `name`."""
+    wanted, remedy = list(use.arrays), f"write it with {use.by}"
     if not path.is_file():
         raise ConfigError(f"{name}: there is no such file; {remedy}")
     try:

@@ -1,13 +1,8 @@
-"""Clusters of embeddings, as labels: Lloyd's k-means on unit vectors, with the cosine as similarity.
-
-The rows stay in their file and are read chunk by chunk, over this machine's devices. Each device has all centroids and the sums
-of their rows: 8 C e bytes for C clusters of width e.
-"""
+"""Clusters of embeddings, as labels: Lloyd's k-means on unit vectors, with the cosine as similarity. The rows stay in their file
+and are compared with the centroids chunk by chunk, on this machine's devices, each of which has all centroids."""
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,161 +13,113 @@ from jaxtyping import Array, Float, Int
 
 from clipjax.config import ConfigError, require
 from clipjax.data.bar import bar
-from clipjax.data.vectors import TEACHER, keyed_arrays
+from clipjax.data.vectors import Use, keyed_arrays
 from clipjax.files import local_path
 
-Side = Literal["image", "text", "both"]
 CHUNK = 8192  # rows of a device that are compared at once,
 TILE = 4096  # with so many centroids
 ROUNDS = 50  # at most
 STILL = 1000  # it ends where no more than one row in so many changes its cluster
-SPREAD = 16384  # clusters, at most, that k-means++ starts; more start at random rows
-IN_FLIGHT = 2  # chunks that the devices may compute at a time
+SPREAD = 4096  # clusters, at most, that k-means++ starts; more start at random rows
+
+Sides = tuple[Float[np.ndarray, "n e"], ...]  # of a file: image, text or both
 
 
-@dataclass(frozen=True)
-class Clusters:
-    """n rows in C clusters."""
-
+class Clusters(NamedTuple):
     label: Int[np.ndarray, "n l"]  # int32: the l nearest clusters of each row, the nearest first
     centroid: Float[np.ndarray, "c e"]  # float32 unit vectors
     cosine: float  # of a row and its centroid, the mean
     rounds: int
 
-    def __str__(self) -> str:
-        sizes = np.bincount(self.label[:, 0], minlength=len(self.centroid))
-        spread = f"{sizes.min():,} to {sizes.max():,} rows each, median {np.median(sizes):,.0f}"
-        empty = f"; {(sizes == 0).sum():,} are nobody's nearest" if (sizes == 0).any() else ""
-        counts = f"{len(self.label):,} rows in {len(sizes):,} clusters after {self.rounds} rounds"
-        return f"{counts}: {spread}; mean cosine with the centroid {self.cosine:.3f}{empty}"
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Unit vectors of a file. With several sides a row is all of them, so that a cosine is the mean of theirs."""
-
-    sides: tuple[np.ndarray, ...]
-    name: str
-
-    def __len__(self) -> int:
-        return len(self.sides[0])
-
-    def read(self, numbers: slice | np.ndarray) -> Float[np.ndarray, "r e"]:
-        parts = [np.asarray(side[numbers], np.float32) for side in self.sides]
-        z = np.concatenate([_unit(part) for part in parts], 1) / np.sqrt(np.float32(len(parts)))
-        if not np.isfinite(z).all():
-            raise ConfigError(f"{self.name}: has vectors that are not finite; write it with an earlier checkpoint, RUN@STEP")
-        return z
-
-
-def cluster(path: str, classes: int, nearest: int, side: Side, seed: int) -> tuple[Clusters, np.ndarray]:
-    """The clusters of an .npz that `clipjax embed` wrote, and its keys. Raises ConfigError where it is something else, and where
-    it has fewer rows than classes."""
-    name = f"EMB.npz = {path!r}"
-    wanted = ("image", "text") if side == "both" else (side,)
-    arrays, keys = keyed_arrays(local_path("EMB.npz", path).expanduser(), name, wanted, TEACHER)
+def cluster(path: str, classes: int, nearest: int, side: str, seed: int) -> tuple[Clusters, np.ndarray]:
+    """Clusters of the `image`, `text` or `both` of a file of `clipjax embed`, and its keys. Raises ConfigError for another
+    file, and where it has fewer rows than classes."""
+    use = Use("EMB.npz", {name: name for name in ("image", "text") if side in (name, "both")})
+    arrays, keys = keyed_arrays(local_path(use.field, path).expanduser(), f"{use.field} = {path!r}", use)
     require(classes <= len(keys), "--classes", classes, f"must be at most the {len(keys):,} rows of {path}")
     require(nearest <= classes, "--nearest", nearest, f"must be at most --classes, {classes}")
     require(seed >= 0, "--seed", seed, "must not be negative")
-    return kmeans(Rows(tuple(arrays.values()), name), classes, nearest, seed), keys
+    return kmeans(tuple(arrays.values()), classes, nearest, seed), keys
 
 
-def kmeans(rows: Rows, classes: int, nearest: int = 1, seed: int = 0) -> Clusters:
+def kmeans(sides: Sides, classes: int, nearest: int = 1, seed: int = 0) -> Clusters:
     """Lloyd's rounds, until hardly a row changes its cluster. A cluster without rows gets one of those farthest from theirs.
-    Shows its progress."""
-    centroids, label, rounds, moved = _start(rows, classes, seed), np.full(len(rows), -1), 0, len(rows)
-    empty = np.arange(classes)
-    while rounds < ROUNDS and moved and (len(empty) or moved > len(rows) // STILL):
+    Shows its progress. Raises ConfigError for vectors that are not finite."""
+    n = len(sides[0])
+    centroids, label, rounds, moved, empty = _start(sides, classes, seed), np.full(n, -1), 0, n, np.arange(classes)
+    while rounds < ROUNDS and moved and (len(empty) or moved > n // STILL):
         rounds += 1
-        sums, cosines, numbers = _pass(rows, centroids, 1, f"round {rounds}")
+        sums, cosines, numbers = _pass(sides, centroids, 1, f"round {rounds}")
         moved, label = int((numbers[:, 0] != label).sum()), numbers[:, 0]
-        centroids, empty = _unit(sums[:, :-1]), np.flatnonzero(sums[:, -1] == 0)
+        centroids, empty = _unit(sums), np.flatnonzero(np.bincount(label, minlength=classes) == 0)
         if len(empty):
-            centroids[empty] = rows.read(np.sort(np.argpartition(cosines[:, 0], len(empty) - 1)[: len(empty)]))
-    _, cosines, numbers = _pass(rows, centroids, nearest, "labels")
+            centroids[empty] = _rows(sides, np.sort(np.argpartition(cosines[:, 0], len(empty) - 1)[: len(empty)]))
+    _, cosines, numbers = _pass(sides, centroids, nearest, "labels")
     return Clusters(numbers, centroids, float(cosines[:, 0].mean(dtype=np.float64)), rounds)
+
+
+def _rows(sides: Sides, numbers: slice | np.ndarray) -> Float[np.ndarray, "r e"]:
+    """Unit vectors of all sides, one after the other: their cosine is the mean of the sides'."""
+    z = np.concatenate([_unit(np.asarray(side[numbers], np.float32)) for side in sides], 1) / np.sqrt(np.float32(len(sides)))
+    if not np.isfinite(z).all():
+        raise ConfigError("EMB.npz: has vectors that are not finite; write it with an earlier checkpoint, RUN@STEP")
+    return z
 
 
 def _unit(z: Float[np.ndarray, "r e"]) -> Float[np.ndarray, "r e"]:
     return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
-def _start(rows: Rows, classes: int, seed: int) -> Float[np.ndarray, "c e"]:
-    """Rows to start from: by k-means++ on a sample, or random ones where there are many classes."""
-    count = classes if classes > SPREAD else min(len(rows), 10 * classes + 10_000)
-    sample = rows.read(np.sort(np.random.default_rng(seed).choice(len(rows), count, replace=False)))
-    return sample if classes > SPREAD else sample[np.asarray(_far_apart(sample, classes, jax.random.key(seed)))]
-
-
-@functools.partial(jax.jit, static_argnames="count")
-def _far_apart(sample: Float[Array, "r e"], count: int, key: Array) -> Int[Array, " count"]:
-    """k-means++: row after row, each with a chance in proportion to its squared distance from the nearest chosen before it."""
-
-    def add(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        chosen, cosine = state
-        row = jax.random.categorical(jax.random.fold_in(key, i), jnp.log(jnp.maximum(1 - cosine, 0)))
-        return chosen.at[i].set(row), jnp.maximum(cosine, sample @ sample[row])
-
-    none = jnp.zeros(count, jnp.int32), jnp.full(len(sample), -1.0)
-    return jax.lax.fori_loop(0, count, add, none)[0]
+def _start(sides: Sides, classes: int, seed: int) -> Float[np.ndarray, "c e"]:
+    """Rows to start from, by k-means++ on a sample: one after the other, each with a chance in proportion to its squared distance
+    from the nearest before it. More than SPREAD are random rows."""
+    rng, n = np.random.default_rng(seed), len(sides[0])
+    count = classes if classes > SPREAD else min(n, 10 * classes + 10_000)
+    sample = _rows(sides, np.sort(rng.choice(n, count, replace=False)))
+    chosen, far = [*range(classes)] if classes > SPREAD else [int(rng.integers(count))], np.full(count, 2.0)
+    while len(chosen) < classes:
+        far = np.minimum(far, np.maximum(1 - sample @ sample[chosen[-1]], 1e-9))
+        chosen.append(int(rng.choice(count, p=far / far.sum())))
+    return sample[chosen]
 
 
 def _pass(
-    rows: Rows, centroids: Float[np.ndarray, "c e"], nearest: int, what: str
-) -> tuple[Float[np.ndarray, "c e1"], Float[np.ndarray, "n l"], Int[np.ndarray, "n l"]]:
-    """The sum and, last, the number of the rows of each centroid; the cosines and numbers of each row's nearest centroids."""
-    mesh = Mesh(np.array(jax.local_devices()), ("rows",))
-    on_rows, replicated = (NamedSharding(mesh, spec) for spec in (P("rows"), P()))
-    tiles, found = jax.device_put(_tiles(centroids), replicated), []
-    sums = jax.device_put(np.zeros((len(centroids), centroids.shape[1] + 1), np.float32), replicated)
-    size = min(CHUNK * mesh.size, -(-len(rows) // mesh.size) * mesh.size)
-    with bar(f"{rows.name}: {what}", len(rows), "rows") as shown:
-        for chunk, count in _chunks(rows, size):
-            sums, *best = _compare(sums, jax.device_put(chunk, on_rows), count, tiles, nearest, mesh)
-            found.append(best)
-            jax.block_until_ready(found[-IN_FLIGHT:][0])
-            shown.update(count)
-    cosines, numbers = (np.concatenate([np.asarray(x) for x in parts])[: len(rows)] for parts in zip(*found, strict=True))
-    return np.asarray(sums), cosines, numbers
+    sides: Sides, centroids: Float[np.ndarray, "c e"], nearest: int, what: str
+) -> tuple[Float[np.ndarray, "c e"], Float[np.ndarray, "n l"], Int[np.ndarray, "n l"]]:
+    """The sum of the rows of each centroid; the cosines and numbers of each row's nearest centroids, the nearest first."""
+    n, mesh = len(sides[0]), Mesh(np.array(jax.local_devices()), ("rows",))
+    size, tile = min(CHUNK * mesh.size, -(-n // mesh.size) * mesh.size), min(TILE, len(centroids))
+    padded = np.pad(centroids, ((0, -len(centroids) % tile), (0, 0))).reshape(-1, tile, centroids.shape[1])
+    tiles, sums, found = jax.device_put(padded, NamedSharding(mesh, P())), np.zeros_like(centroids), []
+    with bar(f"clusters, {what}", n, "rows") as shown:
+        for start in range(0, n, size):
+            z = _rows(sides, slice(start, start + size))
+            chunk = jax.device_put(np.pad(z, ((0, size - len(z)), (0, 0))), NamedSharding(mesh, P("rows")))
+            found.append([np.asarray(x)[: len(z)] for x in _compare(chunk, tiles, len(centroids), nearest, mesh)])
+            order = np.argsort(found[-1][1][:, 0], kind="stable")
+            number, first = np.unique(found[-1][1][order, 0], return_index=True)
+            sums[number] += np.add.reduceat(z[order], first)
+            shown.update(len(z))
+    cosines, numbers = map(np.concatenate, zip(*found, strict=True))
+    return sums, cosines, numbers
 
 
-def _chunks(rows: Rows, size: int) -> Iterator[tuple[Float[np.ndarray, "size e"], int]]:
-    """All rows in chunks of this size, the last padded, and how many of each are rows."""
-    for start in range(0, len(rows), size):
-        part = rows.read(slice(start, start + size))
-        yield np.pad(part, ((0, size - len(part)), (0, 0))), len(part)
+@functools.partial(jax.jit, static_argnames=("count", "nearest", "mesh"))
+def _compare(chunk: Array, tiles: Array, count: int, nearest: int, mesh: Mesh) -> tuple[Array, Array]:
+    """Cosines and numbers, as `_pass`, of a chunk [r, e] with `count` centroids [t, k, e], padded. It holds a tile at a time."""
 
-
-def _tiles(centroids: Float[np.ndarray, "c e"]) -> Float[np.ndarray, "t k e"]:
-    """The centroids in tiles of equal size, the last padded."""
-    size = min(TILE, len(centroids))
-    return np.pad(centroids, ((0, -len(centroids) % size), (0, 0))).reshape(-1, size, centroids.shape[1])
-
-
-@functools.partial(jax.jit, static_argnames=("nearest", "mesh"), donate_argnames="sums")
-def _compare(
-    sums: Float[Array, "c e1"], chunk: Float[Array, "r e"], count: Array, tiles: Float[Array, "t k e"], nearest: int, mesh: Mesh
-) -> tuple[Float[Array, "c e1"], Float[Array, "r l"], Int[Array, "r l"]]:
-    """As `_pass`, of a chunk of which `count` are rows. No device holds the cosines with more than a tile."""
-
-    def local(x: Array, count: Array, tiles: Array) -> tuple[Array, Array, Array]:
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"), check_vma=False)
+    def on_shards(x: Array, tiles: Array) -> tuple[Array, Array]:
         def join(best: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
             number = i * tiles.shape[1] + jnp.arange(tiles.shape[1])
             cosines = jnp.matmul(x, tiles[i].T, precision=jax.lax.Precision.HIGHEST)
-            cosines = jnp.concatenate([best[0], jnp.where(number < len(sums), cosines, -jnp.inf)], 1)
-            numbers = jnp.concatenate([best[1], jnp.broadcast_to(number, (len(x), len(number)))], 1)
+            cosines = jnp.concatenate([best[0], jnp.where(number < count, cosines, -jnp.inf)], 1)
             top, at = jax.lax.top_k(cosines, nearest)
+            numbers = jnp.concatenate([best[1], jnp.broadcast_to(number, (len(x), len(number)))], 1)
             return (top, jnp.take_along_axis(numbers, at, 1)), None
 
         none = jnp.full((len(x), nearest), -jnp.inf), jnp.zeros((len(x), nearest), jnp.int32)
-        none = jax.tree.map(lambda y: jax.lax.pcast(y, "rows", to="varying"), none)
-        (cosines, numbers), _ = jax.lax.scan(join, none, jnp.arange(len(tiles)))
-        real = jax.lax.axis_index("rows") * len(x) + jnp.arange(len(x)) < count
-        own = jnp.where(real, numbers[:, 0], len(sums))  # padding is nobody's, and dropped
-        added = jnp.zeros_like(x, shape=sums.shape).at[own].add(jnp.pad(x, ((0, 0), (0, 1)), constant_values=1), mode="drop")
-        return jax.lax.psum(added, "rows"), cosines, numbers
+        return jax.lax.scan(join, none, jnp.arange(len(tiles)))[0]
 
-    specs = P("rows"), P(), P()
-    on_shards = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P("rows"), P("rows")))
-    added, cosines, numbers = on_shards(chunk, count, tiles)
-    return sums + added, cosines, numbers
+    return on_shards(chunk, tiles)

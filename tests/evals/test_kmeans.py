@@ -8,7 +8,6 @@ from clipjax.config import Data
 from clipjax.data.sources import open_source
 from clipjax.data.vectors import LABELS, Vectors
 from clipjax.evals import kmeans
-from clipjax.evals.kmeans import Rows
 from tests.data.conftest import write_tsv
 
 
@@ -37,7 +36,7 @@ def small(monkeypatch):
 @pytest.mark.usefixtures("small")
 def test_planted_clusters_are_found_and_the_labels_are_the_nearest():
     rows, number = planted(7, 9)
-    found = kmeans.kmeans(Rows((rows,), "rows"), 7, nearest=3)
+    found = kmeans.kmeans((rows,), 7, nearest=3)
     assert len({*zip(found.label[:, 0].tolist(), number.tolist(), strict=True)}) == 7
     means = unit(np.stack([rows[found.label[:, 0] == c].sum(0, dtype=np.float64) for c in range(7)]))
     np.testing.assert_allclose(found.centroid, means, atol=1e-6)
@@ -45,7 +44,6 @@ def test_planted_clusters_are_found_and_the_labels_are_the_nearest():
     assert (found.label == np.argsort(-cosines, 1)[:, :3]).all()
     assert found.label.dtype == np.int32
     assert abs(found.cosine - cosines.max(1).mean()) < 1e-6
-    assert str(found).startswith(f"63 rows in 7 clusters after {found.rounds} rounds: 9 to 9 rows each, median 9; mean cosine")
 
 
 @pytest.mark.usefixtures("small")
@@ -61,23 +59,22 @@ def test_a_round_is_lloyds_and_an_empty_cluster_gets_the_farthest_row(monkeypatc
     empty = [c for c in range(6) if not (number == c).any()]
     far = np.sort(np.argsort(cosines.max(1))[: len(empty)])
     want[empty] = rows[far]
-    np.testing.assert_allclose(kmeans.kmeans(Rows((rows,), "rows"), 6).centroid, want, atol=1e-6)
+    np.testing.assert_allclose(kmeans.kmeans((rows,), 6).centroid, want, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small")
 def test_fewer_different_rows_than_clusters():
     rows, _ = planted(3, 5, noise=0)
-    found = kmeans.kmeans(Rows((rows,), "rows"), 5)
+    found = kmeans.kmeans((rows,), 5)
     assert len(np.unique(found.label)) == 3
-    assert "; 2 are nobody's nearest" in str(found)
     assert abs(found.cosine - 1) < 1e-6
 
 
 def test_both_sides_count_alike():
     """The images tell two clusters, the texts two others; both together four."""
     (image, a), (text, b) = planted(2, 20), planted(2, 20, seed=1)
-    rows = Rows((5 * image, text), "rows")
-    z = rows.read(slice(None))
+    rows = 5 * image, text
+    z = kmeans._rows(rows, slice(None))
     np.testing.assert_allclose(z @ z.T, (image @ image.T + text @ text.T) / 2, atol=1e-6)
     found = kmeans.kmeans(rows, 4)
     assert len({*zip(found.label[:, 0].tolist(), a.tolist(), b.tolist(), strict=True)}) == 4
@@ -94,7 +91,7 @@ def test_what_the_command_writes_are_labels(embedded, tmp_path, capsys):
     more = ["--classes", "5", "--nearest", "2", "--seed", "4"]
     for out in ("a.npz", "b.npz"):
         assert not cli.main(["cluster", str(embedded), *more, "--out", str(tmp_path / out)])
-    assert "a.npz: 20 rows in 5 clusters after" in capsys.readouterr().out
+    assert "a.npz: 20 rows in 5 of 5 clusters after" in capsys.readouterr().out
     with np.load(tmp_path / "a.npz") as first, np.load(tmp_path / "b.npz") as second:
         assert sorted(first) == ["centroid", "key", "label"]
         assert all((first[name] == second[name]).all() for name in first)

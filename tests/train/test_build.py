@@ -134,7 +134,7 @@ def test_the_teacher_is_opened_once(run, sources, tmp_path):
     teacher = build.teacher(run, sources["red"])
     tokens = build.tokenizer(run, tiny.opened(run, tmp_path / "run"), sources["red"])
     (tmp_path / "teacher.npz").unlink()  # mapped, so that a second look alone would miss it
-    with build.batches(run, sources["red"], tokens, teacher)(0) as opened:
+    with build.batches(run, sources["red"], tokens, teacher=teacher)(0) as opened:
         batch = next(opened)
     np.testing.assert_array_equal(batch["teacher_image"][:, 0], batch["index"])
     np.testing.assert_array_equal(batch["teacher_text"][:, 0], -batch["index"])
