@@ -1,72 +1,32 @@
 """What each command of `clipjax eval` does, given its parsed arguments."""
 
 import argparse
+import dataclasses
 import json
 import sys
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any
 
 import clipjax
 from clipjax import config
 from clipjax.arguments import writable_file
 from clipjax.commands import dataset, first, load, say
 from clipjax.config.data import dataset_name
-from clipjax.config.tasks import ProbeMethod
 
 
-def eval_zeroshot(args: argparse.Namespace) -> None:
-    """`clipjax eval zeroshot`: accuracies of a run as a classifier."""
-    results = evaluate(args, config.Zeroshot(**dataset(args), templates=args.templates, classnames=args.classnames))
-    if args.predictions:
-        results.predictions.write(args.predictions)
+def evaluating(kind: type[config.TrainingEvaluation]) -> Callable[[argparse.Namespace], None]:
+    """A command that is one evaluation. Its options have the names of the fields that they give."""
 
+    def command(args: argparse.Namespace) -> None:
+        given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(kind)}
+        values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
+        evaluate(args, kind(**values))
 
-def eval_retrieval(args: argparse.Namespace) -> None:
-    """`clipjax eval retrieval`: recalls of a run in both directions."""
-    evaluate(args, config.Retrieval(**dataset(args), languages=args.languages or ()))
-
-
-def eval_geometry(args: argparse.Namespace) -> None:
-    """`clipjax eval geometry`: the gap between a run's images and texts, as metrics and as a plot."""
-    evaluate(args, config.Geometry(**dataset(args)))
-
-
-def eval_captioning(args: argparse.Namespace) -> None:
-    """`clipjax eval captioning`: the captions that a run generates, as metrics and with some of the images."""
-    evaluate(args, config.Captioning(**dataset(args), samples=args.samples))
-
-
-def eval_probe(args: argparse.Namespace) -> None:
-    """`clipjax eval probe`: classifiers of a run's image vectors, learned from a labelled split."""
-    chosen = dict(train=args.train, features=args.features, label_pattern=args.label_pattern)
-    methods = tuple(args.methods or get_args(ProbeMethod))
-    evaluate(args, config.Probe(**dataset(args), **chosen, methods=methods))
-
-
-def eval_transfer(args: argparse.Namespace) -> None:
-    """`clipjax eval transfer`: what a classifier learned from a run's texts is worth on its images."""
-    chosen = dict(train=args.train, label_pattern=args.label_pattern, noise=args.noise)
-    evaluate(args, config.Transfer(**dataset(args), **chosen))
-
-
-def eval_calibration(args: argparse.Namespace) -> None:
-    """`clipjax eval calibration`: whether a run's zero-shot probabilities are right as often as they say."""
-    evaluate(args, config.Calibration(**dataset(args), templates=args.templates, classnames=args.classnames))
-
-
-def eval_choice(args: argparse.Namespace) -> None:
-    """`clipjax eval choice`: how often a run gives pictures their own captions, and captions their own pictures."""
-    evaluate(args, config.Choice(**dataset(args), questions=args.questions))
-
-
-def eval_composed(args: argparse.Namespace) -> None:
-    """`clipjax eval composed`: how often a run finds the picture that a picture and a text ask for together."""
-    evaluate(args, config.Composed(**dataset(args), questions=args.questions, weight=args.weight))
+    return command
 
 
 def eval_robustness(args: argparse.Namespace) -> None:
     """`clipjax eval robustness`: a run's accuracies under shifts, beside those of reference models that are as good without."""
-    import dataclasses
-
     from clipjax.evals.robustness import robustness, table
     from clipjax.files import write_json
 
@@ -74,11 +34,6 @@ def eval_robustness(args: argparse.Namespace) -> None:
     print(table(found))
     if args.json:
         write_json(args.json, dict(results=args.results, on=args.on, sets=[dataclasses.asdict(one) for one in found]))
-
-
-def eval_instance(args: argparse.Namespace) -> None:
-    """`clipjax eval instance`: how well a run finds the other images of what an image shows."""
-    evaluate(args, config.Instance(**dataset(args), gallery=args.gallery, gallery_split=args.gallery_split))
 
 
 def eval_relative(args: argparse.Namespace) -> None:
@@ -100,10 +55,8 @@ def eval_relative(args: argparse.Namespace) -> None:
         write_json(args.json, result)
 
 
-def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any:
-    """Runs an evaluation with the weights of a run: prints the metrics, and writes --json and, where there is one, --png.
-
-    Returns the evaluation's Results."""
+def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> None:
+    """Runs an evaluation with the weights of a run: prints the metrics, and writes the files that options name."""
     from clipjax.evals.report import png_name, report, save_png, write_json
     from clipjax.evals.training import prepare
 
@@ -114,7 +67,7 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any
     features = model.encoder.features
     of = "" if features == "embedding" else f", {features if isinstance(features, str) else 'head ' + ', '.join(features)}"
     evaluation = prepare(wanted, model.encoder, tokenizer, model.run)
-    results = evaluation.run(model.params)
+    results: Any = evaluation.run(model.params)
     result = report(evaluation.dataset, model.name, f"step {model.step}{of}", wanted.task, results.metrics)
     numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves
     say(json.dumps(result | {"metrics": numbers}, indent=2, ensure_ascii=False))
@@ -123,7 +76,8 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Any
     if png and first() and (image := results.draw(f"{model.name}, step {model.step}, on {evaluation.dataset}")):
         save_png(png, image)
         print(f"image: {png}", file=sys.stderr)
-    return results
+    if getattr(args, "predictions", None):
+        results.predictions.write(args.predictions)
 
 
 def eval_suite(args: argparse.Namespace) -> None:
@@ -157,8 +111,6 @@ def eval_suite(args: argparse.Namespace) -> None:
 
 def eval_compare(args: argparse.Namespace) -> int:
     """`clipjax eval compare`: a run against another on the same queries. The status is 1 where the second is worse."""
-    import dataclasses
-
     from clipjax.evals.comparison import compare, table
     from clipjax.files import write_json
 

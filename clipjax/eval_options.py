@@ -2,10 +2,11 @@
 
 from typing import get_args
 
-from clipjax import eval_commands
+from clipjax import config, eval_commands
 from clipjax.arguments import local_folder, nonnegative, positive, writable_file, writable_folder
 from clipjax.config.tasks import ProbeMethod
 from clipjax.declared import DATA, DATASET, RUN, VECTORS, argument, command, json_out
+from clipjax.eval_commands import evaluating
 
 METHODS = get_args(ProbeMethod)
 LEARNED = (
@@ -31,7 +32,7 @@ PROMPTS = (
 EVAL_COMMANDS = (
     command(
         "eval zeroshot",
-        eval_commands.eval_zeroshot,
+        evaluating(config.Zeroshot),
         "zero-shot classification: acc1, acc5, mean-per-class recall",
         *DATA,
         VECTORS,
@@ -43,7 +44,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval retrieval",
-        eval_commands.eval_retrieval,
+        evaluating(config.Retrieval),
         "image-text retrieval: recall at 1, 5 and 10 in both directions",
         *DATA,
         VECTORS,
@@ -57,7 +58,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval geometry",
-        eval_commands.eval_geometry,
+        evaluating(config.Geometry),
         "the contrastive gap: distances, separability, uniformity, alignment, RankMe",
         *DATA,
         json_out("the result, with curves of explained variance,"),
@@ -70,7 +71,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval captioning",
-        eval_commands.eval_captioning,
+        evaluating(config.Captioning),
         "greedy captions against those of the dataset: exact match, perplexity, BLEU, chrF, CIDEr",
         *DATA,
         json_out("the result"),
@@ -84,7 +85,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval probe",
-        eval_commands.eval_probe,
+        evaluating(config.Probe),
         "classifiers learned from image vectors: a linear probe, nearest neighbours, ridge from few examples",
         *DATA,
         *LEARNED,
@@ -94,7 +95,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval transfer",
-        eval_commands.eval_transfer,
+        evaluating(config.Transfer),
         "classifiers learned from captions' vectors with noise, tested on images",
         *DATA,
         *LEARNED,
@@ -103,7 +104,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval calibration",
-        eval_commands.eval_calibration,
+        evaluating(config.Calibration),
         "zero-shot probabilities: expected calibration error, before and after one temperature is fitted",
         *DATA,
         *PROMPTS,
@@ -111,7 +112,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval choice",
-        eval_commands.eval_choice,
+        evaluating(config.Choice),
         "which caption is whose picture's: Winoground, SugarCrepe, ARO, WinoGAViL, or captions against disrupted copies",
         *DATA,
         argument(
@@ -124,7 +125,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval composed",
-        eval_commands.eval_composed,
+        evaluating(config.Composed),
         "retrieval of pictures by a picture and a text that says what changes: SIMAT, GeneCIS, emoji's skin tones",
         *DATA,
         argument("--questions", "FILE", "questions on pictures of --data, as JSON; needed unless --data is emoji"),
@@ -142,7 +143,7 @@ EVAL_COMMANDS = (
     ),
     command(
         "eval instance",
-        eval_commands.eval_instance,
+        evaluating(config.Instance),
         "images of the same class found by an image: recall at 1, 5 and 10, mean average precision",
         *DATA,
         argument("--gallery", "SPEC", "the images that are searched; else the other images of --data"),

@@ -155,7 +155,7 @@ from clipjax import config, distributed, eval_commands, status
 
 does, who = os.environ["DOES"], 1
 
-def work(args):
+def work(args, wanted):
     distributed.start()
     me = jax.process_index()
     distributed.agree("the weather", "rain" if does == "disagree" and me == who else "sun")
@@ -187,8 +187,8 @@ def work(args):
         time.sleep(5)
     print('{"result": 1}')
 
-eval_commands.eval_retrieval = work
-from clipjax import cli  # only now: its table of commands takes the functions as they are
+eval_commands.evaluate = work
+from clipjax import cli
 
 sys.exit(cli.main(["eval", "retrieval", "RUN", "--data", "emoji"]))
 """

@@ -62,14 +62,14 @@ def write(self, line, *more):
 written, MetricsWriter._write = MetricsWriter._write, write
 
 
-def work(args):
+def work(args, wanted):
     distributed.start()
     mesh = sharding.make_mesh(config.Mesh())
     tiny.train_in(WORKDIR, RUN, lambda start: contextlib.nullcontext(read(start)), [Evaluator()], mesh)
 
 
 if __name__ == "__main__":
-    eval_commands.eval_retrieval = work
-    from clipjax import cli  # only now: its table of commands takes the functions as they are
+    eval_commands.evaluate = work
+    from clipjax import cli
 
     sys.exit(cli.main(["eval", "retrieval", "RUN", "--data", "emoji"]))
