@@ -85,7 +85,7 @@ EXPERIMENTS = {
         ("clip", "rocket", "rocket_barlow", "rocket_siamese", "rocket_swap"),
         (*USUAL, RANKME),
     ),
-    "mcl": Experiment("what does a second stage within ten clusters learn?", ("mcl",), (*STAGES, *USUAL)),
+    "mcl": Experiment("what does a second stage within ten clusters learn?", ("mcl",), (*STAGES, SAME, KNN)),
     "pairs": Experiment("are languages better together?", ("en", "ja", "zh", "en_ja_zh"), LANGUAGES),
     "multi_view": Experiment(
         "more dimensions than by a sum over pairs?",
