@@ -19,7 +19,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clipjax import config
-from clipjax.config.model import CLASS_ROWS
 from clipjax.models import clip
 from clipjax.models.layers import TENSOR_AXES
 
@@ -102,11 +101,11 @@ def check_tensor(model: config.Model, mesh: Mesh) -> None:
 
 def check_classes(model: config.Model, mesh: Mesh) -> None:
     """Raises ConfigError unless the mesh divides the class matrix, of which each device of the batch has a part."""
-    if model.classes is not None:
-        rows, n = model.classes.rows, batch_devices(mesh)
-        near = -(-rows // math.lcm(CLASS_ROWS, n)) * math.lcm(CLASS_ROWS, n)
-        remedy = f"its matrix has {rows:,} rows, which {n} devices of mesh axes data x fsdp do not divide; try {near:,}"
-        config.require(rows % n == 0, "model.classes.count", model.classes.count, remedy)
+    rows, n = model.class_shape[0] if model.class_shape else 0, batch_devices(mesh)
+    remedy = (
+        f"its matrix has {rows:,} rows, which {n} devices of mesh axes data x fsdp do not divide: take a power of two of them"
+    )
+    config.require(rows % n == 0, "model.classes", model.classes, remedy)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

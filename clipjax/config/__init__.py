@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clipjax.config.augment import Augment, TextAugment, View
-from clipjax.config.classify import Classify
 from clipjax.config.data import BPE, Clean, Data, Filter, Part, Tokenizer, TokenizerFile
 from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
@@ -23,6 +22,7 @@ from clipjax.config.objective import (
     CUAXU,
     Alignment,
     Caption,
+    Classify,
     CrossUniformity,
     Cwcl,
     Cyclip,

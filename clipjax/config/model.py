@@ -64,17 +64,11 @@ class Head(Strict, prefix="model.heads"):
 class Classes(Strict, prefix="model.classes"):
     """Vectors of classes, which terms of the objective compare embeddings with. They are for training alone."""
 
-    count: int  # number of classes: labels are below it
-    width: int | None = None  # numbers of a vector; None: as many as an embedding has
+    count: int = bounded(COUNT)  # number of classes: labels are below it
+    width: int | None = bounded(COUNT, None)  # numbers of a vector; None: as many as an embedding has
 
     def __post_init__(self) -> None:
-        require(self.count > 0, "model.classes.count", self.count, "must be positive")
-        require(self.width is None or self.width > 0, "model.classes.width", self.width, "must be positive or None")
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix that is stored, on any mesh: those after `count` are zeros, so that devices have equal parts."""
-        return -(-self.count // CLASS_ROWS) * CLASS_ROWS
+        check_bounds(self, "model.classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +127,9 @@ class Model(Strict, prefix="model"):
 
     @property
     def class_shape(self) -> tuple[int, int] | None:
-        """Of the matrix of class vectors; None without classes."""
-        return None if self.classes is None else (self.classes.rows, self.classes.width or self.embed_dim)
+        """Of the matrix of class vectors, on any mesh: rows after the last class are zeros, so that devices have equal parts."""
+        found = self.classes
+        return None if found is None else (-(-found.count // CLASS_ROWS) * CLASS_ROWS, found.width or self.embed_dim)
 
     def require_towers(self, *names: Literal["image", "text"]) -> None:
         """Raises ConfigError where the model has not all of these towers."""

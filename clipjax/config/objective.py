@@ -7,7 +7,6 @@ bring a term of its own: `clipjax.register`.
 from dataclasses import dataclass
 from typing import Literal
 
-from clipjax.config.classify import Classify
 from clipjax.config.data import Data
 from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, bounded, require
 from clipjax.config.metric import MannWhitney, Mixup, MultiSimilarity, Repulsion
@@ -213,6 +212,31 @@ class Caption(Term):
         super().check(name, model, data)
         remedy = f"{name} is a captioning loss: set it, as to Decoder.coca('B')"
         require(model.decoder is not None, "model.decoder", None, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(Term):
+    """Classification into model.classes by data.labels: a softmax (MOFI, 2306.07952), or MLCD's two logarithms (2407.17331)."""
+
+    kind: Literal["classify"] = "classify"
+    loss: Literal["softmax", "mlcd"] = "softmax"  # log(1 + sum exp(s_n - s_p)), or log(1 + sum exp s_n) + log(1 + sum exp -s_p)
+    scale: float = bounded(POSITIVE, 16.0)  # fixed, of the cosines
+    sampled: float = bounded(POSITIVE_SHARE, 1.0)  # share of the classes that are negatives, drawn anew at each step (MLCD: 0.1)
+    side: Literal["image", "text"] = "image"  # what is classified: all views, or all captions
+    head: str | None = None  # name of a head whose vectors are classified; None: the embeddings
+
+    @property
+    def draws(self) -> bool:
+        return self.sampled < 1
+
+    def check(self, name: str, model: Model, data: Data) -> None:
+        super().check(name, model, data)
+        require(data.labels is not None, "data.labels", None, f"{name} needs them: set own, or a file of `clipjax cluster`")
+        widths = {None: model.embed_dim} | {head.name: head.width for head in model.heads if self.side in head.sides}
+        require(self.head in widths, f"{name}.head", self.head, f"must name one of model.heads that has {self.side}")
+        remedy = f"{name} needs them: set it, as to Classes(count=1000, width={widths[self.head]})"
+        fits = model.class_shape is not None and model.class_shape[1] == widths[self.head]
+        require(fits, "model.classes", model.classes, remedy)
 
 
 Term.include(

@@ -17,7 +17,7 @@ from clipjax.config.term import Binding
 from clipjax.losses import flops, metric, views
 from clipjax.losses.batch import add_up
 from clipjax.losses.caption import caption_loss
-from clipjax.losses.classify import class_loss
+from clipjax.losses.classify import classify
 from clipjax.losses.matryoshka import prefix
 from clipjax.losses.pairwise import Axis
 from clipjax.losses.pairwise.operands import Scalar
@@ -154,16 +154,6 @@ def _caption(term: config.Caption, rows: Rows, scale: Scalar, bias: Scalar | Non
     return TermResult(caption_loss(*rows.caption, axis=axis))
 
 
-def _classify(term: config.Classify, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> TermResult:
-    """Takes all views (captions) at once: each towards the labels of its example."""
-    assert rows.classes is not None  # Classify.check
-    assert rows.labels is not None
-    vectors = getattr(rows if term.head is None else rows.heads[term.head], term.side)
-    z = vectors.reshape(len(vectors), -1, vectors.shape[-1])
-    options = dict[str, Any](axis=axis, form=term.loss, sampled=term.sampled, key=rows.shared.key)
-    return TermResult(class_loss(z, rows.classes, rows.labels, term.scale, **options))
-
-
 TERMS = {
     config.Softmax: Binding(over_pairs(_per_prefix(_softmax)), flops.of_prefixes),
     config.Sigmoid: Binding(over_pairs(_per_prefix(_sigmoid)), flops.of_sigmoid),
@@ -189,6 +179,6 @@ TERMS = {
     config.Barlow: Binding(over_pairs(views.of_barlow), flops.of_barlow),
     config.Siamese: Binding(views.of_siamese, flops.none),
     config.Swap: Binding(over_heads(views.of_swap), flops.of_swap),
-    config.Classify: Binding(_classify, flops.of_classify),
+    config.Classify: Binding(classify, flops.of_classify),
 }
 config.Term.bind(TERMS)  # fails here, at import, where a class of clipjax's own has no row

@@ -184,17 +184,13 @@ def facts(cfg: config.Model) -> dict[str, TowerFacts]:
 
 def init(cfg: config.Model, seed: int) -> Params:
     """Fresh float32 parameters: a pure function of the configuration and the seed."""
-    params = nnx.to_pure_dict(nnx.state(CLIP(cfg, jax.random.key(seed))))
-    return params if cfg.classes is None else params | {CLASSES: _class_vectors(cfg, jax.random.key(seed))}
-
-
-def _class_vectors(cfg: config.Model, key: Key[Array, ""]) -> Float[Array, "c d"]:
-    """Normal, of mean length 1; zeros for the rows that are no class."""
-    assert cfg.classes is not None
-    assert cfg.class_shape is not None
+    key = jax.random.key(seed)
+    params = nnx.to_pure_dict(nnx.state(CLIP(cfg, key)))
+    if cfg.classes is None or cfg.class_shape is None:
+        return params
     drawn = jax.random.normal(jax.random.fold_in(key, zlib.crc32(CLASSES.encode())), cfg.class_shape)
-    is_class = jnp.arange(cfg.classes.rows) < cfg.classes.count
-    return jnp.where(is_class[:, None], drawn / math.sqrt(cfg.class_shape[1]), 0)
+    is_class = jnp.arange(len(drawn))[:, None] < cfg.classes.count
+    return params | {CLASSES: jnp.where(is_class, drawn / math.sqrt(cfg.class_shape[1]), 0)}
 
 
 def without_classes(params: Params) -> Params:

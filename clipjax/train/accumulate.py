@@ -26,11 +26,8 @@ Loss = Callable[[Tree, Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (params, em
 ValueAndGrad = Callable[[Tree, Tree, Tree], tuple[tuple[jax.Array, Tree], Tree]]
 
 
-def value_and_grad(
-    encode: Encode, loss: Loss, mesh: Mesh, towers: Towers, micro_batches: int, part: Part = lambda params: params
-) -> ValueAndGrad:
-    """`(params, rows, shared) -> ((value, aux), gradient)` of `loss(params, z, rows, shared) -> (value, aux)`, where z is
-    `encode(part(params), rows)`.
+def value_and_grad(encode: Encode, loss: Loss, mesh: Mesh, towers: Towers, micro_batches: int, part: Part) -> ValueAndGrad:
+    """`(params, rows, shared) -> ((value, aux), gradient)` of `loss(params, encode(part(params), rows), rows, shared)`.
 
     `rows` are arrays [B, ...] sharded over the devices of the batch; `shared` is what the loss takes beside them. `encode` maps
     examples one by one: row i of its result depends on row i of `rows` alone, so it may be called with any part of them. If
@@ -43,9 +40,7 @@ def value_and_grad(
     encode_batch = over_devices(
         lambda params, rows: encode(towers.full(params), rows), mesh, towers, (towers.specs, P(BATCH)), P(BATCH)
     )
-    return jax.value_and_grad(
-        lambda params, rows, shared: loss(params, encode_batch(part(params), rows), rows, shared), has_aux=True
-    )
+    return jax.value_and_grad(lambda params, rows, *x: loss(params, encode_batch(part(params), rows), rows, *x), has_aux=True)
 
 
 def over_devices(

@@ -92,29 +92,25 @@ def can_grow(optim: Optim, old_steps: int, new_steps: int, at_step: int) -> str 
     return f"{begun if at_step <= new_steps else f'{field}, and has {at_step} finished steps'}; ask for {least} at least"
 
 
-def match_rules(rules: tuple[Rule, ...], params: Params) -> dict[str, Rule]:
+def match_rules(rules: tuple[Rule, ...], params: Params, part: bool = False) -> dict[str, Rule]:
     """Path -> rule for every parameter. A path is as `image/blocks/mlp/up/kernel`; the first rule that matches all of it holds.
 
     Raises ConfigError if a parameter matches no rule, or if no parameter is left for a rule, which is most likely a typo;
-    unless another rule froze one that it matches.
+    unless another rule froze one that it matches. `part`: of a part of the parameters, in which a rule may have none.
     """
     shapes = {_name(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
     found: dict[str, Rule] = {}
     for name in shapes:
-        if rule := _first(rules, name):
+        if rule := next((r for r in rules if re.fullmatch(r.pattern, name)), None):
             found[name] = rule
     if missed := [f"{name} {shape}" for name, shape in shapes.items() if name not in found]:
         raise ConfigError(f"optim.rules: no rule matches {', '.join(missed)}; end the list with Rule(pattern='.*')")
-    for i, rule in enumerate(rules):
+    for i, rule in enumerate(() if part else rules):
         if not any(r is rule or (r.lr == 0 and re.fullmatch(rule.pattern, name)) for name, r in found.items()):
             path = max(shapes, key=len)
             remedy = f"no parameter is left for it; it must match a full path, as {path!r}, that no earlier rule matches"
             raise ConfigError(f"optim.rules.{i}.pattern = {rule.pattern!r}: {remedy}")
     return found
-
-
-def _first(rules: tuple[Rule, ...], name: str) -> Rule | None:
-    return next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
 
 
 def trained_names(rules: tuple[Rule, ...], params: Params) -> set[str]:
@@ -123,15 +119,9 @@ def trained_names(rules: tuple[Rule, ...], params: Params) -> set[str]:
 
 
 def stop_frozen(rules: tuple[Rule, ...], params: Params) -> Params:
-    """`params`, all or a part, for the forward pass; frozen ones get no gradient. So XLA leaves out their part of the backward
-    pass.
-    """
-
-    def stop(path: tuple, p: Any) -> Any:
-        rule = _first(rules, _name(path))
-        return jax.lax.stop_gradient(p) if rule is None or rule.lr == 0 else p
-
-    return jax.tree.map_with_path(stop, params)
+    """`params`, or some, for the forward pass; frozen ones get no gradient. So XLA leaves out their part of the backward pass."""
+    found = match_rules(rules, params, part=True)
+    return jax.tree.map_with_path(lambda path, p: p if found[_name(path)].lr != 0 else jax.lax.stop_gradient(p), params)
 
 
 def optimizer_of(run: Run, params: Params) -> optax.GradientTransformation:

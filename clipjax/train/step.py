@@ -71,7 +71,9 @@ def make_train_step(
     replicated: Any = P()
     towers = placement.towers(mesh, run.model.dtype, Trainable(weight_specs(run, mesh), replicated))
     encode, compute_loss = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh)
-    value_and_grad = accumulate.value_and_grad(encode, compute_loss, mesh, towers, run.train.micro_batches, _encoded)
+    value_and_grad = accumulate.value_and_grad(
+        encode, compute_loss, mesh, towers, run.train.micro_batches, lambda x: x._replace(params=clip.without_classes(x.params))
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
@@ -102,11 +104,6 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, ema, remembered, in_row), metrics | counts
 
     return train_step
-
-
-def _encoded(trainable: Trainable) -> Trainable:
-    """What `_encode` reads. Class vectors stay with the devices that have them."""
-    return trainable._replace(params=clip.without_classes(trainable.params))
 
 
 def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, rows: StepInputs) -> Encoded:

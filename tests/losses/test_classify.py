@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.losses.classify import class_loss, own_cosines
+from clipjax.config import Classify
+from clipjax.losses import Rows, Shared
+from clipjax.losses.classify import classify, own_cosines
 from clipjax.losses.pairwise import operands, tiles
 from tests.losses import reference as ref
 from tests.losses.meshes import axis_of, pulled
@@ -20,6 +22,11 @@ W[CLASSES:] = 0  # no classes
 LABELS = np.stack([RNG.permutation(CLASSES)[:3] for _ in range(B)])
 LABELS[2, 1:] = LABELS[9] = -1  # one label, and none
 KEY = jax.random.key(3)
+
+
+def class_loss(z, w, labels, scale, *, axis=None, key=None, form="softmax", sampled=1.0):
+    rows = Rows(z, z, labels=labels, classes=w, shared=Shared(key=key))
+    return classify(Classify(loss=form, sampled=sampled, scale=scale), rows, None, None, axis).value
 
 
 def dense(z, w, labels, form, chosen=np.True_, scale=SCALE):
@@ -105,7 +112,7 @@ def test_cosines_with_own_classes_come_from_their_devices(shape):
         return np.where(found_in[:, None] < 0, 0, cos)
 
     def own(z, w, labels):
-        return own_cosines(z, w, labels, axis_of(shape))
+        return own_cosines(axis_of(shape), z, w, labels)
 
     found, grads = pulled(own, shape)([jnp.float32(Z), jnp.float32(W)], jnp.float32(ct), [jnp.int32(found_in)])
     np.testing.assert_allclose(found, dense(Z, W), rtol=0, atol=3e-7)

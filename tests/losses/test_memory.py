@@ -1,13 +1,13 @@
 """What a device holds and computes for a loss, by compilers: memory linear in its share of the batch, and few products."""
 
-import functools
-
 import jax
 import pytest
 
 from clipjax import aot, config, sharding
 from clipjax.bench.loss_forms import columns_travel, lower, streamed
-from clipjax.losses.classify import class_loss
+from clipjax.config import Classify
+from clipjax.losses import Rows, Shared
+from clipjax.losses.classify import classify
 
 MIB = 2**20
 
@@ -62,13 +62,18 @@ def test_a_million_classes_on_a_pod():
     """MLCD of 32,768 images with 8 labels each, and a tenth of the classes: beside these, their weights and the gradients."""
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install libtpu")
     mesh = sharding.make_mesh(config.Mesh(), aot.tpu_devices("v5e:16x16"))
-    loss = functools.partial(class_loss, scale=16.0, axis=sharding.BATCH, form="mlcd", sampled=0.1)
-    of_rows = sharding.on_shards(lambda z, w, labels, key: loss(z[:, None], w, labels, key=key), mesh, rows=3)
+    term = Classify(loss="mlcd", sampled=0.1)
+
+    def loss(z, w, labels, key):
+        rows = Rows(z, z, labels=labels, classes=w, shared=Shared(key=key))
+        return classify(term, rows, None, None, sharding.BATCH).value
+
+    of_rows = sharding.on_shards(loss, mesh, rows=3)
 
     def gradient(z, w, labels, seed):
         return jax.grad(lambda z, w: of_rows(z, w, labels, jax.random.key(seed)), (0, 1))(z, w)
 
-    rows, count = sharding.over_rows(mesh), config.Classes(count=1_000_000).rows
+    rows, count = sharding.over_rows(mesh), config.Model(classes=config.Classes(count=1_000_000)).class_shape[0]
     given = ((32_768, 768), "float32"), ((count, 768), "float32"), ((32_768, 8), "int32")
     shapes = [jax.ShapeDtypeStruct(*x, sharding=rows) for x in given]
     lowered = jax.jit(gradient, out_shardings=(rows, rows)).lower(*shapes, jax.ShapeDtypeStruct((), "uint32"))

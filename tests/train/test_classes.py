@@ -11,7 +11,6 @@ import pytest
 import clipjax
 from clipjax import cli, config, losses, sharding
 from clipjax.config import Classes, Classify, ConfigError, Rule
-from clipjax.losses.classify import class_loss
 from clipjax.losses.pairwise import tiles
 from clipjax.models import clip
 from clipjax.plan.flops import step_flops
@@ -20,6 +19,7 @@ from clipjax.train.optimizer import optimizer_of
 from clipjax.train.state import abstract_state
 from tests.evals.test_loaded import save
 from tests.evals.tiny import MODEL as EVALUATED
+from tests.losses.test_classify import class_loss
 from tests.train import tiny
 from tests.train.test_accumulate import EIGHT, MIXED, OVER_DATA, assert_close, batch_of, gradient, named, program, run_of
 
@@ -69,7 +69,7 @@ def test_the_state_has_a_part_on_each_device_of_the_batch():
 
 
 def test_a_mesh_that_does_not_divide_the_rows_is_refused():
-    with pytest.raises(ConfigError, match=r"model.classes.count = 21: .* 1,024 rows, which 6 devices .* try 3,072"):
+    with pytest.raises(ConfigError, match=r"model.classes = .*count=21.*: .* 1,024 rows, which 6 devices"):
         sharding.check_classes(MODEL, tiny.mesh_of(6))
 
 
@@ -78,8 +78,11 @@ def test_a_mesh_that_does_not_divide_the_rows_is_refused():
     [
         (dict(model=tiny.CLIP), r"model.classes = None: objective.0 needs them"),
         (dict(data=config.Data(spec="emoji")), r"data.labels = None: objective.0 needs them"),
-        (dict(model=dataclasses.replace(MODEL, classes=Classes(count=9, width=8))), r"model.classes.width = .* 16 numbers"),
-        (dict(objective=(Classify(head="a"),)), r"objective.0.head = 'a': .* there is none"),
+        (
+            dict(model=dataclasses.replace(MODEL, classes=Classes(count=9, width=8))),
+            r"model.classes = .*width=8.*: objective.0 needs .*width=16",
+        ),
+        (dict(objective=(Classify(head="a"),)), r"objective.0.head = 'a': must name one of model.heads that has image"),
         (dict(objective=(Classify(sampled=0.0),)), r"objective.0.sampled = 0.0: must lie in \(0, 1\]"),
     ],
 )
