@@ -34,10 +34,11 @@ def classify(term: config.Classify, rows: Rows, scale: Scalar, bias: Scalar | No
     classes, labels, key = rows.classes, rows.labels, rows.shared.key
     assert classes is not None  # Classify.check
     assert labels is not None
-    z: Array = getattr(rows if term.head is None else rows.heads[term.head], term.side)
+    z = getattr(rows if term.head is None else rows.heads[term.head], term.side)
     z = z.reshape(len(labels), -1, z.shape[-1])
     b, views, d = z.shape
-    own = term.scale * own_cosines(axis, z, classes, labels).reshape(b * views, -1)
+    own: Any = own_cosines(axis, z, classes, labels)
+    own = term.scale * own.reshape(b * views, -1)
     labels = jnp.repeat(labels, views, 0)
     vectors, numbers = classes, device_index(axis) * len(classes) + jnp.arange(len(classes))
     if term.draws:
