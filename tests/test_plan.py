@@ -12,7 +12,9 @@ from clipjax import aot, cli, config, losses, plan, sharding
 from clipjax.hlo import Collective, Cost
 from clipjax.plan import report
 from clipjax.plan.estimate import Estimate, estimate
+from clipjax.plan.figures import _argument_bytes
 from clipjax.plan.flops import step_flops
+from clipjax.plan.program import state_of
 from clipjax.plan.search import Try, largest, search, sizes
 from tests.train import tiny, tiny_emoji
 
@@ -196,6 +198,24 @@ def test_flops_by_part():
     viewed = step_flops(tiny.run(data=data), {"image/blocks/x", "text/blocks/x"})
     assert [viewed[name] / one[name] for name in one] == [3, 4, 12]
     assert many["softmax loss 1"] == 3 * one["softmax loss"]
+
+
+def test_bytes_of_heads_classes_views_and_labels():
+    """Classes are divided over the devices of the batch, with their moments; a head is on each. Nothing is compiled."""
+    head = config.Head(name="a", side="image", hidden=64, width=8)
+    model = dataclasses.replace(tiny.CLIP, heads=(head,), classes=config.Classes(count=40))
+    more = dict(views=(config.View(name="a"), config.View(name="b")), labels="own")
+
+    def bytes_of(cfg):
+        mesh = sharding.make_mesh(cfg.mesh)
+        return _argument_bytes(state_of(cfg, mesh), plan.abstract_batch(cfg, mesh))
+
+    before, after = bytes_of(tiny.run()), bytes_of(tiny.run(model, data=config.Data(spec="emoji", **more)))
+    of_head = 32 * 64 + 2 * 64 + 64 * 8 + 8  # a product, LayerNorm, a product with a bias
+    of_classes = 1024 * 16 // 8  # rows that every mesh divides
+    assert after["parameters"] - before["parameters"] == 4 * (of_head + of_classes)
+    assert after["optimizer state"] - before["optimizer state"] == 8 * (of_head + of_classes)
+    assert after["batch"] - before["batch"] == 2 * (16 * 16 * 3 + 4)  # two examples a device: a view more, and a label
 
 
 # The estimate
