@@ -25,8 +25,10 @@ KEY = jax.random.key(3)
 
 
 def class_loss(z, w, labels, scale, *, axis=None, key=None, form="softmax", sampled=1.0):
-    rows = Rows(z, z, labels=labels, classes=w, shared=Shared(key=key))
-    return classify(Classify(loss=form, sampled=sampled, scale=scale), rows, None, None, axis).value
+    """Of images for MLCD, and of captions for the softmax."""
+    side, other = ("image", "text") if form == "mlcd" else ("text", "image")
+    rows = Rows(**{side: z, other: 0 * z}, labels=labels, classes=w, shared=Shared(key=key))
+    return classify(Classify(loss=form, sampled=sampled, scale=scale, side=side), rows, None, None, axis).value
 
 
 def dense(z, w, labels, form, chosen=np.True_, scale=SCALE):

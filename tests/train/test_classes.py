@@ -25,7 +25,7 @@ from tests.train.test_accumulate import EIGHT, MIXED, OVER_DATA, assert_close, b
 
 COUNT, ROWS, WIDTH = 21, 1024, 16
 MODEL = dataclasses.replace(tiny.CLIP, classes=Classes(count=COUNT))
-TERMS = (config.Softmax(weight=0.5), Classify(loss="mlcd", weight=2.0), Classify(side="text", scale=4.0))
+TERMS = (config.Softmax(weight=0.5), Classify(loss="mlcd", weight=2.0))
 DATA = config.Data(spec="emoji", labels="labels.npz")
 RUN = run_of(model=MODEL, size=32, objective=TERMS, data=DATA)
 
@@ -38,10 +38,8 @@ def test_gradients_on_meshes_and_with_micro_batches(monkeypatch):
     def loss(params):
         model = clip.bind(RUN.model, params)
         image, text, w = model.encode_image(batch["image"]), model.encode_text(batch["text"]), params["classes"]
-        of_classes = [
-            class_loss(z[:, None], w, batch["label"], s, form=f) for z, s, f in ((image, 16, "mlcd"), (text, 4, "softmax"))
-        ]
-        return losses.clip_loss(image, text, jnp.exp(params["log_scale"])) / 2 + 2 * of_classes[0] + of_classes[1]
+        of_classes = class_loss(image[:, None], w, batch["label"], 16.0, form="mlcd")
+        return losses.clip_loss(image, text, jnp.exp(params["log_scale"])) / 2 + 2 * of_classes
 
     value, by_hand = jax.jit(jax.value_and_grad(loss))(clip.init(RUN.model, RUN.seed))
     want = named(by_hand)
@@ -93,7 +91,7 @@ def test_nonsense_is_refused(changes, message):
 
 def test_flops():
     flops = step_flops(RUN, ["classes"])
-    assert flops["classify loss 1"] == 8 * 32 * COUNT * WIDTH
+    assert flops["classify loss"] == 8 * 32 * COUNT * WIDTH
     sampled = dataclasses.replace(RUN, objective=(Classify(sampled=0.5, head=None),))
     assert step_flops(sampled, ["classes"])["classify loss"] == 4 * 32 * COUNT * WIDTH
 
