@@ -15,7 +15,6 @@ from clipjax.config.data import BPE, Clean, Data, Filter, Part, Tokenizer, Token
 from clipjax.config.embeddings import check_embeddings
 from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
 from clipjax.config.fields import ConfigError, Strict, free, require
-from clipjax.config.metric import MannWhitney, Mixup, MultiSimilarity, Repulsion
 from clipjax.config.model import Attention, Classes, Decoder, Head, Model
 from clipjax.config.objective import (
     CUA,
@@ -38,6 +37,7 @@ from clipjax.config.objective import (
     Uniformity,
     check_objective,
 )
+from clipjax.config.pairs import Barlow, MannWhitney, Mixup, MultiSimilarity, MultiView, Repulsion, Siamese, Swap, Symile
 from clipjax.config.start import start_from
 from clipjax.config.suite import Suite, SuiteMean, SuiteSet
 from clipjax.config.tasks import Calibration, Choice, Composed, Instance, Probe, RunSuite, Transfer
@@ -45,7 +45,6 @@ from clipjax.config.term import Pairs, Remembering, Term
 from clipjax.config.towers import SIZES, Activation, ImageTower, Lora, TextTower, size
 from clipjax.config.train import RULES, Constant, Cosine, Init, Mesh, Optim, Rsqrt, Rule, Train, freezing
 from clipjax.config.unions import registered, require_registered
-from clipjax.config.views import Barlow, MultiView, Siamese, Swap, Symile
 
 __all__ = [
     "BPE", "CUA", "CUAXU", "RULES", "SIZES", "Activation", "Alignment", "Attention", "Augment", "Barlow", "Calibration",

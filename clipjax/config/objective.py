@@ -9,10 +9,9 @@ from typing import Literal
 
 from clipjax.config.data import Data
 from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, bounded, require
-from clipjax.config.metric import MannWhitney, Mixup, MultiSimilarity, Repulsion
 from clipjax.config.model import Model
+from clipjax.config.pairs import Barlow, MannWhitney, Mixup, MultiSimilarity, MultiView, Repulsion, Siamese, Swap, Symile
 from clipjax.config.term import Nested, Pairs, Prefixes, Products, Remembering, Term
-from clipjax.config.views import Barlow, MultiView, Siamese, Swap, Symile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,10 +239,9 @@ class Classify(Term):
 
 
 Term.include(
-    *(Symile, MultiView, Barlow, Siamese, Swap),
     *(Softmax, Sigmoid, Decoupled, HardNegative, MultiPositive, Cwcl, Cyclip, Distillation, Preserve),
     *(Sogclr, Isogclr, Uniformity, CrossUniformity, Alignment, Caption),
-    *(Repulsion, MannWhitney, MultiSimilarity, Mixup, Classify),
+    *(Repulsion, MannWhitney, MultiSimilarity, Mixup, Symile, MultiView, Barlow, Siamese, Swap, Classify),
 )
 
 # The contrastive-gap paper's losses (2405.18570). It holds the temperature at 0.01: model.init_scale = 100 and a rule that
