@@ -19,8 +19,6 @@ from clipjax.data.source import Source
 from clipjax.files import local_path
 
 KEY = "key"
-
-
 WRITTEN = "`clipjax embed RUN --data SPEC --split SPLIT --out FILE.npz`"
 CLUSTERED = "`clipjax cluster EMB.npz --classes C --out FILE.npz`"
 
@@ -128,7 +126,7 @@ def keyed_arrays(path: Path, name: str, use: Use) -> tuple[dict[str, np.ndarray]
         raise ConfigError(f"{name}: is not an .npz that can be read ({e}); {remedy}") from e
     found = ", ".join(f"{side} {array.dtype} {array.shape}" for side, array in arrays.items()) + f", key {keys.dtype}"
     kind, first = use.dtype.rstrip("32"), arrays[wanted[0]]
-    fits = all(x.ndim == 2 and x.shape == first.shape and x.dtype.kind == kind[0] for x in arrays.values())
+    fits = all(x.ndim == 2 and x.size and x.shape == first.shape and x.dtype.kind == kind[0] for x in arrays.values())
     if not fits or keys.shape != (len(first),) or keys.dtype.kind != "U":
         raise ConfigError(f"{name}: must hold {' and '.join(wanted)} {kind} [n, f] and key str [n], not {found}; {remedy}")
     return arrays, keys

@@ -2,6 +2,7 @@
 and are compared with the centroids chunk by chunk, on this machine's devices, each of which has all centroids."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,8 +17,7 @@ from clipjax.data.bar import bar
 from clipjax.data.vectors import Use, keyed_arrays
 from clipjax.files import local_path
 
-CHUNK = 8192  # rows of a device that are compared at once,
-TILE = 4096  # with so many centroids
+COMPARED = 2**28  # cosines that a device has at once, 1 GiB
 ROUNDS = 50  # at most
 STILL = 1000  # it ends where no more than one row in so many changes its cluster
 SPREAD = 4096  # clusters, at most, that k-means++ starts; more start at random rows
@@ -89,37 +89,27 @@ def _pass(
 ) -> tuple[Float[np.ndarray, "c e"], Float[np.ndarray, "n l"], Int[np.ndarray, "n l"]]:
     """The sum of the rows of each centroid; the cosines and numbers of each row's nearest centroids, the nearest first."""
     n, mesh = len(sides[0]), Mesh(np.array(jax.local_devices()), ("rows",))
-    size, tile = min(CHUNK * mesh.size, -(-n // mesh.size) * mesh.size), min(TILE, len(centroids))
-    padded = np.pad(centroids, ((0, -len(centroids) % tile), (0, 0))).reshape(-1, tile, centroids.shape[1])
-    tiles, sums, found = jax.device_put(padded, NamedSharding(mesh, P())), np.zeros_like(centroids), []
+    size = max(1, min(-(-n // mesh.size), COMPARED // len(centroids))) * mesh.size
+    known, sums, found = jax.device_put(centroids, NamedSharding(mesh, P())), np.zeros_like(centroids), []
     with bar(f"clusters, {what}", n, "rows") as shown:
         for start in range(0, n, size):
             z = _rows(sides, slice(start, start + size))
             chunk = jax.device_put(np.pad(z, ((0, size - len(z)), (0, 0))), NamedSharding(mesh, P("rows")))
-            found.append([np.asarray(x)[: len(z)] for x in _compare(chunk, tiles, len(centroids), nearest, mesh)])
-            order = np.argsort(found[-1][1][:, 0], kind="stable")
-            number, first = np.unique(found[-1][1][order, 0], return_index=True)
+            cosines, numbers = (np.asarray(x)[: len(z)] for x in _nearest_of(nearest, mesh)(chunk, known))
+            found.append((cosines, numbers))
+            order = np.argsort(numbers[:, 0], kind="stable")
+            number, first = np.unique(numbers[order, 0], return_index=True)
             sums[number] += np.add.reduceat(z[order], first)
             shown.update(len(z))
     cosines, numbers = map(np.concatenate, zip(*found, strict=True))
     return sums, cosines, numbers
 
 
-@functools.partial(jax.jit, static_argnames=("count", "nearest", "mesh"))
-def _compare(chunk: Array, tiles: Array, count: int, nearest: int, mesh: Mesh) -> tuple[Array, Array]:
-    """Cosines and numbers, as `_pass`, of a chunk [r, e] with `count` centroids [t, k, e], padded. It holds a tile at a time."""
+@functools.cache
+def _nearest_of(count: int, mesh: Mesh) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """Of rows and centroids, the cosines and numbers of the `count` nearest. By shard_map: XLA gathers all rows of a top_k."""
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"), check_vma=False)
-    def on_shards(x: Array, tiles: Array) -> tuple[Array, Array]:
-        def join(best: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
-            number = i * tiles.shape[1] + jnp.arange(tiles.shape[1])
-            cosines = jnp.matmul(x, tiles[i].T, precision=jax.lax.Precision.HIGHEST)
-            cosines = jnp.concatenate([best[0], jnp.where(number < count, cosines, -jnp.inf)], 1)
-            top, at = jax.lax.top_k(cosines, nearest)
-            numbers = jnp.concatenate([best[1], jnp.broadcast_to(number, (len(x), len(number)))], 1)
-            return (top, jnp.take_along_axis(numbers, at, 1)), None
+    def best(x: Float[Array, "r e"], centroids: Float[Array, "c e"]) -> tuple[Array, Array]:
+        return jax.lax.top_k(jnp.matmul(x, centroids.T, precision=jax.lax.Precision.HIGHEST), count)
 
-        none = jnp.full((len(x), nearest), -jnp.inf), jnp.zeros((len(x), nearest), jnp.int32)
-        return jax.lax.scan(join, none, jnp.arange(len(tiles)))[0]
-
-    return on_shards(chunk, tiles)
+    return jax.jit(jax.shard_map(best, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows")))

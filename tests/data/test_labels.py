@@ -28,19 +28,17 @@ def saved(folder, key=KEYS, **arrays):
     return str(folder / "labels.npz")
 
 
-@pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_each_example_has_the_labels_of_its_key(tokenizer, images_tsv, tmp_path, kind):
+def test_each_example_has_the_labels_of_its_key(tokenizer, images_tsv, tmp_path):
     order = np.random.default_rng(1).permutation(IMAGES)
     path = saved(tmp_path, [*(KEYS[i] for i in order), "nobody.png"], label=[*CLASSES[order], [5, 5, 5]])
-    data = Data(spec=f"tsv:{images_tsv}", labels=path, workers=2, worker_kind=kind)
+    data = Data(spec=f"tsv:{images_tsv}", labels=path, workers=2)
     full = batches(data, tokenizer)
     for batch in full:
         assert batch["label"].dtype == np.int32
         np.testing.assert_array_equal(batch["label"], CLASSES[batch["index"]])
-    if kind == "threads":
-        shares = [batches(data, tokenizer, process_index=p, process_count=2) for p in range(2)]
-        for batch, *parts in zip(full, *shares, strict=True):
-            np.testing.assert_array_equal(np.concatenate([p["label"] for p in parts]), batch["label"])
+    shares = [batches(data, tokenizer, process_index=p, process_count=2) for p in range(2)]
+    for batch, *parts in zip(full, *shares, strict=True):
+        np.testing.assert_array_equal(np.concatenate([p["label"] for p in parts]), batch["label"])
 
 
 @pytest.mark.parametrize(
@@ -48,6 +46,7 @@ def test_each_example_has_the_labels_of_its_key(tokenizer, images_tsv, tmp_path,
     {
         "another array": (dict(labels=CLASSES), r"must hold arrays label and key; write it with `clipjax cluster EMB\.npz"),
         "no integers": (dict(label=CLASSES / 2), r"must hold label int \[n, f\] and key str \[n\], not label float64 \(41, 3\)"),
+        "no label": (dict(label=CLASSES[:, :0]), r"must hold label int \[n, f\]"),
         "one axis": (dict(label=CLASSES[:, 0]), r"must hold label int \[n, f\]"),
         "below -1": (dict(label=CLASSES - 1), r"must hold classes from 0 on, and -1 for none"),
         "other data": (

@@ -28,9 +28,8 @@ def planted(clusters, each, width=6, noise=0.1, seed=0):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Several chunks and tiles, both with a rest."""
-    monkeypatch.setattr(kmeans, "CHUNK", 3)
-    monkeypatch.setattr(kmeans, "TILE", 4)
+    """Several chunks, with a rest."""
+    monkeypatch.setattr(kmeans, "COMPARED", 20)
 
 
 @pytest.mark.usefixtures("small")
