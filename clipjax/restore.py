@@ -81,9 +81,8 @@ def newest(workdir: Path) -> tuple[int, config.Run] | None:
 
 def require_state(workdir: Path, step: int, field: str) -> None:
     """Raises ConfigError for a checkpoint that holds weights alone. `field`: what names it."""
-    has_state = not (workdir / "checkpoints" / str(step) / WEIGHTS_ONLY).exists()
     remedy = "holds weights only, no state of training: choose a new --workdir, and start it from them by "
-    config.require(has_state, field, str(workdir), remedy + f"init = Init(run='{workdir}', state='weights')")
+    config.require(_has_state(workdir, step), field, str(workdir), remedy + f"init = Init(run='{workdir}', state='weights')")
 
 
 def restore(workdir: Path, step: int, abstract: TrainState) -> TrainState:
@@ -111,6 +110,10 @@ def restore(workdir: Path, step: int, abstract: TrainState) -> TrainState:
         in_row = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=abstract.skipped_in_row.sharding)()
     memory = training.get("memory", {})
     return TrainState(training["step"], got.params, training["opt_state"], got.get("ema"), memory, in_row)
+
+
+def _has_state(workdir: Path, step: int) -> bool:
+    return not (workdir / "checkpoints" / str(step) / WEIGHTS_ONLY).exists()
 
 
 def look_up(name: str, field: str = "RUN") -> tuple[Path, int, config.Run]:
@@ -148,10 +151,10 @@ def load_weights(
     workdir: Path, step: int, run: config.Run, mesh: Mesh, parts: Collection[str] = (), heads: bool = False
 ) -> tuple[config.Model, clip.Params]:
     """The model and the weights of `load_params`, of a checkpoint of `run`. `parts`: the parts of the tree to read, as `image`;
-    none: all but class vectors, and heads only with `heads`. Raises DamagedError where they can't be read.
+    none: all but class vectors, and heads only with `heads`, if there are some. Raises DamagedError where they can't be read.
     """
     tree = jax.eval_shape(lambda: clip.init(run.model, run.seed))
-    left = {clip.CLASSES, *(() if heads else (clip.HEADS,))}
+    left = {clip.CLASSES, *(() if heads and _has_state(workdir, step) else (clip.HEADS,))}
     wanted = {part: below for part, below in tree.items() if part in parts or (not parts and part not in left)}
     target, partial = sharding.shapes(wanted, mesh, part=bool(parts)), wanted.keys() != tree.keys()
     options = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial)

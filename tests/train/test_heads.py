@@ -102,7 +102,9 @@ def test_what_comes_out_of_a_run_with_heads_has_none(workdir, tmp_path):
     assert config.start_from(folder, data=dict(spec="emoji")).model.heads == ()
     without, weights = tmp_path / "plain", {name: x for name, x in jax.device_get(params).items() if name != "heads"}
     write_weights(config.Run(data=config.Data(spec="emoji"), model=MODEL), weights, TOKENIZER, without, "the test")
-    assert cli.main(["average", str(without), str(folder), "--alpha", "0.5", "--out", str(tmp_path / "mean")]) == 0
+    assert cli.main(["average", str(folder), str(without), "--alpha", "0.5", "--out", str(tmp_path / "mean")]) == 0
     got = clipjax.load(tmp_path / "mean").params
     assert got.keys() == weights.keys()
     np.testing.assert_array_equal(got["text"]["projection"]["kernel"], weights["text"]["projection"]["kernel"])
+    with pytest.raises(ConfigError, match=r"^--head = 'a': the text tower has no heads"):
+        clipjax.load(tmp_path / "mean", features=("a",)).encode_text(WORDS)
