@@ -5,8 +5,6 @@ equal `ids` are no negatives of each other; a row that this leaves without negat
 mean over the batch. A mixture's partner is the next example of the global batch, a random one as the data are shuffled.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -46,18 +44,18 @@ def repulsion(term: config.Repulsion, rows: Rows, scale: Scalar, bias: Scalar | 
 def mann_whitney(term: config.MannWhitney, rows: Rows, scale: Scalar, bias: Scalar | None, axis: Axis) -> Ranked:
     """Mean over i != j of softplus(t (cos_ij - cos_ii)) and of softplus(t (cos_ij - cos_jj)), half each (2510.00137).
 
-    An own cosine is one more coordinate: [x_i, -cos_ii] . [y_j, 1]. The sums have B ln 2 of the own pairs, which is taken off.
+    An own cosine is one more coordinate: [x_i, -cos_ii] . [y_j, 1].
     """
     own, n = (rows.image * rows.text).sum(1), size(rows.image, axis)
     one, ids = jnp.ones_like(own), None if rows.ids is None else (rows.ids, rows.ids)
 
     def against(x: Array, y: Array) -> tuple[Array, Array, Array]:
         x, y = (jnp.concatenate([z, more[:, None]], 1) for z, more in ((rows.image, x), (rows.text, y)))
-        return pairwise_softplus(x, y, scale, 0.0, axis=axis, ids=ids)
+        return pairwise_softplus(x, y, scale, 0.0, axis=axis, keep="off_diagonal", ids=ids)
 
     by_row, by_col = against(-own, one), against(one, -own)
     pairs = n * (n - 1 if rows.ids is None else mean(n - occurrences(rows.ids, rows.ids, axis), axis))
-    value = (by_row[0] + by_col[0] - 2 * n * math.log(2)) / (2 * jnp.maximum(pairs, 1))
+    value = (by_row[0] + by_col[0]) / (2 * jnp.maximum(pairs, 1))
     return value, Ranking(own, by_row[1] + own, by_col[2] + own)
 
 

@@ -136,6 +136,18 @@ def test_values_and_gradients_on_every_mesh(shape, tile, travel, way, monkeypatc
     np.testing.assert_allclose(got, values, rtol=1e-6, atol=1e-6)
 
 
+def test_mann_whitney_keeps_the_digits_of_a_small_gradient():
+    """Where all own pairs are found: they have no part in the sums, which would drown the rest."""
+    x, y = (
+        np.float64(np.float32(ref.unit_rows(np.eye(B) + noise)))
+        for noise in 0.05 * np.random.default_rng(0).normal(size=(2, B, B))
+    )
+    got = jax.jit(jax.grad(lambda x: total(MannWhitney(), x, jnp.float32(y))))(jnp.float32(x))
+    want = ref.gradients(lambda x: two_ways(mann_whitney, x, y, T, OWN), x)[0]
+    assert 1e-9 < np.abs(want).max() < 1e-5
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
 @pytest.fixture(scope="module")
 def golden():
     x, y = ref.fixture(4, 3)

@@ -246,6 +246,24 @@ def test_cross_entropy_everywhere(route):
     check_cross_entropy(route, 48)
 
 
+def test_cross_entropy_keeps_the_digits_of_a_small_gradient():
+    """Where the student and the teacher find nearly all own pairs, and each is about as sure as the other."""
+    rng = np.random.default_rng(0)
+    near, scale, teacher = rng.normal(size=(ROWS, 12)), 100.0, 20.0
+    vectors = [np.float64(np.float32(ref.unit_rows(near + 0.1 * rng.normal(size=near.shape)))) for _ in range(4)]
+    ones = np.ones(ROWS)
+
+    def sums(x, y, tx, ty):
+        return [side.sum() for side in pairwise_cross_entropy(x, y, scale, tx, ty, teacher)]
+
+    _, grads = pulled(sums, None)(list(map(jnp.float32, vectors)), [jnp.float32(1)] * 2)
+    want = ref.pull_cross_entropy(*vectors[:2], scale, *vectors[2:], teacher, ones, ones)
+    for z, g, w in zip(vectors[:2], grads[:2], want[:2], strict=True):
+        assert 1e-9 < np.abs(w).max() / scale < 0.05
+        w = ref.tangent(w, z)
+        np.testing.assert_allclose(ref.tangent(g, z), w, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
 def test_a_vector_that_is_no_number_shows():
     """In its own row, whatever is left out of it and however it travels; and nowhere does it pass for an empty row."""
     x, y = (jnp.float32(z) for z in ref.random_pairs(ROWS, 8))

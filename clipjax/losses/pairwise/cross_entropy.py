@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from clipjax.losses.pairwise.axes import Axis, vary
 from clipjax.losses.pairwise.geometry import TilePairs
 from clipjax.losses.pairwise.operands import PairwiseOptions, Scalar, both, dot, make_options, only
-from clipjax.losses.pairwise.partials import Partial, finite, log_sum_exp
+from clipjax.losses.pairwise.partials import LogSumExp, Partial, finite, log_sum_exp
 from clipjax.losses.pairwise.tiles import Travel, sweep
 
 # The largest logit, and the log of the sum of exp(logit - largest). They stay apart: their sum would be rounded too coarsely for
@@ -25,6 +25,7 @@ class DistillationSide(NamedTuple):
     z: Float[Array, "n d"]
     teacher: Float[Array, "n f"]
     own: Float[Array, " n"]  # cosine of the own pair
+    teacher_own: Float[Array, " n"]
 
 
 class DistillationGradientSide(NamedTuple):
@@ -32,9 +33,9 @@ class DistillationGradientSide(NamedTuple):
 
     z: Float[Array, "n d"]
     teacher: Float[Array, "n f"]
-    own: Float[Array, " n"]
     lse: Lse  # of all the student's logits
     teacher_lse: Lse  # of all the teacher's
+    own: Float[Array, " n"]  # softmax of the own pair, the student's less the teacher's
     ct: Float[Array, " n"]  # cotangent of the cross-entropy
 
 
@@ -68,19 +69,21 @@ def _cross_entropy(
 
 
 def _sides(options: PairwiseOptions, x: Array, y: Array, tx: Array, ty: Array) -> tuple[DistillationSide, DistillationSide]:
-    own = (x * y).sum(1)
+    own = (x * y).sum(1), (tx * ty).sum(1)
     x, tx, y, ty = (z.astype(options.dtype) for z in (x, tx, y, ty))
-    return DistillationSide(x, tx, own), DistillationSide(y, ty, own)
+    return DistillationSide(x, tx, *own), DistillationSide(y, ty, *own)
 
 
 def _cross_entropy_fwd(
     options: PairwiseOptions, x: Array, y: Array, scale: Array, tx: Array, ty: Array, teacher_scale: Array
 ) -> tuple[RowsAndColumns, tuple[Any, ...]]:
+    """The own pair stays apart, so that a small loss and a small gradient keep their digits."""
+
     def tile(r: DistillationSide, c: DistillationSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options)
         others = both(~pairs.own, pairs.real)
         logits = only(others, scale * cos, -jnp.inf)
-        teacher = only(pairs.real, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options), -jnp.inf)
+        teacher = only(others, teacher_scale * dot(r.teacher, c.teacher, (1, 1), options), -jnp.inf)
 
         def along(axis: int, own: Array) -> Partial:
             positive_gap = only(others, own - cos, 0)  # 0 for the own pair, whatever the rounding
@@ -91,22 +94,27 @@ def _cross_entropy_fwd(
     rows, cols = _sides(options, x, y, tx, ty)
     found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
 
-    def value(side: Partial) -> tuple[Array, Lse, Lse]:
-        (m, (total,)), (teacher_m, (teacher_total, positive_gap)) = side.lse
-        own = scale * rows.own
-        # log sum_j exp(s_ij) - s_ii, and how much less than the own pair the teacher's targets have on average: in these two
-        # parts a small loss keeps its digits.
-        excess = jax.nn.softplus(finite(m) + jnp.log(total) - own)
+    def value(side: Partial) -> tuple[Array, tuple[Lse, Lse, Array]]:
+        of_student, (teacher_m, (teacher_total, positive_gap)) = side.lse
+        excess, lse = with_own(of_student, scale * rows.own)
+        teacher_excess, teacher_lse = with_own((teacher_m, (teacher_total,)), teacher_scale * rows.teacher_own)
+        # How much less than the own pair the teacher's targets have on average.
+        gap = positive_gap * jnp.exp(finite(teacher_m) - teacher_lse[0] - teacher_lse[1])
+        return excess + scale * gap, (lse, teacher_lse, jnp.expm1(-excess) - jnp.expm1(-teacher_excess))
+
+    def with_own(others: LogSumExp, own: Array) -> tuple[Array, Lse]:
+        """-log of the own pair's softmax, and the log-sum-exp of all logits."""
+        m, (total,) = others
         top = jnp.maximum(m, own)
         lse = top, jnp.log(total * jnp.exp(m - top) + jnp.exp(own - top))
-        return excess + scale * positive_gap / teacher_total, lse, (teacher_m, jnp.log(teacher_total))
+        return jax.nn.softplus(finite(m) + jnp.log(total) - own), lse
 
     of_rows, of_cols = value(found[0]), value(found[1])
-    return (of_rows[0], of_cols[0]), (x, y, scale, tx, ty, teacher_scale, *of_rows[1:], *of_cols[1:])
+    return (of_rows[0], of_cols[0]), (x, y, scale, tx, ty, teacher_scale, of_rows[1], of_cols[1])
 
 
 def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct: RowsAndColumns) -> tuple[Array, ...]:
-    x, y, scale, tx, ty, teacher_scale, row_lse, row_teacher_lse, col_lse, col_teacher_lse = residuals
+    x, y, scale, tx, ty, teacher_scale, of_rows, of_cols = residuals
 
     def tile(r: DistillationGradientSide, c: DistillationGradientSide, pairs: TilePairs) -> tuple[Partial, Partial]:
         cos = dot(r.z, c.z, (1, 1), options)
@@ -115,17 +123,17 @@ def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct:
         def softmax(logits: Array, lse: Lse) -> Array:
             return jnp.exp(logits - lse[0] - lse[1])
 
-        def of_side(lse: Lse, teacher_lse: Lse, ct: Array) -> Array:
-            return ct * (softmax(logits, lse) - softmax(teacher, teacher_lse))
+        def of_side(lse: Lse, teacher_lse: Lse, own: Array, ct: Array) -> Array:
+            return ct * jnp.where(pairs.own, own, softmax(logits, lse) - softmax(teacher, teacher_lse))
 
-        of_rows = jax.tree.map(lambda v: v[:, None], r[3:])
-        of_cols = jax.tree.map(lambda v: v[None], c[3:])
+        of_rows = jax.tree.map(lambda v: v[:, None], r[2:])
+        of_cols = jax.tree.map(lambda v: v[None], c[2:])
         g = only(pairs.real, of_side(*of_rows) + of_side(*of_cols), 0)  # the gradient for scale * cos
         return Partial((dot(g, c.z, (1, 0), options), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), options),))
 
     rows, cols = _sides(options, x, y, tx, ty)
-    rows = DistillationGradientSide(rows.z, rows.teacher, rows.own, row_lse, row_teacher_lse, ct[0])
-    cols = DistillationGradientSide(cols.z, cols.teacher, cols.own, col_lse, col_teacher_lse, ct[1])
+    rows = DistillationGradientSide(rows.z, rows.teacher, *of_rows, ct[0])
+    cols = DistillationGradientSide(cols.z, cols.teacher, *of_cols, ct[1])
     found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
     (dx, d_scale), (dy,) = found[0].total, found[1].total
     zeros = (jnp.zeros_like(a) for a in (tx, ty, teacher_scale))

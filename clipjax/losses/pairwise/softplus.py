@@ -1,7 +1,7 @@
 """The sum of softplus over all pairs, for SigLIP, with its gradient from the same pass."""
 
 import functools
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from clipjax.losses.pairwise.axes import Axis, vary
 from clipjax.losses.pairwise.geometry import TilePairs
-from clipjax.losses.pairwise.operands import Ids, PairwiseOptions, Scalar, dot, make_options, masks, only
+from clipjax.losses.pairwise.operands import Ids, PairwiseOptions, Scalar, both, dot, make_options, masks, only
 from clipjax.losses.pairwise.partials import Partial
 from clipjax.losses.pairwise.tiles import Travel, sweep
 
@@ -30,6 +30,7 @@ def pairwise_softplus(
     bias: Scalar,
     *,
     axis: Axis = None,
+    keep: Literal["all", "off_diagonal"] = "all",
     ids: Ids | None = None,
     tile: int | None = None,
     travel: Travel | None = None,
@@ -38,9 +39,10 @@ def pairwise_softplus(
     """The sum over all pairs of the global batch of softplus(-z (scale cos + bias)), z = 1 for the own pair, else -1.
 
     Also the largest cosine of each row and each column with another's (no gradient). The sum is the same on every device. Pairs
-    of equal `ids` other than the own one are left out. Value and gradient come from one pass over the tiles.
+    of equal `ids` other than the own one are left out, and that one with keep="off_diagonal". Value and gradient come from one
+    pass over the tiles.
     """
-    options = make_options(x, y, axis, tile, travel, dtype)
+    options = make_options(x, y, axis, tile, travel, dtype, keep=keep)
     args = vary((x, y, jnp.float32(scale), jnp.float32(bias), ids), axis)
     total, row_max, col_max = cast(Outputs, _softplus(options, *args))  # custom_vjp forgets the type
     return total if axis is None else jax.lax.psum(total, axis), row_max, col_max
@@ -62,6 +64,7 @@ def _softplus_pass(
         logits = sign * (scale * cos + bias)
         rule, _ = masks("all" if ids is None else "distinct", r.ids, c.ids, pairs)
         kept = None if rule is None else rule | pairs.own
+        kept = kept if options.keep == "all" else both(kept, ~pairs.own)
         e = jnp.exp(-jnp.abs(logits))  # serves softplus and its derivative
         # softplus of -inf is 0, but an infinite vector must not look like a perfect one: 0 * inf is NaN
         values = only(kept, jnp.maximum(logits, 0) + jnp.log1p(e) + 0 * cos, 0)
