@@ -51,7 +51,8 @@ def classify(term: config.Classify, rows: Rows, scale: Scalar, bias: Scalar | No
     ids = jnp.concatenate([labels, padding], 1), jnp.where((vectors != 0).any(1), numbers, padding[0])
     x, options = z.reshape(-1, d), dict[str, Any](axis=axis, ids=ids, own=False, columns=False)
     found = pairwise_logsumexp(x, unit(vectors), term.scale, keep="distinct", **options)
-    named = labels >= 0
+    again = jnp.tril(labels[:, :, None] == labels[:, None], -1).any(2)
+    named = (labels >= 0) & ~again  # a class counts once
     labelled = named.any(1)
     if term.loss == "mlcd":
         positive = jax.nn.logsumexp(-own, axis=1, where=named | ~labelled[:, None])

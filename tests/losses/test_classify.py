@@ -21,6 +21,7 @@ W = np.float64(np.float32(RNG.normal(size=(ROWS, WIDTH))))  # of any length
 W[CLASSES:] = 0  # no classes
 LABELS = np.stack([RNG.permutation(CLASSES)[:3] for _ in range(B)])
 LABELS[2, 1:] = LABELS[9] = -1  # one label, and none
+LABELS[4, 2] = LABELS[4, 0]  # counts once
 KEY = jax.random.key(3)
 
 

@@ -132,8 +132,8 @@ def _cross_entropy_bwd(options: PairwiseOptions, residuals: tuple[Any, ...], ct:
         return Partial((dot(g, c.z, (1, 0), options), (g * cos).sum(1))), Partial((dot(g, r.z, (0, 0), options),))
 
     rows, cols = _sides(options, x, y, tx, ty)
-    rows = DistillationGradientSide(rows.z, rows.teacher, *of_rows, ct[0])
-    cols = DistillationGradientSide(cols.z, cols.teacher, *of_cols, ct[1])
+    rows = DistillationGradientSide(rows.z, rows.teacher, *of_rows, ct=ct[0])
+    cols = DistillationGradientSide(cols.z, cols.teacher, *of_cols, ct=ct[1])
     found = sweep(tile, rows, cols, axis=options.axis, tile=options.tile, travel=options.travel)
     (dx, d_scale), (dy,) = found[0].total, found[1].total
     zeros = (jnp.zeros_like(a) for a in (tx, ty, teacher_scale))
