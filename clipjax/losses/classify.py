@@ -64,10 +64,8 @@ def classify(term: config.Classify, rows: Rows, scale: Scalar, bias: Scalar | No
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def own_cosines(
-    axis: Axis, z: Float[Array, "b V d"], classes: Float[Array, "c d"], labels: Int[Array, "b l"]
-) -> Float[Array, "b V l"]:
-    """Cosines with the classes that the labels name; 0 for -1.
+def own_cosines(axis: Axis, z: Float[Array, "b V d"], classes: Float[Array, "c d"], labels: Int[Array, "b l"]) -> Array:
+    """Cosines [b, V, l] with the classes that the labels name; 0 for -1.
 
     The vectors and their labels go around all devices. Each adds the cosines with the classes that it has; in the backward pass,
     the gradients. So what a device holds does not grow with the number of devices.

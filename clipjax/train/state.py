@@ -71,9 +71,7 @@ def over_data(run: config.Run, mesh: Mesh, params: clip.Params) -> set[str]:
 
 
 def weight_specs(run: config.Run, mesh: Mesh) -> Any:
-    """The PartitionSpecs of the parameters in the state that the towers read. P() for all if mesh.shard_optimizer does not shard
-    them.
-    """
+    """The PartitionSpecs of the parameters that the towers read. P() for all if mesh.shard_optimizer does not shard them."""
     params = jax.eval_shape(lambda: clip.init(run.model, run.seed))
     names = over_data(run, mesh, params)
     placed = sharding.shardings({"params": params}, mesh, names)["params"]
