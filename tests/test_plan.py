@@ -14,7 +14,7 @@ from clipjax.plan import report
 from clipjax.plan.estimate import Estimate, estimate
 from clipjax.plan.figures import _argument_bytes
 from clipjax.plan.flops import step_flops
-from clipjax.plan.program import state_of
+from clipjax.plan.program import label_count, state_of
 from clipjax.plan.search import Try, largest, search, sizes
 from tests.train import tiny, tiny_emoji
 
@@ -145,6 +145,13 @@ def test_a_batch_has_the_labels_of_the_file(tmp_path, name, count):
     cfg = tiny.run(data=config.Data(spec="emoji", labels=labels))
     label = plan.abstract_batch(cfg, sharding.make_mesh(cfg.mesh))["label"]
     assert (label.shape, str(label.dtype)) == ((16, count), "int32")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", key=[*"abcde"])
+    cfg = tiny.run(data=config.Data(spec="emoji", labels=str(tmp_path / "x.npz")))
+    with pytest.raises(config.ConfigError, match=r"^data\.labels = '.*x\.npz': must hold arrays label and key"):
+        label_count(cfg)
 
 
 # By hand and in the program

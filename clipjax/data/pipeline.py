@@ -158,7 +158,7 @@ def check_source(source: Source, data: config.Data, batch_size: int) -> None:
         if (most := max(most, len(source.text(i).captions))) >= k:
             return
     field = f"data.captions = {data.captions}" if data.captions else f"data.captions_per_image = {k}"
-    remedy = f"no example of {source.name} has more than {most} ({len(sample):,} were looked at): use at most that many"
+    remedy = f"no example of {source.name} has more than {most} captions ({len(sample):,} were looked at): use at most that many"
     raise ConfigError(f"{field}: {remedy}, or set data.text_field to a field of several")
 
 

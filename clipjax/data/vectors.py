@@ -65,8 +65,8 @@ class Vectors:
             what = f"has no row for {len(absent):,} of the {len(source):,} examples of {source.name}"
             remedy = f"write it from the same dataset and split with {use.by}"
             raise ConfigError(f"{self.name}: {what}, the first with key {source.text(missing).key!r}; {remedy}")
-        if use is LABELS and self._arrays["label"].min() < -1:
-            raise ConfigError(f"{self.name}: must hold classes from 0 on, and -1 for none; write it with {use.by}")
+        if use is LABELS and not -1 <= self._arrays["label"].min() <= self.highest < 2**31:
+            raise ConfigError(f"{self.name}: must hold classes from 0 to 2^31 - 1, and -1 for none; write it with {use.by}")
 
     @property
     def width(self) -> int:

@@ -73,19 +73,20 @@ def teacher_width(run: config.Run) -> int | None:
     """The width of data.teacher's embeddings; None without a teacher. If this machine has not the file: the model's width."""
     if run.data.teacher is None:
         return None
-    width = _width("data.teacher", run.data.teacher, "image") or run.model.embed_dim
+    width = _width("data.teacher", run.data.teacher) or run.model.embed_dim
     check_teacher(run.objective, run.model, width)
     return width
 
 
 def label_count(run: config.Run) -> int:
     """Classes of an example, of data.labels. The dataset's own, and those of a file that this machine has not, count as one."""
-    return (run.data.labels not in (None, "own") and _width("data.labels", run.data.labels, "label")) or 1
+    return (run.data.labels not in (None, "own") and _width("data.labels", run.data.labels)) or 1
 
 
-def _width(field: str, file: str | None, array: str) -> int | None:
-    """The width of an array of a keyed file; None if this machine has not the file."""
-    from clipjax.data.vectors import memory_mapped
+def _width(field: str, file: str | None) -> int | None:
+    """The width of a keyed file's arrays; None if this machine has not the file. Raises ConfigError for another file."""
+    from clipjax.data.vectors import LABELS, TEACHER, keyed_arrays
 
-    path = local_path(field, str(file)).expanduser()
-    return memory_mapped(path, array).shape[1] if path.is_file() else None
+    use, path = {use.field: use for use in (LABELS, TEACHER)}[field], local_path(field, str(file)).expanduser()
+    arrays = keyed_arrays(path, f"{field} = {file!r}", use)[0] if path.is_file() else {}
+    return next((x.shape[1] for x in arrays.values()), None)

@@ -48,7 +48,8 @@ def test_each_example_has_the_labels_of_its_key(tokenizer, images_tsv, tmp_path)
         "no integers": (dict(label=CLASSES / 2), r"must hold label int \[n, f\] and key str \[n\], not label float64 \(41, 3\)"),
         "no label": (dict(label=CLASSES[:, :0]), r"must hold label int \[n, f\]"),
         "one axis": (dict(label=CLASSES[:, 0]), r"must hold label int \[n, f\]"),
-        "below -1": (dict(label=CLASSES - 1), r"must hold classes from 0 on, and -1 for none"),
+        "below -1": (dict(label=CLASSES - 1), r"must hold classes from 0 to 2\^31 - 1, and -1 for none"),
+        "above int32": (dict(label=CLASSES + 2**32), r"must hold classes from 0 to 2\^31 - 1"),
         "other data": (
             dict(key=["a.png", *KEYS[1:]], label=CLASSES),
             r"has no row for 1 of the 41 examples of .*, the first with key .0.png.; write it from the same .*`clipjax cluster E",

@@ -119,7 +119,7 @@ def test_a_dataset_smaller_than_a_batch_leaves_no_workdir(run, tmp_path):
 
 def test_data_that_does_not_fit_leaves_no_workdir(run, sources, tmp_path):
     several = dataclasses.replace(run, data=dataclasses.replace(run.data, captions_per_image=2))
-    with pytest.raises(ConfigError, match=r"^data\.captions_per_image = 2: no example of tsv:.* has more than 1 "):
+    with pytest.raises(ConfigError, match=r"^data\.captions_per_image = 2: no example of tsv:.* has more than 1 captions "):
         build.tokenizer(several, tiny.opened(several, tmp_path / "run"), sources["red"])
     taught = dataclasses.replace(run, data=dataclasses.replace(run.data, teacher=str(tmp_path / "no.npz")))
     with pytest.raises(ConfigError, match=r"^data\.teacher = '.*no\.npz': there is no such file"):
