@@ -194,7 +194,7 @@ def test_a_mixture_has_the_views_of_all_its_parts():
 
 def test_places_that_no_example_has_are_refused():
     check_source(Languages(), Data(spec="emoji", captions=(3,)), 8)
-    with pytest.raises(ConfigError, match=r"^data\.captions = \(0, 4\): no example of languages has more than 4 captions \(40 were"):
+    with pytest.raises(ConfigError, match=r"^data\.captions = \(0, 4\): no example of languages has more than 4 captions \(40"):
         check_source(Languages(), Data(spec="emoji", captions=(0, 4)), 8)
 
 
