@@ -131,7 +131,7 @@ def embed(args: argparse.Namespace) -> None:
     fields = dataset(args)
     clean = fields.pop("clean")
     tokenizer = None if model.run.model.towers == "image" else model.tokenizer.cleaning(clean)
-    data = eval_data(model.run, fields.pop("data"), **fields)
+    data = eval_data(model.run.data, fields.pop("data"), **fields)
     arrays = embed(model.encoder, model.params, tokenizer, data)
     write_npz(args.out, arrays)
     say(f"{args.out}: " + ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()))

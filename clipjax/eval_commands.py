@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace, wanted: config.TrainingEvaluation) -> Non
     tokenizer = None if model.run.model.towers == "image" else model.tokenizer
     features = model.encoder.features
     of = "" if features == "embedding" else f", {features if isinstance(features, str) else 'head ' + ', '.join(features)}"
-    evaluation = prepare(wanted, model.encoder, tokenizer, model.run)
+    evaluation = prepare(wanted, model.encoder, tokenizer, model.run.data)
     results: Any = evaluation.run(model.params)
     result = report(evaluation.dataset, model.name, f"step {model.step}{of}", wanted.task, results.metrics)
     numbers = {name: value for name, value in results.metrics.items() if not isinstance(value, list)}  # no curves
@@ -102,7 +102,7 @@ def eval_suite(args: argparse.Namespace) -> None:
     store = None if args.no_cache or kept is None else Store(kept, args.cache_bytes or MOST)
     encoder = Encoder(run.model, model.mesh, run.train.eval_batch_size, store=store)
     tokenizer = None if run.model.towers == "image" else model.tokenizer
-    ready = partial(prepare, encoder=encoder, tokenizer=tokenizer, run=run)
+    ready = partial(prepare, encoder=encoder, tokenizer=tokenizer, own=run.data)
     found = measure(suite, args.root, ready, encoder, Weights(model.name, f"step {model.step}", model.params))
     out = args.out or model.workdir / results.SUITES / name
     run_suite(found, out, say)

@@ -8,12 +8,13 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,6 +133,13 @@ def write_atomic(path: str | os.PathLike) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def strict(value: Any) -> Any:
+    """The value with None for NaN and infinity, which JSON does not have; of a dict, its values."""
+    if isinstance(value, Mapping):
+        return {key: strict(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -14,12 +14,12 @@ from clipjax import cli, config
 from clipjax.config import ConfigError
 from clipjax.data.sources import open_source
 from clipjax.evals import results
+from clipjax.evals.embed import Pairs
 from clipjax.evals.evaluation import Examples
 from clipjax.evals.results import Row
 from clipjax.report import gallery
 from clipjax.report.curves import POINTS, evaluation_panels, thinned, training_panels
 from clipjax.report.folders import differences, read_folders, same_but_for_seed
-from clipjax.report.gallery import Vectors
 from clipjax.report.page import make_page
 from clipjax.report.reference import read_reference, reference_panels
 from clipjax.report.scores import last_evaluations
@@ -199,7 +199,7 @@ def test_galleries_show_right_and_wrong(squares):
     image = np.eye(9, dtype=np.float32)
     text = image[[1, 0, *range(2, 9)]]
     found = gallery.searches(
-        open_source(config.Data(spec=squares)), [Vectors(image, text, numbers), Vectors(image, image, numbers)], by_text=True
+        open_source(config.Data(spec=squares)), [Pairs(image, text, numbers), Pairs(image, image, numbers)], by_text=True
     )
     ranks = [[answer.rank for answer in search.answers] for search in found]
     assert [first for first, _ in ranks] == [5.5, 5.5, 1, 1, 1, 1]  # 1 + one nearer + half of seven as near

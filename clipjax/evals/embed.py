@@ -1,6 +1,7 @@
 """Embeddings of a dataset on the host: every image with its main caption. `clipjax embed` writes them to a file."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +18,19 @@ from clipjax.files import write_atomic
 from clipjax.models.clip import Params
 
 Vectors = Float[np.ndarray, "n e"]
+
+
+class Pairs(NamedTuple):
+    """Unit vectors, float32, of images and of their main captions, and the number of each pair's example, ascending."""
+
+    image: Vectors
+    text: Vectors
+    number: Int[np.ndarray, " n"]
+
+    def at(self, number: Int[np.ndarray, " m"]) -> "Pairs":
+        """Those of some of these examples."""
+        rows = np.searchsorted(self.number, number)
+        return Pairs(self.image[rows], self.text[rows], number)
 
 
 class MainPairs:
@@ -37,15 +51,12 @@ class MainPairs:
         self._images = image_batches(encoder, source, data)
         self._captions = caption_batches(encoder, tokenizer, [records[i][1][0] for i in captioned], captioned, source.name)
 
-    def embed(self, params: Params) -> tuple[Vectors, Vectors, Int[np.ndarray, " n"]]:
-        """Unit vectors of images and captions, float32, and the number of each pair's example, in the dataset's order.
-
-        Every process gets all of them. An example without a caption, or whose image can't be read, is left out.
-        """
+    def embed(self, params: Params) -> Pairs:
+        """In the dataset's order, on every process. An example without a caption, or whose image can't be read, is left out."""
         text, has_text = self.embed_text(params)
         image, has_image = by_index(self._encoder, params, self._images, len(self.keys))
         index = np.flatnonzero(has_image & has_text)
-        return image[index], text[index], index
+        return Pairs(image[index], text[index], index)
 
     def embed_text(self, params: Params) -> tuple[Vectors, Bool[np.ndarray, " n"]]:
         """The vector of each example's main caption, and whether it has one, on every process. No image is read."""

@@ -23,12 +23,7 @@ from clipjax.status import CertainFailure
 log = logging.getLogger(__name__)
 
 
-def eval_data(run: config.Run, spec: str, split: str, **fields: str | None) -> config.Data:
-    """How a run reads a dataset to evaluate: `eval_data_of` its own data."""
-    return eval_data_of(run.data, spec, split, **fields)
-
-
-def eval_data_of(data: config.Data, spec: str, split: str, **fields: str | None) -> config.Data:
+def eval_data(data: config.Data, spec: str, split: str, **fields: str | None) -> config.Data:
     """How a run with this data reads a dataset to evaluate: resized as in training. `fields`: `image_field`, `text_field` and
     `label_field`; one that is None is the run's own if the run trains on this dataset, alone or with others. No example is
     filtered out."""

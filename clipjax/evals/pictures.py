@@ -28,7 +28,7 @@ def pictures(run: config.Run, wanted: Sequence[str], split: str, image_field: st
             names.append(word)
             images.append(word)
             continue
-        data = eval_data(run, word, split, image_field=image_field)
+        data = eval_data(run.data, word, split, image_field=image_field)
         source = open_source(data)
         size = run.model.image.image_size
         with eval_batches(source, data, image_size=size, batch_size=BATCH) as batches:

@@ -3,14 +3,13 @@ those of the same anchors in its own run. So descriptions don't change when a sp
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from clipjax import config
-from clipjax.evals.embed import MainPairs, Vectors
+from clipjax.evals.embed import MainPairs, Pairs, Vectors
 from clipjax.evals.evaluation import Metrics
 from clipjax.evals.inputs import eval_data
 from clipjax.evals.loaded import LoadedRun
@@ -23,32 +22,19 @@ NEIGHBOURS = 10
 AT_ONCE = 1 << 22  # cosines
 
 
-@dataclass(frozen=True)
-class Space:
-    """Pairs of a dataset in one run: the vectors of images and of their main captions, and the number of each pair's example."""
-
-    image: Vectors
-    text: Vectors
-    number: Int[np.ndarray, " n"]
-
-    def at(self, number: Int[np.ndarray, " m"]) -> "Space":
-        rows = np.searchsorted(self.number, number)
-        return Space(self.image[rows], self.text[rows], number)
-
-
-def spaces(model: LoadedRun, wanted: Mapping[str, Any], clean: config.Clean | None, anchors: str) -> tuple[Space, Space]:
+def spaces(model: LoadedRun, wanted: Mapping[str, Any], clean: config.Clean | None, anchors: str) -> tuple[Pairs, Pairs]:
     """The pairs of a dataset and, of its split `anchors`, those to describe them by. `wanted`: its `spec` and `split`, and the
     fields that are not as the run reads it; `clean` as in evaluations."""
 
     def of_split(split: str) -> MainPairs:
-        data = eval_data(model.run, **{**wanted, "split": split})
+        data = eval_data(model.run.data, **{**wanted, "split": split})
         return MainPairs(model.encoder, model.tokenizer.cleaning(clean), data)
 
     pairs, others = of_split(wanted["split"]), of_split(anchors)  # both, before anything is embedded
-    return Space(*pairs.embed(model.params)), Space(*others.embed(model.params))
+    return pairs.embed(model.params), others.embed(model.params)
 
 
-def compare(a: tuple[Space, Space], b: tuple[Space, Space], name: str) -> Metrics:
+def compare(a: tuple[Pairs, Pairs], b: tuple[Pairs, Pairs], name: str) -> Metrics:
     """`relative` of what `spaces` gave of two runs: of the examples that both could read, and of ANCHORS of them that are always
     the same. Raises ConfigError where there are none. `name`: the dataset's."""
     pairs, anchors = (np.intersect1d(in_a.number, in_b.number) for in_a, in_b in zip(a, b, strict=True))
@@ -58,7 +44,7 @@ def compare(a: tuple[Space, Space], b: tuple[Space, Space], name: str) -> Metric
     return relative(a[0].at(pairs), b[0].at(pairs), a[1].at(anchors), b[1].at(anchors))
 
 
-def relative(a: Space, b: Space, anchors_a: Space, anchors_b: Space) -> Metrics:
+def relative(a: Pairs, b: Pairs, anchors_a: Pairs, anchors_b: Pairs) -> Metrics:
     """Of the same pairs and the same anchors in two runs; images are described by the anchors' images, texts by their texts.
 
     `*_cosine`: of the two descriptions of an example, the mean. `*_mrr`: the mean of 1 / (rank of its description in run B among

@@ -10,11 +10,9 @@ The first six keys of a line are CLIP_benchmark's.
 import csv
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +20,7 @@ import numpy as np
 from clipjax.config import require
 from clipjax.evals.bootstrap import Column, Draws, draw_means, seed_of
 from clipjax.evals.evaluation import Examples
-from clipjax.files import as_path, write_atomic
+from clipjax.files import as_path, strict, write_atomic
 
 LINES, TABLE, EXAMPLES = "results.jsonl", "results.csv", "examples"
 SUITES = "suites"  # the folder of a workdir that holds a folder for each suite
@@ -55,7 +53,7 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
     if jax.process_index() > 0:
         return
     with write_atomic(folder / LINES) as part, part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(_strict(dataclasses.asdict(row)), allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(json.dumps(strict(dataclasses.asdict(row)), allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
     metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
     first = ["name", "dataset", "task", "main_metric", "main", "low", "high", "n", "unreadable", "absent", "protocol"]
     with write_atomic(folder / TABLE) as part, part.open("w", encoding="utf-8", newline="") as file:
@@ -142,10 +140,3 @@ def draws_of(examples: Sequence[Examples], metrics: Sequence[str], name: str) ->
     if len(columns) < len(metrics) or any(np.isnan(column.values).all() for column in columns):
         return None
     return np.mean(draw_means(columns, seed=seed_of(name)), axis=0)
-
-
-def _strict(value: Any) -> Any:
-    """The value with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _strict(v) for key, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

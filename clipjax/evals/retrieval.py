@@ -75,7 +75,7 @@ def retrieve(
     to_text = ranks(images, own, texts, captions.example, mesh, tile)
     values = {"image": _values("image", to_image), "text": _values("text", to_text)}
     metrics: Metrics = {name: float(np.nanmean(v)) for of in values.values() for name, v in of.items()}
-    metrics |= {f"{what}_retrieval_median_rank": median(found) for what, found in (("image", to_image), ("text", to_text))}
+    metrics |= {f"{of}_retrieval_median_rank": float(np.nanmedian(v[f"{of}_retrieval_mean_rank"])) for of, v in values.items()}
     metrics["pair_auc"] = pair_auc(texts, captions.example, images, own, mesh, tile)
     if captions.per_example() > 1:
         metrics["mean_rank_variance"] = mean_rank_variance(to_image.rank(), captions)
@@ -94,10 +94,6 @@ def _values(what: str, found: Ranks) -> dict[str, Float[np.ndarray, " n"]]:
     """What each query gives to the metrics that are means."""
     recalls = {f"{what}_retrieval_recall@{k}": found.hits(k) for k in KS}
     return recalls | {f"{what}_retrieval_mean_rank": found.rank()}
-
-
-def median(found: Ranks) -> float:
-    return float(np.nanmedian(found.rank()))
 
 
 def mean_rank_variance(rank: Float[np.ndarray, " m"], captions: Captions) -> float | None:

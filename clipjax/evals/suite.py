@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,6 +21,7 @@ from clipjax.evals.bootstrap import Draws, interval
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.evaluation import Evaluation, Examples, Results
 from clipjax.evals.results import MEAN, Row
+from clipjax.files import strict
 from clipjax.models.clip import Params
 from clipjax.status import CertainFailure
 
@@ -81,14 +81,15 @@ class SetOfSuite:
         main = self.wanted.main
         drawn = results.draws_of(found.examples, main, self.wanted.name) if draw else None
         images, left_out = np.sum([*encoder.usable.values(), (0, 0)], axis=0).tolist()
-        known = {name: _defined(value) for name, value in found.metrics.items() if not isinstance(value, list)}  # without curves
-        undefined = [metric for metric in main if known.get(metric) is None]
+        known = strict({name: value for name, value in found.metrics.items() if not isinstance(value, list)})  # without curves
+        defined = [name for name, value in known.items() if value is not None]
+        undefined = [metric for metric in main if metric not in defined]
         row = self._row(
             weights,
             evaluation.dataset,
             metrics=known,
             main=None if undefined else _mean([known[metric] for metric in main]),
-            absent=f"{undefined[0]} is not among its figures: {', '.join(_numbers(known))}" if undefined else "",
+            absent=f"{undefined[0]} is not among its figures: {', '.join(defined)}" if undefined else "",
             ci95=None if drawn is None else interval(drawn),
             n=_queries(found.examples, main) or images,
             unreadable=left_out,
@@ -187,11 +188,11 @@ class SuiteEvaluation(Evaluation):
     @classmethod
     def prepare(cls, encoder: Encoder, tokenizer: Tokenizer | None, data: config.Data, cfg: config.RunSuite) -> Self:
         """Opens all sets. `data`: the run's own."""
-        from clipjax.evals.training import prepare_on
+        from clipjax.evals.training import prepare
 
         suite = load_suite(cfg.suite)
         root = suite.root if cfg.root is None else cfg.root
-        sets = [SetOfSuite(one, root, lambda wanted: prepare_on(wanted, encoder, tokenizer, data)) for one in suite.sets]
+        sets = [SetOfSuite(one, root, lambda wanted: prepare(wanted, encoder, tokenizer, data)) for one in suite.sets]
         return cls(suite, cfg.dataset(data), sets, encoder)
 
     def run(self, params: Params) -> Results:
@@ -208,16 +209,6 @@ class SuiteEvaluation(Evaluation):
             self._told.add(name)
             if jax.process_index() == 0:
                 log.warning("suite %s: %s is absent: %s", self.dataset, name, absent)
-
-
-def _defined(value: float | None) -> float | None:
-    """NaN and infinity are as good as no value."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _numbers(metrics: Mapping[str, float | None]) -> list[str]:
-    """Those that have a figure."""
-    return [name for name, value in metrics.items() if value is not None]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -12,7 +12,7 @@ from clipjax.data.formats.locations import divided
 from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals.encoder import Encoder
 from clipjax.evals.evaluation import Evaluation, Results
-from clipjax.evals.inputs import eval_data_of
+from clipjax.evals.inputs import eval_data
 from clipjax.evals.report import png_name, save_png
 from clipjax.evals.table import class_of
 from clipjax.metrics.writer import EvaluationResults
@@ -70,23 +70,18 @@ def make_evaluators(run: config.Run, mesh: Mesh, tokenizer: Tokenizer, workdir: 
     evaluators = []
     for i, wanted in enumerate(run.evals):
         try:
-            evaluation = prepare(wanted, encoder, tokenizer, run)
+            evaluation = prepare(wanted, encoder, tokenizer, run.data)
         except config.ConfigError as error:  # the data's own messages do not say whose data
             raise config.ConfigError(f"evals.{i}, {wanted.task}: {error}") from error
         evaluators.append(Evaluator(evaluation, wanted.task, wanted.every, workdir / wanted.task if workdir else None))
     return evaluators
 
 
-def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer | None, run: config.Run) -> Evaluation:
-    """The evaluation that `wanted` describes, on its dataset."""
-    return prepare_on(wanted, encoder, tokenizer, run.data)
-
-
-def prepare_on(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer | None, own: config.Data) -> Evaluation:
-    """As `prepare`, for a run whose data is `own`. A suite gets that, and opens its sets itself."""
+def prepare(wanted: config.TrainingEvaluation, encoder: Encoder, tokenizer: Tokenizer | None, own: config.Data) -> Evaluation:
+    """The evaluation that `wanted` describes, for a run whose data is `own`. A suite gets that, and opens its sets itself."""
     fields = dict(image_field=wanted.image_field, text_field=wanted.text_field, label_field=wanted.label_field)
     whole = isinstance(wanted, config.RunSuite)
-    data = own if whole else eval_data_of(own, wanted.spec(own), wanted.split, **fields)
+    data = own if whole else eval_data(own, wanted.spec(own), wanted.split, **fields)
     if not whole and wanted.data is None and "#" not in data.split and data.spec.startswith(("parquet:", "folder:")):
         remedy = "the names of its files tell no splits, so these are the examples it trains on: name others, or set data.split"
         config.require(divided(data.spec), "data", data.spec, f"{remedy} = train#0-95 and the evaluation's = train#95-100")

@@ -8,15 +8,18 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from clipjax import config
-from clipjax.files import Mirror, scheme, write_atomic
+from clipjax.files import Mirror, scheme, strict, write_atomic
 from clipjax.metrics.wandb_board import RECORD, WandbBoard
 from clipjax.train.owner import CheckOwner, never_lost
+
+if TYPE_CHECKING:
+    from clipjax.metrics.board import Board as _Board
 
 EvaluationResults = Mapping[str, float | np.ndarray]  # what an evaluation returns: metrics, and images uint8 [h, w, 3]
 
@@ -31,18 +34,6 @@ class NonFiniteError(FloatingPointError):
         in_row = f", after {skipped - 1} others in a row that were skipped" if skipped else ""
         super().__init__(f"{name} = {value} at step {step}{in_row}")
         self.name, self.step, self.skipped = name, step, skipped
-
-
-class _Board(Protocol):
-    """TensorBoard, or Weights & Biases. `group` begins the names: `task/dataset/`; empty for a training line."""
-
-    def scalars(self, step: int, group: str, values: Mapping[str, float]) -> None: ...
-
-    def images(self, step: int, group: str, images: Mapping[str, np.ndarray]) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -72,7 +63,7 @@ class MetricsWriter:
         self._before: list[_Pushed] = []  # the last interval, up to and with the last step that becomes a line
         self._since: list[_Pushed] = []  # the steps after it
         self._file = self._mirror = None
-        self._boards: list[_Board] = []
+        self._boards: list[_Board | WandbBoard] = []
         if jax.process_index() == 0:
             from clipjax.metrics.board import Board  # not above: the step benchmark runs without tensorboardX
 
@@ -165,9 +156,9 @@ class MetricsWriter:
         if self._file is None:
             return
         self._check_owner(self._mirror is None)  # a mirror checks it for itself
-        self._file.write(json.dumps(_strict(line), allow_nan=False) + "\n")
+        self._file.write(json.dumps(strict(line), allow_nan=False) + "\n")
         self._file.flush()
-        known = {name: value for name, value in scalars.items() if _strict(value) is not None}
+        known = {name: value for name, value in scalars.items() if strict(value) is not None}
         for board in self._boards:
             board.scalars(line["step"], prefix, known)
         if self._mirror is not None:
@@ -177,13 +168,6 @@ class MetricsWriter:
 def _number(value: np.ndarray) -> int | float:
     """A scalar for JSON. A float32 becomes the shortest text that gives it again, so 0.2 and not 0.20000000298."""
     return float(str(value)) if value.dtype.kind == "f" else int(value)
-
-
-def _strict(value: Any) -> Any:
-    """The value with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {k: _strict(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _truncate(path: Path, step: int) -> None:

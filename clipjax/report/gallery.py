@@ -9,13 +9,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from clipjax import config
 from clipjax.data.faults import shown
 from clipjax.data.source import Source
-from clipjax.data.tokenizer import Tokenizer
 from clipjax.evals import caption_metrics
 from clipjax.evals.captioning import with_round_trips
-from clipjax.evals.embed import MainPairs
+from clipjax.evals.embed import Pairs
 from clipjax.evals.loaded import LoadedRun
 from clipjax.evals.ties import nearer
 from clipjax.report.drawing import webp
@@ -26,15 +24,6 @@ WRONG, RIGHT = 6, 4  # that are shown
 NEAREST = 5  # that are shown of what a query found
 CAPTIONED = 48  # images that a run writes captions for
 SIDE = 96  # pixels of a thumbnail
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """A run's embeddings of the pairs of a dataset: an image and its main caption."""
-
-    image: Float[np.ndarray, "n e"]
-    text: Float[np.ndarray, "n e"]
-    index: Int[np.ndarray, " n"]  # of the example in its source
 
 
 @dataclass(frozen=True)
@@ -69,19 +58,14 @@ class Writing:
     captions: list[tuple[str, bool]]  # of each run with a decoder, and whether it is right
 
 
-def embed(model: LoadedRun, tokenizer: Tokenizer, data: config.Data, source: Source) -> Vectors:
-    pairs = MainPairs(model.encoder, tokenizer, data, source)
-    return Vectors(*pairs.embed(model.params))
-
-
-def searches(source: Source, runs: Sequence[Vectors], by_text: bool) -> list[Search]:
+def searches(source: Source, runs: Sequence[Pairs], by_text: bool) -> list[Search]:
     """Text to image if `by_text`, else image to text. Wrong ones of the first run come first."""
     first = runs[0]
-    asked = np.random.default_rng(0).permutation(len(first.index))[:ASKED]
+    asked = np.random.default_rng(0).permutation(len(first.number))[:ASKED]
     own = _ranks(first, asked, by_text)
     chosen = [*asked[own > 1][:WRONG].tolist(), *asked[own <= 1][:RIGHT].tolist()]
-    numbers = first.index[chosen].tolist()
-    places = [{int(number): place for place, number in enumerate(run.index)} for run in runs]
+    numbers = first.number[chosen].tolist()
+    places = [{int(number): place for place, number in enumerate(run.number)} for run in runs]
     found = [_nearest(run, [of_run[n] for n in numbers], by_text) for run, of_run in zip(runs, places, strict=True)]
     wanted = sorted({*numbers, *(int(n) for nearest, _, _ in found for n in np.unique(nearest))})
     tiles = {x.number: Tile(webp(x.image, SIDE), x.record.captions[0]) for x in shown(source, wanted)}
@@ -100,12 +84,12 @@ def _answer(tiles: dict[int, Tile], own: int, nearest: np.ndarray, cosines: np.n
     return Answer(float(rank), [Tile(*what, n == own, cosine) for what, n, cosine in found])
 
 
-def _cosines(run: Vectors, queries: Sequence[int] | np.ndarray, by_text: bool) -> Float[np.ndarray, "q n"]:
+def _cosines(run: Pairs, queries: Sequence[int] | np.ndarray, by_text: bool) -> Float[np.ndarray, "q n"]:
     asked, keys = (run.text, run.image) if by_text else (run.image, run.text)
     return asked[queries] @ keys.T
 
 
-def _ranks(run: Vectors, queries: Int[np.ndarray, " q"], by_text: bool) -> Float[np.ndarray, " q"]:
+def _ranks(run: Pairs, queries: Int[np.ndarray, " q"], by_text: bool) -> Float[np.ndarray, " q"]:
     """1 + how many are nearer + half of how many are as near."""
     found = []
     for block in np.array_split(queries, -(-len(queries) // BLOCK) or 1):
@@ -115,11 +99,11 @@ def _ranks(run: Vectors, queries: Int[np.ndarray, " q"], by_text: bool) -> Float
     return np.concatenate(found)
 
 
-def _nearest(run: Vectors, queries: list[int], by_text: bool) -> tuple[Int[np.ndarray, "q k"], np.ndarray, np.ndarray]:
+def _nearest(run: Pairs, queries: list[int], by_text: bool) -> tuple[Int[np.ndarray, "q k"], np.ndarray, np.ndarray]:
     """The numbers of the nearest examples in their source, their cosines, and the rank of each query's own."""
     cosines = _cosines(run, queries, by_text)
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :NEAREST]
-    return run.index[order], np.take_along_axis(cosines, order, 1), _ranks(run, np.array(queries, int), by_text)
+    return run.number[order], np.take_along_axis(cosines, order, 1), _ranks(run, np.array(queries, int), by_text)
 
 
 def captioned(source: Source) -> list[int]:

@@ -10,6 +10,7 @@ from clipjax.config import ConfigError
 from clipjax.config.data import dataset_name
 from clipjax.data.source import Source
 from clipjax.data.sources import open_source
+from clipjax.evals.embed import MainPairs, Pairs
 from clipjax.evals.geometry import GeometryEvaluation
 from clipjax.evals.inputs import eval_data
 from clipjax.evals.loaded import LoadedRun
@@ -17,7 +18,7 @@ from clipjax.evals.store import Store
 from clipjax.report import gallery
 from clipjax.report.drawing import webp
 from clipjax.report.folders import Folder
-from clipjax.report.gallery import Search, Vectors, Writing
+from clipjax.report.gallery import Search, Writing
 
 PLOT = 1000  # pixels, the width of a picture of the geometry
 OF_PAIRS = (config.Retrieval, config.Geometry, config.Captioning)  # evaluations of images with their captions
@@ -45,7 +46,7 @@ class _Seen:
     clean: config.Clean | None  # what is done to the captions; None: as each run was trained
     source: Source
     pictures: SetPictures
-    vectors: list[Vectors] = field(default_factory=list)
+    pairs: list[Pairs] = field(default_factory=list)
     captions: list[dict[int, tuple[str, bool]]] = field(default_factory=list)
 
 
@@ -80,7 +81,7 @@ def _open(model: LoadedRun, spec: str | None, split: str) -> list[_Seen]:
     found: dict[str, _Seen] = {}
     for wanted in given:
         fields = dict(image_field=wanted.image_field, text_field=wanted.text_field, label_field=wanted.label_field)
-        data = eval_data(model.run, wanted.spec(model.run.data), wanted.split, **fields)
+        data = eval_data(model.run.data, wanted.spec(model.run.data), wanted.split, **fields)
         name = dataset_name(data.spec, data.split)
         source = open_source(data)
         if name not in found and source.captioned:
@@ -90,24 +91,24 @@ def _open(model: LoadedRun, spec: str | None, split: str) -> list[_Seen]:
 
 def _look(seen: _Seen, name: str, model: LoadedRun) -> None:
     """Embeds the dataset, read with the fields of the first run: the captions of all are then the same."""
-    own = eval_data(model.run, seen.data.spec, seen.data.split)
+    own = eval_data(model.run.data, seen.data.spec, seen.data.split)
     fields = {name: getattr(seen.data, name) for name in ("image_field", "text_field", "label_field")}
     data = dataclasses.replace(own, **fields)
     tokenizer = model.tokenizer.cleaning(seen.clean)
-    vectors = gallery.embed(model, tokenizer, data, seen.source)
+    pairs = MainPairs(model.encoder, tokenizer, data, seen.source).embed(model.params)
     geometry = GeometryEvaluation.prepare(model.encoder, tokenizer, data, config.Geometry())
     drawn = geometry.run(model.params).draw(f"{name}, step {model.step}, on {seen.pictures.name}")
     if model.run.model.decoder is not None:
         seen.captions.append(gallery.write_captions(model, seen.source, gallery.captioned(seen.source)))
         seen.pictures.writers.append(name)
-    seen.vectors.append(vectors)
+    seen.pairs.append(pairs)
     seen.pictures.geometry.append(webp(drawn, PLOT))
     seen.pictures.runs.append(name)
 
 
 def _choose(seen: _Seen) -> None:
     pictures = seen.pictures
-    pictures.images = gallery.searches(seen.source, seen.vectors, by_text=True)
-    pictures.texts = gallery.searches(seen.source, seen.vectors, by_text=False)
+    pictures.images = gallery.searches(seen.source, seen.pairs, by_text=True)
+    pictures.texts = gallery.searches(seen.source, seen.pairs, by_text=False)
     if seen.captions:
         pictures.writings = gallery.writings(seen.source, seen.captions)

@@ -27,7 +27,7 @@ def webp(image):
 
 def figures(encoder, params, wanted):
     run = config.Run(model=MODEL, data=Data(spec="emoji"), evals=())
-    return prepare(wanted, encoder, TOKENIZER, run).run(params)
+    return prepare(wanted, encoder, TOKENIZER, run.data).run(params)
 
 
 def test_zeroshot_and_retrieval(encoder, params, images, tsv, tmp_path, capsys):

@@ -32,11 +32,11 @@ def data(tsv):
 
 def test_what_training_and_evaluation_share():
     run = config.Run(data=Data(spec="tfds:coco", image_field="image", text_field="captions/text", resize="crop"))
-    assert eval_data(run, "tfds:coco", "test") == dataclasses.replace(run.data, split="test")
-    other = eval_data(run, "emoji", "test")
+    assert eval_data(run.data, "tfds:coco", "test") == dataclasses.replace(run.data, split="test")
+    other = eval_data(run.data, "emoji", "test")
     assert (other.spec, other.split, other.resize) == ("emoji", "test", "crop")
     assert other.image_field is other.text_field is None
-    other = eval_data(run, "tfds:coco", "test", text_field="title", label_field="kind")
+    other = eval_data(run.data, "tfds:coco", "test", text_field="title", label_field="kind")
     assert (other.image_field, other.text_field, other.label_field) == ("image", "title", "kind")
 
 
@@ -44,8 +44,10 @@ def test_a_dataset_of_a_mixture_is_read_as_the_mixture_reads_it():
     parts = (config.Part(spec="tfds:coco", text_field="title", index="kept"), config.Part(spec="emoji"))
     run = config.Run(data=Data(sources=parts, resize="crop", filter=config.Filter(min_side=100)), evals=())
     expected = Data(spec="tfds:coco", split="test", text_field="title", index="kept", resize="crop")
-    assert eval_data(run, "tfds:coco", "test") == expected
-    assert eval_data(run, "tfds:other", "test") == dataclasses.replace(expected, spec="tfds:other", text_field=None, index=None)
+    assert eval_data(run.data, "tfds:coco", "test") == expected
+    assert eval_data(run.data, "tfds:other", "test") == dataclasses.replace(
+        expected, spec="tfds:other", text_field=None, index=None
+    )
 
 
 def test_images_in_order_without_what_cannot_be_read(encoder, data, images, caplog):

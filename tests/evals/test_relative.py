@@ -3,7 +3,7 @@ import pytest
 
 from clipjax.config import ConfigError
 from clipjax.evals import relative as module
-from clipjax.evals.relative import Space, compare, described, jaccard, ranks, relative
+from clipjax.evals.relative import Pairs, compare, described, jaccard, ranks, relative
 
 
 def unit(x):
@@ -17,12 +17,12 @@ def run():
     images = unit(rng.normal(size=(240, 16)))
     texts = unit(images + 0.15 * rng.normal(size=(240, 16)))
     number = np.arange(240)
-    return Space(images[:40], texts[:40], number[:40]), Space(images[40:], texts[40:], number[40:])
+    return Pairs(images[:40], texts[:40], number[:40]), Pairs(images[40:], texts[40:], number[40:])
 
 
 def turned(space, seed=1, width=16):
     turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0][:16].astype(np.float32)
-    return Space(space.image @ turn, space.text @ turn, space.number)
+    return Pairs(space.image @ turn, space.text @ turn, space.number)
 
 
 @pytest.mark.parametrize("width", [16, 24])
@@ -42,7 +42,7 @@ def test_a_turned_space_is_the_same_one(run, width):
 
 def test_unrelated_runs_are_at_chance(run):
     rng = np.random.default_rng(3)
-    other, anchors = (Space(unit(rng.normal(size=s.image.shape)), unit(rng.normal(size=s.text.shape)), s.number) for s in run)
+    other, anchors = (Pairs(unit(rng.normal(size=s.image.shape)), unit(rng.normal(size=s.text.shape)), s.number) for s in run)
     found = relative(run[0], other, run[1], anchors)
     assert found["image_retrieval_recall@1"] <= 4 / 40
     assert found["image_mrr"] < 0.25
@@ -51,7 +51,7 @@ def test_unrelated_runs_are_at_chance(run):
 
 def test_which_run_gives_images_and_which_texts(run):
     """Run B has lost its images, and nothing but its own of them changes."""
-    blind = Space(np.roll(run[0].image, 1, axis=0), run[0].text, run[0].number)
+    blind = Pairs(np.roll(run[0].image, 1, axis=0), run[0].text, run[0].number)
     assert relative(run[0], blind, run[1], run[1])["text_retrieval_recall@1"] > 0.8
     assert relative(blind, run[0], run[1], run[1])["text_retrieval_recall@1"] < 0.2
 

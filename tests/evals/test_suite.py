@@ -41,7 +41,7 @@ def run(tsv):
 def measured(suite, tsv, run, params, store=None, encoder=None):
     encoder = encoder or Counting(store)
     weights = Weights("tiny", "step 7", params)
-    return measure(suite, str(tsv), lambda wanted: prepare(wanted, encoder, TOKENIZER, run), encoder, weights), encoder
+    return measure(suite, str(tsv), lambda wanted: prepare(wanted, encoder, TOKENIZER, run.data), encoder, weights), encoder
 
 
 def test_rows_and_means(suite, tsv, run, params, tmp_path):
@@ -50,7 +50,7 @@ def test_rows_and_means(suite, tsv, run, params, tmp_path):
     rows = {row.name: row for row in run_suite(found, tmp_path / "out", lines.append)}
     assert list(rows) == ["names", "pairs", "gone", "mute", "there", "all"]
     assert encoder.rows_seen == 12 + 12 + 12  # names, images once, 11 captions
-    alone = prepare(suite.sets[1].evaluation.__class__(data=run.data.spec), encoder, TOKENIZER, run).run(params).metrics
+    alone = prepare(suite.sets[1].evaluation.__class__(data=run.data.spec), encoder, TOKENIZER, run.data).run(params).metrics
     assert rows["pairs"].metrics == alone
     assert rows["pairs"].main == pytest.approx((alone[RECALLS[0]] + alone[RECALLS[1]]) / 2)
     assert (rows["pairs"].main_metric, rows["pairs"].n, rows["pairs"].unreadable) == ("mean_recall@1", 10 + 9, 1)

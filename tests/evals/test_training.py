@@ -194,9 +194,9 @@ def test_labels_come_from_a_field(run, tsv, model, params, images):
     for field, file in (("number", str(tsv / "three.txt")), ("name", None)):
         fields = dict(data=f"csv:{tsv}/labels.csv", image_field="file", label_field=field)
         wanted = dataclasses.replace(plain(file), **fields)
-        assert prepare(wanted, encoder, TOKENIZER, run).run(params).metrics["acc1"] == right
+        assert prepare(wanted, encoder, TOKENIZER, run.data).run(params).metrics["acc1"] == right
     with pytest.raises(ConfigError, match=r"classnames = None: csv:.* has none of its own"):
-        prepare(dataclasses.replace(plain(None), **fields | {"label_field": "number"}), encoder, TOKENIZER, run)
+        prepare(dataclasses.replace(plain(None), **fields | {"label_field": "number"}), encoder, TOKENIZER, run.data)
 
 
 def test_an_evaluation_cleans_as_it_is_told(run):
@@ -204,7 +204,7 @@ def test_an_evaluation_cleans_as_it_is_told(run):
     trained = Tokenizer(TOKENIZER.backend, TOKENIZER.pad_id, TOKENIZER.length, "web")
     for wanted, how in ((None, "web"), ("none", "none"), ("canonicalize", "canonicalize")):
         zeroshot = config.Zeroshot(data=run.data.spec, classnames=run.evals[1].classnames, templates="plain", clean=wanted)
-        prompts = prepare(zeroshot, encoder, trained, web).prompts
+        prompts = prepare(zeroshot, encoder, trained, web.data).prompts
         np.testing.assert_array_equal(next(iter(prompts))["text"], TOKENIZER.cleaning(how).encode(WORDS[:4])[0])
     assert trained.clean == "web"
 
