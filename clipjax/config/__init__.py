@@ -13,7 +13,7 @@ from typing import Any, Literal
 from clipjax.config.augment import Augment, TextAugment, View
 from clipjax.config.data import BPE, Clean, Data, Filter, Part, Tokenizer, TokenizerFile
 from clipjax.config.embeddings import check_embeddings
-from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best, check_evaluations
+from clipjax.config.evals import Captioning, Geometry, Retrieval, TrainingEvaluation, Zeroshot, check_best
 from clipjax.config.fields import ConfigError, Strict, free, require
 from clipjax.config.model import Attention, Classes, Decoder, Head, Model
 from clipjax.config.objective import (
@@ -78,7 +78,9 @@ class Run(Strict, prefix=""):
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
         check_objective(self.objective, self.model, self.data)
         check_embeddings(self.model, self.data)
-        check_evaluations(self.evals, self.data)
+        for i, evaluation in enumerate(self.evals):
+            evaluation.require_member(f"evals.{i}")
+            evaluation.check_data(self.data, f"evals.{i}")
         check_best(self.train.best, self.evals, self.data)
         schedule = self.optim.schedule
         if isinstance(schedule, Cosine):

@@ -112,13 +112,6 @@ class Captioning(TrainingEvaluation):
 TrainingEvaluation.include(Zeroshot, Retrieval, Geometry, Captioning)
 
 
-def check_evaluations(evals: tuple[TrainingEvaluation, ...], data: Data) -> None:
-    """Raises ConfigError for a class that is not registered, and for an evaluation on the run's own data that has no splits."""
-    for i, evaluation in enumerate(evals):
-        evaluation.require_member(f"evals.{i}")
-        evaluation.check_data(data, f"evals.{i}")
-
-
 def check_best(best: str | None, evals: tuple[TrainingEvaluation, ...], data: Data) -> None:
     """Raises ConfigError unless exactly one evaluation gives the metric `best`. `data`: the run's own.
 

@@ -50,7 +50,9 @@ def start_from(run: str | os.PathLike, **changes: Any) -> "Run":
     objective = changes.pop("objective", None) or _objective(model)
     if isinstance(given, dict):
         model = _with_bias(model, objective, given)
-    data = _changed(Data(spec="emoji", resize=image.data.resize if image else "squash"), _with_spec(changes.pop("data", {})))
+    of_data = changes.pop("data", {})
+    of_data = dict(spec="") | of_data if isinstance(of_data, dict) else of_data
+    data = _changed(Data(spec="emoji", resize=image.data.resize if image else "squash"), of_data)
     tokenizer = BPE() if text is None else text.tokenizer
     return _changed(Run(data=data, model=model, objective=objective, tokenizer=tokenizer, init=init), changes)
 
@@ -113,10 +115,6 @@ def _with_bias(model: "Model", objective: tuple["Term", ...], given: dict[str, A
     elif not (sigmoid or own):
         changes = dict(init_bias=None)
     return dataclasses.replace(model, **{name: value for name, value in changes.items() if name not in given})
-
-
-def _with_spec(data: Any) -> Any:
-    return dict(spec="") | data if isinstance(data, dict) else data
 
 
 def _changed(now: Any, changes: Any) -> Any:

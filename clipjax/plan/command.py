@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 import threading
 import time
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace, run: config.Run) -> int:
         plan = figures.with_largest_batch(run, target, plan, fixed, print_try, progress)
     print(*report.lines(plan), sep="\n", flush=True)
     if args.json:
-        write_json(args.json, plan.to_json())
+        write_json(args.json, dataclasses.asdict(plan))
     return 1 if failed else 0
 
 

@@ -67,9 +67,6 @@ class Plan:
     largest_batch: int | None = None
     tries: list[Try] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 def make_plan(run: config.Run, target: Target) -> tuple[Plan, int]:
     """The plan from one compilation, and the bytes that a device needs for any batch. Raises ConfigError and CompilerError."""

@@ -19,6 +19,7 @@ import optax
 from clipjax.config import ConfigError, Constant, Cosine, Optim, Rsqrt, Rule, Run
 from clipjax.config.towers import locked_layers
 from clipjax.config.train import BELOW
+from clipjax.sharding import keystr
 
 NOTHING: Mapping[str, int] = MappingProxyType({})
 Params = Any  # nested dict of float32 arrays, or of their ShapeDtypeStructs
@@ -98,7 +99,7 @@ def match_rules(rules: tuple[Rule, ...], params: Params, part: bool = False) -> 
     Raises ConfigError if a parameter matches no rule, or if no parameter is left for a rule, which is most likely a typo;
     unless another rule froze one that it matches. `part`: of a part of the parameters, in which a rule may have none.
     """
-    shapes = {_name(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
+    shapes = {keystr(path): x.shape for path, x in jax.tree.leaves_with_path(params)}
     found: dict[str, Rule] = {}
     for name in shapes:
         if rule := next((r for r in rules if re.fullmatch(r.pattern, name)), None):
@@ -121,7 +122,7 @@ def trained_names(rules: tuple[Rule, ...], params: Params) -> set[str]:
 def stop_frozen(rules: tuple[Rule, ...], params: Params) -> Params:
     """`params`, or some, for the forward pass; frozen ones get no gradient. So XLA leaves out their part of the backward pass."""
     found = match_rules(rules, params, part=True)
-    return jax.tree.map_with_path(lambda path, p: p if found[_name(path)].lr != 0 else jax.lax.stop_gradient(p), params)
+    return jax.tree.map_with_path(lambda path, p: p if found[keystr(path)].lr != 0 else jax.lax.stop_gradient(p), params)
 
 
 def optimizer_of(run: Run, params: Params) -> optax.GradientTransformation:
@@ -139,13 +140,13 @@ def make_optimizer(optim: Optim, steps: int, params: Params, locked: Mapping[str
     """
     rules = match_rules(optim.rules, params)
     trained = trained_names(optim.rules, params)
-    depths = {name.split("/")[0]: len(x) for path, x in jax.tree.leaves_with_path(params) if "/blocks/" in (name := _name(path))}
+    depths = {name.split("/")[0]: len(x) for path, x in jax.tree.leaves_with_path(params) if "/blocks/" in (name := keystr(path))}
 
     def decay(path: tuple, u: jax.Array, p: jax.Array) -> jax.Array:
-        return u + optim.weight_decay * rules[_name(path)].decay * p
+        return u + optim.weight_decay * rules[keystr(path)].decay * p
 
     def factor(path: tuple, u: jax.Array, _: jax.Array) -> jax.Array:
-        name = _name(path)
+        name = keystr(path)
         by_layer = layer_factors(name, depths, rules[name].layer_decay, locked)
         return rules[name].lr * (u if by_layer is None else jnp.asarray(by_layer).reshape(-1, *[1] * (u.ndim - 1)) * u)
 
@@ -158,7 +159,9 @@ def make_optimizer(optim: Optim, steps: int, params: Params, locked: Mapping[str
             adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=optim.mu_dtype)
             direction = [adam, _with_path(decay), _trust_ratio(rules, trained)]
         case "adafactor":
-            direction = [_by_layer(_factored_rms(optim), trained), _momentum(optim), _with_path(decay)]
+            # The first moment is taken after the scaling. b1 = 0 turns it off and saves its memory.
+            ema = optax.ema(optim.b1, debias=False, accumulator_dtype=optim.mu_dtype) if optim.b1 else optax.identity()
+            direction = [_by_layer(_factored_rms(optim), trained), ema, _with_path(decay)]
     clip = optax.identity() if optim.clip_norm is None else optax.clip_by_global_norm(optim.clip_norm)
     train = optax.chain(clip, *direction, _with_path(factor), optax.scale_by_learning_rate(learning_rate(optim, steps)))
     label = _labels(lambda name: "train" if name in trained else "freeze")
@@ -191,7 +194,7 @@ def clamp_scale(params: Params, max_scale: float | None) -> Params:
         return params
     most = math.log(max_scale)
     return jax.tree.map_with_path(
-        lambda path, p: jnp.clip(p, 0.0, most) if _name(path).split("/")[-1] == "log_scale" else p, params
+        lambda path, p: jnp.clip(p, 0.0, most) if keystr(path).split("/")[-1] == "log_scale" else p, params
     )
 
 
@@ -204,13 +207,9 @@ def ema_update(ema: Params, params: Params, decay: float, step: jax.typing.Array
     return optax.incremental_update(params, ema, 1 - d)
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _labels(label: Any) -> Any:
     """For optax.partition: a function from a tree of parameters to the tree of `label(name)`."""
-    return lambda tree: jax.tree.map_with_path(lambda path, _: label(_name(path)), tree)
+    return lambda tree: jax.tree.map_with_path(lambda path, _: label(keystr(path)), tree)
 
 
 def _with_path(f: Any) -> optax.GradientTransformation:
@@ -253,8 +252,3 @@ def _factored_rms(optim: Optim) -> optax.GradientTransformation:
     # 32, not optax's 128: kernels have an axis of their own for heads, and the 64 to 104 channels of a head are worth factoring.
     rate: Any = decay  # optax calls it with an array and a float, and declares wider types
     return optax.scale_by_factored_rms(min_dim_size_to_factor=32, epsilon=optim.eps**2, decay_rate_fn=rate)
-
-
-def _momentum(optim: Optim) -> optax.GradientTransformation:
-    """Adafactor's first moment, taken after the scaling. b1 = 0 turns it off and saves its memory."""
-    return optax.ema(optim.b1, debias=False, accumulator_dtype=optim.mu_dtype) if optim.b1 else optax.identity()

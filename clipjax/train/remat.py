@@ -67,16 +67,10 @@ def choice(run: config.Run, mesh: Mesh, state: TrainState) -> Choice:
     return replace(fits[0], reason=reason)
 
 
-def resolved(run: config.Run, mesh: Mesh, state: TrainState) -> config.Run:
-    """The run with what `choice` says. `state`: arrays or shapes, with their shardings."""
+def resolved(run: config.Run, mesh: Mesh, state: TrainState, told: bool = False) -> config.Run:
+    """The run with what `choice` says. `state`: arrays or shapes, with their shardings. `told`: prints what it chose, and why."""
     found = choice(run, mesh, state)
-    return replace(run, model=replace(run.model, remat=found.policy, part=found.part))
-
-
-def chosen(run: config.Run, mesh: Mesh, state: TrainState) -> config.Run:
-    """`resolved`, which says what it chose."""
-    found = choice(run, mesh, state)
-    if found.reason:
+    if told and found.reason:
         say(f"model.remat = {run.model.remat}: {found}")
     return replace(run, model=replace(run.model, remat=found.policy, part=found.part))
 

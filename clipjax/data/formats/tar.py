@@ -145,7 +145,6 @@ class Run:
     start: int  # of the first byte
     end: int  # of the last member's last block
     suffixes: list[str] = field(default_factory=list)  # of plain members
-    odd: int = 0  # members that are links or sparse
 
 
 def runs(found: Iterator[Member]) -> Iterator[Run]:
@@ -163,8 +162,6 @@ def runs(found: Iterator[Member]) -> Iterator[Run]:
         run.end = member.end
         if member.plain:
             run.suffixes.append(suffix)
-        else:
-            run.odd += 1
     if run is not None:
         yield run
 

@@ -36,10 +36,8 @@ class Reference(NamedTuple):
 def load(out: Path, to: Format) -> Reference:
     """The folder, loaded in PyTorch by the library of its format. Raises ConfigError as `require_packages`."""
     require_packages(to)
-    return _load_open_clip(out) if to == "open_clip" else _load_transformers(out)
-
-
-def _load_open_clip(out: Path) -> Reference:
+    if to == "transformers":
+        return _load_transformers(out)
     import open_clip
 
     return of_open_clip(open_clip.create_model_and_transforms(f"local-dir:{out}"), open_clip.get_tokenizer(f"local-dir:{out}"))

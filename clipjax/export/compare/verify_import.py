@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from clipjax.data.tokenizer import Tokenizer
 from clipjax.export.compare import reference
 from clipjax.export.compare.big_vision_reference import load_big_vision
 from clipjax.export.compare.reference import Reference
-from clipjax.export.compare.report import LIMIT
+from clipjax.export.compare.report import LIMIT, Report
 from clipjax.export.compare.verify import compare, normalised
 from clipjax.export.formats import open_clip_read, weights
 from clipjax.export.found import Options
@@ -34,19 +34,6 @@ def require_comparable(origin: str, options: Options) -> None:
     reference.require_packages("transformers" if origin == "transformers" else "open_clip")
     remedy = "transformers has the source's own size only: leave it out to verify"
     require(options.image_size is None or origin != "transformers", "--image-size", options.image_size, remedy)
-
-
-class Comparison(Protocol):
-    """What `Report` and `TowerReport` have: see `Report`."""
-
-    @property
-    def examples(self) -> int: ...
-    @property
-    def figures(self) -> list[str]: ...
-    @property
-    def notes(self) -> list[str]: ...
-    @property
-    def failures(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,9 @@ class TowerReport:
         return [] if self.largest <= LIMIT else [f"{self.tower} differs by {self.largest:.1e}, more than {LIMIT:.0e}"]
 
 
+Comparison = Report | TowerReport
+
+
 def verify_import(
     source: Path, origin: str, options: Options, run: Run, params: Params, words: Tokenizer | None
 ) -> tuple[Comparison, list[str]]:
@@ -90,7 +80,8 @@ def verify_import(
         theirs = theirs._replace(ids=_ids(words), clean=str)
         notes.append("strings: the tokenizer is that of --tokenizer, not the source's")
     elif origin == "transformers" and words.clean == "lower":
-        theirs = theirs._replace(ids=_lowered(theirs.ids))
+        own = theirs.ids
+        theirs = theirs._replace(ids=lambda texts: own([clean(text, "lower") for text in texts]))
         notes.append("capitals: transformers' Gemma tokenizer leaves lower case, which SigLIP 2 was trained on, to its user")
     return compare(theirs, run.model, params, words, run.data.resize, images(), TEXTS), notes
 
@@ -142,10 +133,6 @@ def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     coarse = [Image.fromarray(rng.integers(0, 256, (h // 8 + 2, w // 8 + 2, 3), np.uint8)) for w, h in SHAPES]
     return [image.resize(shape, Image.Resampling.BICUBIC) for image, shape in zip(coarse, SHAPES, strict=True)]
-
-
-def _lowered(ids: Callable[[Sequence[str]], Any]) -> Callable[[Sequence[str]], Any]:
-    return lambda texts: ids([clean(text, "lower") for text in texts])
 
 
 def _ids(words: Tokenizer) -> Callable[[Sequence[str]], Any]:

@@ -221,11 +221,7 @@ def _split(r: Row, pieces: list[np.ndarray], shapes: list[tuple[int, ...]]) -> l
 
 
 def _refuse(direction: str, problems: Mapping[str, set[str]]) -> None:
-    lists = [f"{len(names)} {what}: {_some(sorted(names))}" for what, names in problems.items() if names]
+    named = {what: ", ".join(sorted(names)[:NAMED]) + ", and so on" * (len(names) > NAMED) for what, names in problems.items()}
+    lists = [f"{len(names)} {what}: {named[what]}" for what, names in problems.items() if names]
     if lists:
         raise ConfigError(f"{direction}: the table of names leaves tensors out: {'; '.join(lists)}")
-
-
-def _some(names: list[str]) -> str:
-    """The first names: a whole model's would fill the screen."""
-    return ", ".join(names[:NAMED]) + ", and so on" * (len(names) > NAMED)
