@@ -4,7 +4,7 @@ import logging
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,7 @@ class Source(ABC):
         """Example i, its image not decoded. If it can't be read, that is logged, and it has no caption and an empty image."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        try:
-            return self._record(i)
-        except Exception as error:  # a reader may raise anything
-            return self.unreadable(error, f"number {i}")
+        return self.guarded(lambda: self._record(i), f"number {i}")
 
     def text(self, i: int) -> Record:
         """Example i without its image: what the storage reads fastest."""
@@ -117,6 +114,13 @@ class Source(ABC):
     def record_in(self, fetched: Fetched, chunk: int, j: int) -> Record:
         """Example j of a fetched chunk, counted from 0. May raise anything."""
         return self._record(fetched.content + j)
+
+    def guarded(self, make: Callable[[], Record], key: str) -> Record:
+        """The record that is made, or `unreadable`: what reads an example may raise anything."""
+        try:
+            return make()
+        except Exception as error:
+            return self.unreadable(error, key)
 
     def unreadable(self, error: Exception, key: str) -> Record:
         """What stands for an example that can't be read: nothing but its key. The error is logged."""

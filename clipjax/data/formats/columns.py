@@ -64,6 +64,11 @@ def locate(field: str, name: str, known: Collection[str], what: str) -> Field:
     raise ConfigError(f"{name} = {field!r}: is not among the {what}; there are {there or 'none'}{hint}")
 
 
+def locate_any(field: str | None, name: str, known: Collection[str], what: str) -> Field | None:
+    """`locate` for a setting that may name no field."""
+    return locate(field, name, known, what) if field else None
+
+
 def locate_texts(text: str, name: str, known: Collection[str], what: str) -> tuple[Field, ...]:
     """The fields that `data.text_field` names, with their probabilities. A column whose name has a comma or = is one, too."""
     if text in known:

@@ -44,14 +44,11 @@ class Folder(Source):
         config.require(len(self) > 0, "data.spec", data.spec, "there is no image; name a folder of images")
         self.fields = {"image": "file", **dict.fromkeys(self._beside, "text")}
         what = f"kinds of files beside the images of {data.spec}"
-
-        def place(field: str | None, name: str) -> Field | None:
-            return columns.locate(field, name, self._beside, what) if field else None
-
         if data.image_field not in (None, "image"):
             raise ConfigError(f"data.image_field = {data.image_field!r}: a folder has images of one kind; leave it out")
-        self._number = place(data.filter.number, "data.filter.number")
-        self._label = place(data.label_field or ("cls" if "cls" in self._beside else None), "data.label_field")
+        label = data.label_field or ("cls" if "cls" in self._beside else None)
+        self._number = columns.locate_any(data.filter.number, "data.filter.number", self._beside, what)
+        self._label = columns.locate_any(label, "data.label_field", self._beside, what)
         self._texts = self._choose_texts(data, what)
         self._folder_classes = not self._texts and self._label is None
         self._folders = sorted({stem.partition("/")[0] for stem in self._stems if "/" in stem}) if self._folder_classes else []
@@ -115,10 +112,7 @@ class Folder(Source):
         return replace(self._text(i), image=store.read(url) if store.scheme_of(url) else Path(url))
 
     def text(self, i: int) -> Record:
-        try:
-            return self._text(i)
-        except Exception as error:  # a reader may raise anything
-            return self.unreadable(error, self._key(i))
+        return self.guarded(lambda: self._text(i), self._key(i))
 
     def texts(self) -> Iterator[Record]:
         with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -39,17 +39,12 @@ class Karpathy(Source):
         chosen = _in_split(items, data.spec, data.split)
         self.fields = {name: type(value).__name__ for name, value in chosen[0].items()}
         what = f"entries of an image of {data.spec}"
-
-        def place(field: str | None, name: str) -> Field | None:
-            return columns.locate(field, name, self.fields, what) if field else None
-
         self._texts = columns.locate_texts(data.text_field or CAPTIONS, "data.text_field", self.fields, what)
-        self._label = place(data.label_field, "data.label_field")
-        self._number = place(data.filter.number, "data.filter.number")
+        self._label = columns.locate_any(data.label_field, "data.label_field", self.fields, what)
+        self._number = columns.locate_any(data.filter.number, "data.filter.number", self.fields, what)
         if self._label:
-            self.classnames = columns.class_names(
-                columns.value_at(item, (self._label.column, *self._label.path)) for item in chosen
-            )
+            path = (self._label.column, *self._label.path)
+            self.classnames = columns.class_names(columns.value_at(item, path) for item in chosen)
         self._classes = {name: i for i, name in enumerate(self.classnames)} if self.classnames else None
         self._root = f"{expanduser(images).rstrip('/')}/" if images else file[: file.rfind("/") + 1]
         self._paths = _paths(chosen, self._root, data.spec)
@@ -100,7 +95,6 @@ def _load(url: str, spec: str) -> tuple[list[dict[str, Any]], str]:
 
 def _in_split(items: list[dict[str, Any]], spec: str, split: str) -> list[dict[str, Any]]:
     """The images of a split. Raises ConfigError, with those that there are, for another."""
-
     names = [str(PARTS.get(item["split"], item["split"])) for item in items]
     chosen = [item for item, name in zip(items, names, strict=True) if ALIASES.get(name, name) == ALIASES.get(split, split)]
     require(bool(chosen), "data.split", split, f"{spec} has {', '.join(sorted(set(names)))}")

@@ -53,10 +53,6 @@ def choose_fields(data: config.Data, suffixes: Collection[str], kind: str | None
 
     Raises ConfigError, which names the suffixes, where a field is unknown, there is no image, or several could be meant."""
     what = f"suffixes of {data.spec}"
-
-    def find(wanted: str | None, name: str) -> Field | None:
-        return columns.locate(wanted, name, suffixes, what) if wanted else None
-
     if data.image_field:
         image = columns.locate(data.image_field, "data.image_field", suffixes, what)
         remedy = f"an image is a whole member of a sample; use {image.column}"
@@ -74,8 +70,8 @@ def choose_fields(data: config.Data, suffixes: Collection[str], kind: str | None
     else:
         guessed = "json" in suffixes
         texts = (Field("json", ("caption",)),) if guessed else ()
-    label = find(data.label_field or (LABEL if LABEL in suffixes else None), "data.label_field")
-    number = find(data.filter.number, "data.filter.number")
+    label = columns.locate_any(data.label_field or (LABEL if LABEL in suffixes else None), "data.label_field", suffixes, what)
+    number = columns.locate_any(data.filter.number, "data.filter.number", suffixes, what)
     rows = Field(ROW) if ROW in suffixes else None
     several = rows if kind == MULTILABEL and label is None else None
     grouped = kind is not None and rows is not None and LABEL in suffixes

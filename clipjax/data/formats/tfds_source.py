@@ -205,10 +205,7 @@ class Tfds(Source):
                 yield self._text_of(i, lambda record=record: record)
 
     def _text_of(self, i: int, read: Callable[[], bytes]) -> Record:
-        try:
-            return self._parsed(i, tfrecord.features(read(), self._text_features))
-        except Exception as error:  # a reader may raise anything
-            return self.unreadable(error, f"number {i}")
+        return self.guarded(lambda: self._parsed(i, tfrecord.features(read(), self._text_features)), f"number {i}")
 
     def _parsed(self, i: int, features: Any) -> Record:
         def values(path: str, kind: str) -> list:

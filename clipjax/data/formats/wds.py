@@ -4,7 +4,7 @@ import copy
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -151,7 +151,7 @@ class Wds(Source):
             fetched = self.fetch(chunk)
         except Exception as error:
             return [self.unreadable(error, f"number {i}") for i in range(first, end)]
-        return [self._guarded(i, lambda i=i: self._parse_in(fetched, i, with_image=False)) for i in range(first, end)]
+        return [self.guarded(lambda i=i: self._parse_in(fetched, i, with_image=False), f"number {i}") for i in range(first, end)]
 
     def _hop(self, path: str, first: int, end: int) -> Iterator[Record]:
         """Samples without their images, of a shard of this machine: only headers and what is asked for are read."""
@@ -165,7 +165,7 @@ class Wds(Source):
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
             window = Window(lambda position, length: os.pread(file, length, position), os.fstat(file).st_size, HOP)
             for i, span in enumerate(self._spans(first, end), first):
-                yield self._guarded(i, lambda i=i, span=span: self._parse(window, span, i, with_image=False))
+                yield self.guarded(lambda i=i, span=span: self._parse(window, span, i, with_image=False), f"number {i}")
         finally:
             os.close(file)
 
@@ -177,12 +177,6 @@ class Wds(Source):
 
     def _shard(self, i: int) -> str:
         return self.index.urls[bisect_right(self._starts, i) - 1]
-
-    def _guarded(self, i: int, make: Callable[[], Record]) -> Record:
-        try:
-            return make()
-        except Exception as error:  # as in `Source.record`: what a member holds may raise anything
-            return self.unreadable(error, f"number {i}")
 
 
 def _kind(suffix: str) -> str:
