@@ -16,40 +16,26 @@ class Preservation(PreservationPolicy):
     """
 
     def __init__(self, cfg: config.Train) -> None:
-        self._best = _Best(cfg.best)
         kept: list[PreservationPolicy] = [policies.LatestN(cfg.keep)]
         if cfg.keep_every:
             kept.append(policies.EveryNSteps(cfg.keep_every))
-        if cfg.best:
-            kept.append(self._best)
-        self._any = policies.AnyPreservationPolicy(kept)
-
-    def note(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Takes the metrics of evaluations of a step under the names that train.best may have."""
-        self._best.note(step, metrics)
-
-    def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext) -> Sequence[bool]:
-        """Whether each checkpoint is kept."""
-        return self._any.should_preserve(checkpoints, context=context)
-
-
-class _Best(PreservationPolicy):
-    """Keeps the checkpoint with the highest value of a metric; of equal ones the newest."""
-
-    def __init__(self, name: str | None) -> None:
-        self._name = name or ""
+        self._others = policies.AnyPreservationPolicy(kept)
+        self._metric = cfg.best or ""  # which no metric is called
         self._values: dict[int, float] = {}
 
     def note(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        value = metrics.get(self._name)
+        """Takes the metrics of evaluations of a step under the names that train.best may have."""
+        value = metrics.get(self._metric)
         if value is not None and math.isfinite(value):  # None stands for NaN in metrics.jsonl
             self._values[step] = value
 
     def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext) -> Sequence[bool]:
+        """Whether each checkpoint is kept. Of those with equally good metrics it is the newest."""
         values = [(self._value(found), found.step) for found in checkpoints]
         _, best = max(((value, step) for value, step in values if value is not None), default=(None, None))
-        return [found.step == best for found in checkpoints]
+        others = self._others.should_preserve(checkpoints, context=context)
+        return [kept or found.step == best for kept, found in zip(others, checkpoints, strict=True)]
 
     def _value(self, found: PolicyCheckpointInfo) -> float | None:
         """A checkpoint of release 0.2 or earlier has its metrics with it, `found.metrics`."""
-        return self._values.get(found.step, (found.metrics or {}).get(self._name))
+        return self._values.get(found.step, (found.metrics or {}).get(self._metric))

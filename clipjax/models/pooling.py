@@ -77,11 +77,11 @@ class AttentionPooling(Pooler):
     @staticmethod
     def flops(cfg: ImageTower, tokens: int) -> int:
         d = cfg.width
-        return _flops(1, tokens, d, d) + MLP.flops(1, d, cfg.mlp_dim)
+        return pool_flops(1, tokens, d, d) + MLP.flops(1, d, cfg.mlp_dim)
 
     @staticmethod
     def kept(policy: str, layout: Layout, cfg: ImageTower, tokens: int) -> int:
-        return _kept(policy, layout, tokens, cfg.width)
+        return pool_kept(policy, layout, tokens, cfg.width)
 
 
 POOLERS: Mapping[str, type[Pooler]] = {  # by config.ImageTower.pool, which is also the path of its parameters: image/map/...
@@ -107,24 +107,14 @@ class AttentionalPooler(Layer):
         query = einops.repeat(query, "1 q h k -> b h q k", b=len(x))
         return self.attention.out(attend(query, *self.attention.keys(self.norm_context(x))))
 
-    @staticmethod
-    def flops(queries: int, tokens: int, context: int, width: int) -> int:
-        """FLOPs of a forward pass on one image, with tokens of width `context`."""
-        return _flops(queries, tokens, context, width)
 
-    @staticmethod
-    def kept(policy: str, layout: Layout, tokens: int, context: int) -> int:
-        """Bytes kept for the backward pass, of one image, with tokens of width `context`."""
-        return _kept(policy, layout, tokens, context)
-
-
-def _flops(queries: int, tokens: int, context: int, width: int) -> int:
-    """FLOPs of attention to an image's tokens: keys and values, scores and weighted values, the output. Queries are computed
-    once for all images.
+def pool_flops(queries: int, tokens: int, context: int, width: int) -> int:
+    """FLOPs of attention to an image's tokens, of width `context`: keys and values, scores and weighted values, the output.
+    Queries are computed once for all images.
     """
     return 2 * tokens * context * 2 * width + attention_flops(queries, tokens, width) + 2 * queries * width**2
 
 
-def _kept(policy: str, layout: Layout, tokens: int, context: int) -> int:
+def pool_kept(policy: str, layout: Layout, tokens: int, context: int) -> int:
     """Bytes kept of attention to an image's tokens: their norm in float32, keys and values. In chunks, all is recomputed."""
     return 0 if policy in CHUNKED_POLICIES else 24 * context * layout.rows(tokens) + 6 * layout.bytes(tokens, context)

@@ -16,7 +16,7 @@ from clipjax.models import lora
 from clipjax.models.block import Block
 from clipjax.models.facts import BlockShape, Layout, TowerFacts
 from clipjax.models.layers import LayerNorm, Linear, Scope, normal
-from clipjax.models.pooling import POOLERS, AttentionalPooler
+from clipjax.models.pooling import POOLERS, AttentionalPooler, pool_flops, pool_kept
 from clipjax.models.runner import Runner
 
 
@@ -156,11 +156,11 @@ def _pool_flops(cfg: ImageTower, tokens: int) -> int:
     if not cfg.attentional:
         return 0
     width = cfg.embed_dim or cfg.width
-    flops = AttentionalPooler.flops(cfg.queries, tokens, cfg.width, width)
+    flops = pool_flops(cfg.queries, tokens, cfg.width, width)
     if cfg.pool == "cascade":
-        flops += AttentionalPooler.flops(1, cfg.queries, width, width)
+        flops += pool_flops(1, cfg.queries, width, width)
     elif cfg.pool == "parallel":
-        flops += AttentionalPooler.flops(1, tokens, cfg.width, width)
+        flops += pool_flops(1, tokens, cfg.width, width)
     return flops
 
 
@@ -169,5 +169,5 @@ def _kept(cfg: ImageTower, layer: BlockShape, policy: str, layout: Layout) -> in
     if cfg.pool in POOLERS:
         pooler = POOLERS[cfg.pool].kept(policy, layout, cfg, layer.tokens)
     elif cfg.attentional:
-        pooler = AttentionalPooler.kept(policy, layout, layer.tokens, cfg.width)
+        pooler = pool_kept(policy, layout, layer.tokens, cfg.width)
     return math.ceil(held_layers(cfg) * Block.kept(policy, layout, layer) + pooler)
