@@ -5,7 +5,9 @@ of steps, augmentation, weights of the terms. The place in the data is the step:
 where another seed, batch size or dataset makes another order.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,10 +50,8 @@ def find_origin(run: config.Run) -> Origin:
     Raises ConfigError where there is none or it can't be read, and where its state is not one of `run`.
     """
     assert run.init is not None, "only init gives an origin"
-    try:
+    with naming("init.run", run.init.run):
         origin = Origin(*look_up(run.init.run, "init.run"))
-    except DamagedError as error:
-        raise unreadable("init.run", run.init.run, error) from error
     require_state(origin.path, origin.step, "init.run")
     remedy = f"{origin} has {origin.step:,} finished steps already: ask for more"
     config.require(origin.step < run.train.steps, "train.steps", run.train.steps, remedy)
@@ -65,10 +65,8 @@ def find_origin(run: config.Run) -> Origin:
 def restore_origin(run: config.Run, origin: Origin, abstract: TrainState) -> TrainState:
     """The state of `origin`, sharded as `abstract` says. Raises ConfigError where it can't be read."""
     assert run.init is not None, "only init gives an origin"
-    try:
+    with naming("init.run", run.init.run):
         return restore(origin.path, origin.step, abstract)
-    except DamagedError as error:
-        raise unreadable("init.run", run.init.run, error) from error
 
 
 def changes_order(before: config.Run, run: config.Run) -> bool:
@@ -76,9 +74,13 @@ def changes_order(before: config.Run, run: config.Run) -> bool:
     return bool(_named(ORDER, before, run))
 
 
-def unreadable(field: str, name: str, error: DamagedError) -> config.ConfigError:
-    """For a checkpoint that the field of a configuration names."""
-    return config.ConfigError(f"{field} = {name!r}: {error}; name another step, as RUN@STEP, or another run")
+@contextlib.contextmanager
+def naming(field: str, name: str) -> Iterator[None]:
+    """For `with`: makes a ConfigError of the DamagedError for a checkpoint that the field of a configuration names."""
+    try:
+        yield
+    except DamagedError as error:
+        raise config.ConfigError(f"{field} = {name!r}: {error}; name another step, as RUN@STEP, or another run") from error
 
 
 def _differences(before: config.Run, run: config.Run) -> list[str]:

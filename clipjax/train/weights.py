@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 
 from clipjax import config, sharding
 from clipjax.restore import load_weights, look_up
-from clipjax.storage import DamagedError
 from clipjax.train.match import PARTS, TOWERS, Match, Shape, Source, match, resized
-from clipjax.train.origin import Origin, restore_origin, unreadable
+from clipjax.train.origin import Origin, naming, restore_origin
 from clipjax.train.state import TrainState, abstract_state, initial_state
 
 NAMES = 5  # of arrays, that a line of the report lists
@@ -41,13 +40,12 @@ class Weights:
     def report(self, run: config.Run) -> list[str]:
         """Lines that say how many parameters came, were resized, are new and were left, and what else their user must know."""
         found = self.found
-        sizes = {name: math.prod(now) for name, (_, now) in found.resized.items()}
         changed = [f"{name} {list(old)} -> {list(new)}, {_how(name, old, new)}" for name, (old, new) in found.resized.items()]
         rows = [
-            _row("came", {name: math.prod(shape) for name, shape in found.came.items()}),
-            _row("resized", sizes, "; ".join(changed)),
-            _row("new", {name: math.prod(shape) for name, shape in found.fresh.items()}, _names(found.fresh)),
-            _row("left", {name: math.prod(shape) for name, shape in found.left.items()}, _names(found.left)),
+            _row("came", found.came),
+            _row("resized", {name: now for name, (_, now) in found.resized.items()}, "; ".join(changed)),
+            _row("new", found.fresh, _names(found.fresh)),
+            _row("left", found.left, _names(found.left)),
         ]
         return rows + found.notes + self._differences(run)
 
@@ -111,10 +109,8 @@ def _sources(run: config.Run) -> list[Source]:
         wanted = {"init.run": (run.init.run, tuple(part for part in PARTS if part not in named))} | wanted
     found = []
     for field, (name, parts) in wanted.items():
-        try:
+        with naming(field, name):
             path, step, before = look_up(name, field)
-        except DamagedError as error:
-            raise unreadable(field, name, error) from error
         for tower in set(parts) & {*TOWERS} if before.model.towers != "both" else ():
             remedy = f"has no {tower} tower: name the run of one by init.{tower}, or leave init.run out and give init.image"
             remedy += " or init.text: the other tower is then new"
@@ -134,10 +130,8 @@ def _check_scale(model: config.Model, source: Source) -> None:
 
 
 def _read(source: Source, mesh: Mesh, parts: tuple[str, ...]) -> tuple[config.Model, Any]:
-    try:
+    with naming(source.field, source.name):
         return load_weights(source.path, source.step, source.run, mesh, parts)
-    except DamagedError as error:
-        raise unreadable(source.field, source.name, error) from error
 
 
 def _on_host(array: jax.Array, mesh: Mesh) -> np.ndarray:
@@ -145,8 +139,9 @@ def _on_host(array: jax.Array, mesh: Mesh) -> np.ndarray:
     return np.asarray(jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(array))
 
 
-def _row(what: str, sizes: Mapping[str, int], more: str = "") -> str:
-    return f"{what}: {sum(sizes.values()):,} parameters in {len(sizes):,} arrays" + (f": {more}" if more else "")
+def _row(what: str, shapes: Mapping[str, Shape], more: str = "") -> str:
+    numbers = sum(map(math.prod, shapes.values()))
+    return f"{what}: {numbers:,} parameters in {len(shapes):,} arrays" + (f": {more}" if more else "")
 
 
 def _names(names: Collection[str]) -> str:
