@@ -172,7 +172,6 @@ def _own(command: Command) -> list[Argument]:
 
 
 def _add(under: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, command: Command) -> None:
-    """Adds the parser of one command."""
     parser = under.add_parser(
         name,
         help=command.help,

@@ -125,15 +125,13 @@ class ImageTower(Strict, prefix="model.image"):
 
     def __post_init__(self) -> None:
         _check_tower(self, "model.image")
-        for part in ("image_size", "patch_size"):
+        for part in ("image_size", "patch_size", "queries", "pool_heads"):
             require(getattr(self, part) > 0, f"model.image.{part}", getattr(self, part), "must be positive")
         remedy = f"must be at least model.image.patch_size = {self.patch_size}"
         require(self.image_size >= self.patch_size, "model.image.image_size", self.image_size, remedy)
         fits = self.pool in ("mean", "avg") or not self.norm_pooled
         require(fits, "model.image.norm_pooled", self.norm_pooled, "applies to the means of model.image.pool = mean and avg")
         require(0 <= self.patch_dropout < 1, "model.image.patch_dropout", self.patch_dropout, "must lie in [0, 1)")
-        for part in ("queries", "pool_heads"):
-            require(getattr(self, part) > 0, f"model.image.{part}", getattr(self, part), "must be positive")
         require(min(self.std) > 0, "model.image.std", self.std, "must be positive: colours are divided by these")
         fits = self.positions == "learned" or self.width % 4 == 0
         require(fits, "model.image.width", self.width, "must be a multiple of 4 for sincos2d positions")

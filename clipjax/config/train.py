@@ -134,10 +134,9 @@ class Mesh(Strict, prefix="mesh"):
     shard_optimizer: bool | None = free(None)
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp", "tensor"):
-            n = getattr(self, name)
-            require(n == -1 or n > 0, f"mesh.{name}", n, "must be positive, or -1 for all devices that are left")
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, n in sizes.items():
+            require(n == -1 or n > 0, f"mesh.{name}", n, "must be positive, or -1 for all devices that are left")
         require([*sizes.values()].count(-1) <= 1, "mesh", sizes, "only one axis can be -1")
 
 
@@ -164,11 +163,9 @@ class Init(Strict, prefix="init"):
             check_pattern(pattern, f"init.allow.{i}")
         if self.state == "all":
             require(bool(self.run), "init.run", self.run, "must name a workdir, or workdir@STEP: init.state = 'all' is one run's")
+            remedy = "leave it out, or set init.state = 'weights': 'all' is of init.run alone"
             for name in ("image", "text", "allow"):
-                value = getattr(self, name)
-                require(
-                    not value, f"init.{name}", value, "leave it out, or set init.state = 'weights': 'all' is of init.run alone"
-                )
+                require(not getattr(self, name), f"init.{name}", getattr(self, name), remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,11 +33,11 @@ class Layout:
 
     def rows(self, tokens: int) -> int:
         """The padded number of tokens, where they are the axis before the last."""
-        return _round_up(tokens, 32 // self.size)
+        return round_up(tokens, 32 // self.size)
 
     def lanes(self, tokens: int) -> int:
         """The padded number of tokens, where they are the last axis."""
-        return _round_up(tokens, 128)
+        return round_up(tokens, 128)
 
     def bytes(self, tokens: int, width: int) -> int:
         """Bytes of activations [tokens, width] in the towers' dtype."""
@@ -63,5 +63,6 @@ class TowerFacts:
     per_caption: bool = field(default=False)  # it runs on every caption of an image
 
 
-def _round_up(n: int, unit: int) -> int:
+def round_up(n: int, unit: int) -> int:
+    """The least multiple of `unit` that is not below n."""
     return -(-n // unit) * unit

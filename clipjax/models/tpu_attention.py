@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from clipjax import config
+from clipjax.models.facts import round_up
 
 LANES, SUBLANES = 128, 8  # of a register of 32-bit numbers; a matrix unit holds 128 x 128 weights
 FEW_SCORES, MOST_SCORES = 2**20, 2**21  # of a program, of one that can't have fewer: the compiler unrolls it
@@ -53,7 +54,7 @@ def lanes(tokens: int, width: int, heads: int) -> int:
     least = math.lcm(own, LANES)
     if own % SUBLANES or width % least:
         return 0
-    scores, count = least // own * tokens * _up(tokens, LANES), width // least
+    scores, count = least // own * tokens * round_up(tokens, LANES), width // least
     groups = [n for n in range(1, count + 1) if count % n == 0 and n * scores <= (MOST_SCORES if n == 1 else FEW_SCORES)]
     return max(groups, default=0) * least
 
@@ -139,9 +140,9 @@ def _at_once(qkv: Any, width: int) -> list[tuple[Head, ...]]:
     _, t, e = qkv.shape
     heads = []
     for first in range(0, e, width):
-        start, end = first // LANES * LANES, _up(first + width, LANES)
+        start, end = first // LANES * LANES, round_up(first + width, LANES)
         heads.append((slice(start, end), slice(first - start, first - start + width)))
-    count = max(1, 8 * LANES // _up(t, LANES))
+    count = max(1, 8 * LANES // round_up(t, LANES))
     return [tuple(heads[i : i + count]) for i in range(0, len(heads), count)]
 
 
@@ -186,13 +187,9 @@ class _Tiles:
 
 def _flops(b: int, tokens: int, width: int, heads: int, backward: bool) -> int:
     """What a kernel keeps the matrix units busy for, padding and vector work included."""
-    own, rows, columns = width // heads, _up(tokens, SUBLANES), _up(tokens, LANES)
-    spans = sum(_up(i * own + own, LANES) - i * own // LANES * LANES for i in range(heads))
+    own, rows, columns = width // heads, round_up(tokens, SUBLANES), round_up(tokens, LANES)
+    spans = sum(round_up(i * own + own, LANES) - i * own // LANES * LANES for i in range(heads))
     wide, narrow = 2 * rows * columns * spans, 2 * heads * own * columns**2  # over a head's width, and where it is a result's
     products = 2 * wide + 3 * narrow if backward else wide + narrow
     programs = b * (width // lanes(tokens, width, heads))
     return b * (products + heads * FLOPS_OF_SCORE[backward] * rows * columns) + FLOPS_OF_PROGRAM * programs
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

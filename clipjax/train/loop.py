@@ -240,7 +240,6 @@ class _Loop:
             self._checkpoints.save(step, self._devices.state)
 
     def _evaluate(self, step: int, due: Sequence[Evaluator]) -> None:
-        """Runs evaluations and reports them."""
         for evaluator in due:
             with self._report.clock.spending("eval_seconds"):
                 results = evaluator.run(self._devices.evaluated, step)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from clipjax import config
 from clipjax.losses.sogclr import UNSEEN
+from clipjax.models.facts import round_up
 
 Memory = dict[str, jax.Array]
 SIDES = ("image", "text")
@@ -27,16 +28,12 @@ def initial(run: config.Run, devices: int) -> Memory:
     term = term_of(run)
     if term is None:
         return {}
-    n = _round_up(_round_up(term.examples, MULTIPLE), devices)
+    n = round_up(round_up(term.examples, MULTIPLE), devices)
     values = {f"log_u_{side}": jnp.full(n, UNSEEN) for side in SIDES}
     if isinstance(term, config.Isogclr):
         values |= {f"temperature_{side}": jnp.full(n, term.temperature) for side in SIDES}
         values |= {f"momentum_{side}": jnp.zeros(n) for side in SIDES}
     return values
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def read(memory: Memory, index: jax.Array) -> Memory:
