@@ -181,7 +181,7 @@ def _mapped(mesh: Mesh, dtype: str, body: Body, path: str, weights: nnx.State, *
 
 def _gather(fetch: Callable[[nnx.State], nnx.State], dtype: str) -> Gather:
     """A layer's full weights by `fetch`. Kernels travel in `dtype`, in which they are multiplied."""
-    return lambda weights: cast_like(fetch(cast_kernels(weights, dtype)), weights)
+    return lambda weights: jax.tree.map(lambda x, own: x.astype(own.dtype), fetch(cast_kernels(weights, dtype)), weights)
 
 
 def _all_gather(stacked: bool, x: jax.Array, axes: P) -> jax.Array:
@@ -203,11 +203,6 @@ def cast_kernels(weights: Any, dtype: str) -> Any:
         return x.astype(jnp.dtype(dtype)) if _name(path).endswith("kernel") else x
 
     return jax.tree_util.tree_map_with_path(cast, weights)
-
-
-def cast_like(weights: nnx.State, others: nnx.State) -> nnx.State:
-    """Each array in the dtype of the same array of `others`."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), weights, others)
 
 
 def _name(path: tuple) -> str:

@@ -212,11 +212,6 @@ def shardings(tree: Any, mesh: Mesh, over_data: Collection[str] = ()) -> Any:
     return placed
 
 
-def without_data(params: Any, mesh: Mesh) -> Any:
-    """Parameters of a state as evaluations expect them: gathered over `data` where they are sharded over it."""
-    return jax.device_put(params, shardings(params, mesh))
-
-
 def _fsdp_sizes(tree: Any, mesh: Mesh) -> Iterator[int]:
     """The sizes of `fsdp`, above 1 and with the same number of devices, over which enough of the tree can be sharded."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -45,10 +45,6 @@ def _trigrams(words: Words) -> list[Words]:
     return [words[i : i + 3] for i in range(0, len(words), 3)]
 
 
-def _within_trigrams(words: Words, rng: np.random.Generator, vocabulary: Sequence[str]) -> Words:
-    return [word for three in _trigrams(words) for word in _shuffled(three, rng, vocabulary)]
-
-
 def _of_trigrams(words: Words, rng: np.random.Generator, vocabulary: Sequence[str]) -> Words:
     threes = _trigrams(words)
     return [word for i in rng.permutation(len(threes)) for word in threes[i]]
@@ -61,7 +57,7 @@ def _replaced(words: Words, rng: np.random.Generator, vocabulary: Sequence[str])
 
 KINDS: dict[str, Change] = {
     "shuffle_all_words": _shuffled,  # this and the next two as in ARO, whose words are nltk's and not those between spaces
-    "shuffle_within_trigrams": _within_trigrams,
+    "shuffle_within_trigrams": lambda words, *how: [word for three in _trigrams(words) for word in _shuffled(three, *how)],
     "shuffle_trigrams": _of_trigrams,
     "replace_word": _replaced,  # by one of another caption, each as likely
 }

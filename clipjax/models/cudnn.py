@@ -47,13 +47,10 @@ def attend(
     causal it comes after all of them, and else the number of keys tells. What it gets is of no use.
     """
     keys = k.shape[2]
-    q, k, v = (_even(einops.rearrange(x, "b h t k -> b t h k")) for x in (q, k, v))
+    even = (jnp.pad(x, ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))) for x in (q, k, v))
+    q, k, v = (einops.rearrange(x, "b h t k -> b t h k") for x in even)
     real = jnp.full(len(k), keys, jnp.int32) if keys % 2 and not causal else None
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=real, implementation=implementation)
-
-
-def _even(x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
-    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
 @contextmanager

@@ -154,8 +154,8 @@ class _Devices:
 
     @property
     def evaluated(self) -> clip.Params:
-        """The weights that evaluations use."""
-        return sharding.without_data(self.state.evaluated, self._mesh)
+        """The weights that evaluations use, gathered over `data` where they are sharded over it."""
+        return jax.device_put(self.state.evaluated, sharding.shardings(self.state.evaluated, self._mesh))
 
     def wait(self) -> None:
         """Waits until the devices have fewer than STEPS_AHEAD steps to do."""

@@ -133,16 +133,13 @@ def _decide(
         else:
             found.fresh[name] = shape
             is_adapter = name.endswith((f"/{lora.LORA_A}", f"/{lora.LORA_B}"))  # new by design: the start's are merged
-            wrong |= {} if is_adapter else {name: f"{list(shape)} here, {_counterpart(name, wanted, theirs)}"}
+            there = _nearest(name, theirs, wanted) if other is None else list(other)
+            wrong |= {} if is_adapter else {name: f"{list(shape)} here, {there} there"}
             found.left.update({} if other is None else {name: other})
     for name, shape in theirs.items():
         if name not in wanted:
             found.left[name] = shape
             wrong[name] = f"{list(shape)} there, {_nearest(name, wanted, theirs)} here"
-
-
-def _counterpart(name: str, wanted: Mapping[str, Shape], theirs: Mapping[str, Shape]) -> str:
-    return f"{list(theirs[name])} there" if name in theirs else f"{_nearest(name, theirs, wanted)} there"
 
 
 def _nearest(name: str, known: Mapping[str, Shape], matched: Mapping[str, Shape]) -> str:
