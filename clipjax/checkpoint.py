@@ -150,7 +150,6 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """`restore` of this workdir."""
         return restore(self._workdir, step, abstract)
 
 

@@ -160,7 +160,6 @@ class Captioner(BatchedModel):
         """The cache with its rows sharded as the batch and its heads over `tensor`, as the kernels that compute it."""
 
         def shard(*axes: str | tuple[str, ...] | None) -> Callable[[Array], Array]:
-            """Constrains the last axes of an array."""
             return lambda x: jax.lax.with_sharding_constraint(
                 x, NamedSharding(self.mesh, P(*(None,) * (x.ndim - len(axes)), *axes))
             )

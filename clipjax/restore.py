@@ -45,7 +45,6 @@ def _reader(workdir: Path) -> ocp.CheckpointManager:
 
 
 def read_config(reader: ocp.CheckpointManager, step: int) -> config.Run:
-    """The configuration that was saved with a checkpoint."""
     saved = reader.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
     return config.from_json(json.dumps(saved["config"]))
 

@@ -120,7 +120,6 @@ def _cores() -> int:
 
 
 def lines(rates: InputRates) -> Iterator[str]:
-    """The text of the figures."""
     yield f"{rates.dataset}: {rates.examples:,} examples, in batches of {rates.batch_size:,}"
     yield from parts.lines(rates.parts)
     for kind, stream in rates.streams.items():

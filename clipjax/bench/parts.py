@@ -127,7 +127,6 @@ def _cpu(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def lines(parts: dict[str, float]) -> Iterator[str]:
-    """The text of the figures."""
     yield "  part         us an example   examples/s of a core"
     for part in PARTS:
         yield f"  {part:10} {parts[part]:15,.1f} {1e6 / max(parts[part], 0.1):22,.0f}"

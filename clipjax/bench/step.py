@@ -129,7 +129,6 @@ def _timed(run: config.Run, mesh: Mesh, program: jax.stages.Compiled, turns: int
 
 
 def lines(times: StepTimes) -> Iterator[str]:
-    """The text of the figures."""
     yield f"{times.devices} x {times.device_kind}; mesh: {axes(times.mesh)}"
     yield batch_line(times.batch_size, times.micro_batches, remat.Choice(times.remat, times.part))
     yield f"  compiled in      {times.compile_seconds:,.1f} s"

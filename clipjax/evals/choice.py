@@ -25,7 +25,7 @@ from clipjax.evals.evaluation import Evaluation, Examples, Metrics, Results
 from clipjax.evals.inputs import caption_batches, image_batches, require_captions
 from clipjax.evals.named import keys_of, located
 from clipjax.evals.questions import Question, read_questions
-from clipjax.evals.ties import expected_hits, nearer
+from clipjax.evals.ties import nearer, own_first
 from clipjax.models.clip import Params
 from clipjax.train.report import say
 
@@ -150,8 +150,8 @@ def scores(cosines: Float[np.ndarray, "q i c"], own: Bool[np.ndarray, "q i c"]) 
     Of two pictures and two captions a collapsed model scores 1/4, 1/4 and 1/6, which are the chances of guessing."""
     asks_text = np.all(np.any(own, axis=2) & np.any(~own, axis=2), axis=1)
     asks_image = np.any(np.any(own, axis=1) & np.any(~own, axis=1), axis=1)
-    of_pictures = _nearest(cosines, own)  # pictures share no cosine, so their chances multiply
-    of_captions = _nearest(cosines.swapaxes(1, 2), own.swapaxes(1, 2))
+    of_pictures = own_first(cosines, own)  # pictures share no cosine, so their chances multiply
+    of_captions = own_first(cosines.swapaxes(1, 2), own.swapaxes(1, 2))
     text = np.where(asks_text, of_pictures.prod(1), np.nan)
     image = np.where(asks_image, np.where(np.any(own, axis=1), of_captions, 1).prod(1), np.nan)
     group = text * image
@@ -161,12 +161,6 @@ def scores(cosines: Float[np.ndarray, "q i c"], own: Bool[np.ndarray, "q i c"]) 
     for q in np.flatnonzero(asks_image & ~asks_text):
         overlap[q] = np.mean([jaccard(cosines[q, :, c], own[q, :, c]) for c in np.flatnonzero(own[q].any(0))])
     return np.stack([text, image, group, overlap])
-
-
-def _nearest(cosines: Float[np.ndarray, "*q k"], own: Bool[np.ndarray, "*q k"]) -> Float[np.ndarray, "*q"]:
-    """The chance that the nearest key is an own one."""
-    greater, equal = nearer(cosines, np.where(own, cosines, -np.inf).max(-1, keepdims=True))
-    return np.asarray(expected_hits((greater & ~own).sum(-1), (equal & ~own).sum(-1), (equal & own).sum(-1), 1))
 
 
 def _both(cosines: Float[np.ndarray, "i c"], own: Bool[np.ndarray, "i c"]) -> float:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from clipjax.evals.encoder import to_host
-from clipjax.evals.ties import expected_hits, nearer
+from clipjax.evals.ties import nearer, own_first
 from clipjax.sharding import BATCH, batch_devices, over_rows, replicated
 
 STEPS = 1000  # of L-BFGS at most
@@ -33,9 +33,7 @@ Scores = Float[np.ndarray, "n c"]
 
 def expected_right(scores: Scores, labels: Labels) -> Float[np.ndarray, " n"]:
     """The chance that each row's class is the one with the highest score, where equal scores are in random order."""
-    own = np.arange(scores.shape[1]) == labels[:, None]
-    greater, equal = nearer(scores, np.where(own, scores, -np.inf).max(1, keepdims=True))
-    return np.asarray(expected_hits((greater & ~own).sum(1), (equal & ~own).sum(1), own.sum(1), 1))
+    return own_first(scores, np.arange(scores.shape[1]) == labels[:, None])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,10 +87,8 @@ def _check_apart(train: Source, learned: Sequence[Record], test: Source, tested:
         return
     known = {(r.key, r.captions[:1], r.label) for r in learned}
     twice = sum((r.key, r.captions[:1], r.label) in known for r in tested)
-    remedy = (
-        f"{twice:,} of the {len(tested):,} examples of {test.name} are among them, and classifiers would be tested on what they"
-    )
-    remedy += " learn from: name two splits, or shares, as train#0-80 and train#80-100"
+    remedy = f"{twice:,} of the {len(tested):,} examples of {test.name} are among them, and classifiers would be tested on what"
+    remedy += " they learn from: name two splits, or shares, as train#0-80 and train#80-100"
     config.require(twice <= SHARED * len(tested), "train", train.name, remedy)
 
 

@@ -40,6 +40,12 @@ def expected_hits(greater: Counts, equal: Counts, own: Counts | int, k: int) -> 
     return xp.where(own > 0, 1 - missed, xp.zeros_like(missed))
 
 
+def own_first(scores: Float[np.ndarray, "*q k"], own: Bool[np.ndarray, "*q k"]) -> Float[np.ndarray, "*q"]:
+    """The chance that the key with a query's highest score is one of its own, where equal scores are in random order."""
+    greater, equal = nearer(scores, np.where(own, scores, -np.inf).max(-1, keepdims=True))
+    return np.asarray(expected_hits((greater & ~own).sum(-1), (equal & ~own).sum(-1), (equal & own).sum(-1), 1))
+
+
 def average_precision(scores: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
     """The mean over the positives of the precision at each, expected when ties are in random order; NaN without a positive.
 

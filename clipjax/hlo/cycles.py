@@ -6,7 +6,7 @@ the main memory. Collectives, copies between memories and scalars have none eith
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -33,7 +33,7 @@ CALLS = ("while", "call", "conditional", "async-start")
 class Cycles:
     """Cycles of one device in one run of a program."""
 
-    parts: dict[str, float] = field(default_factory=dict)  # by PARTS
+    parts: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by PARTS
     # Opcode -> how often one without an estimate runs; `while`: the loops of unknown length.
     uncosted: Counter[str] = field(default_factory=Counter)
 
@@ -41,12 +41,9 @@ class Cycles:
     def total(self) -> float:
         return sum(self.parts.values())
 
-    def add_to(self, part: str, count: float) -> None:
-        self.parts[part] = self.parts.get(part, 0) + count
-
     def add(self, other: "Cycles", times: int = 1) -> None:
         for part, count in other.parts.items():
-            self.add_to(part, times * count)
+            self.parts[part] += times * count
         self.uncosted.update({opcode: times * n for opcode, n in other.uncosted.items()})
 
 
@@ -75,7 +72,7 @@ class _Walk:
             if i.opcode in WITHOUT_COST:
                 continue
             if count := self.own(computation, i):
-                total.add_to(self.part(i), count)
+                total.parts[self.part(i)] += count
             elif i.opcode not in CALLS:
                 total.uncosted[i.opcode] += 1
             self.add_called(total, name, i, known)

@@ -172,5 +172,4 @@ def chunk_count(rows: int, most: int) -> int:
 
 
 def _run_block(graphdef: nnx.GraphDef, constrain: Constrain, weights: nnx.State, x: Array, *context: Array | None) -> Array:
-    """x through one layer."""
     return constrain(nnx.merge(graphdef, weights)(x, *context))

@@ -39,7 +39,6 @@ def batch_line(size: int, micro_batches: int, remat: Choice, share: str = "") ->
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """The lines of the report."""
     slices = f" in {plan.slices} slices" if plan.slices > 1 else ""
     halves = f", {plan.devices // plan.chips} devices each" if plan.devices > plan.chips else ""
     yield f"{plan.topology}: {plan.chips:,} chips{slices} ({plan.device_kind}{halves}); mesh: {axes(plan.mesh)}"

@@ -101,7 +101,6 @@ class RowGroups:
 
 
 def _footer(file: Stored) -> tuple[Any, Any]:
-    """The footer of a file, and its schema as Arrow's."""
     import pyarrow as pa
     from pyarrow import parquet
 

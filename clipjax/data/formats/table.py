@@ -100,7 +100,6 @@ class Table(Source):
         return np.fromiter((bucket(key.removeprefix(NO_PATH)) for block in blocks for key in block), np.uint8, len(self))
 
     def _names(self) -> tuple[str, ...] | None:
-        """The class names, if the label column has names."""
         if self._label is None:
             return None
         values = self._columns[self._label.column].unique().to_pylist()
