@@ -152,8 +152,7 @@ class Encoder(BatchedModel):
         rows, placement = over_rows(mesh), make_placement(mesh, model.dtype)
 
         def encode(side: Side, params: Params, x: Array) -> Array:
-            clip, tower = bind(model, params), features == "tower"
-            vectors = clip.image_vectors(x, None, placement, tower) if side == "image" else clip.text_vectors(x, placement, tower)
+            vectors = bind(model, params).vectors(side, x, placement, feature=features == "tower")
             if isinstance(features, str):
                 return vectors.embedding if vectors.feature is None else vectors.feature
             for name in features:

@@ -18,7 +18,7 @@ from clipjax.losses.ranking import Ranked, summary
 
 Logged = dict[str, Float[Array, ""]]
 Memory = dict[str, Float[Array, " b"]]  # names as in clipjax.train.memory
-Vectors = Float[Array, "b e"] | Float[Array, "b n e"]  # of one view (caption) an example, or of each of n
+OneOrMore = Float[Array, "b e"] | Float[Array, "b n e"]  # of one view (caption) an example, or of each of n
 
 
 @jax.tree_util.register_dataclass
@@ -26,10 +26,10 @@ Vectors = Float[Array, "b e"] | Float[Array, "b n e"]  # of one view (caption) a
 class HeadRows:
     """A head's unit vectors of the rows, of width w; None for a side that the head has not."""
 
-    image: Vectors | None = None
-    text: Vectors | None = None
-    image_predicted: Vectors | None = None  # the same behind the head's predictor; None: it has none
-    text_predicted: Vectors | None = None
+    image: OneOrMore | None = None
+    text: OneOrMore | None = None
+    image_predicted: OneOrMore | None = None  # the same behind the head's predictor; None: it has none
+    text_predicted: OneOrMore | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -49,8 +49,8 @@ class Rows:
     Under `shard_map`, b is this device's shard of the global batch.
     """
 
-    image: Vectors  # unit vectors of the image, or of each of its V views
-    text: Vectors  # unit vectors of the caption, or of each of K
+    image: OneOrMore  # unit vectors of the image, or of each of its V views
+    text: OneOrMore  # unit vectors of the caption, or of each of K
     ids: Int[Array, " b"] | None = None  # examples of equal id are no negatives of each other
     teacher: tuple[Float[Array, "b f"], Float[Array, "b f"]] | None = None  # a teacher's unit vectors of image and caption
     memory: Memory = field(default_factory=dict)  # the example memory of these rows
@@ -84,7 +84,7 @@ def over_pairs(loss: PairLoss) -> TermFunction:
 
     @functools.wraps(loss)
     def of_head(term: Any, rows: Rows, scale: Any, bias: Any, axis: Axis) -> tuple[Array, Logged]:
-        def of_pair(image: Float[Array, "b e"], text: Vectors) -> tuple[Array, Logged]:
+        def of_pair(image: Float[Array, "b e"], text: OneOrMore) -> tuple[Array, Logged]:
             value, ranking = loss(term, dataclasses.replace(rows, image=image, text=text), scale, bias, axis)
             return value, {} if ranking is None else summary(ranking, axis)
 
@@ -120,24 +120,24 @@ def over_heads(loss: HeadLoss) -> TermFunction:
     return of_term
 
 
-def in_places(z: Vectors | None, places: tuple[int, ...] | None) -> Any:
+def in_places(z: OneOrMore | None, places: tuple[int, ...] | None) -> Any:
     """The vectors in these places, [b, e] for one, else [b, n, e]; `z` itself for None."""
     if z is None or places is None or z.ndim == 2:
         return z
     return z[:, places[0]] if len(places) == 1 else jnp.stack([z[:, place] for place in places], 1)
 
 
-def vectors_of(z: Vectors | None) -> list[Float[Array, "b e"]]:
+def vectors_of(z: OneOrMore | None) -> list[Float[Array, "b e"]]:
     """The vectors of each view (caption); none for None."""
     return [] if z is None else [z] if z.ndim == 2 else [z[:, i] for i in range(z.shape[1])]
 
 
-def main(z: Vectors) -> Float[Array, "b e"]:
+def main(z: OneOrMore) -> Float[Array, "b e"]:
     """The vectors of the first view (caption)."""
     return z if z.ndim == 2 else z[:, 0]
 
 
-def mean_over(fn: Callable[[Array], Any], z: Vectors) -> Any:
+def mean_over(fn: Callable[[Array], Any], z: OneOrMore) -> Any:
     """`fn(z)` for vectors [b, e]. For [b, n, e] the mean of `fn` over the n.
 
     They run one after the other: memory and compile time are those of one.

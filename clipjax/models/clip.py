@@ -16,7 +16,7 @@ from clipjax import config
 from clipjax.models import decoder, text, vit
 from clipjax.models.decoder import Decoder
 from clipjax.models.facts import TowerFacts
-from clipjax.models.heads import Heads, Side, Vectors
+from clipjax.models.heads import Heads, Side, TowerOutput
 from clipjax.models.layers import Scope, unit
 from clipjax.models.runner import DEFAULT_PART, ONE_DEVICE, Placement, Runner
 from clipjax.models.steps import make_layer_step, unstack_layers
@@ -61,29 +61,20 @@ class CLIP(nnx.Module):
         self, images: UInt8[Array, "b s s 3"], keys: Key[Array, " b"] | None = None, placement: Placement = ONE_DEVICE
     ) -> Float[Array, "b e"]:
         """Unit vectors, float32. `keys`, one an example, turn on what is random in training. Raises ConfigError without tower."""
-        return self.image_vectors(images, keys, placement).embedding
+        return self.vectors("image", images, placement, keys).embedding
 
     def encode_text(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE) -> Float[Array, "b e"]:
         """Unit vectors, float32. Raises ConfigError without tower."""
-        return self.text_vectors(tokens, placement).embedding
+        return self.vectors("text", tokens, placement).embedding
 
-    def image_vectors(
-        self,
-        images: UInt8[Array, "b s s 3"],
-        keys: Key[Array, " b"] | None = None,
-        placement: Placement = ONE_DEVICE,
-        feature: bool = False,
-    ) -> Vectors:
-        """All vectors of images from one pass, `keys` as in `encode_image`. `feature`: also that before the projection."""
-        runner = self._runner(placement)
-        z, _, x = self._image_tower(images, keys, runner, features=feature or self.heads is not None)
-        return self._vectors("image", z, x, runner, feature)
-
-    def text_vectors(self, tokens: Int[Array, "b t"], placement: Placement = ONE_DEVICE, feature: bool = False) -> Vectors:
-        """All vectors of texts from one pass. `feature`: also that before the projection."""
-        runner = self._runner(placement)
-        z, _, x = self._text_tower(tokens, runner, features=feature or self.heads is not None)
-        return self._vectors("text", z, x, runner, feature)
+    def vectors(
+        self, side: Side, rows: Array, placement: Placement = ONE_DEVICE, keys: Array | None = None, feature: bool = False
+    ) -> TowerOutput:
+        """All vectors of images or tokens, from one pass, `keys` as of `encode_image`. `feature`: also before the projection."""
+        runner, features = self._runner(placement), feature or self.heads is not None
+        tower = functools.partial(self._image_tower, keys=keys) if side == "image" else self._text_tower
+        z, _, x = tower(rows, runner=runner, features=features)
+        return self._output(side, z, x, runner, feature)
 
     def encode_pairs(
         self,
@@ -93,8 +84,8 @@ class CLIP(nnx.Module):
         parallel: Bool[Array, " b"] | None = None,
         placement: Placement = ONE_DEVICE,
         views: int = 1,
-    ) -> tuple[Vectors, Vectors, Float[Array, "bK t-1 d"]]:
-        """What `image_vectors` and `text_vectors` give, and the captioning head's states [bK, t-1, d] from the same pass.
+    ) -> tuple[TowerOutput, TowerOutput, Float[Array, "bK t-1 d"]]:
+        """What `vectors` gives of both towers, and the captioning head's states [bK, t-1, d] from the same pass.
 
         Each state predicts the next token (`losses.token_nll` of the states and `words`). The K captions of an image come one
         after the other, and so do its V views, of which the captioning head sees the first. `parallel`: true for images whose
@@ -110,7 +101,7 @@ class CLIP(nnx.Module):
         if captions > 1:
             context = jnp.repeat(context, captions, axis=0)
             parallel = None if parallel is None else jnp.repeat(parallel, captions, axis=0)
-        vectors = self._vectors("image", image, image_feature, runner), self._vectors("text", text, text_feature, runner)
+        vectors = self._output("image", image, image_feature, runner), self._output("text", text, text_feature, runner)
         return *vectors, self._head(states, context, runner, parallel)
 
     def start_captions(self, images: UInt8[Array, "b s s 3"], beams: int, placement: Placement = ONE_DEVICE) -> CaptionCache:
@@ -147,9 +138,9 @@ class CLIP(nnx.Module):
         """The output projection: a state of the captioning head times a row is the logit of that token of the vocabulary."""
         return (self._text_tower.tokens if self._head.output is None else self._head.output.kernel)[...]
 
-    def _vectors(self, side: Side, z: Float[Array, "b e"], x: Array | None, runner: Runner, feature: bool = False) -> Vectors:
+    def _output(self, side: Side, z: Float[Array, "b e"], x: Array | None, runner: Runner, feature: bool = False) -> TowerOutput:
         of_heads = ({}, {}) if self.heads is None or x is None else self.heads(side, x, runner)
-        return Vectors(unit(z), *of_heads, unit(x) if feature and x is not None else None)
+        return TowerOutput(unit(z), *of_heads, unit(x) if feature and x is not None else None)
 
     @property
     def _image_tower(self) -> ViT:

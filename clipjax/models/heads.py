@@ -17,7 +17,7 @@ Side = Literal["image", "text"]
 ByName = dict[str, Float[Array, "b w"]]
 
 
-class Vectors(NamedTuple):
+class TowerOutput(NamedTuple):
     """What a tower gives of its rows: unit vectors, float32."""
 
     embedding: Float[Array, "b e"]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from clipjax import config, losses, placement, sharding
 from clipjax.models import clip
-from clipjax.models.heads import Vectors
+from clipjax.models.heads import TowerOutput
 from clipjax.models.text import lengths
 from clipjax.train import accumulate, memory, nonfinite
 from clipjax.train.memory import Memory
@@ -29,8 +29,8 @@ StepInputs = dict[str, Any]
 class Encoded(NamedTuple):
     """What the towers make of the rows of a batch."""
 
-    image: Vectors  # [b, e], or [b, V, e] of several views
-    text: Vectors  # [b, e], or [b, K, e] of several captions
+    image: TowerOutput  # [b, e], or [b, V, e] of several views
+    text: TowerOutput  # [b, e], or [b, K, e] of several captions
     nll: jax.Array | None = None  # with a captioning loss: -log p [b] of each image's captions, given its first view
 
     @property
@@ -112,13 +112,13 @@ def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, row
     *captions, length = rows["text"].shape
     tokens = rows["text"].reshape(-1, length)
     if run.embedded == "image":
-        return Encoded(Vectors(rows["embedded"]), _by_example(captions, model.text_vectors(tokens, towers.placement)))
+        return Encoded(TowerOutput(rows["embedded"]), _by_example(captions, model.vectors("text", tokens, towers.placement)))
     views, images, keys = _views(rows)
     if run.embedded == "text":
-        return Encoded(_by_example(views, model.image_vectors(images, keys, towers.placement)), Vectors(rows["embedded"]))
+        return Encoded(_by_example(views, model.vectors("image", images, towers.placement, keys)), TowerOutput(rows["embedded"]))
     if not run.captioning:
-        text = model.text_vectors(tokens, towers.placement)
-        return Encoded(_by_example(views, model.image_vectors(images, keys, towers.placement)), _by_example(captions, text))
+        text = model.vectors("text", tokens, towers.placement)
+        return Encoded(_by_example(views, model.vectors("image", images, towers.placement, keys)), _by_example(captions, text))
     parallel_share, parallel = run.model.decoder.parallel if run.model.decoder else 0, None
     if parallel_share:
         parallel = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 1), parallel_share))(rows["keys"])
@@ -127,7 +127,7 @@ def _encode(run: config.Run, towers: placement.Towers, trainable: Trainable, row
     return Encoded(_by_example(views, image), _by_example(captions, text), _of_captions(run, nll.reshape(captions[0], -1)))
 
 
-def _by_example(shape: list[int], vectors: Vectors) -> Vectors:
+def _by_example(shape: list[int], vectors: TowerOutput) -> TowerOutput:
     """Vectors [b K, e] -> [b, e] or [b, K, e]. `shape`: b, and K where an example has several."""
     return jax.tree.map(lambda x: x.reshape(*shape, -1), vectors)
 

@@ -74,7 +74,7 @@ def test_the_embedding_and_the_features_are_those_of_the_model_without_heads(par
     @jax.jit
     def both(params):
         m, plain = clip.bind(MODEL, params), clip.bind(MODEL, {k: v for k, v in params.items() if k != "heads"})
-        return [(x.image_vectors(batch["image"], feature=True), x.text_vectors(batch["text"], feature=True)) for x in (m, plain)]
+        return [[x.vectors(side, batch[side], feature=True) for side in ("image", "text")] for x in (m, plain)]
 
     with_heads, plain = both(params)
     for got, want in zip(with_heads, plain, strict=True):
@@ -88,7 +88,7 @@ def test_rows_are_apart_and_run_in_chunks(params, batch):
     """A row depends on its example alone; where layers are recomputed, chunk by chunk, values and gradients are the same."""
 
     def loss(params, model, images):
-        found = clip.bind(model, params).image_vectors(images)
+        found = clip.bind(model, params).vectors("image", images)
         return sum(jnp.sum(jnp.sin(3 * z)) for z in (*found.heads.values(), *found.predicted.values())), found
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)

@@ -32,7 +32,7 @@ def test_gradients_on_meshes_and_with_micro_batches():
 
     def loss(params):
         model = clip.bind(RUN.model, params)
-        image, text = model.image_vectors(batch["image"]), model.text_vectors(batch["text"])
+        image, text = (model.vectors(side, batch[side]) for side in ("image", "text"))
         scale, own = jnp.exp(params["log_scale"]), jnp.exp(params["heads"]["a"]["log_scale"])
         of_heads = [losses.clip_loss(image.heads[n], text.heads[n], s) for n, s in (("a", own), ("b", scale))]
         return losses.clip_loss(image.embedding, text.embedding, scale) / 2 + sum(of_heads) / 2
@@ -80,7 +80,7 @@ def test_only_who_names_a_head_reads_it(workdir):
     kernel = both.params["heads"]["a"]["image"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size / 4
     bound, ids = clip.bind(plain.run.model, params), TOKENIZER.encode(WORDS)[0]
-    want = bound.text_vectors(ids, feature=True)
+    want = bound.vectors("text", ids, feature=True)
     np.testing.assert_allclose(plain.encode_text(WORDS), want.embedding, atol=1e-6)
     np.testing.assert_allclose(tower.encode_text(WORDS), want.feature, atol=1e-6)
     z = both.encode_text(WORDS)
