@@ -6,8 +6,7 @@ import zipfile
 from collections.abc import Mapping
 from os import SEEK_CUR
 from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -32,9 +31,9 @@ class Use(NamedTuple):
     by: str = WRITTEN  # the command that writes it
 
 
-TEACHER = Use("data.teacher", MappingProxyType({"image": "teacher_image", "text": "teacher_text"}))
-EMBEDDED = {side: Use("data.embeddings", MappingProxyType({side: "embedded"})) for side in ("image", "text")}
-LABELS = Use("data.labels", MappingProxyType({"label": "label"}), "int32", CLUSTERED)
+TEACHER = Use("data.teacher", {"image": "teacher_image", "text": "teacher_text"})
+EMBEDDED = {side: Use("data.embeddings", {side: "embedded"}) for side in ("image", "text")}
+LABELS = Use("data.labels", {"label": "label"}, "int32", CLUSTERED)
 OWN = "own"  # in the place of a file of labels: those of the dataset itself
 
 
@@ -94,13 +93,13 @@ class Vectors:
             raise ConfigError(f"{self.name}: has no row for number {i} of the examples; write it again with {self.use.by}")
         return {name: np.array(self._arrays[side][row], self.use.dtype) for side, name in self.use.arrays.items()}
 
-    def __getstate__(self) -> tuple:
-        use = self.use._replace(arrays=dict(self.use.arrays))
-        return use, self._path, self.name, self._rows, None if self._path else self._arrays
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | ({"_arrays": None} if self._path else {})
 
-    def __setstate__(self, state: tuple) -> None:
-        self.use, self._path, self.name, self._rows, arrays = state
-        self._arrays = arrays or keyed_arrays(self._path, self.name, self.use)[0]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._path is not None:
+            self._arrays = keyed_arrays(self._path, self.name, self.use)[0]
 
     def _own(self, source: Source, quiet: bool) -> Int[np.ndarray, "n l"]:
         """The classes of each example; of one that has fewer than others, -1 in the further places."""
