@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -21,26 +22,25 @@ from clipjax.sharding import BATCH
 Tree = Any  # of arrays
 Part = Callable[[Tree], Tree]  # params -> those that `Encode` reads
 Encode = Callable[[Tree, Tree], Tree]  # (part of params, rows) -> embeddings
-Loss = Callable[[Tree, Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (params, embeddings, rows, shared) -> (value, aux)
-# (params, rows, shared) -> ((value, aux), gradient)
-ValueAndGrad = Callable[[Tree, Tree, Tree], tuple[tuple[jax.Array, Tree], Tree]]
+Loss = Callable[[Tree, Tree, Tree], tuple[jax.Array, Tree]]  # (params, embeddings, rows) -> (value, aux)
+ValueAndGrad = Callable[[Tree, Tree], tuple[tuple[jax.Array, Tree], Tree]]  # (params, rows) -> ((value, aux), gradient)
 
 
 def value_and_grad(encode: Encode, loss: Loss, mesh: Mesh, towers: Towers, micro_batches: int, part: Part) -> ValueAndGrad:
-    """`(params, rows, shared) -> ((value, aux), gradient)` of `loss(params, encode(part(params), rows), rows, shared)`.
+    """`(params, rows) -> ((value, aux), gradient)` of `loss(params, encode(part(params), rows), rows) -> (value, aux)`.
 
-    `rows` are arrays [B, ...] sharded over the devices of the batch; `shared` is what the loss takes beside them. `encode` maps
-    examples one by one: row i of its result depends on row i of `rows` alone, so it may be called with any part of them. If
-    `towers.axes` is not empty, it is called in a shard_map with a device's own rows, else with the global ones.
+    `rows` are arrays [B, ...] sharded over the devices of the batch. `encode` maps examples one by one: row i of its result
+    depends on row i of `rows` alone, so it may be called with any part of them. If `towers.axes` is not empty, it is called in a
+    shard_map with a device's own rows, else with the global ones.
     With one micro-batch this is the plain gradient. With more, which must divide the rows of a device, activations of
     B / micro_batches examples exist at a time, and the towers' forward pass runs twice.
     """
     if micro_batches > 1:
-        return TwoPasses(encode, loss, mesh, towers, jnp.arange(micro_batches), part)
+        return TwoPasses(encode, loss, mesh, towers, np.arange(micro_batches, dtype=np.int32), part)
     encode_batch = over_devices(
         lambda params, rows: encode(towers.full(params), rows), mesh, towers, (towers.specs, P(BATCH)), P(BATCH)
     )
-    return jax.value_and_grad(lambda params, rows, *x: loss(params, encode_batch(part(params), rows), rows, *x), has_aux=True)
+    return jax.value_and_grad(lambda params, rows: loss(params, encode_batch(part(params), rows), rows), has_aux=True)
 
 
 def over_devices(
@@ -58,15 +58,15 @@ class TwoPasses:
     loss: Loss
     mesh: Mesh
     towers: Towers
-    indices: jax.Array  # of the micro-batches: 0, 1, ...
+    indices: Any  # int32, of the micro-batches: 0, 1, ...
     part: Part
 
-    def __call__(self, params: Tree, rows: Tree, shared: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
+    def __call__(self, params: Tree, rows: Tree) -> tuple[tuple[jax.Array, Tree], Tree]:
         specs = self.towers.specs
         read, place = jax.vjp(self.part, params)
         z = over_devices(self.forward, self.mesh, self.towers, (specs, P(BATCH)), P(BATCH))(read, rows)
         # The loss reads scale and bias directly, so `grads` is their full gradient. The towers add none to it.
-        value, (grads, dz) = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)(params, z, rows, shared)
+        value, (grads, dz) = jax.value_and_grad(self.loss, argnums=(0, 1), has_aux=True)(params, z, rows)
         backward = over_devices(self.backward, self.mesh, self.towers, (specs, P(BATCH), P(BATCH)), specs)
         return value, jax.tree.map(jnp.add, grads, *place(backward(read, rows, dz)))
 

@@ -70,17 +70,17 @@ def make_train_step(
     """
     replicated: Any = P()
     towers = placement.towers(mesh, run.model.dtype, Trainable(weight_specs(run, mesh), replicated))
-    encode, compute_loss = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh)
-    value_and_grad = accumulate.value_and_grad(
-        encode, compute_loss, mesh, towers, run.train.micro_batches, lambda x: x._replace(params=clip.without_classes(x.params))
-    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = example_keys(run.seed, "patch_dropout", state.step, batch["index"])
         past = memory.read(state.memory, batch["index"]) if state.memory else {}
         trainable = Trainable(state.params, memory.temperatures(past))
         key = step_key(run.seed, "objective", state.step) if any(term.draws for term in run.objective) else None
-        (loss, (logged, remembered)), gradient = value_and_grad(trainable, batch | {"keys": keys, "memory": past}, key)
+        encode, loss_of = functools.partial(_encode, run, towers), functools.partial(_loss, run, mesh, key)
+        value_and_grad = accumulate.value_and_grad(
+            encode, loss_of, mesh, towers, run.train.micro_batches, lambda x: x._replace(params=clip.without_classes(x.params))
+        )
+        (loss, (logged, remembered)), gradient = value_and_grad(trainable, batch | {"keys": keys, "memory": past})
         updates, opt_state = tx.update(gradient.params, state.opt_state, state.params)
         params = clamp_scale(optax.apply_updates(state.params, updates), run.model.max_scale)
         choose = nonfinite.choice(run.train.nonfinite, loss, gradient.params)
@@ -151,7 +151,7 @@ def _of_captions(run: config.Run, numbers: jax.Array) -> jax.Array:
 
 @jax.named_scope("loss")
 def _loss(
-    run: config.Run, mesh: Mesh, trainable: Trainable, z: Encoded, rows: StepInputs, key: jax.Array | None
+    run: config.Run, mesh: Mesh, key: jax.Array | None, trainable: Trainable, z: Encoded, rows: StepInputs
 ) -> tuple[jax.Array, tuple[Metrics, Memory]]:
     """The loss of all embeddings, the values to log, and the values to store for the batch's examples (train/memory.py)."""
     on_shard = functools.partial(losses.objective, run.objective, axis=sharding.BATCH)
