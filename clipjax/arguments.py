@@ -24,6 +24,11 @@ def nonnegative(text: str) -> float:
     return number
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(text.split(","))
+
+
 def step_range(text: str) -> range:
     """`FROM:TO`, two numbers of finished steps."""
     first, _, end = text.partition(":")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from clipjax import config
-from clipjax.arguments import writable_file
+from clipjax.arguments import names, writable_file
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,6 @@ DATASET = (
 )
 DATA = (*RUN, *DATASET)
 VECTORS = (
-    argument(
-        "--head",
-        "NAME",
-        "take the vectors of this head in place of embeddings; of several, as a,b, the mean of their cosines",
-        lambda names: tuple(names.split(",")),
-    ),
+    argument("--head", "NAME", "take this head's vectors, not embeddings; of several, as a,b, the mean of their cosines", names),
     argument("--features", None, "embeddings, or before the projection", choices=("embedding", "tower"), default="embedding"),
 )

@@ -3,7 +3,7 @@
 from typing import get_args
 
 from clipjax import config, eval_commands
-from clipjax.arguments import local_folder, nonnegative, positive, writable_file, writable_folder
+from clipjax.arguments import local_folder, names, nonnegative, positive, writable_file, writable_folder
 from clipjax.config.tasks import ProbeMethod
 from clipjax.declared import DATA, DATASET, RUN, VECTORS, argument, command, json_out
 from clipjax.eval_commands import evaluating
@@ -48,12 +48,7 @@ EVAL_COMMANDS = (
         "image-text retrieval: recall at 1, 5 and 10 in both directions",
         *DATA,
         VECTORS,
-        argument(
-            "--languages",
-            "NAMES",
-            "of each image's captions in order, as en,ja: each gets recalls of its own",
-            lambda names: tuple(names.split(",")),
-        ),
+        argument("--languages", "NAMES", "of each image's captions in order, as en,ja: each gets recalls of its own", names),
         json_out("the result"),
     ),
     command(
