@@ -73,7 +73,8 @@ class ComposedEvaluation(Evaluation):
         z, readable = np.concatenate([z for z, _ in found]), np.concatenate([readable for _, readable in found])
         t, _ = self._texts(params)
         mixes: list[Mix] = [(1, self.weight), (1, 0), (0, 1), *((1, weight) for weight in WEIGHTS)]
-        hits = np.concatenate([self._hits(part, z, readable, t, mixes) for part in self._portions(len(z))], axis=2)
+        portions = np.array_split(np.arange(len(self.questions)), -(-len(self.questions) * len(z) // AT_ONCE))  # for the memory
+        hits = np.concatenate([self._hits(part, z, readable, t, mixes) for part in portions], axis=2)
         weights = np.array([question.weight for question in self.questions])
         counts = ~np.isnan(hits[0, 0])
         hits *= weights * counts.sum() / max(weights[counts].sum(), 1e-30)  # then the mean over the questions is the weighted one
@@ -84,11 +85,6 @@ class ComposedEvaluation(Evaluation):
         curve = {"weights": list(WEIGHTS), "recall@1_by_weight": recalls[3:, 0].tolist()}
         keys, groups = [q.key for q in self.questions], [q.reference.name for q in self.questions]
         return Results(by_k | alone | curve, examples=[Examples(keys, dict(zip(by_k, hits[0], strict=True)), groups)])
-
-    def _portions(self, pictures: int) -> list[Int[np.ndarray, " q"]]:
-        """The questions, as many at once as memory is good for."""
-        numbers = np.arange(len(self.questions))
-        return np.array_split(numbers, -(-len(numbers) * pictures // AT_ONCE))
 
     def _hits(
         self, part: Int[np.ndarray, " q"], z: Vectors, readable: Bool[np.ndarray, " n"], t: Vectors, mixes: Sequence[Mix]

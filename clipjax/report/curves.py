@@ -47,7 +47,8 @@ def evaluation_panels(folders: Sequence[Folder]) -> list[Panel]:
     panels = []
     for task, dataset in names:
         per_run = [[line for line in f.evaluations if (line["task"], line["dataset"]) == (task, dataset)] for f in folders]
-        for metric in MAIN.get(task) or _first_metrics(per_run):
+        there = dict.fromkeys(metric for lines in per_run for line in lines for metric in line["metrics"])
+        for metric in MAIN.get(task) or list(there)[:EVALUATED]:
             lines = [
                 thinned([line | line["metrics"] for line in lines], metric, folder.batch)
                 for lines, folder in zip(per_run, folders, strict=True)
@@ -60,10 +61,6 @@ def evaluation_panels(folders: Sequence[Folder]) -> list[Panel]:
 def called(task: str, metric: str) -> str:
     """A metric with its task, unless it is one of the four in MAIN: `acc1` may also be of the task `transfer`."""
     return metric if task in MAIN else f"{task} {metric}"
-
-
-def _first_metrics(per_run: list[list[dict]]) -> list[str]:
-    return list(dict.fromkeys(metric for lines in per_run for line in lines for metric in line["metrics"]))[:EVALUATED]
 
 
 def thinned(lines: Sequence[dict], key: str, batch: int) -> Points:

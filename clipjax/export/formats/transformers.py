@@ -39,7 +39,7 @@ def refuse(model: Model) -> None:
 
 def table(model: Model) -> Table:
     """Every tensor of the model, with its name in transformers. A tower alone has the names that it has in a whole model."""
-    siglip = _siglip(model)
+    siglip = model.text.pool == "last" if model.towers == "text" else model.image.pool == "map"
     head = _siglip_head(model) if siglip else _clip_head(model)
     text = [
         row("text_model.embeddings.token_embedding.weight", "text/tokens", "v d -> v d"),
@@ -62,11 +62,6 @@ def table(model: Model) -> Table:
     if siglip and model.init_bias is None:
         zeros["logit_bias"] = (1,)
     return Table(rows, zeros)
-
-
-def _siglip(model: Model) -> bool:
-    """Whether it is of SigLIP's kind in transformers."""
-    return model.text.pool == "last" if model.towers == "text" else model.image.pool == "map"
 
 
 def _clip_head(model: Model) -> list[Row]:
