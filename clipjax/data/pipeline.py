@@ -81,9 +81,13 @@ def train_batches(
     make_example = TrainingExample(source, order, reader, tokenizer, data, image_size, *keyed)
     numbers = tokenizer.length * data.texts_per_image + sum(v.numbers for v in keyed if v is not None)
     workers = _workers(data, image_size, 4 * numbers + SCALARS)
-    # Positions of the order count on over all epochs. Each example has a random generator of its own from Grain.
-    made = grain.MapDataset.range(sys.maxsize).random_map(_AtPosition(make_example, batch_size), seed=derived(seed, "choices"))
-    return BatchStream(_Picked(made, own), local, workers, closing=reader.close)
+    return BatchStream(_Picked(_by_position(make_example, batch_size, seed), own), local, workers, closing=reader.close)
+
+
+def _by_position(make_example: TrainingExample, batch_size: int, seed: int) -> grain.MapDataset:
+    """The example at each position of the order, which counts on over all epochs. Each has a random generator of its own from
+    Grain."""
+    return grain.MapDataset.range(sys.maxsize).random_map(_AtPosition(make_example, batch_size), seed=derived(seed, "choices"))
 
 
 @dataclass(frozen=True)

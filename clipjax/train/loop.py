@@ -86,7 +86,7 @@ def train(
             say_finished(run, workdir.path)
             return state
         say_start(run, workdir.path, begin, source)
-        devices = _Devices(remat.resolved(run, mesh, abstract, told=True), tx, mesh, state)
+        devices = _Devices(remat.resolved(run, mesh, abstract, explain=True), tx, mesh, state)
         check(devices.evaluated)
         data = stack.enter_context(batches(schedule.start))
         save_config(run, workdir.path)

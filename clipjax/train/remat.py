@@ -67,10 +67,10 @@ def choice(run: config.Run, mesh: Mesh, state: TrainState) -> Choice:
     return replace(fits[0], reason=reason)
 
 
-def resolved(run: config.Run, mesh: Mesh, state: TrainState, told: bool = False) -> config.Run:
-    """The run with what `choice` says. `state`: arrays or shapes, with their shardings. `told`: prints what it chose, and why."""
+def resolved(run: config.Run, mesh: Mesh, state: TrainState, explain: bool = False) -> config.Run:
+    """The run with what `choice` says. `state`: arrays or shapes, with their shardings. `explain`: prints the choice, and why."""
     found = choice(run, mesh, state)
-    if told and found.reason:
+    if explain and found.reason:
         say(f"model.remat = {run.model.remat}: {found}")
     return replace(run, model=replace(run.model, remat=found.policy, part=found.part))
 
