@@ -102,9 +102,7 @@ def check_tensor(model: config.Model, mesh: Mesh) -> None:
 def check_classes(model: config.Model, mesh: Mesh) -> None:
     """Raises ConfigError unless the mesh divides the class matrix, of which each device of the batch has a part."""
     rows, n = model.class_shape[0] if model.class_shape else 0, batch_devices(mesh)
-    remedy = (
-        f"its matrix has {rows:,} rows, which {n} devices of mesh axes data x fsdp do not divide: take a power of two of them"
-    )
+    remedy = f"its matrix has {rows:,} rows, which {n} devices of mesh.data x fsdp do not divide: take a power of two of them"
     config.require(rows % n == 0, "model.classes", model.classes, remedy)
 
 

@@ -119,10 +119,9 @@ class Swap(Pairs):
         if self.prototypes:
             widths = {head.name: head.width for head in model.heads}
             taken = {widths.get(head or "", model.embed_dim) for head in self.heads}
+            fits = model.class_shape is not None and taken == {model.class_shape[1]}
             remedy = f"{name} takes them as prototypes: set them, as wide as its vectors"
-            return require(
-                model.class_shape is not None and taken == {model.class_shape[1]}, "model.classes", model.classes, remedy
-            )
+            return require(fits, "model.classes", model.classes, remedy)
         require(self.sides == "image-text", f"{name}.sides", self.sides, "must be image-text, but for prototypes = True")
         several = len(self.pairs(data.views_per_image, data.texts_per_image)) > 1
         require(several, f"{name}.images", self.images, "the targets are another pair's: give two views or captions")

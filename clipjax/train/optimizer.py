@@ -193,9 +193,7 @@ def clamp_scale(params: Params, max_scale: float | None) -> Params:
     if max_scale is None:
         return params
     most = math.log(max_scale)
-    return jax.tree.map_with_path(
-        lambda path, p: jnp.clip(p, 0.0, most) if keystr(path).split("/")[-1] == "log_scale" else p, params
-    )
+    return jax.tree.map_with_path(lambda path, p: jnp.clip(p, 0.0, most) if keystr(path).endswith("log_scale") else p, params)
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: jax.typing.ArrayLike) -> Params:
