@@ -108,7 +108,7 @@ def labels(run: config.Run, source: Source) -> Vectors | None:
     counts = {"model.classes.count": run.model.classes.count} if run.model.classes else {}
     counts |= {f"objective.{i}.classes": x.classes for i, x in enumerate(run.objective) if isinstance(x, config.Distillation)}
     for name, count in counts.items():
-        remedy = f"labels must be less, and {run.data.labels} has one of {found.highest}"
+        remedy = f"labels must be less, and {run.data.labels} has {found.highest}: set it to {found.highest + 1} or more"
         config.require(count is None or found.highest < count, name, count, remedy)
     return found
 
