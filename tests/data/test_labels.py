@@ -67,7 +67,7 @@ def test_labels_are_fewer_than_what_is_learned_of_them(images_tsv, tmp_path, cou
     """Highest is 8: of 8 classes there is no ninth."""
     data = Data(spec=f"tsv:{images_tsv}", labels=saved(tmp_path, label=CLASSES))
     run = config.Run(data=data, objective=(config.Distillation(targets="labels", classes=count),))
-    with pytest.raises(ConfigError, match=r"^objective\.0\.classes = 8: .* has 8: set it to 9 or more$") if count == 8 else nullcontext():
+    with pytest.raises(ConfigError, match=r"^objective\.0\.classes = 8: .*set it to 9 or more$") if count == 8 else nullcontext():
         build.labels(run, open_source(data))
 
 
