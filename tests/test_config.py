@@ -349,6 +349,10 @@ REFUSED = {
         terms(config.Distillation(targets="labels"), data=Data(spec="emoji", labels="own")),
         r"objective\.0\.classes = None: set the number of labels",
     ),
+    "unused temperature": (
+        terms(config.Softmax(), config.Alignment(temperature=1.0)),
+        r"objective\.1\.temperature = 1\.0: leave it out",
+    ),
     "temperature": (terms(config.Softmax(temperature=0.0)), r"objective\.0\.temperature = 0\.0: must be positive and finite"),
     "image weight": (terms(config.Softmax(image_weight=1.1)), r"objective\.0\.image_weight = 1\.1: must lie in \[0, 1\]"),
     "smoothing": (terms(config.Softmax(label_smoothing=1.0)), r"objective\.0\.label_smoothing = 1\.0: must lie in \[0, 1\)"),

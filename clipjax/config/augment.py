@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from clipjax.config.fields import SHARE, Strict, require
+from clipjax.config.fields import SHARE, Strict, free, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Augment(Strict, prefix="data.augment"):
 class View(Augment, prefix="data.views"):
     """One of several views of a training image. Terms name it by its place."""
 
-    name: str = ""  # for the reader
+    name: str = free("")  # for the reader
 
 
 @dataclass(frozen=True, kw_only=True)

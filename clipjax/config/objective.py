@@ -11,7 +11,7 @@ from clipjax.config.data import Data
 from clipjax.config.fields import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, SHARE, bounded, require
 from clipjax.config.model import Model
 from clipjax.config.pairs import Barlow, MannWhitney, Mixup, MultiSimilarity, MultiView, Repulsion, Siamese, Swap, Symile
-from clipjax.config.term import Nested, Pairs, Prefixes, Products, Remembering, Term
+from clipjax.config.term import UNUSED, Nested, Pairs, Prefixes, Products, Remembering, Term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +190,7 @@ class CrossUniformity(Pairs):
     """Uniformity between images and others' texts (2405.18570). Alone it drives them apart: use it with the other two."""
 
     kind: Literal["cross_uniformity"] = "cross_uniformity"
+    temperature: float | None = bounded(UNUSED, None)  # must be None
     t: float = bounded(POSITIVE, 2.0)  # log of the mean of exp(-t distance^2)
 
 
@@ -198,6 +199,7 @@ class Alignment(Pairs):
     """Mean squared distance within the pairs (2005.10242)."""
 
     kind: Literal["alignment"] = "alignment"
+    temperature: float | None = bounded(UNUSED, None)  # must be None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,13 @@
 """Terms of pairs: metric learning, mixtures, several views, no contrast. Their equations: clipjax.losses.metric and views."""
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from clipjax.config.data import Data
-from clipjax.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Range, bounded, require
+from clipjax.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, bounded, require
 from clipjax.config.model import Model
-from clipjax.config.term import Pairs
-
-UNUSED = Range(math.inf, -math.inf, "leave it out: this term has no temperature, but scales that are fields of its own")
+from clipjax.config.term import UNUSED, Pairs
 
 
 @dataclass(frozen=True, kw_only=True)

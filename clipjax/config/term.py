@@ -1,17 +1,19 @@
 """What the classes of the objective's terms share: a weight, the vectors that a term takes, and what a class is bound to."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from clipjax.config.data import Data
-from clipjax.config.fields import NOT_NEGATIVE, POSITIVE, bounded, check_bounds, require
+from clipjax.config.fields import NOT_NEGATIVE, POSITIVE, Range, bounded, check_bounds, require
 from clipjax.config.model import Model
 from clipjax.config.unions import OpenUnion
 
 # bfloat16x3: float32 operands in three passes of bfloat16 (TPUs) or TF32 (GPUs); on CPUs it is float32.
 Products = Literal["float32", "bfloat16x3", "bfloat16"]
+UNUSED = Range(math.inf, -math.inf, "leave it out: this term has no temperature, but scales that are fields of its own, if any")
 Prefixes = tuple[int, ...] | None  # widths whose losses add up (Matryoshka, 2205.13147); None: the full embedding alone
 
 

@@ -1,8 +1,9 @@
 """The terms of metric learning: CACR's repulsion, Mann-Whitney, Multi-Similarity; and mixtures of two examples.
 
 Each takes its config object and the vectors of one pair of sides (`rows.PairLoss`); `repulsion` takes all at once. Examples of
-equal `ids` are no negatives of each other; a row that this leaves without negatives adds 0 to the sum and 1 to the count of the
-mean over the batch. A mixture's partner is the next example of the global batch, a random one as the data are shuffled.
+equal `ids` are no negatives of each other, except of mixtures; a row that this leaves without negatives adds 0 to the sum and 1
+to the count of the mean over the batch. A mixture's partner is the next example of the global batch, a random one as the data
+are shuffled.
 """
 
 import jax
