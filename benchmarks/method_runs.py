@@ -173,7 +173,7 @@ RUNS = {
         lambda files: method_data.write_thinned(files / "thinned"),
     ),
     "mann_whitney": Trained("Mann-Whitney", lambda files: clip(files, c.MannWhitney())),
-    "mixup": Trained("CLIP + M3Co", lambda files: clip(files, c.Softmax(), c.Mixup(weight=0.1))),
+    "mixup": Trained("CLIP + M3CoL", lambda files: clip(files, c.Softmax(), c.Mixup(weight=0.1))),
     "negative_captions": Trained("negative captions", disrupted, lambda files: method_data.write_disrupted(files / "disrupted")),
     "rocket": Trained("recipe", rocket),
     "rocket_barlow": Trained("recipe + Barlow", lambda files: rocket(files, "Barlow")),
