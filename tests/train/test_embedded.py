@@ -91,7 +91,7 @@ def test_batches_have_vectors_and_no_image_is_read(written):
     stored = {i: (folder / f"{i}.png").read_bytes() for i in range(IMAGES)}
     for i in stored:
         (folder / f"{i}.png").unlink()
-    with build.batches(run, source, words, None, found)(0) as stream:
+    with build.batches(run, source, words, embedded=found)(0) as stream:
         batches = list(itertools.islice(stream, IMAGES // 8))
     for i, content in stored.items():
         (folder / f"{i}.png").write_bytes(content)
