@@ -14,6 +14,7 @@ from clipjax import config, losses, sharding
 from clipjax.losses import HeadRows, Rows, Shared
 from clipjax.losses.flops import Sizes
 from clipjax.losses.pairwise import operands, tiles
+from clipjax.losses.pairwise.operands import equal_ids
 from tests.losses import reference as ref
 from tests.losses.meshes import mesh_of
 
@@ -216,3 +217,8 @@ def test_rankings_are_of_images_and_texts_and_bear_the_name_of_a_head():
 def test_flops_count_pairs_views_and_heads(term, passes):
     sizes = Sizes(64, K, WIDTH, views=V, heads={"a": 4, "b": 3})
     assert losses.term_flops(term, sizes) == pytest.approx(passes * 8 * 64**2 * WIDTH)
+
+
+def test_minus_one_is_no_id():
+    rows, cols = jnp.array([[0, -1], [-1, -1], [2, 5]]), jnp.array([[-1, -1], [3, 0], [5, -1]])
+    np.testing.assert_array_equal(equal_ids(rows, cols), [[False, True, False], [False, False, False], [False, False, True]])
